@@ -1,0 +1,273 @@
+"""The fast exact algorithm in plain torch, on any device (docs/design.md, section 3.1).
+
+For a block of rows:
+
+1. alpha = softmax(q k^T), lin = alpha * (g v^T), a = alpha * |v|: attention-shaped products;
+2. pairs with lin > 0 and a above their (row, head)'s smallest breakpoint are listed;
+3. each listed pair gets the correction over the coordinates whose breakpoint is below a,
+   and over those alone: breakpoints are sorted within each (row, head), a pair's coordinates
+   are a run at the head of its row's, all runs are laid end to end;
+4. denominators, sums over heads, edges above `keep`.
+
+Shapes: R rows, S keys, H heads, D model width, V value width; P listed pairs, C visited
+coordinates. Largest intermediates: [H, R, S] a block, [S, D] a head, [C]. Sums are in float32
+(float64 for float64 inputs).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .breakpoints import ROUND_UP, breakpoints, column_norms, signs, value_space_signs
+from .contract import AttentionScores, EdgeList, FFNScores, LayerInputs, visible
+
+BLOCK_ELEMENTS = 1 << 21  # of [H, R, S] in a row block
+VISIT_ELEMENTS = 1 << 22  # coordinates visited in one go
+
+
+def score_attention(inputs: LayerInputs, keep: float) -> AttentionScores:
+    """Importances of all parts of the rows' nodes (contract.py); edges with weight > `keep`.
+
+    On a GPU the sizes of the lists are read by the host; edges there are padded to
+    1/keep slots a row instead, which bounds them, since a row's importances sum to 1.
+    """
+    inputs = _upcast(inputs)
+    R, H, _ = inputs.q.shape
+    rho = column_norms(inputs.W_O)
+    v_norm = torch.linalg.vector_norm(inputs.v, dim=-1).T  # [H_kv, S]
+    parts = []
+    start = 0
+    while start < R:
+        n_keys = int(inputs.rows[min(start + 127, R - 1)]) + 1
+        stop = min(R, start + max(1, min(128, BLOCK_ELEMENTS // (H * n_keys))))
+        parts.append(_score_block(_block(inputs, start, stop), rho, v_norm, keep, start))
+        start = stop
+    residual, ffn, head_total, edges, unattributed = zip(*parts, strict=True)
+    return AttentionScores(
+        torch.cat(residual),
+        None if inputs.ffn is None else torch.cat(ffn),
+        torch.cat(head_total),
+        EdgeList(*(torch.cat(column) for column in zip(*edges, strict=True))),
+        torch.cat(unattributed),
+    )
+
+
+def score_ffn(resid_mid: Tensor, resid_post: Tensor) -> FFNScores:
+    """Importances of `resid_mid` [R, D] and of the FFN's output, their difference, in `resid_post`."""
+    dtype = _compute_dtype(resid_post)
+    resid_mid, resid_post = resid_mid.to(dtype), resid_post.to(dtype)
+    residual = _proximity(resid_mid, resid_post)
+    ffn = _proximity(resid_post - resid_mid, resid_post)
+    total = residual + ffn
+    unattributed = total == 0
+    total = total + unattributed  # 0 / 1 there, overwritten next
+    return FFNScores(
+        (residual / total).masked_fill_(unattributed, 0.5),
+        (ffn / total).masked_fill_(unattributed, 0.5),
+        unattributed,
+    )
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _upcast(inputs: LayerInputs) -> LayerInputs:
+    dtype = _compute_dtype(inputs.y)
+    return LayerInputs(
+        *(x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
+    )
+
+
+def _block(inputs: LayerInputs, start: int, stop: int) -> LayerInputs:
+    """Rows start to stop of the inputs, and the keys that they may see."""
+    n_keys = int(inputs.rows[stop - 1]) + 1
+
+    def cut(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x[start:stop]
+
+    return inputs._replace(
+        rows=inputs.rows[start:stop],
+        resid_pre=inputs.resid_pre[start:stop],
+        y=inputs.y[start:stop],
+        q=inputs.q[start:stop],
+        k=inputs.k[:n_keys],
+        v=inputs.v[:n_keys],
+        row_scale=cut(inputs.row_scale),
+        value_gate=cut(inputs.value_gate),
+        log_sum_exp=cut(inputs.log_sum_exp),
+        ffn=cut(inputs.ffn),
+    )
+
+
+def _proximity(part: Tensor, y: Tensor) -> Tensor:
+    """max(|y|_1 - |y - part|_1, 0): [R, D], [R, D] -> [R].
+
+    Subtracted coordinate by coordinate: a few huge coordinates of y would swallow the rest of
+    a difference of two norms.
+    """
+    return (y.abs() - (y - part).abs()).sum(-1).clamp_(min=0)
+
+
+def _by_kv_head(x: Tensor, n_kv_heads: int) -> Tensor:
+    """[H, R, N] -> [H_kv, H / H_kv * R, N]: the rows that share a KV head, stacked, no copy of K/V."""
+    H, R, N = x.shape
+    return x.reshape(n_kv_heads, H // n_kv_heads * R, N)
+
+
+def _pattern(inputs: LayerInputs, mask: Tensor) -> Tensor:
+    """Attention weights alpha [H, R, S]."""
+    H_kv = inputs.k.shape[1]
+    R, H, _ = inputs.q.shape
+    q = _by_kv_head(inputs.q.transpose(0, 1) * inputs.scale, H_kv)
+    scores = torch.matmul(q, inputs.k.permute(1, 2, 0)).view(H, R, -1)
+    if inputs.softcap is not None:
+        scores = scores.div_(inputs.softcap).tanh_().mul_(inputs.softcap)
+    if inputs.alibi_slopes is not None:
+        rows = inputs.rows.to(scores.device)
+        distance = torch.arange(scores.shape[-1], device=scores.device) - rows[:, None]
+        scores = scores.addcmul_(inputs.alibi_slopes[:, None, None], distance.to(scores.dtype))
+    scores = scores.masked_fill_(~mask, float("-inf"))
+    if inputs.log_sum_exp is not None:
+        return scores.sub_(inputs.log_sum_exp.T[..., None]).exp_()
+    if inputs.sinks is None:
+        return scores.softmax(-1)
+    top = scores.amax(-1, keepdim=True).maximum(inputs.sinks[:, None, None])
+    weight = scores.sub_(top).exp_()
+    return weight.div_(weight.sum(-1, keepdim=True) + (inputs.sinks[:, None, None] - top).exp())
+
+
+def _score_block(
+    inputs: LayerInputs, rho: Tensor, v_norm: Tensor, keep: float, first_row: int
+) -> AttentionScores:
+    R, H, _ = inputs.q.shape
+    S, H_kv, _ = inputs.v.shape
+    mask = visible(inputs.rows, S, inputs.window).to(inputs.v.device)  # [R, S]
+    s = signs(inputs.y)
+    g = value_space_signs(inputs.W_O, s)  # [H, R, V]
+
+    weight = _pattern(inputs, mask)  # [H, R, S]
+    if inputs.row_scale is not None:
+        weight.mul_(inputs.row_scale[:, None])
+    if inputs.value_gate is None:
+        a = weight.abs().view(H_kv, -1, S).mul_(v_norm[:, None, :S]).view(H, R, S)
+    else:
+        gate = inputs.value_gate.transpose(0, 1)  # [H, R, V]
+        g = g * gate
+        squares = torch.matmul(_by_kv_head(gate.square(), H_kv), inputs.v.square().permute(1, 2, 0))
+        a = squares.sqrt_().view(H, R, S).mul_(weight.abs())
+    lin = torch.matmul(_by_kv_head(g, H_kv), inputs.v.permute(1, 2, 0)).view(H, R, S).mul_(weight)
+
+    y_points = breakpoints(inputs.y, rho)  # [H, R, D]
+    a.mul_(ROUND_UP).mul_(lin > 0)
+    pairs = (a > y_points.amin(-1, keepdim=True)).nonzero(as_tuple=True)  # 3 x [P]: h, r, j
+    if len(pairs[0]):
+        lin[pairs] -= _corrections(inputs, pairs, weight[pairs], a[pairs], a.amax(-1), y_points, s)
+
+    of_pairs = lin.clamp_(min=0)
+    of_residual = _proximity(inputs.resid_pre, inputs.y)
+    total = of_pairs.sum((0, 2)) + of_residual
+    n_parts = 1 + H * mask.sum(-1)
+    of_ffn = None
+    if inputs.ffn is not None:
+        of_ffn = _proximity(inputs.ffn, inputs.y)
+        total = total + of_ffn
+        n_parts = n_parts + 1
+    unattributed = total == 0
+    # Where nothing is attributed, each of the n parts gets proximity 1 of a total of n.
+    total = torch.where(unattributed, n_parts.to(total.dtype), total)
+    importance = of_pairs.add_((unattributed[:, None] & mask).to(of_pairs.dtype))
+    importance.div_(total[:, None])
+    return AttentionScores(
+        (of_residual + unattributed) / total,
+        None if of_ffn is None else (of_ffn + unattributed) / total,
+        importance.sum(-1).T,
+        _compact(importance, keep, first_row),
+        unattributed,
+    )
+
+
+def _corrections(
+    inputs: LayerInputs,
+    pairs: tuple[Tensor, ...],
+    weight: Tensor,  # [P]
+    a: Tensor,  # [P]
+    a_max: Tensor,  # [H, R]
+    y_points: Tensor,  # [H, R, D]
+    s: Tensor,  # [R, D]
+) -> Tensor:
+    """correction(p) [P] of the listed pairs (breakpoints.py)."""
+    H, R, D = y_points.shape
+    h, r, j = pairs
+    # Non-negative floats are ordered as their bits are, so (row, head) and breakpoint make one
+    # integer key, and one sort and one search serve all ragged runs.
+    candidate = (y_points < a_max[..., None]).nonzero(as_tuple=True)
+    keys, order = _key(candidate[0] * R + candidate[1], y_points[candidate]).sort()
+    coordinate = candidate[2][order]
+    pair_row = h * R + r
+    run_start = torch.searchsorted(keys, _key(pair_row, torch.zeros_like(a)))
+    run_length = torch.searchsorted(keys, _key(pair_row, a)) - run_start  # [P]
+
+    # Pairs come head by head; u = v @ W_O[h] is formed for one head at a time.
+    correction = torch.empty_like(a)
+    y_abs = inputs.y.abs()
+    group = H // inputs.v.shape[1]
+    ends = torch.bincount(h, minlength=H).cumsum(0).tolist()
+    begin = 0
+    for head, end in enumerate(ends):
+        if begin == end:
+            continue
+        u = inputs.v[:, head // group] @ inputs.W_O[head] if inputs.value_gate is None else None
+        for piece in _pieces(run_length[begin:end], begin):
+            length = run_length[piece]
+            pair = torch.arange(piece.start, piece.stop, device=a.device).repeat_interleave(length)
+            first = length.cumsum(0) - length  # where each run begins in the laid-out list
+            step = torch.arange(len(pair), device=a.device) - first.repeat_interleave(length)
+            i = coordinate[run_start[pair] + step]  # [C]
+            row, key = r[pair], j[pair]
+            if u is not None:
+                u_i = u[key, i]
+            else:
+                assert inputs.value_gate is not None
+                gated = inputs.v[key, head // group] * inputs.value_gate[row, head]
+                u_i = (gated * inputs.W_O[head].T[i]).sum(-1)
+            over = (weight[pair] * u_i * s[row, i]).sub_(y_abs[row, i]).clamp_(min=0)
+            correction[piece] = torch.segment_reduce(over, "sum", lengths=length)
+        begin = end
+    return correction.mul_(2)
+
+
+def _key(segment: Tensor, value: Tensor) -> Tensor:
+    """One int64 that orders by (segment, value): for value >= 0, in float32."""
+    bits = value.to(torch.float32).view(torch.int32)
+    return (segment << 32) | bits.to(torch.int64)
+
+
+def _pieces(run_length: Tensor, begin: int) -> list[slice]:
+    """Cuts the pairs into slices of at most VISIT_ELEMENTS coordinates (or one pair)."""
+    total = run_length.cumsum(0)
+    n = len(run_length)
+    pieces, start, done = [], 0, 0
+    while start < n:
+        stop = int(torch.searchsorted(total, done + VISIT_ELEMENTS, right=True))
+        stop = min(max(stop, start + 1), n)
+        pieces.append(slice(begin + start, begin + stop))
+        start, done = stop, int(total[stop - 1])
+    return pieces
+
+
+def _compact(importance: Tensor, keep: float, first_row: int) -> EdgeList:
+    """Token edges with weight > keep of a block [H, R, S]."""
+    token_weight = importance.sum(0)  # [R, S]
+    R, S = token_weight.shape
+    if importance.device.type == "cpu":
+        row, source = (token_weight > keep).nonzero(as_tuple=True)
+        weight = token_weight[row, source]
+    else:
+        slots = S if keep * S < 1 else int(1 / keep)
+        weight, source = token_weight.topk(slots)
+        weight, source = weight.flatten(), source.flatten()
+        row = torch.arange(R, device=weight.device).repeat_interleave(slots, output_size=R * slots)
+        weight = torch.where(weight > keep, weight, 0)
+    return EdgeList(row + first_row, source, weight, importance[:, row, source].T)

@@ -1,0 +1,95 @@
+"""The oracle: every part formed, every distance taken, as docs/design.md section 3 reads.
+
+Slow and large by intent ([S, H, D] for each row). Float64 inputs give the float64 that all
+fast kernels are tested against; other dtypes are computed as they come.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .contract import AttentionScores, EdgeList, FFNScores, LayerInputs, visible
+
+
+def proximity(part: Tensor, y: Tensor) -> Tensor:
+    """max(|y|_1 - |y - part|_1, 0) over the last dimension (paper section 2.2).
+
+    part: [..., D], y: broadcastable to it. Returns [...].
+    """
+    return (y.abs().sum(-1) - (y - part).abs().sum(-1)).clamp(min=0)
+
+
+def attention_pattern(inputs: LayerInputs) -> Tensor:
+    """Attention weights alpha [R, H, S] of the rows, zero where a key is not visible."""
+    group = inputs.q.shape[1] // inputs.k.shape[1]
+    k = inputs.k.repeat_interleave(group, dim=1)  # [S, H, K]
+    scores = torch.einsum("rhk,shk->rhs", inputs.q, k) * inputs.scale
+    if inputs.softcap is not None:
+        scores = inputs.softcap * torch.tanh(scores / inputs.softcap)
+    rows = inputs.rows.to(scores.device)
+    keys = torch.arange(k.shape[0], device=scores.device)
+    if inputs.alibi_slopes is not None:
+        distance = (keys - rows[:, None]).to(scores.dtype)  # [R, S]
+        scores = scores + inputs.alibi_slopes[:, None] * distance[:, None]
+    mask = visible(rows, k.shape[0], inputs.window)[:, None]  # [R, 1, S]
+    scores = scores.masked_fill(~mask, float("-inf"))
+    if inputs.sinks is not None:
+        sinks = inputs.sinks.to(scores.dtype)[:, None].expand(len(rows), -1, 1)
+        return torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1]
+    return scores.softmax(-1)
+
+
+def score_attention(inputs: LayerInputs, keep: float) -> AttentionScores:
+    """Importances of all parts of the rows' nodes (contract.py); edges with weight > `keep`."""
+    R, H, _ = inputs.q.shape
+    group = H // inputs.v.shape[1]
+    alpha = attention_pattern(inputs)
+    v = inputs.v.repeat_interleave(group, dim=1)  # [S, H, V]
+    mask = visible(inputs.rows.to(v.device), v.shape[0], inputs.window)  # [R, S]
+
+    residual = v.new_empty(R)
+    ffn = None if inputs.ffn is None else v.new_empty(R)
+    importance = v.new_empty(R, H, v.shape[0])
+    unattributed = torch.empty(R, dtype=torch.bool, device=v.device)
+    for i in range(R):
+        y = inputs.y[i]
+        weighted = alpha[i].T[..., None] * v  # [S, H, V]
+        if inputs.value_gate is not None:
+            weighted = weighted * inputs.value_gate[i]
+        parts = torch.einsum("shv,hvd->shd", weighted, inputs.W_O)
+        if inputs.row_scale is not None:
+            parts = parts * inputs.row_scale[i]
+        of_pairs = proximity(parts, y).T * mask[i]  # [H, S]
+        of_residual = proximity(inputs.resid_pre[i], y)
+        of_ffn = y.new_zeros(()) if inputs.ffn is None else proximity(inputs.ffn[i], y)
+        total = of_pairs.sum() + of_residual + of_ffn
+        unattributed[i] = total == 0
+        if total == 0:
+            n_parts = 1 + H * mask[i].sum() + (inputs.ffn is not None)
+            of_pairs = mask[i].to(v.dtype).expand(H, -1)
+            of_residual = of_ffn = y.new_ones(())
+            total = n_parts.to(v.dtype)
+        importance[i] = of_pairs / total
+        residual[i] = of_residual / total
+        if ffn is not None:
+            ffn[i] = of_ffn / total
+
+    token_weight = importance.sum(1)  # [R, S]
+    row, source = (token_weight > keep).nonzero(as_tuple=True)
+    edges = EdgeList(row, source, token_weight[row, source], importance[row, :, source])
+    return AttentionScores(residual, ffn, importance.sum(-1), edges, unattributed)
+
+
+def score_ffn(resid_mid: Tensor, resid_post: Tensor) -> FFNScores:
+    """Importances of `resid_mid` [R, D] and of the FFN's output, their difference, in `resid_post`."""
+    residual = proximity(resid_mid, resid_post)
+    ffn = proximity(resid_post - resid_mid, resid_post)
+    total = residual + ffn
+    unattributed = total == 0
+    half = torch.full_like(total, 0.5)
+    return FFNScores(
+        torch.where(unattributed, half, residual / total),
+        torch.where(unattributed, half, ffn / total),
+        unattributed,
+    )
