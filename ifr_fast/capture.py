@@ -1,0 +1,281 @@
+"""How a model is watched and replayed: transformers' own extension points, and module hooks.
+
+Attention and masks go through `AttentionInterface` and `AttentionMaskInterface`; what enters and
+leaves modules is seen by hooks. Nothing here knows a model family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from .errors import UnsupportedArchitectureError
+
+_NAME = "ifr_fast"
+_BLOCK_ELEMENTS = 1 << 24  # of [H, R, S] when attention is computed in row blocks
+
+# What models pass to an attention function and that does not change its value in eval mode.
+_HARMLESS = {
+    "dropout",
+    "is_causal",
+    "output_attentions",
+    "output_hidden_states",
+    "position_ids",
+    "sliding_window",
+    "use_cache",
+}
+
+
+class LazyMask:
+    """The model's own mask as a function of rows and keys; no [T, T] tensor exists.
+
+    Travels from the mask interface to the attention function in place of a tensor.
+    """
+
+    def __init__(
+        self, mask_function: Callable[..., Tensor], device: torch.device, q_offset: int, kv_offset: int
+    ) -> None:
+        self._function = mask_function
+        self._device = device
+        self.q_offset = q_offset
+        self.kv_offset = kv_offset
+
+    def visible(self, rows: Tensor, keys: Tensor) -> Tensor:
+        """bool [R, S]: which of `keys` each of `rows` may read; absolute positions."""
+        zero = torch.zeros((), dtype=torch.long, device=self._device)
+        mask = self._function(zero, zero, rows[:, None].to(self._device), keys.to(self._device))
+        return mask.expand(len(rows), len(keys))
+
+    def window(self, n_keys: int) -> int | None:
+        """Keys that a row sees, itself included, if fewer than `n_keys`; else None.
+
+        Raises UnsupportedArchitectureError unless the mask is causal, and plain or sliding.
+        """
+        rows = torch.tensor(sorted({0, n_keys // 2, n_keys - 1}))
+        keys = torch.arange(n_keys + 1)
+        seen = self.visible(rows, keys).cpu()
+        width = int(seen[-1].sum())
+        expected = (keys <= rows[:, None]) & (keys > rows[:, None] - width)
+        if not torch.equal(seen, expected):
+            what = "later positions" if bool(seen[:, -1].any()) else "other than a run of past keys"
+            raise UnsupportedArchitectureError(
+                f"model: its attention reads {what}; ifr_fast explains causal decoders, "
+                "with full or sliding-window attention"
+            )
+        return None if width >= n_keys else width
+
+
+class AttentionCall(NamedTuple):
+    """What an attention module asks of its attention function."""
+
+    module: nn.Module
+    q: Tensor  # [B, H, T, K]
+    k: Tensor  # [B, H_kv, S, K]
+    v: Tensor  # [B, H_kv, S, V]
+    mask: LazyMask
+    scale: float
+    softcap: float | None
+    sinks: Tensor | None  # [H]
+
+
+AttentionHandler = Callable[[AttentionCall], Tensor]  # -> [B, T, H, V]
+
+_handler: ContextVar[AttentionHandler] = ContextVar("ifr_fast_attention_handler")
+
+
+def _attention(
+    module: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: LazyMask | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    name = type(module).__name__
+    unknown = {key for key, value in kwargs.items() if value is not None} - _HARMLESS
+    if unknown:
+        raise UnsupportedArchitectureError(
+            f"model: {name} passes {', '.join(sorted(unknown))} to its attention function, "
+            "whose effect on the weights is not known"
+        )
+    if not isinstance(mask, LazyMask):
+        raise UnsupportedArchitectureError(
+            f"model: {name} got {type(mask).__name__} as its mask instead of one from the mask "
+            "interface"
+        )
+    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+    return _handler.get()(AttentionCall(module, q, k, v, mask, scale, softcap, s_aux)), None
+
+
+def _mask(
+    *,
+    mask_function: Callable[..., Tensor],
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    device: torch.device | str = "cpu",
+    **_: Any,
+) -> LazyMask:
+    return LazyMask(mask_function, torch.device(device), int(q_offset), int(kv_offset))
+
+
+AttentionInterface.register(_NAME, _attention)
+AttentionMaskInterface.register(_NAME, _mask)
+
+
+@contextmanager
+def attention_through(model: PreTrainedModel, handler: AttentionHandler) -> Iterator[None]:
+    """Within, every attention module of `model` asks `handler` for its output."""
+    before = model.config._attn_implementation
+    with answering(handler):
+        try:
+            model.set_attn_implementation(_NAME)
+            yield
+        finally:
+            model.set_attn_implementation(before)
+
+
+@contextmanager
+def answering(handler: AttentionHandler) -> Iterator[None]:
+    """Within, `handler` answers instead of the one given to `attention_through`."""
+    token = _handler.set(handler)
+    try:
+        yield
+    finally:
+        _handler.reset(token)
+
+
+def attend(call: AttentionCall, window: int | None) -> Tensor:
+    """The attention output [B, T, H, V], by torch's fused kernel wherever that computes it."""
+    if call.softcap is None and call.sinks is None:
+        kv_heads, heads = call.k.shape[1], call.q.shape[1]
+        if window is None:
+            z = nn.functional.scaled_dot_product_attention(
+                call.q, call.k, call.v, is_causal=True, scale=call.scale, enable_gqa=heads != kv_heads
+            )
+            return z.transpose(1, 2)
+    rows = torch.arange(call.q.shape[2], device=call.q.device)
+    return attend_rows(call, call.q, rows)
+
+
+def attend_rows(call: AttentionCall, q: Tensor, rows: Tensor) -> Tensor:
+    """Attention output [B, R, H, V] of queries `q` [B, H, R, K] at positions `rows` [R], in row
+    blocks, with the model's own mask.
+    """
+    heads, kv_heads, n_keys = q.shape[1], call.k.shape[1], call.k.shape[2]
+    keys = torch.arange(n_keys, device=q.device)
+    k = call.k.repeat_interleave(heads // kv_heads, dim=1)
+    v = call.v.repeat_interleave(heads // kv_heads, dim=1)
+    step = max(1, _BLOCK_ELEMENTS // (heads * n_keys))
+    out = []
+    for i in range(0, len(rows), step):
+        scores = (q[:, :, i : i + step] @ k.transpose(-1, -2)).float() * call.scale
+        if call.softcap is not None:
+            scores = call.softcap * torch.tanh(scores / call.softcap)
+        visible = call.mask.visible(rows[i : i + step], keys)
+        scores = scores.masked_fill(~visible, float("-inf"))
+        if call.sinks is not None:
+            sinks = call.sinks.float()[:, None, None].expand(*scores.shape[:3], 1)
+            weights = torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1]
+        else:
+            weights = scores.softmax(-1)
+        out.append((weights.to(v.dtype) @ v).transpose(1, 2))
+    return torch.cat(out, dim=1)
+
+
+class LayerCall(NamedTuple):
+    """The arguments that a layer was called with, besides its hidden states."""
+
+    n_rows: int
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def at(self, rows: Tensor) -> LayerCall:
+        """The same call for some rows: whatever has a row dimension is cut to them.
+
+        By rank, where the size is the number of rows: dim 0 of 1, dim 1 of 2 and 3, dim 2 of 4.
+        """
+
+        def cut(x: Any) -> Any:
+            if isinstance(x, Tensor):
+                dim = {1: 0, 2: 1, 3: 1, 4: 2}.get(x.ndim)
+                if dim is not None and x.shape[dim] == self.n_rows:
+                    return x.index_select(dim, rows.to(x.device))
+                return x
+            if isinstance(x, tuple | list):
+                return type(x)(cut(item) for item in x)
+            if isinstance(x, dict):
+                return {key: cut(value) for key, value in x.items()}
+            return x
+
+        return LayerCall(len(rows), cut(self.args), cut(self.kwargs))
+
+    def __call__(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+        """Runs the layer on `hidden` [1, n_rows, D]; returns its output [1, n_rows, D]."""
+        if "hidden_states" in self.kwargs:
+            return hidden_output(layer(*self.args, **{**self.kwargs, "hidden_states": hidden}))
+        return hidden_output(layer(hidden, *self.args, **self.kwargs))
+
+
+def hidden_output(output: Any) -> Tensor:
+    """The hidden states among what a module returned."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+class StopForward(Exception):  # noqa: N818 - control flow, not an error
+    """Raised by a hook that has seen enough."""
+
+
+@contextmanager
+def hooks(*handles: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
+    """Removes the hooks at the end."""
+    with ExitStack() as stack:
+        for handle in handles:
+            stack.callback(handle.remove)
+        yield
+
+
+def on_layer_call(
+    layer: nn.Module, keep: Callable[[Tensor, LayerCall], None]
+) -> torch.utils.hooks.RemovableHandle:
+    """Hands `keep` the hidden states [1, T, D] and the other arguments of each call of `layer`."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        keep(hidden, LayerCall(hidden.shape[1], args[1:], kwargs))
+
+    return layer.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def on_input(
+    module: nn.Module, keep: Callable[[Tensor], None]
+) -> torch.utils.hooks.RemovableHandle:
+    """Hands `keep` the first tensor that `module` is called with."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs.get("hidden_states")
+        if isinstance(x, Tensor):
+            keep(x)
+
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def on_output(
+    module: nn.Module, keep: Callable[[Tensor], None]
+) -> torch.utils.hooks.RemovableHandle:
+    """Hands `keep` the hidden states that `module` returns."""
+
+    def hook(_: nn.Module, __: Any, output: Any) -> None:
+        x = hidden_output(output)
+        if isinstance(x, Tensor):
+            keep(x)
+
+    return module.register_forward_hook(hook)

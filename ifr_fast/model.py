@@ -1,0 +1,451 @@
+"""Opens a Hugging Face decoder: its blocks, their effective W_O, and the proof that they close.
+
+Nothing is known per family; everything is found by probing (docs/design.md, section 3.4). For
+each layer, on a short probe:
+
+1. its attention module asks the attention function exactly once, and so gives itself away;
+2. `resid_mid` is the first input of a submodule that follows the residual stream one to one and
+   depends on the attention output. There is none, and the layer's output is additive in the
+   attention output: a parallel block;
+3. W_O is the derivative of that place by the attention output, in forward mode, which is exact;
+4. closure: resid_pre + sum of parts + bias gives `resid_mid` back, what is left of `resid_post`
+   is a multiple of the output of one submodule (the FFN), and a replay on single rows gives
+   what was recorded.
+
+Whatever fails is refused: a wrong graph is worse than none.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from transformers import PreTrainedModel
+
+from . import capture
+from .capture import AttentionCall, LayerCall
+from .errors import UnsupportedArchitectureError
+
+_PROBE_LENGTH = 11  # a prime, so that it collides with no other dimension
+_PROBE_ROWS = 512  # of the identity pushed through a layer at once
+
+
+class Block(NamedTuple):
+    """One decoder layer and where its parts are found."""
+
+    index: int
+    name: str
+    module: nn.Module
+    attention: nn.Module
+    mid_site: nn.Module | None  # the module whose input is resid_mid; None in a parallel block
+    W_O: Tensor  # [H, V, D] effective, in the model's dtype
+
+    @property
+    def parallel(self) -> bool:
+        """Whether attention and FFN both read `resid_pre` and are added at once."""
+        return self.mid_site is None
+
+
+class Decoder:
+    """A causal language model, opened for recording and replay.
+
+    Raises `UnsupportedArchitectureError` where the decomposition cannot be shown to be right, and
+    `ValueError` where the model's weights are not finite.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        if not isinstance(model, PreTrainedModel):
+            raise ValueError(
+                f"model: expected a transformers PreTrainedModel, got {type(model).__name__}"
+            )
+        if model.config.is_encoder_decoder or model.get_output_embeddings() is None:
+            raise UnsupportedArchitectureError(
+                f"model: {type(model).__name__} is not a decoder with a language-model head; "
+                "ifr_fast explains causal language models"
+            )
+        self.model = model
+        self._head_kwargs = (
+            {"logits_to_keep": 1}
+            if "logits_to_keep" in inspect.signature(model.forward).parameters
+            else {}
+        )
+        with torch.no_grad(), evaluating(model):
+            self.blocks = _open_blocks(self)
+        first = self.blocks[0].W_O
+        self.n_layers = len(self.blocks)
+        self.n_heads, self.d_head, self.d_model = first.shape
+        self.vocab_size = int(model.get_input_embeddings().num_embeddings)  # type: ignore[union-attr]
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.max_length: int | None = context if isinstance(context, int) else None
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+        return self.model.get_input_embeddings().weight.device  # type: ignore[union-attr, return-value]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the residual stream."""
+        return self.blocks[0].W_O.dtype
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """Runs the model on `token_ids` [T]; returns the states that its head reads, [T, D]."""
+        states: list[Tensor] = []
+        ids = token_ids.to(self.device)[None]
+        with capture.hooks(capture.on_output(self.model.get_decoder(), states.append)):
+            self.model(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                use_cache=False,
+                **self._head_kwargs,
+            )
+        return states[0][0]
+
+    @torch.inference_mode()
+    def predict(self, states: Tensor) -> Tensor:
+        """Next-token probabilities [R, vocab], float32, from what `forward` returned, [R, D].
+
+        The head may be more than a matrix (soft-caps, scales), so the model itself applies it: in
+        a run of one token whose final states are exchanged for the given ones.
+        """
+
+        def exchange(_: nn.Module, __: Any, output: Any) -> Any:
+            if isinstance(output, tuple):
+                return (states[None], *output[1:])
+            return type(output)(last_hidden_state=states[None])
+
+        ids = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        with (
+            evaluating(self.model),
+            capture.hooks(self.model.get_decoder().register_forward_hook(exchange)),
+        ):
+            logits = self.model(input_ids=ids, use_cache=False).logits
+        return logits[0].float().softmax(-1)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within, the model is in eval mode; each module's own flag is restored after."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class _Probe(NamedTuple):
+    """What one layer was seen to do on the probe; [T, ...] on its own device."""
+
+    name: str
+    module: nn.Module
+    attention: nn.Module
+    call: AttentionCall
+    z: Tensor  # [T, H, V]
+    layer_call: LayerCall
+    resid_pre: Tensor  # [T, D]
+    resid_post: Tensor  # [T, D]
+
+
+def _open_blocks(decoder: Decoder) -> list[Block]:
+    model = decoder.model
+    vocab = int(model.get_input_embeddings().num_embeddings)  # type: ignore[union-attr]
+    generator = torch.Generator().manual_seed(0)
+    token_ids = torch.randint(vocab, (_PROBE_LENGTH,), generator=generator)
+
+    plain = decoder.forward(token_ids)
+    calls: list[tuple[AttentionCall, Tensor]] = []
+
+    def watch(call: AttentionCall) -> Tensor:
+        z = capture.attend(call, call.mask.window(_PROBE_LENGTH))
+        calls.append((call, z))
+        return z
+
+    with capture.attention_through(model, watch):
+        decoder.forward(token_ids)
+    if not calls:
+        raise UnsupportedArchitectureError(
+            f"model: {type(model).__name__} computes its attention without transformers' attention "
+            "interface, so it cannot be recorded"
+        )
+    _check_finite(model, plain)
+    layers = _layers(model, [call.module for call, _ in calls])
+
+    calls.clear()
+    seen: dict[int, dict[str, Any]] = {i: {} for i in range(len(layers))}
+    handles = []
+    for i, (_, layer) in enumerate(layers):
+        handles.append(
+            capture.on_layer_call(layer, lambda x, c, i=i: seen[i].update(pre=x[0], call=c))  # type: ignore[misc]
+        )
+        handles.append(capture.on_output(layer, lambda x, i=i: seen[i].update(post=x[0])))  # type: ignore[misc]
+    with capture.attention_through(model, watch), capture.hooks(*handles):
+        watched = decoder.forward(token_ids)
+    if _error(watched, plain) > 10 * _tolerance(plain.dtype):
+        raise UnsupportedArchitectureError(
+            f"model: {type(model).__name__} gives other states when its attention is watched "
+            f"(relative error {_error(watched, plain):.1e})"
+        )
+
+    blocks = []
+    with capture.attention_through(model, watch):
+        for i, ((name, layer), (call, z)) in enumerate(zip(layers, calls, strict=True)):
+            probe = _Probe(
+                name, layer, call.module, call, z[0], seen[i]["call"], seen[i]["pre"], seen[i]["post"]
+            )
+            blocks.append(_open_block(i, probe))
+    return blocks
+
+
+def _check_finite(model: PreTrainedModel, states: Tensor) -> None:
+    if torch.isfinite(states).all():
+        return
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ValueError(f"model: parameter {name} holds NaN or infinite values")
+    raise ValueError(f"model: its states are not finite in {states.dtype}; try a wider torch_dtype")
+
+
+def _layers(model: PreTrainedModel, attentions: list[nn.Module]) -> list[tuple[str, nn.Module]]:
+    """The decoder layer of each attention module: its ancestor inside the one ModuleList."""
+    names = {module: name for name, module in model.named_modules()}
+    layers = []
+    for attention in attentions:
+        path = names[attention].split(".")
+        for depth in range(1, len(path)):
+            if isinstance(model.get_submodule(".".join(path[:depth])), nn.ModuleList):
+                name = ".".join(path[: depth + 1])
+                layers.append((name, model.get_submodule(name)))
+                break
+        else:
+            raise UnsupportedArchitectureError(
+                f"model: {names[attention]} is in no list of layers, so its block is not known"
+            )
+    stack = model.get_submodule(layers[0][0].rpartition(".")[0])
+    if [layer for _, layer in layers] != list(stack.children()):
+        raise UnsupportedArchitectureError(
+            f"model: of {len(list(stack.children()))} layers, {len(layers)} calls of softmax "
+            "attention were seen; every layer must make exactly one"
+        )
+    return layers
+
+
+class _Run(NamedTuple):
+    """One run of a layer on the probe with a given attention output."""
+
+    output: Tensor  # [T, D]
+    attention_output: Tensor  # [T, D]
+    inputs: list[tuple[nn.Module, Tensor]]  # [T, D] of submodules called after attention
+    outputs: list[Tensor]  # [T, D] of all submodules outside attention
+    emits_output: bool  # a submodule's output *is* the layer's
+
+
+def _run(probe: _Probe, hidden: Tensor, z: Tensor) -> _Run:
+    """Replays the probe's layer on `hidden` [T, D] with attention output `z` [T, H, V]."""
+    inputs: list[tuple[nn.Module, Tensor]] = []
+    outputs: list[Tensor] = []
+    attention_output: list[Tensor] = []
+    inside = set(probe.attention.modules())
+    attended = False
+
+    def answer(_: AttentionCall) -> Tensor:
+        nonlocal attended
+        attended = True
+        return z[None]
+
+    def on_input(module: nn.Module, x: Tensor) -> None:
+        if attended and x.shape == hidden[None].shape:
+            inputs.append((module, x[0].clone()))
+
+    raw: list[Tensor] = []
+
+    def on_output(x: Tensor) -> None:
+        raw.append(x)
+        if x.shape == hidden[None].shape:
+            outputs.append(x[0].clone())
+
+    handles = [capture.on_output(probe.attention, attention_output.append)]
+    for module in probe.module.modules():
+        if module is not probe.module and module not in inside:
+            handles.append(capture.on_input(module, lambda x, m=module: on_input(m, x)))  # type: ignore[misc]
+            handles.append(capture.on_output(module, on_output))
+    with capture.answering(answer), capture.hooks(*handles):
+        output = probe.layer_call(probe.module, hidden[None])
+    emits = any(x.data_ptr() == output.data_ptr() and x.shape == output.shape for x in raw)
+    return _Run(output[0], attention_output[0][0], inputs, outputs, emits)
+
+
+def _open_block(index: int, probe: _Probe) -> Block:
+    x, z = probe.resid_pre, probe.z
+    generator = torch.Generator().manual_seed(index)
+    # Relative steps: a unit step vanishes beside streams whose norm is in the thousands.
+    d = x * torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x)
+    zero = _run(probe, x, torch.zeros_like(z))
+    moved = _run(probe, x + d, torch.zeros_like(z))
+    whole = _run(probe, x, z)
+    tolerance = _tolerance(x.dtype)
+
+    mid_site, resid_mid = None, None
+    for (module, at_zero), (_, at_moved), (_, at_whole) in zip(
+        zero.inputs, moved.inputs, whole.inputs, strict=True
+    ):
+        follows = _error(at_moved - at_zero, (x + d) - x) < 10 * tolerance
+        if follows and not torch.equal(at_whole, at_zero):
+            mid_site, resid_mid = module, at_whole
+            bias = at_zero - x
+            break
+    else:
+        half = _run(probe, x, z / 2)
+        step = whole.output - zero.output
+        additive = _error((half.output - zero.output) * 2, step, whole.output) < 10 * tolerance
+        if torch.equal(whole.output, zero.output) or not additive:
+            _refuse(probe, "no place was found where its residual stream and attention meet")
+        bias = zero.attention_output
+    if whole.emits_output:
+        _refuse(probe, "its output is the output of a submodule, not of a residual addition")
+
+    W_O = _probe_output_map(probe, mid_site)
+    mixed = torch.einsum("thv,hvd->td", z.float(), W_O.float()) + bias.float()
+    if resid_mid is None:
+        _check(probe, "attention output", mixed, whole.attention_output, whole.output)
+        resid_mid = x + whole.attention_output
+    else:
+        _check(probe, "resid_mid", mixed, resid_mid.float() - x.float(), resid_mid)
+    _check(probe, "replayed resid_post", whole.output, probe.resid_post, probe.resid_post)
+    _check_ffn(probe, whole, resid_mid)
+
+    block = Block(index, probe.name, probe.module, probe.attention, mid_site, W_O)
+    _check_rows(probe, block, resid_mid)
+    return block
+
+
+def _probe_output_map(probe: _Probe, mid_site: nn.Module | None) -> Tensor:
+    """W_O [H, V, D]: the derivative, by the attention output of the last row, of `resid_mid`
+    (of the layer's output in a parallel block). Forward mode: a difference of two runs would be
+    swallowed by the residual stream in half precision.
+    """
+    T, H, V = probe.z.shape
+    eye = torch.eye(H * V, dtype=probe.z.dtype, device=probe.z.device).view(H * V, H, V)
+    rows_of: list[Tensor] = []
+    for tangent in eye.split(_PROBE_ROWS):
+        rows = torch.full((len(tangent),), T - 1, device=probe.z.device)
+        layer_call = probe.layer_call.at(rows)
+        hidden = probe.resid_pre[rows][None]
+        at_site: list[Tensor] = []
+
+        def stop(x: Tensor, at_site: list[Tensor] = at_site) -> None:
+            at_site.append(x)
+            raise capture.StopForward
+
+        with forward_ad.dual_level():
+            z = forward_ad.make_dual(probe.z[rows][None].contiguous(), tangent[None].contiguous())
+            handles = [] if mid_site is None else [capture.on_input(mid_site, stop)]
+            with (
+                suppress(capture.StopForward),
+                capture.answering(lambda _, z=z: z),  # type: ignore[misc]
+                capture.hooks(*handles),
+            ):
+                at_site.append(layer_call(probe.module, hidden))
+            derivative = forward_ad.unpack_dual(at_site[0]).tangent
+        if derivative is None:
+            _refuse(probe, "its output does not depend on its attention")
+        rows_of.append(derivative[0])
+    return torch.cat(rows_of).view(H, V, -1).contiguous()
+
+
+def _check_ffn(probe: _Probe, run: _Run, before: Tensor) -> None:
+    """What is left of the output must be a multiple of one submodule's output: the FFN's."""
+    left = (run.output - before).float()
+    best = float("inf")
+    for output in run.outputs:
+        x = output.float()
+        scale = (left * x).sum() / x.square().sum().clamp(min=1e-30)
+        best = min(best, _error(scale * x, left, run.output))
+    if best > 10 * _tolerance(run.output.dtype):
+        _refuse(probe, f"what its FFN adds is no submodule's output (relative error {best:.1e})")
+
+
+def _check_rows(probe: _Probe, block: Block, resid_mid: Tensor) -> None:
+    """A replay of single rows against the recorded keys gives what was recorded."""
+    T = probe.resid_pre.shape[0]
+    rows = torch.tensor([T // 2, T - 1])
+    q, mid = replay_rows(
+        block, probe.layer_call, probe.resid_pre, probe.call.k[0], probe.call.v[0], probe.call.mask, rows
+    )
+    recorded = probe.call.q[0].transpose(0, 1)[rows]
+    _check(probe, "replayed q", q.flatten(1), recorded.flatten(1), recorded.flatten(1))
+    _check(probe, "replayed row", mid, resid_mid[rows], resid_mid[rows])
+
+
+def replay_rows(
+    block: Block,
+    layer_call: LayerCall,
+    resid_pre: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: capture.LazyMask,
+    rows: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Runs one layer again on some rows alone, its attention reading recorded keys and values.
+
+    resid_pre [T, D], k and v [H_kv, T, *], rows [R]. Returns q [R, H, K] and `resid_mid` [R, D]
+    (in a parallel block: resid_pre plus the attention module's output). The caller has the
+    model's attention go through `capture.attention_through`.
+    """
+    queries: list[Tensor] = []
+    found: list[Tensor] = []
+    hidden = resid_pre[rows.to(resid_pre.device)][None]
+
+    def answer(call: AttentionCall) -> Tensor:
+        queries.append(call.q)
+        past = call._replace(k=k[None], v=v[None], mask=mask)
+        return capture.attend_rows(past, call.q, rows.to(call.q.device))
+
+    def stop(x: Tensor) -> None:
+        found.append(x)
+        raise capture.StopForward
+
+    handle = (
+        capture.on_output(block.attention, stop)
+        if block.mid_site is None
+        else capture.on_input(block.mid_site, stop)
+    )
+    with suppress(capture.StopForward), capture.answering(answer), capture.hooks(handle):
+        layer_call.at(rows)(block.module, hidden)
+    mid = found[0][0] if block.mid_site is not None else hidden[0] + found[0][0]
+    return queries[0][0].transpose(0, 1), mid
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    """Relative error that rounding explains."""
+    return max(1e-4, 4 * torch.finfo(dtype).eps)
+
+
+def _error(got: Tensor, expected: Tensor, beside: Tensor | None = None) -> float:
+    """Largest relative error of a row, |got - expected|_2 / |expected|_2; where `expected` was
+    taken from the difference of larger vectors `beside`, their rounding is granted.
+    """
+    got, expected = got.float(), expected.float()
+    distance = torch.linalg.vector_norm(got - expected, dim=-1)
+    norm = torch.linalg.vector_norm(expected, dim=-1)
+    if beside is not None:
+        granted = 8 * torch.finfo(beside.dtype).eps
+        distance = distance - granted * torch.linalg.vector_norm(beside.float(), dim=-1)
+    return float((distance / norm.clamp(min=1e-30)).max().clamp(min=0).nan_to_num(nan=float("inf")))
+
+
+def _check(probe: _Probe, what: str, got: Tensor, expected: Tensor, beside: Tensor) -> None:
+    error = _error(got, expected, beside)
+    if error > 10 * _tolerance(beside.dtype):
+        _refuse(probe, f"its parts do not add up to {what} (relative error {error:.1e})")
+
+
+def _refuse(probe: _Probe, why: str) -> None:
+    raise UnsupportedArchitectureError(f"model: layer {probe.name} is not supported: {why}")
