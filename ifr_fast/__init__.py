@@ -1,0 +1,59 @@
+"""Information flow routes at the speed of attention.
+
+Importing this package loads no torch, no Triton and touches no GPU; names come on demand.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+
+if TYPE_CHECKING:
+    from .errors import FormatError, IfrError, MemoryBudgetError, UnsupportedArchitectureError
+    from .graph import EdgeKind, NodeKind, RouteGraph, Routes
+    from .recording import Recording
+    from .scoring import LayerScores
+    from .tracer import Plan, Tracer
+
+_HOME = {
+    "EdgeKind": "graph",
+    "FormatError": "errors",
+    "IfrError": "errors",
+    "LayerScores": "scoring",
+    "MemoryBudgetError": "errors",
+    "NodeKind": "graph",
+    "Plan": "tracer",
+    "Recording": "recording",
+    "RouteGraph": "graph",
+    "Routes": "graph",
+    "Tracer": "tracer",
+    "UnsupportedArchitectureError": "errors",
+}
+
+__all__ = [
+    "EdgeKind",
+    "FormatError",
+    "IfrError",
+    "LayerScores",
+    "MemoryBudgetError",
+    "NodeKind",
+    "Plan",
+    "Recording",
+    "RouteGraph",
+    "Routes",
+    "Tracer",
+    "UnsupportedArchitectureError",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

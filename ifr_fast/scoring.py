@@ -185,7 +185,8 @@ def attention_error(decoder: Decoder, recording: Recording, layer: int, rows: Te
 def check_attention(errors: dict[int, Tensor]) -> None:
     """Raises IfrError where a layer's `attention_error` is above 1; one read by the host."""
     layers = sorted(errors)
-    worst = torch.stack([errors[layer].cpu() for layer in layers])
+    device = errors[layers[0]].device
+    worst = torch.stack([errors[layer].to(device) for layer in layers]).cpu()
     if not bool((worst <= 1).all()):
         layer = layers[int((~(worst <= 1)).int().argmax())]
         raise IfrError(

@@ -1,0 +1,762 @@
+"""RouteGraph, one prediction's routes, and Routes, those of every position of a text.
+
+The graph of a prediction at position t is grown from the node (last layer, post, t) downwards:
+an edge is kept where its importance exceeds the threshold and its target has been reached. The
+nodes are (layer, kind, position); `resid_pre` of a layer is `post` of the one below, or `embed`.
+In a sequential block an edge leads
+
+    post <- mid   RESIDUAL_POST, and FFN, whose block reads `mid` at the same position
+    mid  <- pre   RESIDUAL_MID at the same position, ATTENTION from any visible one
+
+and in a parallel block all of RESIDUAL_POST, FFN and ATTENTION lead from pre straight into post.
+A path's weight is the product of its edges'. Tables are equal-length 1-D tensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import IntEnum, StrEnum
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .errors import FormatError
+from .kernels.contract import EdgeList
+from .storage import load_tensors, save_tensors
+
+if TYPE_CHECKING:
+    import networkx as nx
+    from matplotlib.figure import Figure
+
+Granularity = Literal["token", "head"]
+
+_AGGREGATE_ELEMENTS = 1 << 24  # of [T, P] when P predictions are walked at once
+
+
+class EdgeKind(IntEnum):
+    """The operation that carried the information."""
+
+    ATTENTION = 0
+    RESIDUAL_MID = 1
+    FFN = 2
+    RESIDUAL_POST = 3
+
+
+class NodeKind(StrEnum):
+    """Where in a layer a node stands."""
+
+    EMBED = "embed"
+    MID = "mid"
+    FFN = "ffn"
+    POST = "post"
+
+
+class EdgeTable(NamedTuple):
+    """Edges, by layer, kind, target, source."""
+
+    layer: Tensor  # [E] int64
+    kind: Tensor  # [E] int64, an EdgeKind
+    target: Tensor  # [E] int64, token position
+    source: Tensor  # [E] int64, token position
+    weight: Tensor  # [E] float32, importance of the part in its target
+
+
+class HeadEdgeTable(NamedTuple):
+    """Each head's share of the attention edges, by layer, target, source, head."""
+
+    layer: Tensor  # [M] int64
+    head: Tensor  # [M] int64
+    target: Tensor  # [M] int64
+    source: Tensor  # [M] int64
+    weight: Tensor  # [M] float32
+
+
+class Node(NamedTuple):
+    """One token representation."""
+
+    layer: int
+    kind: NodeKind
+    position: int
+
+
+class Prediction(NamedTuple):
+    """A candidate for the next token."""
+
+    token: str
+    token_id: int
+    probability: float
+
+
+class Step(NamedTuple):
+    """One edge of a path."""
+
+    layer: int
+    kind: EdgeKind
+    target: int
+    source: int
+    weight: float
+
+
+class WeightedPath(NamedTuple):
+    """A path from the prediction down to a token's embedding."""
+
+    weight: float  # product of its steps' weights
+    steps: list[Step]  # top-down
+
+
+class Hop(NamedTuple):
+    """One change of position on a route."""
+
+    layer: int
+    target: int
+    source: int
+    weight: float  # of the attention edge
+    heads: list[tuple[int, float]]  # (head, weight), strongest first
+
+
+class Route(NamedTuple):
+    """All paths that change position at the same edges, taken together."""
+
+    weight: float  # sum of the paths' weights
+    source: int  # the token it starts at
+    hops: list[Hop]  # top-down
+
+
+class LayerTable(NamedTuple):
+    """What the graph needs of one layer's scores: R rows, weights above `threshold` or more."""
+
+    rows: Tensor  # [R] int64, on the graph's device
+    residual: Tensor  # [R]
+    ffn: Tensor  # [R]
+    ffn_residual: Tensor | None  # [R]; None in a parallel block
+    edges: EdgeList
+    unattributed: Tensor  # [R] bool
+    ffn_unattributed: Tensor | None  # [R] bool
+
+
+class _Grown(NamedTuple):
+    """One layer of a graph; entries that are not `kept` are no edges."""
+
+    edges: EdgeTable
+    kept: Tensor  # [E] bool
+    head_edges: HeadEdgeTable
+    head_kept: Tensor  # [M] bool
+    unattributed: Tensor  # [R, 2] bool: post, mid of the rows that were reached
+
+
+def grow_layer(
+    layer: int,
+    table: LayerTable,
+    reached: Tensor,
+    threshold: float,
+    granularity: Granularity,
+) -> tuple[_Grown, Tensor]:
+    """One step down: the edges into the `reached` [T] bool posts of a layer.
+
+    Returns them, and which positions' `resid_pre` [T] bool they reach. No value is read by the
+    host: sizes depend on shapes alone.
+    """
+    rows, (row, source, _, head_weight) = table.rows, table.edges
+    n_rows, n_heads = len(rows), head_weight.shape[1]
+    post = reached[rows]
+    ffn_kept = post & (table.ffn > threshold)
+    if table.ffn_residual is None:
+        mid, mid_kind = post, EdgeKind.RESIDUAL_POST
+        kinds = [EdgeKind.FFN]
+        weights, kept = [table.ffn], [ffn_kept]
+        unattributed = torch.stack([post & table.unattributed, torch.zeros_like(post)], dim=1)
+    else:
+        residual_kept = post & (table.ffn_residual > threshold)
+        mid, mid_kind = ffn_kept | residual_kept, EdgeKind.RESIDUAL_MID
+        kinds = [EdgeKind.FFN, EdgeKind.RESIDUAL_POST]
+        weights, kept = [table.ffn, table.ffn_residual], [ffn_kept, residual_kept]
+        assert table.ffn_unattributed is not None
+        unattributed = torch.stack(
+            [post & table.ffn_unattributed, mid & table.unattributed], dim=1
+        )
+    kinds.append(mid_kind)
+    weights.append(table.residual)
+    kept.append(mid & (table.residual > threshold))
+
+    if granularity == "head":
+        head_kept = head_weight > threshold
+        edge_weight = (head_weight * head_kept).sum(-1)
+    else:
+        head_kept = head_weight > 0
+        edge_weight = table.edges.weight
+    attention_kept = (edge_weight > threshold) & mid[row]
+    head_kept = head_kept & attention_kept[:, None]
+    target = rows[row]
+
+    def full(n: int, value: int) -> Tensor:
+        return torch.full((n,), value, device=rows.device)
+
+    n_edges = len(row)
+    edges = EdgeTable(
+        full(len(kinds) * n_rows + n_edges, layer),
+        torch.cat([full(n_rows, kind) for kind in kinds] + [full(n_edges, EdgeKind.ATTENTION)]),
+        torch.cat([rows] * len(kinds) + [target]),
+        torch.cat([rows] * len(kinds) + [source]),
+        torch.cat([*weights, edge_weight]).float(),
+    )
+    head_edges = HeadEdgeTable(
+        full(n_edges * n_heads, layer),
+        torch.arange(n_heads, device=rows.device).repeat(n_edges),
+        target[:, None].expand(-1, n_heads).flatten(),
+        source[:, None].expand(-1, n_heads).flatten(),
+        head_weight.flatten().float(),
+    )
+    leads_to_pre = torch.zeros(len(reached), dtype=torch.int32, device=rows.device)
+    leads_to_pre.index_add_(0, source, attention_kept.int())
+    passes = kept[-1] | ffn_kept if table.ffn_residual is None else kept[-1]
+    leads_to_pre.index_add_(0, rows, passes.int())
+    grown = _Grown(
+        edges, torch.cat([*kept, attention_kept]), head_edges, head_kept.flatten(), unattributed
+    )
+    return grown, leads_to_pre > 0
+
+
+def assemble(
+    grown: list[_Grown], rows: list[Tensor], parallel: list[bool], **fields: Any
+) -> RouteGraph:
+    """The RouteGraph of all layers' edges, on the CPU, in canonical order."""
+
+    def table(tables: list[Any], kept: Tensor, kind: type) -> Any:
+        columns = [torch.cat(column).cpu()[kept] for column in zip(*tables, strict=True)]
+        order = torch.arange(len(columns[0]))
+        # Least significant key first; each sort is stable.
+        keys = (3, 2, 1, 0) if kind is EdgeTable else (1, 3, 2, 0)
+        for key in keys:
+            order = order[columns[key][order].argsort(stable=True)]
+        return kind(*(column[order] for column in columns))
+
+    kept = torch.cat([g.kept for g in grown]).cpu()
+    head_kept = torch.cat([g.head_kept for g in grown]).cpu()
+    nodes = []
+    for g, layer_rows in zip(grown, rows, strict=True):
+        layer = int(g.edges.layer[0])
+        for r, which in g.unattributed.cpu().nonzero().tolist():
+            kind = NodeKind.MID if which else NodeKind.POST
+            nodes.append(Node(layer, kind, int(layer_rows[r])))
+    return RouteGraph(
+        edges=table([g.edges for g in grown], kept, EdgeTable),
+        head_edges=table([g.head_edges for g in grown], head_kept, HeadEdgeTable),
+        unattributed=sorted(nodes),
+        parallel=torch.tensor(parallel),
+        **fields,
+    )
+
+
+@dataclass(frozen=True)
+class RouteGraph:
+    """The information flow routes of one prediction (paper section 2); tensors on the CPU."""
+
+    tokens: list[str]
+    token_ids: Tensor  # [T] int64
+    position: int  # whose next-token prediction is explained
+    threshold: float
+    granularity: Granularity
+    n_layers: int
+    n_heads: int
+    predictions: list[Prediction]  # most probable first
+    edges: EdgeTable
+    head_edges: HeadEdgeTable
+    unattributed: list[Node]  # whose parts all have proximity 0 and got 1/n each
+    parallel: Tensor  # [L] bool: blocks with attention and FFN side by side
+
+    _FORMAT = "ifr_fast.route_graph"
+    _VERSION = 1
+
+    def __repr__(self) -> str:
+        top = f" -> {self.predictions[0].token!r}" if self.predictions else ""
+        return (
+            f"RouteGraph({len(self.tokens)} tokens, position {self.position}{top}, "
+            f"threshold {self.threshold:g}, {len(self.edges.layer)} edges)"
+        )
+
+    @cached_property
+    def _layer_edges(self) -> list[EdgeTable]:
+        bounds = torch.searchsorted(self.edges.layer, torch.arange(self.n_layers + 1)).tolist()
+        return [
+            EdgeTable(*(column[a:b] for column in self.edges))
+            for a, b in zip(bounds, bounds[1:], strict=False)
+        ]
+
+    @cached_property
+    def _flow(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Weight of all paths from the prediction to each post, mid [L, T] and embed [T], float64.
+
+        In a parallel block mid stands for post, which is what attention leads into there.
+        """
+        T = len(self.tokens)
+        flow = torch.zeros(T, dtype=torch.float64)
+        flow[self.position] = 1
+        posts, mids = [], []
+        for layer in reversed(range(self.n_layers)):
+            posts.append(flow)
+            for step in self._steps(layer):
+                mids.append(flow)
+                carried = flow[step.target] * step.weight.double()
+                flow = torch.zeros_like(flow).index_add_(0, step.source, carried)
+            if not self.parallel[layer]:
+                mids.pop(-2)
+        return torch.stack(posts[::-1]), torch.stack(mids[::-1]), flow
+
+    def _steps(self, layer: int) -> list[EdgeTable]:
+        """A layer's edges in the order in which a path takes them: one step, or post then mid."""
+        edges = self._layer_edges[layer]
+        if self.parallel[layer]:
+            return [edges]
+        into_post = (edges.kind == EdgeKind.FFN) | (edges.kind == EdgeKind.RESIDUAL_POST)
+        return [
+            EdgeTable(*(c[into_post] for c in edges)),
+            EdgeTable(*(c[~into_post] for c in edges)),
+        ]
+
+    def token_importance(self) -> Tensor:
+        """[T] float32: weight of all paths from the prediction to each token's embedding."""
+        return self._flow[2].float()
+
+    def head_importance(self) -> Tensor:
+        """[L, H] float32: sum over head_edges of weight times the flow into their targets."""
+        layer, head, target, _, weight = self.head_edges
+        carried = self._flow[1][layer, target] * weight
+        out = torch.zeros(self.n_layers * self.n_heads, dtype=torch.float64)
+        out.index_add_(0, layer * self.n_heads + head, carried)
+        return out.view(self.n_layers, self.n_heads).float()
+
+    def ffn_importance(self) -> Tensor:
+        """[L] float32: sum over FFN edges of weight times the flow into their targets."""
+        of_ffn = self.edges.kind == EdgeKind.FFN
+        layer, target = self.edges.layer[of_ffn], self.edges.target[of_ffn]
+        carried = self._flow[0][layer, target] * self.edges.weight[of_ffn]
+        out = torch.zeros(self.n_layers, dtype=torch.float64)
+        return out.index_add_(0, layer, carried).float()
+
+    def prune(self, threshold: float) -> RouteGraph:
+        """The same prediction's graph at a threshold of at least the present one."""
+        check_threshold(threshold)
+        if threshold < self.threshold:
+            raise ValueError(
+                f"threshold: this graph holds edges above {self.threshold:g} only, "
+                f"got {threshold:g}; trace again for a lower one"
+            )
+        grown, rows = [], []
+        T = len(self.tokens)
+        reached = torch.zeros(T, dtype=torch.bool)
+        reached[self.position] = True
+        for layer in reversed(range(self.n_layers)):
+            table = self._layer_table(layer)
+            step, reached = grow_layer(layer, table, reached, threshold, self.granularity)
+            grown.append(step)
+            rows.append(table.rows)
+        return assemble(
+            grown,
+            rows,
+            self.parallel.tolist(),
+            tokens=self.tokens,
+            token_ids=self.token_ids,
+            position=self.position,
+            threshold=threshold,
+            granularity=self.granularity,
+            n_layers=self.n_layers,
+            n_heads=self.n_heads,
+            predictions=self.predictions,
+        )
+
+    def _layer_table(self, layer: int) -> LayerTable:
+        """A layer's edges, as scores of all T rows (0 where there is no edge)."""
+        T = len(self.tokens)
+        edges = self._layer_edges[layer]
+
+        def of_kind(kind: EdgeKind) -> Tensor:
+            mine = edges.kind == kind
+            return torch.zeros(T).index_put((edges.target[mine],), edges.weight[mine])
+
+        parallel = bool(self.parallel[layer])
+        attention = edges.kind == EdgeKind.ATTENTION
+        target, source = edges.target[attention], edges.source[attention]
+        heads = HeadEdgeTable(*(c[self.head_edges.layer == layer] for c in self.head_edges))
+        place = torch.searchsorted(target * T + source, heads.target * T + heads.source)
+        head_weight = torch.zeros(len(target), self.n_heads)
+        head_weight[place, heads.head] = heads.weight
+
+        def flags(kind: NodeKind) -> Tensor:
+            out = torch.zeros(T, dtype=torch.bool)
+            out[[n.position for n in self.unattributed if n.layer == layer and n.kind == kind]] = True
+            return out
+
+        return LayerTable(
+            torch.arange(T),
+            of_kind(EdgeKind.RESIDUAL_POST if parallel else EdgeKind.RESIDUAL_MID),
+            of_kind(EdgeKind.FFN),
+            None if parallel else of_kind(EdgeKind.RESIDUAL_POST),
+            EdgeList(target, source, edges.weight[attention], head_weight),
+            flags(NodeKind.POST if parallel else NodeKind.MID),
+            None if parallel else flags(NodeKind.POST),
+        )
+
+    def top_paths(self, k: int = 10) -> list[WeightedPath]:
+        """The k heaviest paths from the prediction to an embedding, heaviest first."""
+        tables = [s for layer in reversed(range(self.n_layers)) for s in self._steps(layer)]
+        weights = [table.weight.double() for table in tables]
+        found = _best_paths(
+            [(t.target, t.source, w) for t, w in zip(tables, weights, strict=True)], self.position, k
+        )
+        paths = []
+        for weight, chosen in found:
+            steps = []
+            for table, i in zip(tables, chosen, strict=True):
+                layer, kind, target, source = (int(column[i]) for column in table[:4])
+                steps.append(Step(layer, EdgeKind(kind), target, source, float(table.weight[i])))
+            paths.append(WeightedPath(weight, steps))
+        return paths
+
+    def top_routes(self, k: int = 10) -> list[Route]:
+        """The k heaviest routes: paths taken together that change position at the same edges.
+
+        Residual, FFN and self-attention edges leave the position as it is; a route's weight is
+        the sum over all ways through them.
+        """
+        T = len(self.tokens)
+        tables = []
+        for layer in reversed(range(self.n_layers)):
+            steps = self._steps(layer)
+            through = torch.ones(T, dtype=torch.float64)
+            if len(steps) == 2:
+                through = torch.zeros_like(through)
+                through.index_add_(0, steps[0].target, steps[0].weight.double())
+            edges = steps[-1]
+            pair, inverse = torch.unique(edges.target * T + edges.source, return_inverse=True)
+            weight = torch.zeros(len(pair), dtype=torch.float64)
+            weight.index_add_(0, inverse, edges.weight.double())
+            target = pair // T
+            tables.append((target, pair % T, weight * through[target]))
+        routes = []
+        for weight, chosen in _best_paths(tables, self.position, k):
+            hops, source = [], self.position
+            for depth, i in enumerate(chosen):
+                target, source = int(tables[depth][0][i]), int(tables[depth][1][i])
+                if target != source:
+                    hops.append(self._hop(self.n_layers - 1 - depth, target, source))
+            routes.append(Route(weight, source, hops))
+        return routes
+
+    def _hop(self, layer: int, target: int, source: int) -> Hop:
+        table = self.head_edges
+        mine = (table.layer == layer) & (table.target == target) & (table.source == source)
+        weight, order = table.weight[mine].sort(descending=True, stable=True)
+        heads = table.head[mine][order]
+        pairs = list(zip(heads.tolist(), weight.tolist(), strict=True))
+        return Hop(layer, target, source, sum(w for _, w in pairs), pairs)
+
+    def to_json(self) -> str:
+        """The graph as one JSON document; its keys are the attributes' names."""
+        from .export.json import to_json
+
+        return to_json(self)
+
+    def to_networkx(self) -> nx.MultiDiGraph:
+        """The graph in networkx, edges in the direction in which information flows."""
+        from .export.networkx import to_networkx
+
+        return to_networkx(self)
+
+    def to_html(self) -> str:
+        """A standalone page that draws the graph; needs no network."""
+        from .export.html import to_html
+
+        return to_html(self)
+
+    def plot(self) -> Figure:
+        """The graph as a matplotlib figure."""
+        from .export.plot import plot
+
+        return plot(self)
+
+    def _repr_html_(self) -> str:
+        from .export.html import to_notebook_html
+
+        return to_notebook_html(self)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Saves to a safetensors file; `load` gives the same graph back, bit for bit."""
+        tensors = {f"edges.{k}": v for k, v in self.edges._asdict().items()}
+        tensors |= {f"head_edges.{k}": v for k, v in self.head_edges._asdict().items()}
+        tensors |= {"token_ids": self.token_ids, "parallel": self.parallel}
+        fields = {
+            "tokens": self.tokens,
+            "position": self.position,
+            "threshold": self.threshold,
+            "granularity": self.granularity,
+            "n_layers": self.n_layers,
+            "n_heads": self.n_heads,
+            "predictions": self.predictions,
+            "unattributed": self.unattributed,
+        }
+        save_tensors(path, self._FORMAT, self._VERSION, tensors, fields)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> RouteGraph:
+        """What `save` saved. Raises FormatError for a truncated or foreign file."""
+        tensors, fields = load_tensors(path, cls._FORMAT, cls._VERSION)
+        try:
+            edges = EdgeTable(*(tensors.pop(f"edges.{name}") for name in EdgeTable._fields))
+            heads = HeadEdgeTable(
+                *(tensors.pop(f"head_edges.{name}") for name in HeadEdgeTable._fields)
+            )
+            predictions = [Prediction(*p) for p in fields.pop("predictions")]
+            nodes = [Node(n[0], NodeKind(n[1]), n[2]) for n in fields.pop("unattributed")]
+            return cls(
+                edges=edges,
+                head_edges=heads,
+                predictions=predictions,
+                unattributed=nodes,
+                **tensors,
+                **fields,
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise FormatError(f"{path}: not a whole {cls._FORMAT} file ({error})") from error
+
+
+def _best_paths(
+    tables: list[tuple[Tensor, Tensor, Tensor]], start: int, k: int
+) -> list[tuple[float, list[int]]]:
+    """The k heaviest chains of one edge a table, from `start`: (product, edge index a table).
+
+    tables: (target [E], source [E], weight [E] float64), top-down. After each table, every node
+    holds its k heaviest chains; all nodes at once.
+    """
+    if k < 1:
+        raise ValueError(f"k: expected at least 1, got {k}")
+    node, weight = torch.tensor([start]), torch.ones(1, dtype=torch.float64)
+    trail: list[tuple[Tensor, Tensor]] = []
+    for target, source, edge_weight in tables:
+        order = target.argsort(stable=True)
+        ordered = target[order]
+        first = torch.searchsorted(ordered, node)
+        count = torch.searchsorted(ordered, node, right=True) - first
+        parent = torch.arange(len(node)).repeat_interleave(count)
+        offset = torch.arange(len(parent)) - (count.cumsum(0) - count).repeat_interleave(count)
+        edge = order[first[parent] + offset]
+        product, reached = weight[parent] * edge_weight[edge], source[edge]
+        best = product.argsort(descending=True, stable=True)
+        best = best[reached[best].argsort(stable=True)]
+        at = reached[best]
+        kept = best[torch.arange(len(best)) - torch.searchsorted(at, at) < k]
+        node, weight = reached[kept], product[kept]
+        trail.append((parent[kept], edge[kept]))
+    found = []
+    for i in weight.argsort(descending=True, stable=True)[:k].tolist():
+        chosen, at_entry = [], i
+        for parent, edge in reversed(trail):
+            chosen.append(int(edge[at_entry]))
+            at_entry = int(parent[at_entry])
+        found.append((float(weight[i]), chosen[::-1]))
+    return found
+
+
+def check_threshold(threshold: float) -> None:
+    """Raises ValueError unless 0 <= threshold <= 1."""
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold: expected a number from 0 to 1, got {threshold}")
+
+
+@dataclass(frozen=True)
+class Routes:
+    """The route graphs of every position's prediction, from one sweep over the layers.
+
+    Each layer was scored once for all T rows; a position's graph is what its last-layer node
+    reaches over these edges. Tensors are on the device that scored them.
+    """
+
+    tokens: list[str]
+    token_ids: Tensor  # [T] int64
+    threshold: float
+    granularity: Granularity
+    layers: list[LayerTable]  # bottom first, all T rows, edges above the threshold scored with
+    predict: Callable[[int], list[Prediction]] = field(repr=False)
+    scored_threshold: float
+
+    _FORMAT = "ifr_fast.routes"
+    _VERSION = 1
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def n_layers(self) -> int:
+        """Decoder layers."""
+        return len(self.layers)
+
+    @property
+    def n_heads(self) -> int:
+        """Attention heads a layer."""
+        return self.layers[0].edges.head_weight.shape[1]
+
+    def at(self, threshold: float) -> Routes:
+        """The same routes at any threshold not below the one scored with."""
+        check_threshold(threshold)
+        if threshold < self.scored_threshold:
+            raise ValueError(
+                f"threshold: these routes were scored with {self.scored_threshold:g}, "
+                f"got {threshold:g}; call trace_all again for a lower one"
+            )
+        return dataclasses.replace(self, threshold=threshold)
+
+    def __getitem__(self, position: int) -> RouteGraph:
+        """The graph of one position, negative from the end."""
+        T = len(self)
+        if not -T <= position < T:
+            raise IndexError(f"position: expected {-T} to {T - 1}, got {position}")
+        position %= T
+        reached = torch.zeros(T, dtype=torch.bool, device=self.layers[0].rows.device)
+        reached[position] = True
+        grown = []
+        for layer in reversed(range(self.n_layers)):
+            step, reached = grow_layer(
+                layer, self.layers[layer], reached, self.threshold, self.granularity
+            )
+            grown.append(step)
+        return assemble(
+            grown,
+            [table.rows for table in reversed(self.layers)],
+            [table.ffn_residual is None for table in self.layers],
+            tokens=self.tokens,
+            token_ids=self.token_ids,
+            position=position,
+            threshold=self.threshold,
+            granularity=self.granularity,
+            n_layers=self.n_layers,
+            n_heads=self.n_heads,
+            predictions=self.predict(position),
+        )
+
+    def head_frequency(self) -> Tensor:
+        """[L, H] float32: share of predictions whose graph a head is in.
+
+        It is where one of its head_edges into a reached node exceeds the threshold by itself.
+        """
+        return self._aggregates[0]
+
+    def head_importance(self) -> Tensor:
+        """[T, L, H] float32: `RouteGraph.head_importance` of every position."""
+        return self._aggregates[1]
+
+    def ffn_importance(self) -> Tensor:
+        """[T, L] float32: `RouteGraph.ffn_importance` of every position."""
+        return self._aggregates[2]
+
+    @cached_property
+    def _aggregates(self) -> tuple[Tensor, Tensor, Tensor]:
+        T, L, H = len(self), self.n_layers, self.n_heads
+        device = self.layers[0].rows.device
+        steps = [_AllStep.of(table, self.threshold, self.granularity) for table in self.layers]
+        frequency = torch.zeros(L, H, device=device)
+        head_importance = torch.empty(T, L, H, device=device)
+        ffn_importance = torch.empty(T, L, device=device)
+        size = max(1, _AGGREGATE_ELEMENTS // T)
+        for begin in range(0, T, size):
+            end = min(T, begin + size)
+            # Columns are predictions; a row of `reach` is a node, `flow` the weight of all paths.
+            flow = torch.zeros(T, end - begin, device=device)
+            flow[torch.arange(begin, end), torch.arange(end - begin)] = 1
+            reach = flow > 0
+            for layer in reversed(range(L)):
+                step = steps[layer]
+                ffn_importance[begin:end, layer] = flow.T @ step.ffn
+                flow, reach = flow * step.to_mid[:, None], reach & (step.to_mid > 0)[:, None]
+                head_importance[begin:end, layer] = flow.T @ step.head_sum
+                frequency[layer] += ((reach.T.float() @ step.head_in) > 0).sum(0)
+                reach = (reach & (step.to_pre > 0)[:, None]) | (step.carry(reach.float(), 1) > 0)
+                flow = flow * step.to_pre[:, None] + step.carry(flow, step.edge_weight)
+        return frequency / T, head_importance, ffn_importance
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Saves to a safetensors file, with every position's predictions."""
+        tensors: dict[str, Tensor] = {"token_ids": self.token_ids}
+        for i, table in enumerate(self.layers):
+            columns = {**table._asdict(), **table.edges._asdict()}
+            del columns["edges"], columns["rows"]
+            tensors |= {f"{i}.{k}": v for k, v in columns.items() if v is not None}
+        fields = {
+            "tokens": self.tokens,
+            "threshold": self.threshold,
+            "granularity": self.granularity,
+            "scored_threshold": self.scored_threshold,
+            "n_layers": self.n_layers,
+            "predictions": [self.predict(t) for t in range(len(self))],
+        }
+        save_tensors(path, self._FORMAT, self._VERSION, tensors, fields)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Routes:
+        """What `save` saved. Raises FormatError for a truncated or foreign file."""
+        tensors, fields = load_tensors(path, cls._FORMAT, cls._VERSION)
+        try:
+            layers = []
+            rows = torch.arange(len(fields["tokens"]))
+            for i in range(fields.pop("n_layers")):
+                edges = EdgeList(*(tensors[f"{i}.{name}"] for name in EdgeList._fields))
+                rest = {name: tensors.get(f"{i}.{name}") for name in LayerTable._fields}
+                layers.append(LayerTable(**{**rest, "rows": rows, "edges": edges}))  # type: ignore[arg-type]
+            predictions = [[Prediction(*p) for p in of] for of in fields.pop("predictions")]
+            return cls(
+                token_ids=tensors["token_ids"],
+                layers=layers,
+                predict=predictions.__getitem__,
+                **fields,
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise FormatError(f"{path}: not a whole {cls._FORMAT} file ({error})") from error
+
+
+class _AllStep(NamedTuple):
+    """One layer of all predictions' walks; T nodes."""
+
+    ffn: Tensor  # [T] FFN edges kept
+    to_mid: Tensor  # [T] what passes from post to mid
+    to_pre: Tensor  # [T] what passes from mid to pre at the same position
+    target: Tensor  # [N] attention edges kept
+    source: Tensor  # [N]
+    edge_weight: Tensor  # [N]
+    head_sum: Tensor  # [T, H] weights of a target's heads, summed
+    head_in: Tensor  # [T, H] 1 where a head's edge exceeds the threshold by itself
+
+    @staticmethod
+    def of(table: LayerTable, threshold: float, granularity: Granularity) -> _AllStep:
+        def above(x: Tensor) -> Tensor:
+            return torch.where(x > threshold, x, 0)
+
+        row, source, weight, head_weight = table.edges
+        single = above(head_weight)
+        if granularity == "head":
+            head_weight, weight = single, single.sum(-1)
+        edge_weight = above(weight)
+        head_weight = head_weight * (edge_weight > 0)[:, None]
+        T, H = len(table.rows), head_weight.shape[1]
+        ffn, residual = above(table.ffn), above(table.residual)
+        parallel = table.ffn_residual is None
+        return _AllStep(
+            ffn,
+            torch.ones_like(ffn) if parallel else ffn + above(table.ffn_residual),  # type: ignore[arg-type]
+            ffn + residual if parallel else residual,
+            row,
+            source,
+            edge_weight,
+            head_weight.new_zeros(T, H).index_add_(0, row, head_weight),
+            head_weight.new_zeros(T, H).index_add_(0, row, (single > 0).to(single.dtype)),
+        )
+
+    def carry(self, x: Tensor, weight: Tensor | float) -> Tensor:
+        """Along attention edges, from targets to sources: [T, P] -> [T, P]."""
+        kept = (self.edge_weight > 0).to(x.dtype)
+        indices = torch.stack([self.source, self.target])
+        size = (len(x), len(x))
+        matrix = torch.sparse_coo_tensor(indices, kept * weight, size, check_invariants=False)
+        return torch.sparse.mm(matrix, x)

@@ -1,0 +1,81 @@
+"""Text in every form that a Tracer takes -> token ids and the strings that stand for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+Text: TypeAlias = "str | Sequence[int] | Tensor | Sequence[dict[str, str]]"
+
+
+def encode(
+    text: Text, tokenizer: PreTrainedTokenizerBase | None, add_special_tokens: bool | None
+) -> Tensor:
+    """Token ids [T] int64 on the CPU of a string, ids, or chat messages.
+
+    Raises ValueError for what is none of these, or is empty.
+    """
+    ids = _ids(text, tokenizer, add_special_tokens)
+    if ids.ndim != 1 or ids.dtype.is_floating_point or ids.dtype == torch.bool:
+        raise ValueError(
+            f"text: expected token ids of shape [T], got {tuple(ids.shape)} {ids.dtype}"
+        )
+    if len(ids) == 0:
+        raise ValueError("text: is empty; expected at least one token")
+    return ids.detach().to("cpu", torch.int64)
+
+
+def _ids(
+    text: Text, tokenizer: PreTrainedTokenizerBase | None, add_special_tokens: bool | None
+) -> Tensor:
+    if isinstance(text, Tensor):
+        return text
+    special = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+    if isinstance(text, str):
+        return torch.tensor(_need(tokenizer)(text, **special)["input_ids"], dtype=torch.int64)
+    items: list[Any] = list(text)
+    if items and all(isinstance(item, dict) for item in items):
+        return _chat(items, _need(tokenizer))
+    if not all(isinstance(item, int) and not isinstance(item, bool) for item in items):
+        raise ValueError(
+            "text: expected a string, token ids, or chat messages "
+            f"(a list of dicts with role and content), got {type(text).__name__} of "
+            f"{', '.join(sorted({type(item).__name__ for item in items}))}"
+        )
+    return torch.tensor(items, dtype=torch.int64)
+
+
+def _need(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+    if tokenizer is None:
+        raise ValueError("text: this Tracer has no tokenizer; pass token ids")
+    return tokenizer
+
+
+def _chat(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    for message in messages:
+        if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
+            raise ValueError(f"text: expected messages with role and content, got {message}")
+    if tokenizer.chat_template is None:
+        raise ValueError("text: this tokenizer has no chat template; pass a string")
+    encoded = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True
+    )
+    return torch.tensor(encoded["input_ids"], dtype=torch.int64)
+
+
+def token_strings(ids: Tensor, tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
+    """Each token's text by itself: a piece of a UTF-8 character shows as U+FFFD."""
+    if tokenizer is None:
+        return [f"<{i}>" for i in ids.tolist()]
+    strings = []
+    for i in ids.tolist():
+        string = tokenizer.decode([i], clean_up_tokenization_spaces=False)
+        piece = tokenizer.convert_ids_to_tokens(i)
+        if isinstance(piece, str) and piece.startswith("\u2581") and not string.startswith(" "):
+            string = " " + string  # SentencePiece drops the space of a first piece
+        strings.append(string)
+    return strings

@@ -1,0 +1,332 @@
+"""Tracer: text -> RouteGraph (paper section 2; docs/design.md section 3).
+
+1. Record one forward pass: the residual stream, keys and values of every layer.
+2. Start at the node (last layer, post, position).
+3. For each layer, from the top: score the rows that have been reached, and those alone. Each
+   node is the sum of its parts; the importance of a part is its share of their proximities.
+4. Keep the edges above the threshold. Their sources are the rows to score in the layer below.
+5. What is left at the bottom is the prediction's route graph.
+
+For all positions at once, every row of a layer is scored, and a position's graph is what its node
+reaches over the edges kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from . import capture
+from .graph import (
+    Granularity,
+    LayerTable,
+    Prediction,
+    RouteGraph,
+    Routes,
+    assemble,
+    check_threshold,
+    grow_layer,
+)
+from .memory import available_memory, describe_bytes
+from .errors import MemoryBudgetError
+from .model import Decoder, evaluating
+from .recording import Recording, RecordingMode, record
+from .scoring import LayerScores, attention_error, check_attention, choose_impl, score_layer
+from .tokens import Text, encode, token_strings
+
+if TYPE_CHECKING:
+    import os
+
+_PREDICTIONS = 5
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What recording a text of `n_tokens` will hold, in bytes, and whether that fits."""
+
+    n_tokens: int
+    mode: RecordingMode
+    weights_bytes: int
+    lean_bytes: int  # residual stream, keys, values
+    full_bytes: int  # and q, resid_mid
+    scoring_bytes: int  # work space of the kernels, at most
+    available_bytes: int | None  # of the model's device, now; None where unknown
+
+    @property
+    def recording_bytes(self) -> int:
+        """Of the mode chosen."""
+        return self.full_bytes if self.mode is RecordingMode.FULL else self.lean_bytes
+
+    def __str__(self) -> str:
+        return (
+            f"{self.n_tokens} tokens: {self.mode.value} recording "
+            f"{describe_bytes(self.recording_bytes)} (lean {describe_bytes(self.lean_bytes)}, "
+            f"full {describe_bytes(self.full_bytes)}), scoring {describe_bytes(self.scoring_bytes)}, "
+            f"weights {describe_bytes(self.weights_bytes)}"
+        )
+
+
+class Tracer:
+    """Explains the predictions of one model.
+
+    model: any Hugging Face decoder in memory. tokenizer: its own, or None to work on token ids.
+    impl: "auto", "reference", "eager", "cpu" or "triton"; also by $IFR_FAST_IMPL.
+
+    Raises `UnsupportedArchitectureError` where the model's parts cannot be shown to add up.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        impl: str | None = None,
+    ) -> None:
+        self.impl = choose_impl(impl, next(model.parameters()).device)
+        self.decoder = Decoder(model)
+        self.model = model
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | os.PathLike[str] | None = None, *, impl: str | None = None, **kwargs: Any
+    ) -> Tracer:
+        """Opens a Hub name or a local directory; without one, the default model.
+
+        The default, SmolLM2-135M-Instruct, is fetched and converted on first use. Other keyword
+        arguments go to `AutoModelForCausalLM.from_pretrained`.
+        """
+        from .pretrained import load
+
+        model, tokenizer = load(name, **kwargs)
+        return cls(model, tokenizer, impl=impl)
+
+    def record(
+        self,
+        text: Text | Recording,
+        *,
+        mode: RecordingMode | str | None = None,
+        add_special_tokens: bool | None = None,
+    ) -> Recording:
+        """One forward pass over a text. `mode` is chosen by `plan` unless given."""
+        if isinstance(text, Recording):
+            return text
+        token_ids = encode(text, self.tokenizer, add_special_tokens)
+        self._check_tokens(token_ids)
+        if mode is None:
+            mode = self.plan(len(token_ids)).mode
+        strings = token_strings(token_ids, self.tokenizer)
+        return record(self.decoder, token_ids, strings, RecordingMode(mode))
+
+    def plan(self, n_tokens: int) -> Plan:
+        """The memory that recording `n_tokens` takes: full where it fits, else lean.
+
+        Raises MemoryBudgetError where neither fits.
+        """
+        if n_tokens < 1:
+            raise ValueError(f"n_tokens: expected at least 1, got {n_tokens}")
+        decoder, config = self.decoder, self.model.config.get_text_config()
+        H, V, D = decoder.n_heads, decoder.d_head, decoder.d_model
+        H_kv = getattr(config, "num_key_value_heads", None) or H
+        per_token = torch.finfo(decoder.dtype).bits // 8 * decoder.n_layers
+        lean = n_tokens * per_token * (D + 2 * H_kv * V)
+        full = n_tokens * per_token * (2 * D + H * V + 2 * H_kv * V)
+        scoring = 4 * (8 << 21) + 8 * n_tokens * D
+        available = available_memory(decoder.device)
+        fits = available is None or full + scoring < 0.8 * available
+        if available is not None and lean + scoring > 0.9 * available:
+            raise MemoryBudgetError(
+                f"text: recording {n_tokens} tokens takes {describe_bytes(lean + scoring)}, "
+                f"{describe_bytes(available)} are available"
+            )
+        return Plan(
+            n_tokens=n_tokens,
+            mode=RecordingMode.FULL if fits else RecordingMode.LEAN,
+            weights_bytes=sum(p.nbytes for p in self.model.parameters()),
+            lean_bytes=lean,
+            full_bytes=full,
+            scoring_bytes=scoring,
+            available_bytes=available,
+        )
+
+    @torch.inference_mode()
+    def trace(
+        self,
+        text: Text | Recording,
+        *,
+        position: int = -1,
+        threshold: float = 0.04,
+        granularity: Granularity = "token",
+        add_special_tokens: bool | None = None,
+    ) -> RouteGraph:
+        """The route graph of the prediction made at `position` (negative from the end).
+
+        threshold: edges of at most this importance are dropped. granularity: "token" compares
+        an attention edge summed over heads, "head" each head's by itself.
+        """
+        _check_options(threshold, granularity)
+        recording = self.record(text, add_special_tokens=add_special_tokens)
+        T = len(recording)
+        if isinstance(position, bool) or not isinstance(position, int) or not -T <= position < T:
+            raise ValueError(f"position: expected {-T} to {T - 1}, got {position}")
+        position %= T
+
+        reached = torch.zeros(T, dtype=torch.bool, device=recording.resid_final.device)
+        reached[position] = True
+        grown, all_rows, errors = [], [], {}
+        with self._replaying():
+            for layer in reversed(range(self.decoder.n_layers)):
+                rows = reached.cpu().nonzero().squeeze(1)  # the layer's one read by the host
+                scores = score_layer(self.decoder, recording, layer, rows, threshold, self.impl)
+                errors[layer] = attention_error(self.decoder, recording, layer, rows)
+                table = layer_table(scores)
+                reached = reached.to(table.rows.device)
+                step, reached = grow_layer(layer, table, reached, threshold, granularity)
+                grown.append(step)
+                all_rows.append(rows)
+        check_attention(errors)
+        return assemble(
+            grown,
+            all_rows,
+            [block.parallel for block in self.decoder.blocks],
+            tokens=recording.tokens,
+            token_ids=recording.token_ids,
+            position=position,
+            threshold=threshold,
+            granularity=granularity,
+            n_layers=self.decoder.n_layers,
+            n_heads=self.decoder.n_heads,
+            predictions=self._predict(recording, position),
+        )
+
+    @torch.inference_mode()
+    def trace_all(
+        self,
+        text: Text | Recording,
+        *,
+        threshold: float = 0.04,
+        granularity: Granularity = "token",
+        add_special_tokens: bool | None = None,
+    ) -> Routes:
+        """The route graphs of every position's prediction: every layer scored once, for all."""
+        _check_options(threshold, granularity)
+        recording = self.record(text, add_special_tokens=add_special_tokens)
+        rows = torch.arange(len(recording))
+        tables, errors = [], {}
+        with self._replaying():
+            for layer in range(self.decoder.n_layers):
+                scores = score_layer(self.decoder, recording, layer, rows, threshold, self.impl)
+                errors[layer] = attention_error(self.decoder, recording, layer, rows)
+                tables.append(layer_table(scores))
+        check_attention(errors)
+        states, head = recording.states, self._predict_states
+        return Routes(
+            tokens=recording.tokens,
+            token_ids=recording.token_ids,
+            threshold=threshold,
+            granularity=granularity,
+            layers=tables,
+            predict=lambda t: head(states[t]),
+            scored_threshold=threshold,
+        )
+
+    def contributions(
+        self,
+        text: Text | Recording,
+        *,
+        rows: Iterable[int] | Tensor | None = None,
+        layers: Iterable[int] | None = None,
+        keep: float = 0.01,
+        add_special_tokens: bool | None = None,
+    ) -> Iterator[LayerScores]:
+        """The importances of all parts at `rows` of each of `layers`, top layer first.
+
+        Edges above `keep` are listed; totals count all of them. Default: every row and layer.
+        """
+        if not 0 <= keep <= 1:
+            raise ValueError(f"keep: expected a number from 0 to 1, got {keep}")
+        L = self.decoder.n_layers
+        wanted = range(L) if layers is None else [_index("layers", i, L) for i in layers]
+        recording = self.record(text, add_special_tokens=add_special_tokens)
+        T = len(recording)
+        if rows is None:
+            chosen = torch.arange(T)
+        else:
+            given = rows.tolist() if isinstance(rows, Tensor) else list(rows)
+            chosen = torch.tensor(sorted({_index("rows", i, T) for i in given}), dtype=torch.int64)
+            if len(chosen) == 0:
+                raise ValueError("rows: is empty; expected at least one position")
+        return self._contributions(recording, chosen, sorted(set(wanted), reverse=True), keep)
+
+    def _contributions(
+        self, recording: Recording, rows: Tensor, layers: list[int], keep: float
+    ) -> Iterator[LayerScores]:
+        for layer in layers:
+            with torch.inference_mode(), self._replaying():
+                scores = score_layer(self.decoder, recording, layer, rows, keep, self.impl)
+                check_attention({layer: attention_error(self.decoder, recording, layer, rows)})
+            yield scores
+
+    @contextmanager
+    def _replaying(self) -> Iterator[None]:
+        """Within, layers can be replayed for a lean recording."""
+
+        def outside(_: capture.AttentionCall) -> NoReturn:
+            raise AssertionError("attention asked outside of a replay")
+
+        with evaluating(self.model), capture.attention_through(self.model, outside):
+            yield
+
+    def _check_tokens(self, token_ids: Tensor) -> None:
+        limit, vocab = self.decoder.max_length, self.decoder.vocab_size
+        if limit is not None and len(token_ids) > limit:
+            raise ValueError(
+                f"text: has {len(token_ids)} tokens, the model's context holds {limit}"
+            )
+        if int(token_ids.min()) < 0 or int(token_ids.max()) >= vocab:
+            raise ValueError(f"text: token ids must be from 0 to {vocab - 1}")
+
+    def _predict(self, recording: Recording, position: int) -> list[Prediction]:
+        return self._predict_states(recording.states[position])
+
+    def _predict_states(self, states: Tensor) -> list[Prediction]:
+        """The likeliest next tokens after one position, from what the head reads there, [D]."""
+        probabilities = self.decoder.predict(states[None])[0]
+        top = probabilities.topk(min(_PREDICTIONS, len(probabilities)))
+        ids = top.indices.cpu()
+        strings = token_strings(ids, self.tokenizer)
+        return [
+            Prediction(*entry)
+            for entry in zip(strings, ids.tolist(), top.values.tolist(), strict=True)
+        ]
+
+
+def layer_table(scores: LayerScores) -> LayerTable:
+    """What the graph needs of a layer's scores."""
+    return LayerTable(
+        scores.rows.to(scores.residual.device),
+        scores.residual,
+        scores.ffn,
+        scores.ffn_residual,
+        scores.attention.edges,
+        scores.unattributed,
+        scores.ffn_unattributed,
+    )
+
+
+def _check_options(threshold: float, granularity: str) -> None:
+    check_threshold(threshold)
+    if granularity not in ("token", "head"):
+        raise ValueError(f"granularity: expected 'token' or 'head', got {granularity!r}")
+
+
+def _index(name: str, i: int, n: int) -> int:
+    if not -n <= i < n:
+        raise ValueError(f"{name}: expected {-n} to {n - 1}, got {i}")
+    return i % n
