@@ -39,7 +39,11 @@ class LazyMask:
     """
 
     def __init__(
-        self, mask_function: Callable[..., Tensor], device: torch.device, q_offset: int, kv_offset: int
+        self,
+        mask_function: Callable[..., Tensor],
+        device: torch.device,
+        q_offset: int,
+        kv_offset: int,
     ) -> None:
         self._function = mask_function
         self._device = device
@@ -47,7 +51,7 @@ class LazyMask:
         self.kv_offset = kv_offset
 
     def visible(self, rows: Tensor, keys: Tensor) -> Tensor:
-        """bool [R, S]: which of `keys` each of `rows` may read; absolute positions."""
+        """Bool [R, S]: which of `keys` each of `rows` may read; absolute positions."""
         zero = torch.zeros((), dtype=torch.long, device=self._device)
         mask = self._function(zero, zero, rows[:, None].to(self._device), keys.to(self._device))
         return mask.expand(len(rows), len(keys))
@@ -159,7 +163,12 @@ def attend(call: AttentionCall, window: int | None) -> Tensor:
         kv_heads, heads = call.k.shape[1], call.q.shape[1]
         if window is None:
             z = nn.functional.scaled_dot_product_attention(
-                call.q, call.k, call.v, is_causal=True, scale=call.scale, enable_gqa=heads != kv_heads
+                call.q,
+                call.k,
+                call.v,
+                is_causal=True,
+                scale=call.scale,
+                enable_gqa=heads != kv_heads,
             )
             return z.transpose(1, 2)
     rows = torch.arange(call.q.shape[2], device=call.q.device)

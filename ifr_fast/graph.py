@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -176,9 +177,7 @@ def grow_layer(
         kinds = [EdgeKind.FFN, EdgeKind.RESIDUAL_POST]
         weights, kept = [table.ffn, table.ffn_residual], [ffn_kept, residual_kept]
         assert table.ffn_unattributed is not None
-        unattributed = torch.stack(
-            [post & table.ffn_unattributed, mid & table.unattributed], dim=1
-        )
+        unattributed = torch.stack([post & table.ffn_unattributed, mid & table.unattributed], dim=1)
     kinds.append(mid_kind)
     weights.append(table.residual)
     kept.append(mid & (table.residual > threshold))
@@ -282,10 +281,7 @@ class RouteGraph:
     @cached_property
     def _layer_edges(self) -> list[EdgeTable]:
         bounds = torch.searchsorted(self.edges.layer, torch.arange(self.n_layers + 1)).tolist()
-        return [
-            EdgeTable(*(column[a:b] for column in self.edges))
-            for a, b in zip(bounds, bounds[1:], strict=False)
-        ]
+        return [EdgeTable(*(column[a:b] for column in self.edges)) for a, b in pairwise(bounds)]
 
     @cached_property
     def _flow(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -388,7 +384,9 @@ class RouteGraph:
 
         def flags(kind: NodeKind) -> Tensor:
             out = torch.zeros(T, dtype=torch.bool)
-            out[[n.position for n in self.unattributed if n.layer == layer and n.kind == kind]] = True
+            out[[n.position for n in self.unattributed if n.layer == layer and n.kind == kind]] = (
+                True
+            )
             return out
 
         return LayerTable(
@@ -406,7 +404,9 @@ class RouteGraph:
         tables = [s for layer in reversed(range(self.n_layers)) for s in self._steps(layer)]
         weights = [table.weight.double() for table in tables]
         found = _best_paths(
-            [(t.target, t.source, w) for t, w in zip(tables, weights, strict=True)], self.position, k
+            [(t.target, t.source, w) for t, w in zip(tables, weights, strict=True)],
+            self.position,
+            k,
         )
         paths = []
         for weight, chosen in found:

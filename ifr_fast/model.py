@@ -69,11 +69,7 @@ class Decoder:
                 "ifr_fast explains causal language models"
             )
         self.model = model
-        self._head_kwargs = (
-            {"logits_to_keep": 1}
-            if "logits_to_keep" in inspect.signature(model.forward).parameters
-            else {}
-        )
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         with torch.no_grad(), evaluating(model):
             self.blocks = _open_blocks(self)
         first = self.blocks[0].W_O
@@ -93,22 +89,28 @@ class Decoder:
         """Of the residual stream."""
         return self.blocks[0].W_O.dtype
 
-    def forward(self, token_ids: Tensor) -> Tensor:
-        """Runs the model on `token_ids` [T]; returns the states that its head reads, [T, D]."""
+    def forward(self, token_ids: Tensor, position: int = -1) -> tuple[Tensor, Tensor]:
+        """Runs the model on `token_ids` [T].
+
+        Returns the states that its head reads, [T, D], and what the head makes of those at
+        `position`: logits [vocab].
+        """
         states: list[Tensor] = []
         ids = token_ids.to(self.device)[None]
+        position %= len(token_ids)
+        kept = torch.tensor([position], device=ids.device)
         with capture.hooks(capture.on_output(self.model.get_decoder(), states.append)):
-            self.model(
+            output = self.model(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 use_cache=False,
-                **self._head_kwargs,
+                **({"logits_to_keep": kept} if self._keeps_logits else {}),
             )
-        return states[0][0]
+        return states[0][0], output.logits[0, 0 if self._keeps_logits else position]
 
     @torch.inference_mode()
-    def predict(self, states: Tensor) -> Tensor:
-        """Next-token probabilities [R, vocab], float32, from what `forward` returned, [R, D].
+    def head(self, states: Tensor) -> Tensor:
+        """Logits [R, vocab] of any of the states that `forward` returned, [R, D].
 
         The head may be more than a matrix (soft-caps, scales), so the model itself applies it: in
         a run of one token whose final states are exchanged for the given ones.
@@ -124,8 +126,8 @@ class Decoder:
             evaluating(self.model),
             capture.hooks(self.model.get_decoder().register_forward_hook(exchange)),
         ):
-            logits = self.model(input_ids=ids, use_cache=False).logits
-        return logits[0].float().softmax(-1)
+            logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
+        return logits[0]
 
 
 @contextmanager
@@ -160,7 +162,7 @@ def _open_blocks(decoder: Decoder) -> list[Block]:
     generator = torch.Generator().manual_seed(0)
     token_ids = torch.randint(vocab, (_PROBE_LENGTH,), generator=generator)
 
-    plain = decoder.forward(token_ids)
+    plain, _ = decoder.forward(token_ids)
     calls: list[tuple[AttentionCall, Tensor]] = []
 
     def watch(call: AttentionCall) -> Tensor:
@@ -187,7 +189,7 @@ def _open_blocks(decoder: Decoder) -> list[Block]:
         )
         handles.append(capture.on_output(layer, lambda x, i=i: seen[i].update(post=x[0])))  # type: ignore[misc]
     with capture.attention_through(model, watch), capture.hooks(*handles):
-        watched = decoder.forward(token_ids)
+        watched, _ = decoder.forward(token_ids)
     if _error(watched, plain) > 10 * _tolerance(plain.dtype):
         raise UnsupportedArchitectureError(
             f"model: {type(model).__name__} gives other states when its attention is watched "
@@ -198,7 +200,14 @@ def _open_blocks(decoder: Decoder) -> list[Block]:
     with capture.attention_through(model, watch):
         for i, ((name, layer), (call, z)) in enumerate(zip(layers, calls, strict=True)):
             probe = _Probe(
-                name, layer, call.module, call, z[0], seen[i]["call"], seen[i]["pre"], seen[i]["post"]
+                name,
+                layer,
+                call.module,
+                call,
+                z[0],
+                seen[i]["call"],
+                seen[i]["pre"],
+                seen[i]["post"],
             )
             blocks.append(_open_block(i, probe))
     return blocks
@@ -377,7 +386,13 @@ def _check_rows(probe: _Probe, block: Block, resid_mid: Tensor) -> None:
     T = probe.resid_pre.shape[0]
     rows = torch.tensor([T // 2, T - 1])
     q, mid = replay_rows(
-        block, probe.layer_call, probe.resid_pre, probe.call.k[0], probe.call.v[0], probe.call.mask, rows
+        block,
+        probe.layer_call,
+        probe.resid_pre,
+        probe.call.k[0],
+        probe.call.v[0],
+        probe.call.mask,
+        rows,
     )
     recorded = probe.call.q[0].transpose(0, 1)[rows]
     _check(probe, "replayed q", q.flatten(1), recorded.flatten(1), recorded.flatten(1))

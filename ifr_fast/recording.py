@@ -58,6 +58,8 @@ class Recording:
     layers: list[LayerRecording]
     resid_final: Tensor  # [T, D] resid_post of the last layer
     states: Tensor  # [T, D] what the head reads
+    position: int  # whose next token the forward pass predicted
+    logits: Tensor  # [vocab] there
     checked_rows: Tensor  # [C] int64, on the CPU
 
     def __len__(self) -> int:
@@ -65,7 +67,9 @@ class Recording:
 
     def resid_post(self, layer: int) -> Tensor:
         """[T, D]"""
-        return self.layers[layer + 1].resid_pre if layer + 1 < len(self.layers) else self.resid_final
+        return (
+            self.layers[layer + 1].resid_pre if layer + 1 < len(self.layers) else self.resid_final
+        )
 
     @property
     def nbytes(self) -> int:
@@ -88,9 +92,12 @@ def checked_rows(n_tokens: int) -> Tensor:
 
 @torch.inference_mode()
 def record(
-    decoder: Decoder, token_ids: Tensor, tokens: list[str], mode: RecordingMode
+    decoder: Decoder, token_ids: Tensor, tokens: list[str], mode: RecordingMode, position: int = -1
 ) -> Recording:
-    """Runs the model on `token_ids` [T] once. Raises IfrError where its states are not finite."""
+    """Runs the model on `token_ids` [T] once, its head at `position` alone.
+
+    Raises IfrError where the model's states are not finite.
+    """
     n_layers = decoder.n_layers
     rows = checked_rows(len(token_ids))
     of_layer = {block.attention: block.index for block in decoder.blocks}
@@ -138,7 +145,7 @@ def record(
         capture.attention_through(decoder.model, answer),
         capture.hooks(*handles),
     ):
-        states = decoder.forward(token_ids)
+        states, logits = decoder.forward(token_ids, position)
 
     # The residual stream carries every NaN and infinity to its end.
     if not torch.isfinite(post[0]).all():
@@ -167,11 +174,21 @@ def record(
                 resid_mid=mid.get(i),
             )
         )
-    return Recording(token_ids, tokens, mode, layers, post[0], states, rows)
+    return Recording(
+        token_ids=token_ids,
+        tokens=tokens,
+        mode=mode,
+        layers=layers,
+        resid_final=post[0],
+        states=states,
+        position=position % len(token_ids),
+        logits=logits,
+        checked_rows=rows,
+    )
 
 
 def _own(x: Tensor) -> Tensor:
-    """x itself, or a copy where its storage is shared with something larger."""
+    """X itself, or a copy where its storage is shared with something larger."""
     return x if x.untyped_storage().nbytes() <= 1.05 * x.nbytes else x.clone()
 
 

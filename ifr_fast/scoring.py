@@ -28,7 +28,7 @@ class Kernel(Protocol):
 
 
 def choose_impl(impl: str | None, device: torch.device) -> str:
-    """The implementation that runs on `device`: `impl`, else $IFR_FAST_IMPL, else the best there is.
+    """The implementation that runs on `device`: `impl`, else $IFR_FAST_IMPL, else the best one.
 
     An explicit choice never falls back: `ValueError` says what is missing.
     """
@@ -37,9 +37,33 @@ def choose_impl(impl: str | None, device: torch.device) -> str:
         raise ValueError(f"impl: expected one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
     if impl == "auto":
         return "eager"
-    if impl in ("cpu", "triton"):
-        raise ValueError(f"impl: {impl!r} is not part of this version; use 'auto' or 'eager'")
+    missing = what_is_missing(impl, device)
+    if missing is not None:
+        raise ValueError(f"impl: {impl!r} cannot run: {missing}")
     return impl
+
+
+def what_is_missing(impl: str, device: torch.device) -> str | None:
+    """Why an implementation cannot run on `device`; None where it can."""
+    if impl in ("cpu", "triton"):
+        return "it is not part of this version; use 'auto' or 'eager'"
+    return None
+
+
+def explain_impl(impl: str | None, device: torch.device) -> str:
+    """Which implementation would run on `device`, and why, in words."""
+    asked = impl or os.environ.get("IFR_FAST_IMPL") or "auto"
+    try:
+        chosen = choose_impl(impl, device)
+    except ValueError as error:
+        return str(error)
+    why = "asked for" if asked != "auto" else "the fastest that can run here"
+    others = [
+        f"{name}: {missing}"
+        for name in ("cpu", "triton")
+        if (missing := what_is_missing(name, device)) is not None
+    ]
+    return f"{chosen}, {why}" + (f" ({'; '.join(others)})" if others else "")
 
 
 def load_kernel(impl: str) -> Kernel:

@@ -13,16 +13,18 @@ reaches over the edges kept.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import capture
+from .errors import MemoryBudgetError
 from .graph import (
     Granularity,
     LayerTable,
@@ -34,7 +36,6 @@ from .graph import (
     grow_layer,
 )
 from .memory import available_memory, describe_bytes
-from .errors import MemoryBudgetError
 from .model import Decoder, evaluating
 from .recording import Recording, RecordingMode, record
 from .scoring import LayerScores, attention_error, check_attention, choose_impl, score_layer
@@ -67,7 +68,8 @@ class Plan:
         return (
             f"{self.n_tokens} tokens: {self.mode.value} recording "
             f"{describe_bytes(self.recording_bytes)} (lean {describe_bytes(self.lean_bytes)}, "
-            f"full {describe_bytes(self.full_bytes)}), scoring {describe_bytes(self.scoring_bytes)}, "
+            f"full {describe_bytes(self.full_bytes)}), "
+            f"scoring {describe_bytes(self.scoring_bytes)}, "
             f"weights {describe_bytes(self.weights_bytes)}"
         )
 
@@ -117,12 +119,20 @@ class Tracer:
         """One forward pass over a text. `mode` is chosen by `plan` unless given."""
         if isinstance(text, Recording):
             return text
+        return self._record(self._encode(text, add_special_tokens), -1, mode)
+
+    def _encode(self, text: Text, add_special_tokens: bool | None) -> Tensor:
         token_ids = encode(text, self.tokenizer, add_special_tokens)
         self._check_tokens(token_ids)
+        return token_ids
+
+    def _record(
+        self, token_ids: Tensor, position: int, mode: RecordingMode | str | None = None
+    ) -> Recording:
         if mode is None:
             mode = self.plan(len(token_ids)).mode
         strings = token_strings(token_ids, self.tokenizer)
-        return record(self.decoder, token_ids, strings, RecordingMode(mode))
+        return record(self.decoder, token_ids, strings, RecordingMode(mode), position)
 
     def plan(self, n_tokens: int) -> Plan:
         """The memory that recording `n_tokens` takes: full where it fits, else lean.
@@ -171,11 +181,13 @@ class Tracer:
         an attention edge summed over heads, "head" each head's by itself.
         """
         _check_options(threshold, granularity)
-        recording = self.record(text, add_special_tokens=add_special_tokens)
+        if isinstance(text, Recording):
+            recording, position = text, _index("position", position, len(text))
+        else:
+            token_ids = self._encode(text, add_special_tokens)
+            position = _index("position", position, len(token_ids))
+            recording = self._record(token_ids, position)
         T = len(recording)
-        if isinstance(position, bool) or not isinstance(position, int) or not -T <= position < T:
-            raise ValueError(f"position: expected {-T} to {T - 1}, got {position}")
-        position %= T
 
         reached = torch.zeros(T, dtype=torch.bool, device=recording.resid_final.device)
         reached[position] = True
@@ -183,6 +195,8 @@ class Tracer:
         with self._replaying():
             for layer in reversed(range(self.decoder.n_layers)):
                 rows = reached.cpu().nonzero().squeeze(1)  # the layer's one read by the host
+                if len(rows) == 0:
+                    break
                 scores = score_layer(self.decoder, recording, layer, rows, threshold, self.impl)
                 errors[layer] = attention_error(self.decoder, recording, layer, rows)
                 table = layer_table(scores)
@@ -225,14 +239,13 @@ class Tracer:
                 errors[layer] = attention_error(self.decoder, recording, layer, rows)
                 tables.append(layer_table(scores))
         check_attention(errors)
-        states, head = recording.states, self._predict_states
         return Routes(
             tokens=recording.tokens,
             token_ids=recording.token_ids,
             threshold=threshold,
             granularity=granularity,
             layers=tables,
-            predict=lambda t: head(states[t]),
+            predict=functools.partial(self._predict, _HeadOnly.of(recording)),
             scored_threshold=threshold,
         )
 
@@ -292,19 +305,32 @@ class Tracer:
         if int(token_ids.min()) < 0 or int(token_ids.max()) >= vocab:
             raise ValueError(f"text: token ids must be from 0 to {vocab - 1}")
 
-    def _predict(self, recording: Recording, position: int) -> list[Prediction]:
-        return self._predict_states(recording.states[position])
-
-    def _predict_states(self, states: Tensor) -> list[Prediction]:
-        """The likeliest next tokens after one position, from what the head reads there, [D]."""
-        probabilities = self.decoder.predict(states[None])[0]
-        top = probabilities.topk(min(_PREDICTIONS, len(probabilities)))
+    @torch.inference_mode()
+    def _predict(self, recording: Recording | _HeadOnly, position: int) -> list[Prediction]:
+        """The likeliest next tokens after `position`."""
+        if position == recording.position:
+            logits = recording.logits
+        else:
+            logits = self.decoder.head(recording.states[position][None])[0]
+        top = logits.float().softmax(-1).topk(min(_PREDICTIONS, len(logits)))
         ids = top.indices.cpu()
         strings = token_strings(ids, self.tokenizer)
         return [
             Prediction(*entry)
             for entry in zip(strings, ids.tolist(), top.values.tolist(), strict=True)
         ]
+
+
+class _HeadOnly(NamedTuple):
+    """What predictions need of a Recording, so that the rest of it can be freed."""
+
+    states: Tensor
+    position: int
+    logits: Tensor
+
+    @staticmethod
+    def of(recording: Recording) -> _HeadOnly:
+        return _HeadOnly(recording.states, recording.position, recording.logits)
 
 
 def layer_table(scores: LayerScores) -> LayerTable:
@@ -327,6 +353,6 @@ def _check_options(threshold: float, granularity: str) -> None:
 
 
 def _index(name: str, i: int, n: int) -> int:
-    if not -n <= i < n:
+    if isinstance(i, bool) or not isinstance(i, int) or not -n <= i < n:
         raise ValueError(f"{name}: expected {-n} to {n - 1}, got {i}")
     return i % n

@@ -31,19 +31,19 @@ ROUND_UP = 1 + 2**-10
 
 
 def signs(y: Tensor) -> Tensor:
-    """s [R, D]: +1 where y >= 0, else -1, in the dtype of `y`."""
+    """S [R, D]: +1 where y >= 0, else -1, in the dtype of `y`."""
     return torch.ones_like(y).copysign_(y + 0.0)  # + 0.0 turns -0.0 into 0.0
 
 
 def value_space_signs(W_O: Tensor, s: Tensor) -> Tensor:
-    """g = W_O[h] @ s: [H, V, D] x [R, D] -> [H, R, V], so that lin = w (v . g)."""
+    """G = W_O[h] @ s: [H, V, D] x [R, D] -> [H, R, V], so that lin = w (v . g)."""
     H, V, D = W_O.shape
     g = s @ W_O.reshape(H * V, D).T  # [R, H * V]
     return g.view(-1, H, V).transpose(0, 1)
 
 
 def column_norms(W_O: Tensor) -> Tensor:
-    """rho [H, D] = |W_O[h][:, i]|_2."""
+    """Rho [H, D] = |W_O[h][:, i]|_2."""
     return torch.linalg.vector_norm(W_O, dim=1)
 
 

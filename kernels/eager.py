@@ -54,7 +54,7 @@ def score_attention(inputs: LayerInputs, keep: float) -> AttentionScores:
 
 
 def score_ffn(resid_mid: Tensor, resid_post: Tensor) -> FFNScores:
-    """Importances of `resid_mid` [R, D] and of the FFN's output, their difference, in `resid_post`."""
+    """Importances of `resid_mid` [R, D], and of what the FFN adds to it, in `resid_post` [R, D]."""
     dtype = _compute_dtype(resid_post)
     resid_mid, resid_post = resid_mid.to(dtype), resid_post.to(dtype)
     residual = _proximity(resid_mid, resid_post)
@@ -102,16 +102,12 @@ def _block(inputs: LayerInputs, start: int, stop: int) -> LayerInputs:
 
 
 def _proximity(part: Tensor, y: Tensor) -> Tensor:
-    """max(|y|_1 - |y - part|_1, 0): [R, D], [R, D] -> [R].
-
-    Subtracted coordinate by coordinate: a few huge coordinates of y would swallow the rest of
-    a difference of two norms.
-    """
+    """max(|y|_1 - |y - part|_1, 0), coordinate by coordinate: [R, D], [R, D] -> [R]."""
     return (y.abs() - (y - part).abs()).sum(-1).clamp_(min=0)
 
 
 def _by_kv_head(x: Tensor, n_kv_heads: int) -> Tensor:
-    """[H, R, N] -> [H_kv, H / H_kv * R, N]: the rows that share a KV head, stacked, no copy of K/V."""
+    """[H, R, N] -> [H_kv, H / H_kv * R, N]: rows that share a KV head, stacked; K/V stay as is."""
     H, R, N = x.shape
     return x.reshape(n_kv_heads, H // n_kv_heads * R, N)
 
@@ -198,7 +194,7 @@ def _corrections(
     s: Tensor,  # [R, D]
 ) -> Tensor:
     """correction(p) [P] of the listed pairs (breakpoints.py)."""
-    H, R, D = y_points.shape
+    H, R, _ = y_points.shape
     h, r, j = pairs
     # Non-negative floats are ordered as their bits are, so (row, head) and breakpoint make one
     # integer key, and one sort and one search serve all ragged runs.
@@ -218,7 +214,12 @@ def _corrections(
     for head, end in enumerate(ends):
         if begin == end:
             continue
-        u = inputs.v[:, head // group] @ inputs.W_O[head] if inputs.value_gate is None else None
+        u = None
+        if inputs.value_gate is None:  # for the keys that are listed
+            used = torch.zeros(inputs.v.shape[0], dtype=torch.bool, device=a.device)
+            used[j[begin:end]] = True
+            u = inputs.v[used, head // group] @ inputs.W_O[head]
+            place = used.cumsum(0) - 1
         for piece in _pieces(run_length[begin:end], begin):
             length = run_length[piece]
             pair = torch.arange(piece.start, piece.stop, device=a.device).repeat_interleave(length)
@@ -227,7 +228,7 @@ def _corrections(
             i = coordinate[run_start[pair] + step]  # [C]
             row, key = r[pair], j[pair]
             if u is not None:
-                u_i = u[key, i]
+                u_i = u[place[key], i]
             else:
                 assert inputs.value_gate is not None
                 gated = inputs.v[key, head // group] * inputs.value_gate[row, head]

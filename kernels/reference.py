@@ -15,9 +15,10 @@ from .contract import AttentionScores, EdgeList, FFNScores, LayerInputs, visible
 def proximity(part: Tensor, y: Tensor) -> Tensor:
     """max(|y|_1 - |y - part|_1, 0) over the last dimension (paper section 2.2).
 
-    part: [..., D], y: broadcastable to it. Returns [...].
+    part: [..., D], y: broadcastable to it. Returns [...]. Subtracted coordinate by coordinate: a
+    few huge coordinates of y would swallow the rest of a difference of two norms.
     """
-    return (y.abs().sum(-1) - (y - part).abs().sum(-1)).clamp(min=0)
+    return (y.abs() - (y - part).abs()).sum(-1).clamp(min=0)
 
 
 def attention_pattern(inputs: LayerInputs) -> Tensor:
@@ -82,7 +83,7 @@ def score_attention(inputs: LayerInputs, keep: float) -> AttentionScores:
 
 
 def score_ffn(resid_mid: Tensor, resid_post: Tensor) -> FFNScores:
-    """Importances of `resid_mid` [R, D] and of the FFN's output, their difference, in `resid_post`."""
+    """Importances of `resid_mid` [R, D], and of what the FFN adds to it, in `resid_post` [R, D]."""
     residual = proximity(resid_mid, resid_post)
     ffn = proximity(resid_post - resid_mid, resid_post)
     total = residual + ffn

@@ -1,0 +1,308 @@
+"""The `ifr-fast` command."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from contextlib import nullcontext
+from enum import StrEnum
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ._version import __version__
+from .errors import IfrError
+
+if TYPE_CHECKING:
+    from .graph import Hop, RouteGraph
+    from .tracer import Tracer
+
+DEMO_TEXT = "When Mary and John went to the store, John gave a drink to"
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Information flow routes: how a language model arrived at a prediction.",
+)
+
+
+class _Granularity(StrEnum):
+    TOKEN = "token"
+    HEAD = "head"
+
+
+def main() -> None:
+    """Runs the command; wrong input and what a machine lacks end in one line and exit code 2."""
+    try:
+        app()
+    except (IfrError, ValueError, OSError) as error:
+        Console(stderr=True, highlight=False).print(
+            Text.assemble(("error: ", "bold red"), printable(str(error)))
+        )
+        sys.exit(2)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"ifr-fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def trace(
+    text: Annotated[
+        str | None,
+        typer.Argument(help="The text; '-' reads standard input. Without any, a demonstration."),
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", "-f", help="Read the text from a file.")
+    ] = None,
+    chat: Annotated[
+        Path | None,
+        typer.Option(help="Read chat messages from a JSON file ('-': standard input)."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Hub name or directory; default SmolLM2.")
+    ] = None,
+    position: Annotated[
+        int, typer.Option("--position", "-p", help="Explain what is predicted after this token.")
+    ] = -1,
+    threshold: Annotated[
+        float, typer.Option("--threshold", "-t", help="Keep edges above this importance.")
+    ] = 0.04,
+    granularity: Annotated[
+        _Granularity, typer.Option(help="Compare summed attention edges, or single heads.")
+    ] = _Granularity.TOKEN,
+    impl: Annotated[str | None, typer.Option(help="auto, reference, eager, cpu or triton.")] = None,
+    top_paths: Annotated[
+        int, typer.Option("--top-paths", "-k", help="How many routes to print.")
+    ] = 5,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Write the graph as JSON.")
+    ] = None,
+    html_path: Annotated[
+        Path | None, typer.Option("--html", help="Write a page that draws the graph.")
+    ] = None,
+    png_path: Annotated[
+        Path | None, typer.Option("--png", help="Write the picture as PNG.")
+    ] = None,
+    save_path: Annotated[
+        Path | None, typer.Option("--save", help="Save the graph (safetensors).")
+    ] = None,
+) -> None:
+    """Explain one prediction: print its strongest routes, tokens and heads."""
+    source = _read(text, file, chat)
+    outputs = [path for path in (json_path, html_path, png_path, save_path) if path is not None]
+    _check_outputs(outputs)
+    if top_paths < 1:
+        raise ValueError(f"--top-paths: expected at least 1, got {top_paths}")
+    from .graph import check_threshold
+
+    check_threshold(threshold)
+    tracer = _open(model, impl)
+    graph = tracer.trace(
+        source, position=position, threshold=threshold, granularity=granularity.value
+    )
+    _print_graph(graph, top_paths)
+    _write(graph, json_path, html_path, png_path, save_path)
+    for path in outputs:
+        Console(stderr=True).print(f"wrote {path}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def doctor(
+    impl: Annotated[str | None, typer.Option(help="An implementation to ask about.")] = None,
+) -> None:
+    """Say what is installed, which implementation would run and why, and where models are kept."""
+    import torch
+
+    from .pretrained import DEFAULT_NAME, cache_dir, default_model_dir
+    from .scoring import explain_impl
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_row("ifr-fast", __version__)
+    table.add_row("Python", f"{platform.python_version()} on {platform.platform()}")
+    for package in ("torch", "transformers", "triton", "safetensors", "numpy"):
+        table.add_row(package, _installed(package))
+    for extra, packages in {
+        "default-model": ("gguf", "accelerate"),
+        "plot": ("matplotlib",),
+        "networkx": ("networkx",),
+    }.items():
+        missing = [p for p in packages if find_spec(p) is None]
+        state = f"missing {', '.join(missing)}: pip install 'ifr-fast[{extra}]'"
+        table.add_row(f"extra {extra}", state if missing else "installed")
+    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    table.add_row("GPU", cuda)
+    table.add_row(
+        "CPU", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    )
+    for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
+        table.add_row(f"on {device}", explain_impl(impl, torch.device(device)))
+    table.add_row("cache", str(cache_dir()))
+    present = (default_model_dir() / "config.json").is_file()
+    state = "in the cache" if present else "fetched on first use (93 MB)"
+    table.add_row("default model", f"{DEFAULT_NAME}, {state}")
+    Console(highlight=False, soft_wrap=True).print(table)
+
+
+def _installed(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _read(text: str | None, file: Path | None, chat: Path | None) -> Any:
+    given = [x for x in (text, file, chat) if x is not None]
+    if len(given) > 1:
+        raise ValueError("text: give one of TEXT, --file and --chat")
+    if file is not None:
+        return _decode(file.read_bytes(), str(file))
+    if chat is not None:
+        raw = sys.stdin.buffer.read() if str(chat) == "-" else chat.read_bytes()
+        try:
+            messages = json.loads(raw)
+        except ValueError as error:
+            raise ValueError(f"--chat: {chat} is not JSON ({error})") from error
+        if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+            raise ValueError("--chat: expected a JSON list of {role, content}")
+        return messages
+    if text == "-":
+        return _decode(sys.stdin.buffer.read(), "standard input")
+    return DEMO_TEXT if text is None else text
+
+
+def _decode(raw: bytes, name: str) -> str:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"text: {name} is not UTF-8 ({error})") from error
+
+
+def _check_outputs(paths: list[Path]) -> None:
+    """Says what cannot be written before the work is done, not after."""
+    for path in paths:
+        if path.is_dir():
+            raise ValueError(f"{path}: is a directory; expected a file to write")
+        if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+            raise ValueError(f"{path}: {path.parent} is no directory that can be written to")
+
+
+def _open(model: str | None, impl: str | None) -> Tracer:
+    console = Console(stderr=True)
+    with console.status("loading the model") if console.is_terminal else nullcontext():
+        from .tracer import Tracer
+    from .pretrained import default_model
+
+    if model is None:
+        default_model()  # prints its own progress
+    with console.status("loading the model") if console.is_terminal else nullcontext():
+        return Tracer.from_pretrained(model, impl=impl)
+
+
+def _write(
+    graph: RouteGraph,
+    json_path: Path | None,
+    html_path: Path | None,
+    png_path: Path | None,
+    save_path: Path | None,
+) -> None:
+    from .storage import whole_file, write_text
+
+    if save_path is not None:
+        graph.save(save_path)
+    if json_path is not None:
+        write_text(json_path, graph.to_json())
+    if html_path is not None:
+        write_text(html_path, graph.to_html())
+    if png_path is not None:
+        figure = graph.plot()
+        with whole_file(png_path) as temporary:
+            figure.savefig(temporary, format="png", dpi=150)
+
+
+def printable(text: str) -> str:
+    """Text without control characters, as a terminal may be shown it."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def _quote(token: str) -> str:
+    return f"“{printable(token)}”"
+
+
+def _print_graph(graph: RouteGraph, n_routes: int) -> None:
+    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+
+    def line(*parts: str | tuple[str, str]) -> None:
+        console.print(Text.assemble(*parts))
+
+    def name(position: int) -> str:
+        return f"{_quote(graph.tokens[position])}@{position}"
+
+    first, *rest = graph.predictions
+    line("after ", (name(graph.position), "bold"), " the model predicts ",
+         (_quote(first.token), "bold green"), f" ({first.probability:.2f})")  # fmt: skip
+    others = ", ".join(f"{_quote(p.token)} {p.probability:.2f}" for p in rest)
+    line((f"  then {others}", "dim"))
+    line((f"  {len(graph.edges.layer)} edges above {graph.threshold:g} among {len(graph.tokens)} "
+          f"tokens and {graph.n_layers} layers", "dim"))  # fmt: skip
+    if graph.unattributed:
+        line((f"  {len(graph.unattributed)} nodes are unattributed: no part moved them towards "
+              "what they are", "yellow"))  # fmt: skip
+
+    line()
+    line(("strongest routes", "bold"), ("  weight, then from where to where", "dim"))
+    for route in graph.top_routes(n_routes):
+        line((f"  {route.weight:6.3f}  ", "cyan"), _describe(route.source, route.hops[::-1], name))
+
+    line()
+    line(("most important tokens", "bold"), ("  weight of all their paths", "dim"))
+    importance = graph.token_importance()
+    for i in importance.argsort(descending=True, stable=True)[:6].tolist():
+        if importance[i] > 0:
+            line((f"  {float(importance[i]):6.3f}  ", "cyan"), name(i))
+
+    line()
+    line(("most important heads and FFN blocks", "bold"), ("  weight times flow", "dim"))
+    heads, ffn = graph.head_importance(), graph.ffn_importance()
+    parts = [
+        (float(heads[layer, head]), f"layer {layer} head {head}")
+        for layer in range(graph.n_layers)
+        for head in range(graph.n_heads)
+    ] + [(float(ffn[layer]), f"layer {layer} FFN") for layer in range(graph.n_layers)]
+    for weight, what in sorted(parts, key=lambda part: -part[0])[:8]:
+        if weight > 0:
+            line((f"  {weight:6.3f}  ", "cyan"), what)
+
+
+def _describe(source: int, hops: list[Hop], name: Any) -> str:
+    """A route in words, from its token upwards."""
+    if not hops:
+        return f"{name(source)} stays at its position"
+    words = name(source)
+    for hop in hops:
+        heads = ", ".join(f"{head} ({weight:.2f})" for head, weight in hop.heads[:3])
+        more = f" and {len(hop.heads) - 3} more" if len(hop.heads) > 3 else ""
+        label = "head" if len(hop.heads) == 1 else "heads"
+        words += f" → layer {hop.layer} {label} {heads}{more} → {name(hop.target)}"
+    return words

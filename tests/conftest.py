@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+import pydoc_data.topics
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from ifr_fast import Tracer
+from ifr_fast.pretrained import load
+
+
+@pytest.fixture(scope="session")
+def smol() -> Tracer:
+    """The default model, fetched and converted on first use."""
+    model, tokenizer = load()
+    return Tracer(model, tokenizer)
+
+
+@pytest.fixture(scope="session")
+def prose(smol: Tracer) -> torch.Tensor:
+    """Token ids of real English prose."""
+    topics = pydoc_data.topics.topics
+    return torch.tensor(smol.tokenizer("\n".join(topics[k] for k in sorted(topics)))["input_ids"])
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """`torch.empty` gives NaN within the test, so that nothing is read before it is written."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
