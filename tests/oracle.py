@@ -38,14 +38,26 @@ def importances(layer: LayerAccount) -> LayerImportance:
         heads[:, t, : t + 1] = proximity(parts, y[t])
     residual = proximity(layer.resid_pre, y)
     ffn = proximity(layer.ffn, layer.resid_post)
-    total = heads.sum((0, 2)) + residual + (ffn if parallel else 0)
-    assert (total > 0).all()
+    parts = [residual, ffn] if parallel else [residual]
+    shares, heads = _shares(parts, heads)
     if parallel:
-        return LayerImportance(residual / total, ffn / total, None, heads / total[:, None])
+        return LayerImportance(shares[0], shares[1], None, heads)
     passed = proximity(layer.resid_mid, layer.resid_post)
-    both = passed + ffn
-    assert (both > 0).all()
-    return LayerImportance(residual / total, ffn / both, passed / both, heads / total[:, None])
+    both, _ = _shares([passed, ffn], heads[:0])
+    return LayerImportance(shares[0], both[1], both[0], heads)
+
+
+def _shares(parts: list[Tensor], heads: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Proximities over their sum; 1/n each of n parts where the sum is 0."""
+    H, T = heads.shape[0], len(parts[0])
+    total = heads.sum((0, 2)) + sum(parts) if H else sum(parts)
+    flat = total == 0
+    n_parts = len(parts) + H * torch.arange(1, T + 1)
+    total = torch.where(flat, n_parts, total)
+    visible = torch.ones(T, T, dtype=torch.bool).tril()
+    return [(p + flat) / total for p in parts], (
+        (heads + (flat[:, None] & visible)) / total[:, None] if H else heads
+    )
 
 
 def assert_graph_agrees(
@@ -103,17 +115,15 @@ def assert_graph_agrees(
             weight = float(layer.residual[t])
             if follows((i, mid_kind, t, t), weight, weight):
                 below.add(t)
-            for j in range(t + 1):
-                of_heads = layer.heads[:, t, j]
-                if graph.granularity == "head":
-                    kept = of_heads > threshold
-                    weight = float(of_heads[kept].sum())
-                    nearest = float(of_heads[(of_heads - threshold).abs().argmin()])
-                    weight = weight if kept.any() else 0.0
-                else:
-                    weight = nearest = float(of_heads.sum())
-                key = (i, EdgeKind.ATTENTION, t, j)
-                if follows(key, weight, nearest):
+            of_heads = layer.heads[:, t, : t + 1]
+            if graph.granularity == "head":
+                weights = (of_heads * (of_heads > threshold)).sum(0).tolist()
+                closest = (of_heads - threshold).abs().argmin(0, keepdim=True)
+                nearest = of_heads.gather(0, closest)[0].tolist()
+            else:
+                weights = nearest = of_heads.sum(0).tolist()
+            for j, (weight, near) in enumerate(zip(weights, nearest, strict=True)):
+                if follows((i, EdgeKind.ATTENTION, t, j), weight, near):
                     below.add(j)
                     assert abs(got_heads[i, t, j] - weight) < tolerance
         reached = below

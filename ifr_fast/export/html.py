@@ -1,0 +1,43 @@
+"""A RouteGraph as a standalone page that draws it, and as a notebook cell that holds the page.
+
+The page is graph.html with graph.css, graph.js and the graph's JSON put in. It asks for nothing
+from any network and its Content-Security-Policy forbids it to. Tokens are data: they enter as
+JSON in which no character can end the script element, and are shown through `textContent` alone.
+"""
+
+from __future__ import annotations
+
+import re
+from html import escape
+from importlib import resources
+from typing import TYPE_CHECKING
+
+from .json import to_json
+from .labels import visible
+
+if TYPE_CHECKING:
+    from ..graph import RouteGraph
+
+
+def to_html(graph: RouteGraph) -> str:
+    """The page, as text to write to a .html file."""
+    here = resources.files(__package__)
+    predicted = visible(graph.predictions[0].token) if graph.predictions else "?"
+    fields = {
+        "title": escape(f"{predicted} – information flow routes"),
+        "style": here.joinpath("graph.css").read_text("utf-8"),
+        "script": here.joinpath("graph.js").read_text("utf-8"),
+        "data": re.sub("[<>&]", lambda m: f"\\u{ord(m[0]):04x}", to_json(graph)),
+    }
+    page = here.joinpath("graph.html").read_text("utf-8")
+    return re.sub(r"\{\{(\w+)\}\}", lambda m: fields[m[1]], page)
+
+
+def to_notebook_html(graph: RouteGraph) -> str:
+    """The page in a frame of its own, which may run its script and nothing else."""
+    height = min(860, max(420, 280 + 20 * graph.n_layers))  # CSS pixels; the page scrolls beyond
+    return (
+        f'<iframe srcdoc="{escape(to_html(graph))}" sandbox="allow-scripts" '
+        f'title="Information flow routes" width="100%" height="{height}" '
+        'style="border: 0"></iframe>'
+    )

@@ -1,0 +1,43 @@
+"""A RouteGraph as one JSON document: its keys are the graph's attributes, its tables columns.
+
+Weights are float32 values written so that they read back exactly. Only ASCII comes out, so that
+no token, not even a lone surrogate, can break the file that holds it.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from ..graph import EdgeKind
+
+if TYPE_CHECKING:
+    from ..graph import RouteGraph
+
+FORMAT = "ifr_fast.route_graph.json"
+VERSION = 1
+
+
+def to_json(graph: RouteGraph) -> str:
+    """The document. Raises ValueError for a weight or probability that is not finite."""
+    edges = {name: column.tolist() for name, column in graph.edges._asdict().items()}
+    names = {int(kind): kind.name.lower() for kind in EdgeKind}
+    edges["kind"] = [names[kind] for kind in edges["kind"]]
+    document = {
+        "format": FORMAT,
+        "version": VERSION,
+        "tokens": graph.tokens,
+        "token_ids": graph.token_ids.tolist(),
+        "position": graph.position,
+        "threshold": graph.threshold,
+        "granularity": graph.granularity,
+        "n_layers": graph.n_layers,
+        "n_heads": graph.n_heads,
+        "parallel": graph.parallel.tolist(),
+        "predictions": [prediction._asdict() for prediction in graph.predictions],
+        "edges": edges,
+        "head_edges": {k: column.tolist() for k, column in graph.head_edges._asdict().items()},
+        "unattributed": [node._asdict() for node in graph.unattributed],
+        "token_importance": graph.token_importance().tolist(),
+    }
+    return json.dumps(document, allow_nan=False, separators=(",", ":"))

@@ -1,0 +1,58 @@
+"""What pictures of a graph share: token text made visible, and which tokens get a column."""
+
+from __future__ import annotations
+
+import unicodedata
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from ..graph import RouteGraph
+
+SHOW_ALL = 40  # a text of up to so many tokens is shown whole
+
+_MARKS = {" ": "·", "\n": "↵", "\t": "⇥"}
+
+
+class Column(NamedTuple):
+    """One token, or a gap of `last - first + 1` tokens that the graph does not reach."""
+
+    first: int
+    last: int
+    gap: bool
+
+
+def visible(token: str) -> str:
+    """The token with whitespace marked and whatever would not show as its code point."""
+    if not token:
+        return "∅"
+    out: list[str] = []
+    alone = True  # nothing that shows stands before: an accent needs something to sit on
+    for char in token:
+        category = unicodedata.category(char)
+        hidden = char in _MARKS or category[0] in "CZ"
+        if hidden:
+            out.append(_MARKS.get(char, f"‹{ord(char):04X}›"))
+        else:
+            out.append("◌" + char if alone and category[0] == "M" else char)
+        alone = hidden
+    return "".join(out)
+
+
+def columns(graph: RouteGraph) -> list[Column]:
+    """Left to right: a column for each token, or in a long text for each that is reached."""
+    T = len(graph.tokens)
+    reached = torch.zeros(T, dtype=torch.bool)
+    reached[graph.position] = True
+    reached[graph.edges.target] = True
+    reached[graph.edges.source] = True
+    if T <= SHOW_ALL:
+        reached[:] = True
+    found: list[Column] = []
+    for position, wide in enumerate(reached.tolist()):
+        if wide or not found or not found[-1].gap:
+            found.append(Column(position, position, not wide))
+        else:
+            found[-1] = found[-1]._replace(last=position)
+    return found

@@ -1,0 +1,467 @@
+"""What a graph is exported to says what the graph says; hostile tokens are text and no more."""
+
+from __future__ import annotations
+
+import builtins
+import dataclasses
+import functools
+import json
+import shutil
+import warnings
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import ifr_fast
+from ifr_fast.errors import IfrError
+from ifr_fast.export.labels import SHOW_ALL, columns, visible
+from ifr_fast.graph import EdgeKind, Granularity, Node, NodeKind, Prediction, RouteGraph
+from ifr_fast.storage import write_text
+
+N_TOKENS = 14
+VOCABULARY = 97
+HOSTILE = [
+    "<script>window.__pwned = 1</script>",
+    "</script><script>window.__pwned = 2</script>",
+    "<!--",
+    "<img src=x onerror='window.__pwned = 3'>",
+    '"><b onmouseover=window.__pwned=4>',
+    "{{data}}${x}",
+    "line\nfeed\ttab\r",
+    "\u2028\u2029",
+    "\ud800",
+    "\ufffd",
+    "\u202eעברית مرحبا",
+    " $x^2$ \\frac{$",
+    "",
+    "\u200b\u0301\x00日本語🎉",
+]
+assert len(HOSTILE) == N_TOKENS
+
+
+@functools.cache
+def tracer(parallel: bool, n_layers: int) -> ifr_fast.Tracer:
+    torch.manual_seed(3)
+    shape = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": n_layers,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+    }
+    if parallel:
+        model: Any = GPTNeoXForCausalLM(GPTNeoXConfig(**shape, use_parallel_residual=True))
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**shape, num_key_value_heads=2))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter *= 3
+    return ifr_fast.Tracer(model.eval(), None)
+
+
+@functools.cache
+def trace(
+    parallel: bool,
+    granularity: Granularity = "token",
+    *,
+    n_layers: int = 4,
+    n_tokens: int = N_TOKENS,
+    threshold: float = 0.01,
+) -> RouteGraph:
+    ids = torch.randint(VOCABULARY, (n_tokens,), generator=torch.Generator().manual_seed(5))
+    return tracer(parallel, n_layers).trace(ids, threshold=threshold, granularity=granularity)
+
+
+@pytest.fixture(scope="module", params=["sequential", "parallel"])
+def parallel(request: pytest.FixtureRequest) -> bool:
+    return request.param == "parallel"
+
+
+@pytest.fixture(scope="module", params=["token", "head"])
+def graph(request: pytest.FixtureRequest, parallel: bool) -> RouteGraph:
+    found = trace(parallel, request.param)
+    assert {EdgeKind.ATTENTION, EdgeKind.FFN} <= set(found.edges.kind.tolist())
+    return found
+
+
+@pytest.fixture(scope="module")
+def hostile() -> RouteGraph:
+    graph = trace(False)
+    predictions = [
+        Prediction(token, i, p.probability)
+        for i, (token, p) in enumerate(zip(HOSTILE, graph.predictions, strict=False))
+    ]
+    unattributed = [
+        Node(graph.n_layers - 1, NodeKind.POST, graph.position),
+        Node(graph.n_layers - 1, NodeKind.MID, graph.position),
+    ]
+    return dataclasses.replace(
+        graph, tokens=HOSTILE, predictions=predictions, unattributed=unattributed
+    )
+
+
+def test_json_reproduces_the_tables(graph: RouteGraph) -> None:
+    document = json.loads(graph.to_json())
+    names = {kind.name.lower(): int(kind) for kind in EdgeKind}
+    document["edges"]["kind"] = [names[name] for name in document["edges"]["kind"]]
+    for name in ("edges", "head_edges"):
+        table = getattr(graph, name)
+        assert list(document[name]) == list(table._fields)
+        for field, column in table._asdict().items():
+            assert torch.equal(torch.tensor(document[name][field], dtype=column.dtype), column)
+    for name in ("tokens", "position", "threshold", "granularity", "n_layers", "n_heads"):
+        assert document[name] == getattr(graph, name)
+    assert document["token_ids"] == graph.token_ids.tolist()
+    assert document["parallel"] == graph.parallel.tolist()
+    assert [Prediction(**p) for p in document["predictions"]] == graph.predictions
+    assert document["token_importance"] == graph.token_importance().tolist()
+    assert document["format"] == "ifr_fast.route_graph.json"
+    assert document["version"] == 1
+
+
+def test_json_of_hostile_tokens_is_ascii_and_reads_back(hostile: RouteGraph) -> None:
+    text = hostile.to_json()
+    assert text.isascii()
+    document = json.loads(text)
+    assert document["tokens"] == HOSTILE
+    assert [Node(**n) for n in document["unattributed"]] == hostile.unattributed
+
+
+def test_json_refuses_what_is_not_finite(hostile: RouteGraph) -> None:
+    weight = hostile.edges.weight.clone()
+    weight[0] = float("nan")
+    broken = dataclasses.replace(hostile, edges=hostile.edges._replace(weight=weight))
+    with pytest.raises(ValueError, match="JSON compliant"):
+        broken.to_json()
+
+
+def test_networkx_paths_sum_to_token_importance(parallel: bool) -> None:
+    nx = pytest.importorskip("networkx")
+    graph = trace(parallel, n_layers=2, n_tokens=6, threshold=0.05)
+    exported = graph.to_networkx()
+    top = ("post", graph.n_layers - 1, graph.position)
+    importance = torch.zeros(6, dtype=torch.float64)
+    for node in [n for n in exported if n[0] == "embed"]:
+        for path in nx.all_simple_edge_paths(exported, node, top):
+            product = 1.0
+            for edge in path:
+                product *= exported.edges[edge]["weight"]
+            importance[node[2]] += product
+    assert (importance > 0).sum() > 1
+    torch.testing.assert_close(importance.float(), graph.token_importance(), rtol=1e-5, atol=1e-8)
+
+
+def test_networkx_attributes(graph: RouteGraph) -> None:
+    pytest.importorskip("networkx")
+    exported = graph.to_networkx()
+    n_ffn = int((graph.edges.kind == EdgeKind.FFN).sum())
+    assert exported.number_of_edges() == len(graph.edges.layer) + n_ffn
+    for (kind, layer, position), data in exported.nodes(data=True):
+        token = graph.tokens[position]
+        assert data == {"token": token, "kind": kind, "layer": layer, "position": position}
+    kinds = {"embed", "ffn", "post"} if bool(graph.parallel[0]) else {k.value for k in NodeKind}
+    assert {node[0] for node in exported} == kinds
+    heads = 0
+    for source, target, data in exported.edges(data=True):
+        height = {"embed": 0, "mid": 1, "ffn": 2, "post": 3}
+        assert (source[1], height[source[0]]) < (target[1], height[target[0]])
+        assert ("heads" in data) == (data["kind"] == "attention")
+        if data["kind"] == "attention":
+            assert sum(data["heads"].values()) == pytest.approx(data["weight"], rel=1e-5)
+            heads += len(data["heads"])
+    assert heads == len(graph.head_edges.layer)
+    assert exported.graph["threshold"] == graph.threshold
+    assert exported.graph["tokens"] == graph.tokens
+
+
+def test_visible_shows_what_would_not_show() -> None:
+    assert visible(" to") == "·to"
+    assert visible("a\n\tb") == "a↵⇥b"
+    assert visible("") == "∅"
+    assert visible("\u202e\u200b\ud800\u2028") == "‹202E›‹200B›‹D800›‹2028›"
+    assert visible("\u0301e\u0301 \u0301") == "◌\u0301e\u0301·◌\u0301"
+    assert visible("\ufffd日本語") == "\ufffd日本語"
+
+
+def test_long_texts_collapse_tokens_that_are_not_reached() -> None:
+    graph = trace(False, n_layers=2, n_tokens=90, threshold=0.15)
+    reached = {graph.position, *graph.edges.source.tolist(), *graph.edges.target.tolist()}
+    found = columns(graph)
+    assert {c.first for c in found if not c.gap} == reached
+    covered = [i for c in found for i in range(c.first, c.last + 1)]
+    assert covered == list(range(90))
+    assert not any(a.gap and b.gap for a, b in pairwise(found))
+    assert any(c.gap for c in found)
+    short = trace(False, n_layers=2, n_tokens=SHOW_ALL, threshold=0.15)
+    assert len(columns(short)) == SHOW_ALL
+
+
+@pytest.mark.parametrize("n_tokens", [1, 14, 90])
+def test_plot_saves_a_picture(tmp_path: Path, parallel: bool, n_tokens: int) -> None:
+    pytest.importorskip("matplotlib")
+    graph = trace(parallel, n_layers=2, n_tokens=n_tokens, threshold=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure = graph.plot()
+        figure.savefig(tmp_path / "graph.png", dpi=60)
+    assert (tmp_path / "graph.png").read_bytes().startswith(b"\x89PNG")
+    drawn = [len(c.get_paths()) for c in figure.axes[0].collections[:3]]
+    assert sum(drawn) == len(graph.edges.layer)
+
+
+@pytest.mark.filterwarnings("error")
+def test_plot_of_hostile_tokens(tmp_path: Path, hostile: RouteGraph) -> None:
+    pytest.importorskip("matplotlib")
+    figure = hostile.plot()
+    for name in ("graph.png", "graph.svg"):
+        figure.savefig(tmp_path / name, dpi=80)
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    assert "·$x^2$·\\frac{$" in texts
+    assert "line↵feed⇥tab‹000D›" in texts
+
+
+def test_a_missing_extra_is_named(hostile: RouteGraph, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *args: Any, **kwargs: Any) -> Any:
+        level = args[3] if len(args) > 3 else kwargs.get("level", 0)
+        if level == 0 and name.split(".")[0] in ("matplotlib", "networkx"):
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(IfrError, match=r"pip install 'ifr-fast\[plot\]'"):
+        hostile.plot()
+    with pytest.raises(IfrError, match=r"pip install 'ifr-fast\[networkx\]'"):
+        hostile.to_networkx()
+
+
+def test_page_text_is_standalone(hostile: RouteGraph) -> None:
+    page = hostile.to_html()
+    assert page.count("</script>") == 2
+    assert "<!--" not in page
+    assert "http://" not in page.replace("http://www.w3.org/2000/svg", "")
+    assert "https://" not in page
+    assert not any(c in page for c in "\u2028\u2029\ud800\u202e")
+    title = page.split("<title>")[1].split("</title>")[0]
+    assert title.startswith("&lt;script&gt;")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        pytest.skip(f"no browser to open the page in: none of {', '.join(names)} is on the PATH")
+    with api.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+class Opened:
+    """A page in the browser, with what it complained of and asked for."""
+
+    def __init__(self, browser: Any, text: str, folder: Path, **options: Any) -> None:
+        path = folder / "page.html"
+        write_text(path, text)
+        self.page = browser.new_page(viewport={"width": 1200, "height": 800}, **options)
+        self.complaints: list[str] = []
+        self.requests: list[str] = []
+        self.page.on("console", lambda message: self.complaints.append(message.text))
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.goto(path.as_uri())
+        self.url = path.as_uri()
+
+    def check(self) -> None:
+        """Nothing was complained of, and nothing but the file was asked for."""
+        assert self.complaints == []
+        assert [url for url in self.requests if url != "about:srcdoc"] == [self.url]
+        self.page.close()
+
+    def slide(self, step: int) -> float:
+        """Moves the slider; the threshold that it stands for."""
+        return self.page.evaluate(
+            """(step) => {
+                const slider = document.getElementById("threshold");
+                slider.value = step;
+                slider.dispatchEvent(new Event("input", { bubbles: true }));
+                return Number(document.getElementById("graph").dataset.threshold);
+            }""",
+            step,
+        )
+
+    def edges(self) -> list[tuple[int, str, int, int]]:
+        found = self.page.evaluate(
+            """() => Array.from(document.querySelectorAll("#graph path.edge"), (e) => [
+                Number(e.dataset.layer), e.dataset.kind,
+                Number(e.dataset.target), Number(e.dataset.source)])"""
+        )
+        shown = self.page.get_attribute("#graph", "data-edge-count")
+        assert int(shown) == len(found)
+        return sorted(tuple(edge) for edge in found)
+
+
+def edges_of(graph: RouteGraph) -> list[tuple[int, str, int, int]]:
+    columns = (column.tolist() for column in graph.edges[:4])
+    return sorted(
+        (layer, EdgeKind(kind).name.lower(), target, source)
+        for layer, kind, target, source in zip(*columns, strict=True)
+    )
+
+
+def test_page_prunes_as_the_graph_does(browser: Any, tmp_path: Path, graph: RouteGraph) -> None:
+    opened = Opened(browser, graph.to_html(), tmp_path)
+    assert opened.edges() == edges_of(graph)
+    counts = []
+    for step in (40, 200, 350, 500, 650, 800, 1000, 0):
+        threshold = opened.slide(step)
+        pruned = graph.prune(threshold)
+        assert opened.edges() == edges_of(pruned)
+        counts.append(len(pruned.edges.layer))
+        shown = opened.page.inner_text("#count")
+        assert shown.startswith(f"{counts[-1]:,} of {len(graph.edges.layer):,} ")
+        text = opened.page.inner_text("#threshold-text")
+        assert float(text) == pytest.approx(threshold, rel=1e-2)
+        assert opened.page.get_attribute("#threshold", "aria-valuetext") == text
+    assert len(set(counts)) > 4
+    assert counts[-2] == 0
+    assert counts[-1] == len(graph.edges.layer)
+    opened.check()
+
+
+def test_page_compares_as_float32(browser: Any, tmp_path: Path) -> None:
+    """A weight that equals the threshold in float32, and exceeds it in float64, is dropped."""
+    graph = trace(False, n_layers=1, n_tokens=2, threshold=0.0)
+    weight = torch.full_like(graph.edges.weight, 0.1)
+    assert float(weight[0]) > 0.1
+    equal = dataclasses.replace(graph, edges=graph.edges._replace(weight=weight), threshold=0.1)
+    assert edges_of(equal.prune(0.1)) == []
+    opened = Opened(browser, equal.to_html(), tmp_path)
+    assert opened.edges() == []
+    opened.check()
+
+
+def test_slider_works_by_keyboard_and_kinds_hide(browser: Any, tmp_path: Path) -> None:
+    graph = trace(False)
+    opened = Opened(browser, graph.to_html(), tmp_path)
+    page = opened.page
+    page.focus("#threshold")
+    page.keyboard.press("PageUp")
+    threshold = float(page.get_attribute("#graph", "data-threshold"))
+    assert threshold > graph.threshold
+    assert opened.edges() == edges_of(graph.prune(threshold))
+    for kind in ("residual", "attention", "ffn"):
+        display = f"getComputedStyle(document.querySelector('path.edge.{kind}')).display"
+        assert page.evaluate(display) != "none"
+        page.click(f"[data-shows={kind}]")
+        assert page.evaluate(display) == "none"
+    opened.check()
+
+
+def test_hover_shows_shares_of_heads(browser: Any, tmp_path: Path) -> None:
+    whole = trace(False)
+    far = (whole.edges.kind == EdgeKind.ATTENTION) & (whole.edges.target == whole.position)
+    far &= whole.edges.source < whole.position - 3
+    chosen = int(far.nonzero()[-1])
+    kept = whole.edges.kind != EdgeKind.ATTENTION
+    kept[chosen] = True
+    # With one attention edge, its middle is nearest to that one.
+    graph = dataclasses.replace(whole, edges=type(whole.edges)(*(c[kept] for c in whole.edges)))
+    layer, target, source = (int(whole.edges[i][chosen]) for i in (0, 2, 3))
+    opened = Opened(browser, graph.to_html(), tmp_path)
+    page = opened.page
+    x, y = page.evaluate(
+        """() => {
+            const path = document.querySelector("path.edge.attention");
+            path.scrollIntoView({ block: "center" });
+            const at = path.getPointAtLength(path.getTotalLength() / 2);
+            const box = path.ownerSVGElement.getBoundingClientRect();
+            return [box.left + at.x, box.top + at.y];
+        }"""
+    )
+    page.click("[data-shows=residual]")
+    drawn = opened.edges()
+    page.mouse.move(x, y)
+    tip = page.locator("#tip")
+    said = tip.inner_text()
+    assert f"Attention, layer {layer}" in said
+    assert f"{graph.tokens[source]} #{source} → {graph.tokens[target]} #{target}" in said
+    assert f"weight {float(whole.edges.weight[chosen]):.3f}" in said
+    heads = graph.head_edges
+    mine = (heads.layer == layer) & (heads.target == target) & (heads.source == source)
+    assert page.locator("#tip .bar").count() == int(mine.sum()) > 1
+    for head, weight in zip(heads.head[mine].tolist(), heads.weight[mine].tolist(), strict=True):
+        assert f"head {head}\n" in said
+        assert f"{weight:.3f}" in said or weight < 5e-4
+    assert opened.edges() == drawn  # what a hover highlights counts as no edge
+    page.hover(f"#tokens li[data-first='{graph.position}']")
+    assert f"#{graph.position}" in tip.inner_text()
+    assert "importance " in tip.inner_text()
+    page.keyboard.press("Escape")
+    assert not tip.is_visible()
+    opened.check()
+
+
+def test_hostile_tokens_are_text(browser: Any, tmp_path: Path, hostile: RouteGraph) -> None:
+    opened = Opened(browser, hostile.to_html(), tmp_path)
+    page = opened.page
+    assert opened.edges() == edges_of(hostile)
+    labels = page.locator("#tokens li")
+    assert labels.count() == N_TOKENS
+    for i, token in enumerate(HOSTILE):
+        assert labels.nth(i).text_content() == visible(token)
+        page.hover(f"#tokens li[data-first='{i}']")
+        assert visible(token) in page.locator("#tip").text_content()
+    page.click("#listing summary")
+    page.locator("#listing tbody tr").first.wait_for()
+    assert page.locator("#predicted").text_content() == visible(HOSTILE[0])
+    assert page.title().startswith(visible(HOSTILE[0]))
+    assert page.evaluate("document.scripts.length") == 2
+    assert page.evaluate("document.images.length + document.querySelectorAll('b').length") == 0
+    assert page.evaluate("typeof window.__pwned") == "undefined"
+    assert page.locator("#graph .node.unattributed").count() == 2
+    assert page.locator(".key.unattributed").is_visible()
+    opened.check()
+
+
+def test_long_text_in_the_page(browser: Any, tmp_path: Path) -> None:
+    graph = trace(False, n_layers=2, n_tokens=90, threshold=0.15)
+    opened = Opened(browser, graph.to_html(), tmp_path, color_scheme="dark")
+    found = opened.page.evaluate(
+        """() => Array.from(document.querySelectorAll("#tokens li"),
+            (e) => [Number(e.dataset.first), e.classList.contains("gap")])"""
+    )
+    assert [tuple(item) for item in found] == [(c.first, c.gap) for c in columns(graph)]
+    opened.check()
+
+
+def test_one_token_and_no_predictions(browser: Any, tmp_path: Path) -> None:
+    graph = dataclasses.replace(trace(False, n_tokens=1, n_layers=1), predictions=[])
+    opened = Opened(browser, graph.to_html(), tmp_path)
+    assert opened.edges() == edges_of(graph)
+    opened.check()
+
+
+def test_notebook_shows_the_page_in_a_frame(
+    browser: Any, tmp_path: Path, hostile: RouteGraph
+) -> None:
+    text = f"<!doctype html><meta charset=utf-8><div>{hostile._repr_html_()}</div>"
+    opened = Opened(browser, text, tmp_path)
+    frame = opened.page.frame_locator("iframe")
+    frame.locator("#graph path.edge").first.wait_for(state="attached")
+    assert frame.locator("#graph path.edge").count() == len(hostile.edges.layer)
+    assert frame.locator("#predicted").text_content() == visible(HOSTILE[0])
+    assert opened.page.get_attribute("iframe", "sandbox") == "allow-scripts"
+    assert opened.page.evaluate("typeof window.__pwned") == "undefined"
+    assert opened.page.evaluate("document.querySelectorAll('script').length") == 0
+    opened.check()
