@@ -433,17 +433,17 @@ class RouteGraph:
                 through.index_add_(0, steps[0].target, steps[0].weight.double())
             edges = steps[-1]
             pair, inverse = torch.unique(edges.target * T + edges.source, return_inverse=True)
-            weight = torch.zeros(len(pair), dtype=torch.float64)
-            weight.index_add_(0, inverse, edges.weight.double())
+            summed = torch.zeros(len(pair), dtype=torch.float64)
+            summed.index_add_(0, inverse, edges.weight.double())
             target = pair // T
-            tables.append((target, pair % T, weight * through[target]))
+            tables.append((target, pair % T, summed * through[target]))
         routes = []
         for weight, chosen in _best_paths(tables, self.position, k):
             hops, source = [], self.position
             for depth, i in enumerate(chosen):
-                target, source = int(tables[depth][0][i]), int(tables[depth][1][i])
-                if target != source:
-                    hops.append(self._hop(self.n_layers - 1 - depth, target, source))
+                reader, source = int(tables[depth][0][i]), int(tables[depth][1][i])
+                if reader != source:
+                    hops.append(self._hop(self.n_layers - 1 - depth, reader, source))
             routes.append(Route(weight, source, hops))
         return routes
 
@@ -517,7 +517,8 @@ class RouteGraph:
                 head_edges=heads,
                 predictions=predictions,
                 unattributed=nodes,
-                **tensors,
+                token_ids=tensors["token_ids"],
+                parallel=tensors["parallel"],
                 **fields,
             )
         except (KeyError, TypeError, ValueError) as error:

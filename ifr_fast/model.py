@@ -38,7 +38,7 @@ _PROBE_ROWS = 512  # of the identity pushed through a layer at once
 class Block(NamedTuple):
     """One decoder layer and where its parts are found."""
 
-    index: int
+    layer: int
     name: str
     module: nn.Module
     attention: nn.Module
@@ -75,14 +75,14 @@ class Decoder:
         first = self.blocks[0].W_O
         self.n_layers = len(self.blocks)
         self.n_heads, self.d_head, self.d_model = first.shape
-        self.vocab_size = int(model.get_input_embeddings().num_embeddings)  # type: ignore[union-attr]
+        self.vocab_size = int(model.get_input_embeddings().num_embeddings)
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.max_length: int | None = context if isinstance(context, int) else None
 
     @property
     def device(self) -> torch.device:
         """Where token ids go."""
-        return self.model.get_input_embeddings().weight.device  # type: ignore[union-attr, return-value]
+        return self.model.get_input_embeddings().weight.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -158,7 +158,7 @@ class _Probe(NamedTuple):
 
 def _open_blocks(decoder: Decoder) -> list[Block]:
     model = decoder.model
-    vocab = int(model.get_input_embeddings().num_embeddings)  # type: ignore[union-attr]
+    vocab = int(model.get_input_embeddings().num_embeddings)
     generator = torch.Generator().manual_seed(0)
     token_ids = torch.randint(vocab, (_PROBE_LENGTH,), generator=generator)
 

@@ -100,7 +100,7 @@ def record(
     """
     n_layers = decoder.n_layers
     rows = checked_rows(len(token_ids))
-    of_layer = {block.attention: block.index for block in decoder.blocks}
+    of_layer = {block.attention: block.layer for block in decoder.blocks}
     calls: dict[int, AttentionCall] = {}
     z_rows: dict[int, Tensor] = {}
     windows: dict[int, int | None] = {}
@@ -122,11 +122,11 @@ def record(
 
     def watch(block: Block) -> list[torch.utils.hooks.RemovableHandle]:
         def keep_call(hidden: Tensor, call: LayerCall) -> None:
-            pre[block.index] = hidden[0]
-            layer_calls[block.index] = call
+            pre[block.layer] = hidden[0]
+            layer_calls[block.layer] = call
 
         def keep_mid(x: Tensor) -> None:
-            mid[block.index] = x[0] if block.mid_site is not None else pre[block.index] + x[0]
+            mid[block.layer] = x[0] if block.mid_site is not None else pre[block.layer] + x[0]
 
         handles = [capture.on_layer_call(block.module, keep_call)]
         if mode is RecordingMode.FULL:

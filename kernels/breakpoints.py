@@ -44,7 +44,7 @@ def value_space_signs(W_O: Tensor, s: Tensor) -> Tensor:
 
 def column_norms(W_O: Tensor) -> Tensor:
     """Rho [H, D] = |W_O[h][:, i]|_2."""
-    return torch.linalg.vector_norm(W_O, dim=1)
+    return W_O.square().sum(1).sqrt_()
 
 
 def breakpoints(y: Tensor, rho: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ and returns the importance of each (paper section 2.2):
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +41,15 @@ class LayerInputs(NamedTuple):
     alibi_slopes: Tensor | None = None  # [H] scores get slope * (j - t)
     log_sum_exp: Tensor | None = None  # [R, H] of the scores, natural log, if the forward gave it
     ffn: Tensor | None = None  # [R, D] the FFN's output, a part of y in parallel blocks
+
+    def to(self, dtype: torch.dtype) -> LayerInputs:
+        """The same inputs with all floating tensors in `dtype`."""
+        cast: dict[str, Any] = {
+            name: x.to(dtype)
+            for name, x in self._asdict().items()
+            if isinstance(x, Tensor) and x.is_floating_point()
+        }
+        return self._replace(**cast)
 
 
 class EdgeList(NamedTuple):

@@ -16,6 +16,8 @@ coordinates. Largest intermediates: [H, R, S] a block, [S, D] a head, [C]. Sums 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,7 @@ from .contract import AttentionScores, EdgeList, FFNScores, LayerInputs, visible
 
 BLOCK_ELEMENTS = 1 << 21  # of [H, R, S] in a row block
 VISIT_ELEMENTS = 1 << 22  # coordinates visited in one go
+PROJECTED_ELEMENTS = 1 << 23  # of u = v @ W_O, kept at once (one head's at least)
 
 
 def score_attention(inputs: LayerInputs, keep: float) -> AttentionScores:
@@ -32,7 +35,7 @@ def score_attention(inputs: LayerInputs, keep: float) -> AttentionScores:
     On a GPU the sizes of the lists are read by the host; edges there are padded to
     1/keep slots a row instead, which bounds them, since a row's importances sum to 1.
     """
-    inputs = _upcast(inputs)
+    inputs = inputs.to(_compute_dtype(inputs.y))
     R, H, _ = inputs.q.shape
     rho = column_norms(inputs.W_O)
     v_norm = torch.linalg.vector_norm(inputs.v, dim=-1).T  # [H_kv, S]
@@ -71,13 +74,6 @@ def score_ffn(resid_mid: Tensor, resid_post: Tensor) -> FFNScores:
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _upcast(inputs: LayerInputs) -> LayerInputs:
-    dtype = _compute_dtype(inputs.y)
-    return LayerInputs(
-        *(x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
-    )
 
 
 def _block(inputs: LayerInputs, start: int, stop: int) -> LayerInputs:
@@ -157,9 +153,10 @@ def _score_block(
 
     y_points = breakpoints(inputs.y, rho)  # [H, R, D]
     a.mul_(ROUND_UP).mul_(lin > 0)
-    pairs = (a > y_points.amin(-1, keepdim=True)).nonzero(as_tuple=True)  # 3 x [P]: h, r, j
-    if len(pairs[0]):
-        lin[pairs] -= _corrections(inputs, pairs, weight[pairs], a[pairs], a.amax(-1), y_points, s)
+    listed = (a > y_points.amin(-1, keepdim=True)).flatten().nonzero().squeeze(1)  # [P]
+    if len(listed):
+        correction = _corrections(inputs, listed, weight, a, y_points)
+        lin.view(-1).index_add_(0, listed, correction, alpha=-1)
 
     of_pairs = lin.clamp_(min=0)
     of_residual = _proximity(inputs.resid_pre, inputs.y)
@@ -186,57 +183,85 @@ def _score_block(
 
 def _corrections(
     inputs: LayerInputs,
-    pairs: tuple[Tensor, ...],
-    weight: Tensor,  # [P]
-    a: Tensor,  # [P]
-    a_max: Tensor,  # [H, R]
+    listed: Tensor,  # [P] int64, ascending places in [H, R, S]
+    weight: Tensor,  # [H, R, S]
+    a: Tensor,  # [H, R, S]
     y_points: Tensor,  # [H, R, D]
-    s: Tensor,  # [R, D]
 ) -> Tensor:
     """correction(p) [P] of the listed pairs (breakpoints.py)."""
-    H, R, _ = y_points.shape
-    h, r, j = pairs
-    # Non-negative floats are ordered as their bits are, so (row, head) and breakpoint make one
+    H, R, D = y_points.shape
+    S = inputs.v.shape[0]
+    segment, j = listed // S, listed % S  # segment: (head, row)
+    h, r = segment // R, segment % R
+    a_max = a.amax(-1, keepdim=True)
+    weight, a = (x.view(-1).index_select(0, listed) for x in (weight, a))  # [P]
+    # Non-negative floats are ordered as their bits are, so (head, row) and breakpoint make one
     # integer key, and one sort and one search serve all ragged runs.
-    candidate = (y_points < a_max[..., None]).nonzero(as_tuple=True)
-    keys, order = _key(candidate[0] * R + candidate[1], y_points[candidate]).sort()
-    coordinate = candidate[2][order]
-    pair_row = h * R + r
-    run_start = torch.searchsorted(keys, _key(pair_row, torch.zeros_like(a)))
-    run_length = torch.searchsorted(keys, _key(pair_row, a)) - run_start  # [P]
+    candidate = (y_points < a_max).flatten().nonzero().squeeze(1)
+    keys, order = _key(candidate // D, y_points.view(-1).index_select(0, candidate)).sort()
+    candidate = candidate.index_select(0, order)
+    coordinate = candidate % D
+    y = inputs.y.reshape(-1).index_select(0, candidate % (R * D))
+    s = signs(y)
+    starts = torch.searchsorted(keys, torch.arange(H * R, device=keys.device) << 32)
+    run_start = starts.index_select(0, segment)
+    run_length = torch.searchsorted(keys, _key(segment, a)) - run_start  # [P]
 
-    # Pairs come head by head; u = v @ W_O[h] is formed for one head at a time.
     correction = torch.empty_like(a)
-    y_abs = inputs.y.abs()
-    group = H // inputs.v.shape[1]
-    ends = torch.bincount(h, minlength=H).cumsum(0).tolist()
-    begin = 0
-    for head, end in enumerate(ends):
-        if begin == end:
-            continue
-        u = None
-        if inputs.value_gate is None:  # for the keys that are listed
-            used = torch.zeros(inputs.v.shape[0], dtype=torch.bool, device=a.device)
-            used[j[begin:end]] = True
-            u = inputs.v[used, head // group] @ inputs.W_O[head]
-            place = used.cumsum(0) - 1
-        for piece in _pieces(run_length[begin:end], begin):
-            length = run_length[piece]
-            pair = torch.arange(piece.start, piece.stop, device=a.device).repeat_interleave(length)
-            first = length.cumsum(0) - length  # where each run begins in the laid-out list
-            step = torch.arange(len(pair), device=a.device) - first.repeat_interleave(length)
-            i = coordinate[run_start[pair] + step]  # [C]
-            row, key = r[pair], j[pair]
-            if u is not None:
-                u_i = u[place[key], i]
-            else:
-                assert inputs.value_gate is not None
-                gated = inputs.v[key, head // group] * inputs.value_gate[row, head]
-                u_i = (gated * inputs.W_O[head].T[i]).sum(-1)
-            over = (weight[pair] * u_i * s[row, i]).sub_(y_abs[row, i]).clamp_(min=0)
-            correction[piece] = torch.segment_reduce(over, "sum", lengths=length)
-        begin = end
+    for pairs, u, u_row in _projected(inputs, h, r, j):
+        u_start = u_row * D
+        for piece in _pieces(run_length[pairs]):
+            mine = slice(pairs.start + piece.start, pairs.start + piece.stop)
+            length = run_length[mine]
+            pair = torch.arange(len(length), device=a.device).repeat_interleave(length)  # [C]
+            # Runs lie end to end: a visit's place in its run is its place less the run's start.
+            shift = run_start[mine] - (length.cumsum(0) - length)
+            visit = shift.index_select(0, pair) + torch.arange(len(pair), device=a.device)
+            i = coordinate.index_select(0, visit)
+            y_i = y.index_select(0, visit)
+            u_i = u.view(-1).index_select(0, u_start[piece].index_select(0, pair) + i)
+            over = weight[mine].index_select(0, pair).mul_(u_i).sub_(y_i)  # p_i - y_i
+            over = over.mul_(s.index_select(0, visit)).clamp_(min=0)  # s_i p_i - |y_i|
+            correction[mine] = torch.segment_reduce(over, "sum", lengths=length)
     return correction.mul_(2)
+
+
+def _projected(
+    inputs: LayerInputs, h: Tensor, r: Tensor, j: Tensor
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """(gate * v) @ W_O[h], called u, of the listed pairs [P], which come head by head.
+
+    Yields, for as many heads as PROJECTED_ELEMENTS allows: their pairs, u [N, D], and each
+    pair's row of it. Without a gate, the pairs of a head that share a key share a row.
+    """
+    (S, H_kv, _), (H, _, D) = inputs.v.shape, inputs.W_O.shape
+    ends = torch.bincount(h, minlength=H).cumsum(0).tolist()
+    if inputs.value_gate is None:
+        used = torch.zeros(H * S, dtype=torch.bool, device=h.device)
+        used[h * S + j] = True
+        u_row = (used.cumsum(0) - 1).index_select(0, h * S + j)
+        keys = used.view(H, S).nonzero()[:, 1]
+        u_ends = used.view(H, S).sum(1).cumsum(0).tolist()
+    else:
+        u_row, keys, u_ends = torch.arange(len(h), device=h.device), j, ends
+
+    first = 0
+    while first < H:
+        begin, u_begin = (ends[first - 1], u_ends[first - 1]) if first else (0, 0)
+        last = first + 1
+        while last < H and (u_ends[last] - u_begin) * D <= PROJECTED_ELEMENTS:
+            last += 1
+        u = inputs.v.new_empty(u_ends[last - 1] - u_begin, D)
+        for head in range(first, last):
+            rows = slice(u_ends[head - 1] if head else 0, u_ends[head])
+            values = inputs.v[:, head // (H // H_kv)].index_select(0, keys[rows])
+            if inputs.value_gate is not None:
+                values = values * inputs.value_gate[r[rows], head]
+            mine = u[rows.start - u_begin : rows.stop - u_begin]
+            torch.mm(values, inputs.W_O[head], out=mine)
+        pairs = slice(begin, ends[last - 1])
+        yield pairs, u, u_row[pairs] - u_begin
+        first = last
 
 
 def _key(segment: Tensor, value: Tensor) -> Tensor:
@@ -245,7 +270,7 @@ def _key(segment: Tensor, value: Tensor) -> Tensor:
     return (segment << 32) | bits.to(torch.int64)
 
 
-def _pieces(run_length: Tensor, begin: int) -> list[slice]:
+def _pieces(run_length: Tensor) -> list[slice]:
     """Cuts the pairs into slices of at most VISIT_ELEMENTS coordinates (or one pair)."""
     total = run_length.cumsum(0)
     n = len(run_length)
@@ -253,7 +278,7 @@ def _pieces(run_length: Tensor, begin: int) -> list[slice]:
     while start < n:
         stop = int(torch.searchsorted(total, done + VISIT_ELEMENTS, right=True))
         stop = min(max(stop, start + 1), n)
-        pieces.append(slice(begin + start, begin + stop))
+        pieces.append(slice(start, stop))
         start, done = stop, int(total[stop - 1])
     return pieces
 

@@ -24,7 +24,7 @@ def random_inputs(
 ) -> LayerInputs:
     """R rows among S positions. `flags` names optional fields of LayerInputs to fill in.
 
-    Values are exact in `dtype`, and given in float64: cast with `cast`.
+    Values are exact in `dtype`, and given in float64: cast with `LayerInputs.to`.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -57,9 +57,4 @@ def random_inputs(
 
 def cast(inputs: LayerInputs, dtype: torch.dtype) -> LayerInputs:
     """The inputs with all floating tensors in `dtype`."""
-    return LayerInputs(
-        *(
-            x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
-            for x in inputs
-        )
-    )
+    return inputs.to(dtype)

@@ -106,16 +106,7 @@ def test_half_precision_models(dtype):
     recording = tracer.record(tiny_text(21))
     for scores in tracer.contributions(recording, keep=0.0):
         inputs, resid_post = layer_inputs(tracer.decoder, recording, scores.layer, scores.rows)
-        exact = reference.score_attention(
-            inputs._replace(
-                **{
-                    name: x.double()
-                    for name, x in inputs._asdict().items()
-                    if isinstance(x, torch.Tensor) and x.dtype == dtype
-                }
-            ),
-            0.0,
-        )
+        exact = reference.score_attention(inputs.to(torch.float64), 0.0)
         of_ffn = reference.score_ffn(inputs.y.double(), resid_post.double())
         for mine, theirs in (
             (scores.head_total, exact.head_total),
