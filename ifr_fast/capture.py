@@ -184,15 +184,16 @@ def attend_rows(call: AttentionCall, q: Tensor, rows: Tensor) -> Tensor:
     k = call.k.repeat_interleave(heads // kv_heads, dim=1)
     v = call.v.repeat_interleave(heads // kv_heads, dim=1)
     step = max(1, _BLOCK_ELEMENTS // (heads * n_keys))
+    wide = torch.promote_types(q.dtype, torch.float32)
     out = []
     for i in range(0, len(rows), step):
-        scores = (q[:, :, i : i + step] @ k.transpose(-1, -2)).float() * call.scale
+        scores = (q[:, :, i : i + step] @ k.transpose(-1, -2)).to(wide) * call.scale
         if call.softcap is not None:
             scores = call.softcap * torch.tanh(scores / call.softcap)
         visible = call.mask.visible(rows[i : i + step], keys)
         scores = scores.masked_fill(~visible, float("-inf"))
         if call.sinks is not None:
-            sinks = call.sinks.float()[:, None, None].expand(*scores.shape[:3], 1)
+            sinks = call.sinks.to(wide)[:, None, None].expand(*scores.shape[:3], 1)
             weights = torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1]
         else:
             weights = scores.softmax(-1)

@@ -47,7 +47,7 @@ def main() -> None:
         app()
     except (IfrError, ValueError, OSError) as error:
         Console(stderr=True, highlight=False).print(
-            Text.assemble(("error: ", "bold red"), printable(str(error)))
+            Text.assemble(("error: ", "bold red"), printable(str(error))), soft_wrap=True
         )
         sys.exit(2)
 
@@ -125,7 +125,7 @@ def trace(
     _print_graph(graph, top_paths)
     _write(graph, json_path, html_path, png_path, save_path)
     for path in outputs:
-        Console(stderr=True).print(f"wrote {path}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(Text(f"wrote {printable(str(path))}"), soft_wrap=True)
 
 
 @app.command()
@@ -162,7 +162,8 @@ def doctor(
     present = (default_model_dir() / "config.json").is_file()
     state = "in the cache" if present else "fetched on first use (93 MB)"
     table.add_row("default model", f"{DEFAULT_NAME}, {state}")
-    Console(highlight=False, soft_wrap=True).print(table)
+    width = None if sys.stdout.isatty() else 1000  # in a pipe, a row is a line
+    Console(highlight=False, width=width).print(table)
 
 
 def _installed(package: str) -> str:
@@ -182,7 +183,7 @@ def _read(text: str | None, file: Path | None, chat: Path | None) -> Any:
         raw = sys.stdin.buffer.read() if str(chat) == "-" else chat.read_bytes()
         try:
             messages = json.loads(raw)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"--chat: {chat} is not JSON ({error})") from error
         if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
             raise ValueError("--chat: expected a JSON list of {role, content}")

@@ -521,7 +521,7 @@ class RouteGraph:
                 parallel=tensors["parallel"],
                 **fields,
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise FormatError(f"{path}: not a whole {cls._FORMAT} file ({error})") from error
 
 
@@ -564,7 +564,7 @@ def _best_paths(
 
 def check_threshold(threshold: float) -> None:
     """Raises ValueError unless 0 <= threshold <= 1."""
-    if not 0 <= threshold <= 1:
+    if not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
         raise ValueError(f"threshold: expected a number from 0 to 1, got {threshold}")
 
 
@@ -690,7 +690,7 @@ class Routes:
             "threshold": self.threshold,
             "granularity": self.granularity,
             "scored_threshold": self.scored_threshold,
-            "n_layers": self.n_layers,
+            "parallel": [table.ffn_residual is None for table in self.layers],
             "predictions": [self.predict(t) for t in range(len(self))],
         }
         save_tensors(path, self._FORMAT, self._VERSION, tensors, fields)
@@ -702,10 +702,19 @@ class Routes:
         try:
             layers = []
             rows = torch.arange(len(fields["tokens"]))
-            for i in range(fields.pop("n_layers")):
+            for i, parallel in enumerate(fields.pop("parallel")):
                 edges = EdgeList(*(tensors[f"{i}.{name}"] for name in EdgeList._fields))
-                rest = {name: tensors.get(f"{i}.{name}") for name in LayerTable._fields}
-                layers.append(LayerTable(**{**rest, "rows": rows, "edges": edges}))  # type: ignore[arg-type]
+                layers.append(
+                    LayerTable(
+                        rows=rows,
+                        residual=tensors[f"{i}.residual"],
+                        ffn=tensors[f"{i}.ffn"],
+                        ffn_residual=None if parallel else tensors[f"{i}.ffn_residual"],
+                        edges=edges,
+                        unattributed=tensors[f"{i}.unattributed"],
+                        ffn_unattributed=None if parallel else tensors[f"{i}.ffn_unattributed"],
+                    )
+                )
             predictions = [[Prediction(*p) for p in of] for of in fields.pop("predictions")]
             return cls(
                 token_ids=tensors["token_ids"],
@@ -713,7 +722,7 @@ class Routes:
                 predict=predictions.__getitem__,
                 **fields,
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise FormatError(f"{path}: not a whole {cls._FORMAT} file ({error})") from error
 
 

@@ -70,14 +70,14 @@ class Decoder:
             )
         self.model = model
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
-        with torch.no_grad(), evaluating(model):
-            self.blocks = _open_blocks(self)
-        first = self.blocks[0].W_O
-        self.n_layers = len(self.blocks)
-        self.n_heads, self.d_head, self.d_model = first.shape
         self.vocab_size = int(model.get_input_embeddings().num_embeddings)
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.max_length: int | None = context if isinstance(context, int) else None
+        # Forward-mode derivatives do not exist in inference mode.
+        with torch.inference_mode(False), torch.no_grad(), evaluating(model):
+            self.blocks = _open_blocks(self)
+        self.n_layers = len(self.blocks)
+        self.n_heads, self.d_head, self.d_model = self.blocks[0].W_O.shape
 
     @property
     def device(self) -> torch.device:
@@ -158,15 +158,15 @@ class _Probe(NamedTuple):
 
 def _open_blocks(decoder: Decoder) -> list[Block]:
     model = decoder.model
-    vocab = int(model.get_input_embeddings().num_embeddings)
+    n_tokens = min(_PROBE_LENGTH, decoder.max_length or _PROBE_LENGTH)
     generator = torch.Generator().manual_seed(0)
-    token_ids = torch.randint(vocab, (_PROBE_LENGTH,), generator=generator)
+    token_ids = torch.randint(decoder.vocab_size, (n_tokens,), generator=generator)
 
-    plain, _ = decoder.forward(token_ids)
+    plain, logits = decoder.forward(token_ids)
     calls: list[tuple[AttentionCall, Tensor]] = []
 
     def watch(call: AttentionCall) -> Tensor:
-        z = capture.attend(call, call.mask.window(_PROBE_LENGTH))
+        z = capture.attend(call, call.mask.window(n_tokens))
         calls.append((call, z))
         return z
 
@@ -177,7 +177,7 @@ def _open_blocks(decoder: Decoder) -> list[Block]:
             f"model: {type(model).__name__} computes its attention without transformers' attention "
             "interface, so it cannot be recorded"
         )
-    _check_finite(model, plain)
+    _check_finite(model, [plain, logits, *(x for c, z in calls for x in (c.q, c.k, c.v, z))])
     layers = _layers(model, [call.module for call, _ in calls])
 
     calls.clear()
@@ -213,13 +213,15 @@ def _open_blocks(decoder: Decoder) -> list[Block]:
     return blocks
 
 
-def _check_finite(model: PreTrainedModel, states: Tensor) -> None:
-    if torch.isfinite(states).all():
+def _check_finite(model: PreTrainedModel, seen: list[Tensor]) -> None:
+    if all(bool(torch.isfinite(x).all()) for x in seen):
         return
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ValueError(f"model: parameter {name} holds NaN or infinite values")
-    raise ValueError(f"model: its states are not finite in {states.dtype}; try a wider torch_dtype")
+    raise ValueError(
+        f"model: its states are not finite in {seen[0].dtype}; try a wider torch_dtype"
+    )
 
 
 def _layers(model: PreTrainedModel, attentions: list[nn.Module]) -> list[tuple[str, nn.Module]]:
@@ -317,6 +319,8 @@ def _open_block(index: int, probe: _Probe) -> Block:
         if torch.equal(whole.output, zero.output) or not additive:
             _refuse(probe, "no place was found where its residual stream and attention meet")
         bias = zero.attention_output
+        if not torch.equal(bias, moved.attention_output):
+            _refuse(probe, "its attention module adds more than its heads' outputs")
     if whole.emits_output:
         _refuse(probe, "its output is the output of a submodule, not of a residual addition")
 

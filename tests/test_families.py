@@ -19,7 +19,7 @@ def family(request):
     return model, {T: [importances(layer) for layer in a] for T, a in accounts.items()}
 
 
-@pytest.mark.parametrize("impl", ["eager", "reference"])
+@pytest.mark.parametrize("impl", ["cpu", "eager", "reference"])
 @pytest.mark.parametrize("mode", ["full", "lean"])
 @pytest.mark.parametrize("T", LENGTHS)
 def test_contributions_match_the_models_own_account(family, T, mode, impl):

@@ -60,15 +60,17 @@ inline void product(int m, int64_t n, const float* A, int64_t lda, const float* 
     }
 }
 
-// Eight dot products of x [n] with rows of B [n], n a multiple of W.
-inline void eight_dots(int64_t n, const float* x, const float* const B[8], float out[8]) {
-    F c[8];
-#pragma GCC unroll 8
-    for (int r = 0; r < 8; ++r) c[r] = set1(0.0f);
+// ND dot products at once: out[r] = x . B[r] for x [n] and rows B[r] [n], n a multiple of W.
+constexpr int ND = W > 8 ? W : 8;
+
+inline void dots(int64_t n, const float* x, const float* const B[ND], float out[ND]) {
+    F c[ND];
+#pragma GCC unroll 16
+    for (int r = 0; r < ND; ++r) c[r] = set1(0.0f);
     for (int64_t i = 0; i < n; i += W) {
         const F a = load(x + i);
-#pragma GCC unroll 8
-        for (int r = 0; r < 8; ++r) c[r] = fma(a, load(B[r] + i), c[r]);
+#pragma GCC unroll 16
+        for (int r = 0; r < ND; ++r) c[r] = fma(a, load(B[r] + i), c[r]);
     }
 #if defined(IFR_AVX2)
     const F c0123 = _mm256_hadd_ps(_mm256_hadd_ps(c[0], c[1]), _mm256_hadd_ps(c[2], c[3]));
@@ -76,7 +78,7 @@ inline void eight_dots(int64_t n, const float* x, const float* const B[8], float
     store(out, _mm256_permute2f128_ps(c0123, c4567, 0x20) +
                    _mm256_permute2f128_ps(c0123, c4567, 0x31));
 #else
-#pragma GCC unroll 8
-    for (int r = 0; r < 8; ++r) out[r] = sum(c[r]);
+#pragma GCC unroll 16
+    for (int r = 0; r < ND; ++r) out[r] = sum(c[r]);
 #endif
 }

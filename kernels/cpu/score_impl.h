@@ -5,33 +5,60 @@
 //     lin = w (v . g)                       proximity = max(lin - correction, 0)
 //     a = |w| |gate * v| (rounded up)       correction = 2 sum_i max(s_i p_i - |y_i|, 0)
 //
-// over the coordinates i with |y_i| / rho_i < a, rho_i = |W_O[h][:, i]|, p_i = w (gate * v) . W_O[h][:, i].
+// over the coordinates i with |y_i| / rho_i < a, where rho_i = |W_O[h][:, i]| and
+// p_i = w (gate * v) . W_O[h][:, i].
 //
 // Phases: W_O is transposed and K, V packed; g is formed; blocks of BT rows are scored, start to
 // finish, one thread a block. In a block the (row, head) pairs that share a KV head are `lines`:
 // line m = row * group + head in group; lines read the same tiles of K and V.
 //
-// Shapes: W_T [H, D, Vp], rho_inv [H, Dp], g [R, H, Vp], K panels [H_kv, keys / NR, K, NR] (V alike),
-// tile [H_kv, lines, keys of the block]: scores, then e = exp(score - max), then proximities.
+// Shapes: W_T [H, D, Vp], rho_inv [H, Dp], g [R, H, Vp], K panels [H_kv, keys / NR, K, NR] (V
+// alike), tile [H_kv, lines, keys of the block]: scores, then e = exp(score - max), then
+// proximities. Vp, Dp: V, D rounded up to whole panels, vectors.
 //
 // A row's arithmetic depends on neither the block nor the thread that it falls to: chunks of keys
 // begin at fixed positions, and each chunk's float sums are added up in double.
 
-constexpr int64_t CHUNK = 64;          // keys per tile of G V^T, a multiple of NR
-constexpr int64_t G_ROWS = 4 * MR;     // rows per task of g
-constexpr int64_t W_COLUMNS = 64;      // coordinates per task of W_T
-constexpr int64_t BLOCK_ROWS = 12;     // BT
-constexpr int64_t TILE_FLOATS = 1 << 23;  // of one thread, if a block of MR rows allows
-constexpr float ROUND_UP = 1 + 1.0f / 1024;  // ../breakpoints.py
+constexpr int64_t BLOCK_ROWS = 12;        // BT
+constexpr int64_t TILE_FLOATS = 1 << 25;  // of all threads' tiles, unless blocks got too small
+constexpr int64_t CHUNK = 64;             // keys per tile of G V^T, a multiple of NR
+constexpr int64_t W_COLUMNS = 128;        // coordinates per task of W_T
+constexpr int64_t G_ROWS = 64;            // rows per task of g
+constexpr int G_VECTORS = W > 8 ? 4 : 8;  // of g's columns, held in registers
+constexpr int64_t G_GROUPS = 8;           // groups of four coordinates whose table fits L1
+constexpr int N_BUCKETS = 128, BUCKET_SHIFT = 19;  // of breakpoints, by exponent and mantissa
+constexpr int64_t SHORT = 4;                       // extents up to here are short
+constexpr float ROUND_UP = 1 + 1.0f / 1024;        // ../breakpoints.py
 constexpr float LOG2_E = 1.4426950408889634f;
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// y [n] = a x
+inline void scaled(int64_t n, const float* __restrict x, float a, float* __restrict y) {
+    for (int64_t i = 0; i < n; ++i) y[i] = a * x[i];
+}
+
+// y [n, m] = x [m, n] transposed; x's elements at distances s0, s1, y's rows at distance stride.
+inline void transpose(int64_t m, int64_t n, const float* __restrict x, int64_t s0, int64_t s1,
+                      float* __restrict y, int64_t stride) {
+    int64_t whole_m = 0, whole_n = 0;
+    if (s1 == 1) {
+        whole_m = m / SIDE * SIDE;
+        whole_n = n / SIDE * SIDE;
+        for (int64_t i = 0; i < whole_m; i += SIDE)
+            for (int64_t j = 0; j < whole_n; j += SIDE)
+                transpose_tile(x + i * s0 + j, s0, y + j * stride + i, stride);
+    }
+    for (int64_t i = 0; i < m; ++i)
+        for (int64_t j = i < whole_m ? whole_n : 0; j < n; ++j)
+            y[j * stride + i] = x[i * s0 + j * s1];
+}
 
 // A cache-line-aligned array of floats.
 class Buffer {
   public:
     explicit Buffer(int64_t n)
-        : data_(static_cast<float*>(std::aligned_alloc(64, round_up(std::max<int64_t>(n, 1) * 4, 64)))) {
+        : data_(static_cast<float*>(std::aligned_alloc(64, round_up(4 * n + 4, 64)))) {
         if (!data_) throw std::bad_alloc();
     }
     float* get() const { return data_.get(); }
@@ -43,9 +70,24 @@ class Buffer {
     std::unique_ptr<float, Free> data_;
 };
 
-struct Pair {
+// The listed pairs of a line. Keys are held as floats, exact below 2^24, to be compressed as such.
+struct Listed {
+    int64_t n = 0;
+    std::vector<float> key, w, a;
+    void reserve(int64_t more) {
+        if (n + more <= static_cast<int64_t>(key.size())) return;
+        const size_t size = 2 * static_cast<size_t>(n + more);
+        key.resize(size);
+        w.resize(size);
+        a.resize(size);
+    }
+};
+
+struct OrderedPair {
+    const float* v;
     int64_t key;
-    float w, a;
+    float w;
+    int32_t extent;
 };
 
 // Adds the time since it was last asked to a stage.
@@ -88,31 +130,37 @@ struct Scratch {
             int64_t Vp, int64_t Dp)
         : tile(tile),
           y(rows * Dp),
-          signs(G_ROWS * l.D),
+          table(G_GROUPS * 8 * G_VECTORS * W),
           q(group_lines * l.K),
           g(group_lines * Vp),
           gate(l.value_gate.data ? group_lines * Vp : 0),
           dots(group_lines * CHUNK),
           squares(l.value_gate.data ? group_lines * CHUNK : 0),
-          part(Vp),
-          candidate_y(l.D + 8),
+          candidate_y(Dp + ND),
           w_scale(group_lines),
           smallest_breakpoint(group_lines),
           line_sum(lines),
+          line_first(group_lines),
+          line_last(group_lines),
           listed(group_lines),
-          candidates(l.D),
-          ordered(l.D + 8) {}
+          head_lines(l.H),
+          point(Dp + W),
+          coordinate(Dp + W),
+          bucket(Dp),
+          columns(Dp + ND) {}
 
-    Buffer tile, y, signs, q, g, gate, dots, squares, part, candidate_y;
+    Buffer tile, y, table, q, g, gate, dots, squares, candidate_y;
     std::vector<float> w_scale, smallest_breakpoint;
     std::vector<double> line_sum;  // [H_kv, lines] sums of proximities over keys
-    std::vector<std::vector<Pair>> listed;
-    struct Candidate {
-        int32_t bucket;
-        int32_t i;
-    };
-    std::vector<Candidate> candidates;
-    std::vector<int32_t> ordered;
+    std::vector<int64_t> line_first, line_last;  // keys of a line, in whole panels
+    std::vector<Listed> listed;
+    std::vector<const float*> head_lines;
+    std::vector<float> point, coordinate;
+    std::vector<int32_t> bucket, pair_bucket;
+    std::vector<const float*> columns;
+    std::vector<OrderedPair> pairs;
+    std::vector<float> over, gated;
+    int32_t top_bits, bucket_end[N_BUCKETS + 1];
     Counters counters;
 };
 
@@ -132,6 +180,8 @@ class Scorer {
           v_norm_(layer.H_kv * n_keys_),
           K_panels_(layer.H_kv * n_keys_ * layer.K),
           V_panels_(layer.H_kv * n_keys_ * layer.V),
+          n_groups_((layer.D + 3) / 4),
+          signs_(static_cast<size_t>(layer.R * n_groups_)),
           g_(layer.R * layer.H * Vp_) {
         int64_t widest = 0;
         n_blocks_ = BT_ ? (l_.R + BT_ - 1) / BT_ : 0;
@@ -146,14 +196,17 @@ class Scorer {
     void run() {
         const int64_t w_tasks = (l_.D + W_COLUMNS - 1) / W_COLUMNS * l_.H;
         const int64_t key_tasks = n_keys_ / CHUNK * l_.H_kv;
+        const int64_t row_tasks = (l_.R + G_ROWS - 1) / G_ROWS;
         Team::run(static_cast<int>(scratch_.size()),
-                  {{w_tasks + key_tasks,
+                  {{w_tasks + key_tasks + row_tasks,
                     [&](int64_t task, int thread) {
                         Clock clock(scratch_[thread]->counters);
-                        task < w_tasks ? transpose_weights(task) : pack_keys(task - w_tasks);
+                        if (task < w_tasks) prepare_weights(task);
+                        else if (task < w_tasks + key_tasks) pack_keys(task - w_tasks);
+                        else encode_signs(task - w_tasks - key_tasks);
                         clock.lap(PREPARE);
                     }},
-                   {(l_.R + G_ROWS - 1) / G_ROWS,
+                   {row_tasks * l_.H,
                     [&](int64_t task, int thread) { form_g(task, *scratch_[thread]); }},
                    // The last blocks have the most keys: they come first.
                    {n_blocks_, [&](int64_t task, int thread) {
@@ -185,26 +238,18 @@ class Scorer {
 
     int64_t block_rows(int n_threads) const {
         int64_t rows = BLOCK_ROWS;
-        while (rows > MR && rows * l_.H * n_keys_ > TILE_FLOATS) rows /= 2;
+        while (rows > 3 && n_threads * rows * l_.H * n_keys_ > TILE_FLOATS) rows /= 2;
         return std::min(rows, (l_.R + n_threads - 1) / n_threads);
     }
 
     // W_T [D, Vp] and rho_inv of one head, W_COLUMNS coordinates a task.
-    void transpose_weights(int64_t task) {
+    void prepare_weights(int64_t task) {
         const int64_t h = task % l_.H, start = task / l_.H * W_COLUMNS;
         const int64_t stop = std::min(l_.D, start + W_COLUMNS);
         float* W_T = W_T_.get() + h * l_.D * Vp_;
-        for (int64_t i = start; i < stop; ++i)
-            std::fill(W_T + i * Vp_ + l_.V, W_T + (i + 1) * Vp_, 0.0f);
-        if (l_.W_O.s1 == 1) {
-            for (int64_t i = start; i < stop; ++i)
-                std::copy_n(l_.W_O.data + h * l_.W_O.s0 + i * l_.W_O.s2, l_.V, W_T + i * Vp_);
-        } else {
-            for (int64_t v = 0; v < l_.V; ++v) {
-                const float* row = l_.W_O.at(h, v);
-                for (int64_t i = start; i < stop; ++i) W_T[i * Vp_ + v] = row[i * l_.W_O.s2];
-            }
-        }
+        if (l_.V < Vp_) std::fill(W_T + start * Vp_, W_T + stop * Vp_, 0.0f);
+        transpose(l_.V, stop - start, l_.W_O.data + h * l_.W_O.s0 + start * l_.W_O.s2, l_.W_O.s1,
+                  l_.W_O.s2, W_T + start * Vp_, Vp_);
         float* rho_inv = rho_inv_.get() + h * Dp_;
         for (int64_t i = start; i < stop; ++i) {
             F squares = set1(0.0f);
@@ -226,11 +271,9 @@ class Scorer {
         const auto pack = [&](const Tensor3& x, int64_t width, float* panels) {
             panels += (hk * n_keys_ + start) * width;
             if (n < CHUNK) std::fill_n(panels, CHUNK * width, 0.0f);
-            for (int64_t j = 0; j < n; ++j) {
-                const float* from = x.at(first_key_ + start + j, hk);
-                float* to = panels + j / NR * NR * width + j % NR;
-                for (int64_t i = 0; i < width; ++i) to[i * NR] = from[i];
-            }
+            for (int64_t j = 0; j < n; j += NR)
+                transpose(std::min<int64_t>(NR, n - j), width, x.at(first_key_ + start + j, hk),
+                          x.s0, 1, panels + j * width, NR);
         };
         pack(l_.k, l_.K, K_panels_.get());
         pack(l_.v, l_.V, V_panels_.get());
@@ -247,23 +290,90 @@ class Scorer {
         }
     }
 
-    // g [rows, H, Vp] = s @ W_T of G_ROWS rows.
+    // Signs of y, a byte per group of four coordinates: bit 3 is set where the first is negative,
+    // bits 0 to 2 where the second to fourth have not the sign of the first.
+    void encode_signs(int64_t task) {
+        constexpr uint8_t CODE[16] = {0, 15, 1, 14, 2, 13, 3, 12, 4, 11, 5, 10, 6, 9, 7, 8};
+        for (int64_t r = task * G_ROWS; r < std::min(l_.R, (task + 1) * G_ROWS); ++r) {
+            const float* y = l_.y.row(r);
+            uint8_t* code = signs_.data() + r * n_groups_;
+            int64_t i = 0;
+            for (; i + W <= l_.D; i += W) {
+                const unsigned negative = bits(less(load(y + i), set1(0.0f)));
+                for (int k = 0; k < W / 4; ++k) *code++ = CODE[negative >> 4 * k & 15];
+            }
+            for (; i < l_.D; i += 4) {
+                unsigned negative = 0;
+                for (int64_t k = i; k < std::min(l_.D, i + 4); ++k)
+                    negative |= (y[k] < 0) << (k - i);
+                *code++ = CODE[negative];
+            }
+        }
+    }
+
+    // g [rows, Vp] of one head and G_ROWS rows = s @ W_T. As s is +-1, four rows of W_T have but 8
+    // sums up to sign: they are tabled once, and each row adds one entry instead of four rows.
     void form_g(int64_t task, Scratch& s) {
         Clock clock(s.counters);
-        const int64_t start = task * G_ROWS, stop = std::min(l_.R, start + G_ROWS);
-        float* signs = s.signs.get();
-        for (int64_t r = start; r < stop; ++r) {
-            const float* y = l_.y.row(r);
-            float* to = signs + (r - start) * l_.D;
-            for (int64_t i = 0; i < l_.D; ++i) to[i] = y[i] >= 0 ? 1.0f : -1.0f;
+        const int64_t h = task % l_.H, start = task / l_.H * G_ROWS;
+        const int64_t stop = std::min(l_.R, start + G_ROWS);
+        const float* W_T = W_T_.get() + h * l_.D * Vp_;
+        for (int64_t r = start; r < stop; ++r)
+            std::fill_n(g_.get() + (r * l_.H + h) * Vp_, Vp_, 0.0f);
+        for (int64_t column = 0; column < Vp_; column += G_VECTORS * W) {
+            const int64_t width = std::min<int64_t>(G_VECTORS * W, Vp_ - column);
+            for (int64_t group = 0; group < n_groups_; group += G_GROUPS) {
+                const int64_t n = std::min(G_GROUPS, n_groups_ - group);
+                for (int64_t i = 0; i < n; ++i)
+                    table_sums(W_T + column, 4 * (group + i), width,
+                               s.table.get() + i * 8 * G_VECTORS * W);
+                for (int64_t r = start; r < stop; ++r) {
+                    const uint8_t* code = signs_.data() + r * n_groups_ + group;
+                    float* g = g_.get() + (r * l_.H + h) * Vp_ + column;
+                    switch (width / W) {
+                        case 2: add_sums<2>(n, s.table.get(), code, g); break;
+                        case 4: add_sums<4>(n, s.table.get(), code, g); break;
+                        case 6: add_sums<6>(n, s.table.get(), code, g); break;
+                        case 8: add_sums<8>(n, s.table.get(), code, g); break;
+                    }
+                }
+            }
         }
-        for (int64_t h = 0; h < l_.H; ++h)
-            for (int64_t v = 0; v < Vp_; v += NR)
-                for (int64_t r = start; r < stop; r += MR)
-                    product(static_cast<int>(std::min<int64_t>(MR, stop - r)), l_.D,
-                            signs + (r - start) * l_.D, l_.D, W_T_.get() + h * l_.D * Vp_ + v, Vp_,
-                            g_.get() + (r * l_.H + h) * Vp_ + v, l_.H * Vp_);
         clock.lap(PREPARE);
+    }
+
+    // The sums w_i +- w_i+1 +- w_i+2 +- w_i+3 of rows of W_T, [8, G_VECTORS * W].
+    void table_sums(const float* W_T, int64_t i, int64_t width, float* table) const {
+        constexpr int64_t STRIDE = G_VECTORS * W;
+        for (int64_t j = 0; j < width; j += W) {
+            F w[4];
+            for (int k = 0; k < 4; ++k)
+                w[k] = i + k < l_.D ? load(W_T + (i + k) * Vp_ + j) : set1(0.0f);
+            const F a[2] = {w[0] + w[1], w[0] - w[1]}, b = w[2] + w[3], c = w[2] - w[3];
+            for (int k = 0; k < 2; ++k) {
+                store(table + k * STRIDE + j, a[k] + b);
+                store(table + (k + 2) * STRIDE + j, a[k] - c);
+                store(table + (k + 4) * STRIDE + j, a[k] + c);
+                store(table + (k + 6) * STRIDE + j, a[k] - b);
+            }
+        }
+    }
+
+    template <int n_vectors>
+    static void add_sums(int64_t n, const float* table, const uint8_t* code, float* g) {
+        constexpr int64_t STRIDE = G_VECTORS * W;
+        constexpr float SIGN[2] = {1.0f, -1.0f};
+        F sum[n_vectors];
+#pragma GCC unroll 8
+        for (int j = 0; j < n_vectors; ++j) sum[j] = load(g + j * W);
+        for (int64_t i = 0; i < n; ++i) {
+            const float* entry = table + (i * 8 + (code[i] & 7)) * STRIDE;
+            const F sign = set1(SIGN[code[i] >> 3]);
+#pragma GCC unroll 8
+            for (int j = 0; j < n_vectors; ++j) sum[j] = fma(sign, load(entry + j * W), sum[j]);
+        }
+#pragma GCC unroll 8
+        for (int j = 0; j < n_vectors; ++j) store(g + j * W, sum[j]);
     }
 
     struct Block {
@@ -277,9 +387,13 @@ class Scorer {
         for (int64_t r = 0; r < b.n_rows; ++r) {
             const float* from = l_.y.row(row + r);
             float* y = s.y.get() + r * Dp_;
-            for (int64_t i = 0; i < l_.D; ++i) y[i] = from[i] + 0.0f;  // -0.0 becomes 0.0
+            for (int64_t i = 0, D = l_.D; i < D; ++i) y[i] = from[i] + 0.0f;  // -0.0 becomes 0.0
             std::fill(y + l_.D, y + Dp_, FLT_MAX);
             s.counters.pairs += l_.H * (last_visible(row + r) - first_visible(row + r));
+        }
+        for (int64_t m = 0; m < b.n_rows * group_; ++m) {
+            s.line_first[m] = first_visible(row + m / group_) / NR * NR;
+            s.line_last[m] = round_up(last_visible(row + m / group_), NR);
         }
         Clock clock(s.counters);
         for (int64_t hk = 0; hk < l_.H_kv; ++hk) {
@@ -299,13 +413,13 @@ class Scorer {
         clock.lap(FINISH);
     }
 
-    // q (times what the scores are to be scaled by), g, gate^2 and the smallest breakpoint per line.
+    // q (times what the scores are to be scaled by), g, gate^2 and the smallest breakpoint of
+    // each line.
     void gather_lines(const Block& b, int64_t hk, Scratch& s) {
         const float scale = l_.softcap ? l_.scale / l_.softcap : l_.scale * LOG2_E;
         for (int64_t m = 0; m < b.n_rows * group_; ++m) {
             const int64_t r = b.row + m / group_, h = hk * group_ + m % group_;
-            const float* q = l_.q.at(r, h);
-            for (int64_t i = 0; i < l_.K; ++i) s.q.get()[m * l_.K + i] = q[i] * scale;
+            scaled(l_.K, l_.q.at(r, h), scale, s.q.get() + m * l_.K);
             float* g = s.g.get() + m * Vp_;
             std::copy_n(g_.get() + (r * l_.H + h) * Vp_, Vp_, g);
             if (l_.value_gate.data) {
@@ -318,29 +432,26 @@ class Scorer {
             const float* y = s.y.get() + m / group_ * Dp_;
             const float* rho_inv = rho_inv_.get() + h * Dp_;
             F low = set1(FLT_MAX);
-            for (int64_t i = 0; i < Dp_; i += W) low = min(low, abs(load(y + i)) * load(rho_inv + i));
+            for (int64_t i = 0; i < Dp_; i += W)
+                low = min(low, abs(load(y + i)) * load(rho_inv + i));
             s.smallest_breakpoint[m] = smallest(low);
         }
     }
 
-    // Which whole panels the lines m to m + n may see: keys [first, last).
-    void panel_range(const Block& b, int64_t m, int64_t n, int64_t& first, int64_t& last) const {
-        first = first_visible(b.row + m / group_) / NR * NR;
-        last = round_up(last_visible(b.row + (m + n - 1) / group_), NR);
+    // Whether any of the lines m to m + n sees the panel that begins at the key.
+    static bool any_sees(int64_t m, int64_t n, int64_t key, const Scratch& s) {
+        for (int64_t i = m; i < m + n; ++i)
+            if (s.line_first[i] <= key && key < s.line_last[i]) return true;
+        return false;
     }
 
     void scores(const Block& b, int64_t hk, float* tile, Scratch& s) {
         const int64_t lines = b.n_rows * group_;
-        int64_t begin, end, ignored;
-        panel_range(b, 0, 1, begin, ignored);
-        panel_range(b, lines - 1, 1, ignored, end);
-        for (int64_t key = begin; key < end; key += NR) {
+        for (int64_t key = s.line_first[0]; key < s.line_last[lines - 1]; key += NR) {
             const float* panel = K_panels_.get() + (hk * n_keys_ + key - first_key_) * l_.K;
             for (int64_t m = 0; m < lines; m += MR) {
                 const int64_t n = std::min<int64_t>(MR, lines - m);
-                int64_t first, last;
-                panel_range(b, m, n, first, last);
-                if (first <= key && key < last)
+                if (any_sees(m, n, key, s))
                     product(static_cast<int>(n), l_.K, s.q.get() + m * l_.K, l_.K, panel, NR,
                             tile + m * b.stride + key - b.key, b.stride);
             }
@@ -350,8 +461,7 @@ class Scorer {
     // Scores become e, zero where a key is not visible; w_scale = w / e.
     void softmax(const Block& b, int64_t hk, int64_t m, float* tile, Scratch& s) {
         const int64_t row = b.row + m / group_, h = hk * group_ + m % group_;
-        int64_t first, last;
-        panel_range(b, m, 1, first, last);
+        const int64_t first = s.line_first[m], last = s.line_last[m];
         float* line = tile + m * b.stride - b.key;
         if (l_.softcap)
             for (int64_t j = first; j < last; j += W)
@@ -391,20 +501,17 @@ class Scorer {
     void linear(const Block& b, int64_t hk, float* tile, Scratch& s) {
         const int64_t lines = b.n_rows * group_;
         for (int64_t m = 0; m < lines; ++m) {
-            s.listed[m].clear();
+            s.listed[m].n = 0;
             s.line_sum[hk * lines + m] = 0;
         }
-        int64_t begin, end, ignored;
-        panel_range(b, 0, 1, begin, ignored);
-        panel_range(b, lines - 1, 1, ignored, end);
+        const int64_t begin = s.line_first[0], end = s.line_last[lines - 1];
         for (int64_t chunk = begin / CHUNK * CHUNK; chunk < end; chunk += CHUNK) {
-            for (int64_t key = std::max(begin, chunk); key < std::min(end, chunk + CHUNK); key += NR) {
+            const int64_t stop = std::min(end, chunk + CHUNK);
+            for (int64_t key = std::max(begin, chunk); key < stop; key += NR) {
                 const float* panel = V_panels_.get() + (hk * n_keys_ + key - first_key_) * l_.V;
                 for (int64_t m = 0; m < lines; m += MR) {
                     const int64_t n = std::min<int64_t>(MR, lines - m);
-                    int64_t first, last;
-                    panel_range(b, m, n, first, last);
-                    if (key < first || last <= key) continue;
+                    if (!any_sees(m, n, key, s)) continue;
                     product(static_cast<int>(n), l_.V, s.g.get() + m * Vp_, Vp_, panel, NR,
                             s.dots.get() + m * CHUNK + key - chunk, CHUNK);
                     if (l_.value_gate.data)
@@ -413,14 +520,16 @@ class Scorer {
                 }
             }
             for (int64_t m = 0; m < lines; ++m) {
-                int64_t first, last;
-                panel_range(b, m, 1, first, last);
-                linear_chunk(b, hk, m, chunk, std::max(first, chunk), std::min(last, chunk + CHUNK),
-                             tile, s);
+                const int64_t first = std::max(s.line_first[m], chunk);
+                const int64_t last = std::min(s.line_last[m], stop);
+                if (first >= last) continue;
+                if (l_.value_gate.data) linear_chunk<true>(b, hk, m, chunk, first, last, tile, s);
+                else linear_chunk<false>(b, hk, m, chunk, first, last, tile, s);
             }
         }
     }
 
+    template <bool gated>
     void linear_chunk(const Block& b, int64_t hk, int64_t m, int64_t chunk, int64_t first,
                       int64_t last, float* tile, Scratch& s) {
         float* line = tile + m * b.stride - b.key;
@@ -431,105 +540,190 @@ class Scorer {
         const F a_scale = set1(std::fabs(s.w_scale[m]) * ROUND_UP);
         const F smallest = set1(s.smallest_breakpoint[m]);
         const F zero = set1(0.0f);
+        Listed& list = s.listed[m];
+        list.reserve(CHUNK + W);
+        float *key = &list.key[list.n], *list_w = &list.w[list.n], *list_a = &list.a[list.n];
+        int64_t n = 0;
         F lanes = zero;
         for (int64_t j = first; j < last; j += W) {
             const F e = load(line + j);
             const F w = e * w_scale;
             const F lin = w * load(dots + j);
-            const F v_norm = l_.value_gate.data ? sqrt(load(squares + j)) : load(norm + j);
+            const F v_norm = gated ? sqrt(load(squares + j)) : load(norm + j);
             const F a = e * a_scale * v_norm;
             const F positive = max(lin, zero);
             const M listed = both(less(zero, lin), less(smallest, a));
             store(line + j, positive);
             lanes = lanes + unless(listed, positive);
-            if (unsigned lanes_listed = bits(listed)) {
-                float w_lane[W], a_lane[W];
-                store(w_lane, w);
-                store(a_lane, a);
-                for (; lanes_listed; lanes_listed &= lanes_listed - 1) {
-                    const int i = __builtin_ctz(lanes_listed);
-                    s.listed[m].push_back({j + i, w_lane[i], a_lane[i]});
-                }
+            if (const unsigned which = bits(listed)) {
+                store(key + n, compressed(iota() + set1(static_cast<float>(j)), which));
+                store(list_w + n, compressed(w, which));
+                store(list_a + n, compressed(a, which));
+                n += __builtin_popcount(which);
             }
         }
+        list.n += n;
         s.line_sum[hk * b.n_rows * group_ + m] += sum(lanes);
     }
 
-    // Takes the correction off the listed pairs of a line.
+    // Takes the corrections off the listed pairs of a line.
     //
-    // Candidates, the coordinates whose breakpoint is below the largest a, are put in order by
-    // buckets of breakpoints, 16 to an octave; a pair visits all buckets up to its own a's.
+    // Candidates (the coordinates whose breakpoint is below the largest a) and pairs are put in
+    // order by buckets of breakpoint or a, 16 to an octave; a pair's extent, the coordinates that
+    // it visits, is all buckets up to its own. Pairs come longest extent first. Long ones take ND
+    // coordinates at a time, all pairs before the next ND, so that those columns of W_O are read
+    // once; short ones take one coordinate for ND pairs at a time.
     void correct(const Block& b, int64_t hk, int64_t m, float* tile, Scratch& s) {
-        const std::vector<Pair>& pairs = s.listed[m];
-        if (pairs.empty()) return;
-        constexpr int N_BUCKETS = 128, SHIFT = 19;
-        const int64_t r = m / group_, h = hk * group_ + m % group_;
-        float a_max = 0;
-        for (const Pair& pair : pairs) a_max = std::max(a_max, pair.a);
-        const int32_t top = float_bits(a_max);
-        const auto bucket = [top](float x) {
-            return std::max(0, N_BUCKETS - 1 - ((top - float_bits(x)) >> SHIFT));
-        };
+        const int64_t n_pairs = s.listed[m].n;
+        if (!n_pairs) return;
+        order_candidates(m, hk, s);
+        order_pairs(b, m, hk, s);
 
-        const float* y = s.y.get() + r * Dp_;
-        const float* rho_inv = rho_inv_.get() + h * Dp_;
-        int32_t end[N_BUCKETS + 1] = {};
-        int64_t n = 0;
-        for (int64_t i = 0; i < Dp_; i += W) {
-            const F point = abs(load(y + i)) * load(rho_inv + i);
-            unsigned below = bits(less(point, set1(a_max)));
-            if (!below) continue;
-            float lane[W];
-            store(lane, point);
-            for (; below; below &= below - 1) {
-                const int lane_i = __builtin_ctz(below);
-                const int to = bucket(lane[lane_i]);
-                s.candidates[n++] = {to, static_cast<int32_t>(i) + lane_i};
-                ++end[to + 1];
+        const int64_t width = round_up(l_.V, W);
+        float* line = tile + m * b.stride - b.key;
+        double line_sum = 0;
+        int64_t n_long = 0;
+        while (n_long < n_pairs && s.pairs[n_long].extent > SHORT) ++n_long;
+        std::fill_n(s.over.begin(), n_long * ND, 0.0f);
+        for (int64_t c = 0; n_long && c < s.pairs[0].extent; c += ND) {
+            const float* const* columns = s.columns.data() + c;
+            const float* y = s.candidate_y.get() + c;
+            float* over = s.over.data();
+            const OrderedPair* end = s.pairs.data() + n_long;
+            for (const OrderedPair* pair = s.pairs.data(); pair < end && pair->extent > c; ++pair) {
+                float p[ND];
+                dots(width, pair->v, columns, p);
+                for (int k = 0; k < ND; k += W, over += W)
+                    store(over, load(over) + beyond(set1(pair->w) * load(p + k), load(y + k)));
             }
         }
-        for (int i = 0; i < N_BUCKETS; ++i) end[i + 1] += end[i];
-        float* candidate_y = s.candidate_y.get();
-        for (int64_t c = 0; c < n; ++c) {
-            const int32_t at = end[s.candidates[c].bucket]++;  // begin of a bucket becomes its end
-            s.ordered[at] = s.candidates[c].i;
-            candidate_y[at] = y[s.candidates[c].i];
+        for (int64_t i = 0; i < n_long; ++i) {
+            F over = set1(0.0f);
+            for (int k = 0; k < ND; k += W) over = over + load(s.over.data() + i * ND + k);
+            line_sum += corrected(line[s.pairs[i].key], sum(over));
         }
-        for (int64_t c = n; c < round_up(n, 8); ++c) {
-            s.ordered[c] = 0;
+        for (int64_t start = n_long; start < n_pairs; start += ND) {
+            const int64_t n = std::min<int64_t>(ND, n_pairs - start);
+            const float* v[ND];
+            float w[ND], over[ND] = {};
+            for (int64_t i = 0; i < ND; ++i) {
+                const OrderedPair& pair = s.pairs[start + std::min(i, n - 1)];
+                v[i] = pair.v;
+                w[i] = pair.w;
+            }
+            for (int64_t c = 0; c < s.pairs[start].extent; ++c) {
+                float p[ND];
+                dots(width, s.columns[c], v, p);
+                const F y = set1(s.candidate_y.get()[c]);
+                for (int k = 0; k < ND; k += W)
+                    store(over + k, load(over + k) + beyond(load(w + k) * load(p + k), y));
+            }
+            for (int64_t i = 0; i < n; ++i)
+                line_sum += corrected(line[s.pairs[start + i].key], over[i]);
+        }
+        s.line_sum[hk * b.n_rows * group_ + m] += line_sum;
+    }
+
+    // max(s p - |y|, 0)
+    static F beyond(F p, F y) { return max(flip(p - y, sign_of(y)), set1(0.0f)); }
+
+    static float corrected(float& proximity, float over) {
+        return proximity = std::max(proximity - 2 * over, 0.0f);
+    }
+
+    // The buckets of non-negative floats x; `top_bits` belong to the largest there can be.
+    static void buckets(int64_t n, const float* __restrict x, int32_t top_bits,
+                        int32_t* __restrict out) {
+        for (int64_t i = 0; i < n; ++i)
+            out[i] = std::max(0, N_BUCKETS - 1 - ((top_bits - float_bits(x[i])) >> BUCKET_SHIFT));
+    }
+
+    // Columns of W_O and y of the coordinates whose breakpoint is below the line's largest a,
+    // and where each bucket of breakpoints ends.
+    void order_candidates(int64_t m, int64_t hk, Scratch& s) {
+        const float* y = s.y.get() + m / group_ * Dp_;
+        const int64_t h = hk * group_ + m % group_;
+        const float* rho_inv = rho_inv_.get() + h * Dp_;
+        const Listed& list = s.listed[m];
+        const float a_max = *std::max_element(list.a.begin(), list.a.begin() + list.n);
+        s.top_bits = float_bits(a_max);
+        float *points = s.point.data(), *coordinate = s.coordinate.data();
+        int64_t n = 0;
+        F coordinates = iota();
+        for (int64_t i = 0, stop = Dp_; i < stop; i += W) {
+            const F point = abs(load(y + i)) * load(rho_inv + i);
+            const unsigned below = bits(less(point, set1(a_max)));
+            store(points + n, compressed(point, below));
+            store(coordinate + n, compressed(coordinates, below));
+            coordinates = coordinates + set1(W);
+            n += __builtin_popcount(below);
+        }
+        int32_t* bucket = s.bucket.data();
+        buckets(n, points, s.top_bits, bucket);
+        int32_t* end = s.bucket_end;
+        std::fill_n(end, N_BUCKETS + 1, 0);
+        for (int64_t c = 0; c < n; ++c) ++end[bucket[c] + 1];
+        for (int i = 0; i < N_BUCKETS; ++i) end[i + 1] += end[i];
+        const float* W_T = W_T_.get() + h * l_.D * Vp_;
+        float* candidate_y = s.candidate_y.get();
+        const float** columns = s.columns.data();
+        for (int64_t c = 0, stride = Vp_; c < n; ++c) {
+            const int32_t at = end[bucket[c]]++;  // a bucket's begin becomes its end
+            const int64_t i = static_cast<int64_t>(coordinate[c]);
+            columns[at] = W_T + i * stride;
+            candidate_y[at] = y[i];
+        }
+        for (int64_t c = n; c < n + ND; ++c) {
+            columns[c] = W_T;
             candidate_y[c] = FLT_MAX;
         }
+    }
 
-        const float* W_T = W_T_.get() + h * l_.D * Vp_;
-        const float* gate = l_.value_gate.data ? l_.value_gate.at(b.row + r, h) : nullptr;
-        float* line = tile + m * b.stride - b.key;
-        float* part = s.part.get();
-        std::fill(part + l_.V, part + Vp_, 0.0f);
-        double& line_sum = s.line_sum[hk * b.n_rows * group_ + m];
-        for (const Pair& pair : pairs) {
-            const float* v = l_.v.at(pair.key, hk);
-            for (int64_t i = 0; i < l_.V; ++i) part[i] = pair.w * v[i];
-            if (gate)
-                for (int64_t i = 0; i < l_.V; ++i) part[i] *= gate[i];
-            const int64_t extent = end[bucket(pair.a)];
-            float over[8] = {};
-            for (int64_t c = 0; c < extent; c += 8) {
-                const float* column[8];
-                for (int i = 0; i < 8; ++i) column[i] = W_T + s.ordered[c + i] * Vp_;
-                float p[8];
-                eight_dots(Vp_, part, column, p);
-                for (int i = 0; i < 8; ++i) {
-                    const float beyond = std::copysign(1.0f, candidate_y[c + i]) * (p[i] - candidate_y[c + i]);
-                    over[i] += std::max(beyond, 0.0f);
-                }
-            }
-            float correction = 0;
-            for (int i = 0; i < 8; ++i) correction += over[i];
-            line[pair.key] = std::max(line[pair.key] - 2 * correction, 0.0f);
-            line_sum += line[pair.key];
-            s.counters.visited += extent;
+    // The listed pairs, longest extent first, with the rows of gate * v that they need.
+    void order_pairs(const Block& b, int64_t m, int64_t hk, Scratch& s) {
+        const Listed& list = s.listed[m];
+        const size_t n_pairs = static_cast<size_t>(list.n);
+        if (s.pairs.size() < n_pairs) {
+            s.pairs.resize(n_pairs);
+            s.over.resize(n_pairs * ND);
+            s.pair_bucket.resize(n_pairs);
         }
-        s.counters.listed += static_cast<int64_t>(pairs.size());
+        buckets(list.n, list.a.data(), s.top_bits, s.pair_bucket.data());
+        const int32_t* bucket = s.pair_bucket.data();
+        int32_t begin[N_BUCKETS + 1] = {};
+        for (int64_t i = 0; i < list.n; ++i) ++begin[N_BUCKETS - bucket[i]];
+        for (int i = 0; i < N_BUCKETS; ++i) begin[i + 1] += begin[i];
+        const float *key = list.key.data(), *w = list.w.data();
+        const float* v = l_.v.data + hk * l_.v.s1;
+        OrderedPair* pairs = s.pairs.data();
+        int64_t visited = 0;
+        for (int64_t i = 0, n = list.n, stride = l_.v.s0; i < n; ++i) {
+            const int64_t j = static_cast<int64_t>(key[i]);
+            const int32_t extent = s.bucket_end[bucket[i]];
+            pairs[begin[N_BUCKETS - 1 - bucket[i]]++] = {v + j * stride, j, w[i], extent};
+            visited += extent;
+        }
+        s.counters.visited += visited;
+        s.counters.listed += list.n;
+        if (l_.V % W || l_.value_gate.data)
+            gate_pairs(list.n, b.row + m / group_, hk * group_ + m % group_, s);
+    }
+
+    // Copies of the pairs' v: padded to whole vectors, times the gate.
+    void gate_pairs(int64_t n, int64_t row, int64_t h, Scratch& s) {
+        const int64_t width = round_up(l_.V, W);
+        if (static_cast<int64_t>(s.gated.size()) < n * width)
+            s.gated.resize(static_cast<size_t>(n * width));
+        for (int64_t i = 0; i < n; ++i) {
+            float* gated = s.gated.data() + i * width;
+            std::copy_n(s.pairs[i].v, l_.V, gated);
+            std::fill(gated + l_.V, gated + width, 0.0f);
+            if (l_.value_gate.data) {
+                const float* gate = l_.value_gate.at(row, h);
+                for (int64_t k = 0; k < l_.V; ++k) gated[k] *= gate[k];
+            }
+            s.pairs[i].v = gated;
+        }
     }
 
     static int32_t float_bits(float x) {
@@ -541,7 +735,9 @@ class Scorer {
     // Denominator, importances and edges of a row.
     void finish(const Block& b, int64_t r, Scratch& s, Edges& edges) {
         const int64_t row = b.row + r, lines = b.n_rows * group_;
-        const auto line_of = [&](int64_t h) { return h / group_ * lines + r * group_ + h % group_; };
+        const auto line_of = [&](int64_t h) {
+            return h / group_ * lines + r * group_ + h % group_;
+        };
         const double residual = proximity(l_.D, l_.resid_pre.row(row), l_.y.row(row));
         const double ffn = l_.ffn.data ? proximity(l_.D, l_.ffn.row(row), l_.y.row(row)) : 0;
         double total = residual + ffn;
@@ -569,24 +765,24 @@ class Scorer {
         for (int64_t h = 0; h < l_.H; ++h)
             out_.head_total[row * l_.H + h] = static_cast<float>(s.line_sum[line_of(h)] / total);
 
-        const float inverse = static_cast<float>(1 / total);
+        const F threshold = set1(static_cast<float>(l_.keep * total));
         const float* tile = s.tile.get() - b.key;
-        int64_t begin, end;
-        panel_range(b, r * group_, 1, begin, end);
-        for (int64_t j = begin; j < end; j += W) {
+        const float** head_lines = s.head_lines.data();
+        for (int64_t h = 0; h < l_.H; ++h) head_lines[h] = tile + line_of(h) * b.stride;
+        const int64_t n_heads = l_.H, stop = s.line_last[r * group_];
+        for (int64_t j = s.line_first[r * group_]; j < stop; j += W) {
             F weights = set1(0.0f);
-            for (int64_t h = 0; h < l_.H; ++h)
-                weights = weights + load(tile + line_of(h) * b.stride + j);
-            weights = weights * set1(inverse);
-            unsigned kept = bits(less(set1(l_.keep), weights));
+            for (int64_t h = 0; h < n_heads; ++h) weights = weights + load(head_lines[h] + j);
+            unsigned kept = bits(less(threshold, weights));
             if (!kept) continue;
             float lane[W];
             store(lane, weights);
             for (; kept; kept &= kept - 1) {
                 const int i = __builtin_ctz(kept);
-                add_edge(edges, row, j + i, lane[i]);
-                for (int64_t h = 0; h < l_.H; ++h)
-                    edges.head_weight.push_back(tile[line_of(h) * b.stride + j + i] * inverse);
+                add_edge(edges, row, j + i, static_cast<float>(lane[i] / total));
+                for (int64_t h = 0; h < n_heads; ++h)
+                    edges.head_weight.push_back(
+                        static_cast<float>(head_lines[h][j + i] / total));
             }
         }
     }
@@ -601,7 +797,10 @@ class Scorer {
     Scores& out_;
     const int64_t group_, Vp_, Dp_, first_key_, n_keys_, BT_;
     int64_t n_blocks_;
-    const Buffer W_T_, rho_inv_, v_norm_, K_panels_, V_panels_, g_;
+    const Buffer W_T_, rho_inv_, v_norm_, K_panels_, V_panels_;
+    const int64_t n_groups_;
+    std::vector<uint8_t> signs_;  // [R, n_groups], see form_g
+    const Buffer g_;
     std::vector<std::unique_ptr<Scratch>> scratch_;
 };
 

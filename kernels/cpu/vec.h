@@ -1,7 +1,8 @@
 // Float vectors of W lanes, the same names for every instruction set. No include guard: each
 // isa_*.cpp includes this once, inside its own namespace, with IFR_AVX512, IFR_AVX2 or neither.
 //
-// F: W floats. M: a mask of W lanes. bits(m): lane i as bit i.
+// F: W floats. M: a mask of W lanes. bits(m): lane i as bit i. compressed(x, m): the lanes of x
+// whose bits are set in m come first. sum: in an order that depends on W alone.
 
 #if defined(IFR_AVX512)
 
@@ -23,7 +24,8 @@ inline F where(M m, F a) { return _mm512_maskz_mov_ps(m, a); }
 inline F unless(M m, F a) { return _mm512_maskz_mov_ps(static_cast<M>(~m), a); }
 inline F select(M m, F a, F b) { return _mm512_mask_mov_ps(b, m, a); }
 inline F sign_of(F a) {
-    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(a), _mm512_set1_epi32(INT32_MIN)));
+    return _mm512_castsi512_ps(
+        _mm512_and_si512(_mm512_castps_si512(a), _mm512_set1_epi32(INT32_MIN)));
 }
 inline F flip(F a, F sign) {
     return _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(a), _mm512_castps_si512(sign)));
@@ -32,6 +34,12 @@ inline F flip(F a, F sign) {
 inline F scale_by(F p, F t) {
     return _mm512_castsi512_ps(_mm512_add_epi32(
         _mm512_castps_si512(p), _mm512_slli_epi32(_mm512_castps_si512(t), 23)));
+}
+inline F compressed(F x, unsigned m) {
+    return _mm512_maskz_compress_ps(static_cast<M>(m), x);
+}
+inline float sum(F x) {
+    return _mm512_reduce_add_ps(x);
 }
 
 #elif defined(IFR_AVX2)
@@ -59,6 +67,25 @@ inline F flip(F a, F sign) { return _mm256_xor_ps(a, sign); }
 inline F scale_by(F p, F t) {
     return _mm256_castsi256_ps(_mm256_add_epi32(
         _mm256_castps_si256(p), _mm256_slli_epi32(_mm256_castps_si256(t), 23)));
+}
+// COMPRESS[m]: the lanes whose bits are set in m, in order, a byte each
+struct CompressTable {
+    uint64_t lanes[256] = {};
+    constexpr CompressTable() {
+        for (int m = 0; m < 256; ++m)
+            for (int lane = 0, n = 0; lane < 8; ++lane)
+                if (m >> lane & 1) lanes[m] |= static_cast<uint64_t>(lane) << 8 * n++;
+    }
+};
+constexpr CompressTable COMPRESS;
+inline F compressed(F x, unsigned m) {
+    const __m128i lanes = _mm_cvtsi64_si128(static_cast<long long>(COMPRESS.lanes[m]));
+    return _mm256_permutevar8x32_ps(x, _mm256_cvtepu8_epi32(lanes));
+}
+inline float sum(F x) {
+    __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    y = _mm_add_ps(y, _mm_movehl_ps(y, y));
+    return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
 }
 
 #else
@@ -88,16 +115,20 @@ inline M both(M a, M b) { return a & b; }
 inline unsigned bits(M m) { return (m[0] & 1) | (m[1] & 2) | (m[2] & 4) | (m[3] & 8); }
 // p 2^n, n in the low bits of t
 inline F scale_by(F p, F t) { return (F)((M)p + ((M)t << 23)); }
+inline F compressed(F x, unsigned m) {
+    F out = x;
+    for (int n = 0; m; m &= m - 1) out[n++] = x[__builtin_ctz(m)];
+    return out;
+}
+inline float sum(F x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 
 #endif
 
-// Lanes are added pairwise, so that the order depends on W alone.
-inline float sum(F x) {
+// 0, 1, 2 ... W - 1
+inline F iota() {
     float lane[W];
-    store(lane, x);
-    for (int width = W / 2; width > 0; width /= 2)
-        for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
-    return lane[0];
+    for (int i = 0; i < W; ++i) lane[i] = static_cast<float>(i);
+    return load(lane);
 }
 
 inline float largest(F x) {
@@ -146,4 +177,29 @@ inline F tanh(F x) {
     const F e = exp2(min(magnitude, set1(40.0f)) * set1(2.8853900817779268f));
     const F far = flip(set1(1.0f) - set1(2.0f) / (e + set1(1.0f)), sign_of(x));
     return select(less(magnitude, set1(0.625f)), near, far);
+}
+
+// y [SIDE, SIDE] = x transposed, rows at distances s and t.
+constexpr int SIDE = 8;
+inline void transpose_tile(const float* x, int64_t s, float* y, int64_t t) {
+#if defined(IFR_AVX2) || defined(IFR_AVX512)
+    __m256 a[8], b[8];
+    for (int i = 0; i < 8; ++i) a[i] = _mm256_loadu_ps(x + i * s);
+    for (int i = 0; i < 4; ++i) {
+        b[2 * i] = _mm256_unpacklo_ps(a[2 * i], a[2 * i + 1]);
+        b[2 * i + 1] = _mm256_unpackhi_ps(a[2 * i], a[2 * i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int k = 0; k < 2; ++k) {
+            a[i + 2 * k] = _mm256_shuffle_ps(b[i + k], b[i + k + 2], 0x44);
+            a[i + 2 * k + 1] = _mm256_shuffle_ps(b[i + k], b[i + k + 2], 0xee);
+        }
+    for (int i = 0; i < 4; ++i) {
+        _mm256_storeu_ps(y + i * t, _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
+        _mm256_storeu_ps(y + (i + 4) * t, _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
+    }
+#else
+    for (int i = 0; i < SIDE; ++i)
+        for (int j = 0; j < SIDE; ++j) y[j * t + i] = x[i * s + j];
+#endif
 }

@@ -1,0 +1,229 @@
+// The Python face of the kernel: checks shapes and strides, picks the instruction set, writes
+// into arrays that Python allocated; only the edge lists, whose length it finds, are its own.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "score.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace {
+
+template <int rank>
+using Floats = nb::ndarray<const float, nb::ndim<rank>, nb::device::cpu>;
+using Packed = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Packed2 = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Out = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Out2 = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using OutFlags = nb::ndarray<bool, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Rows = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+struct Isa {
+    const char* name;
+    void (*score_attention)(const ifr::Layer&, int, ifr::Scores&);
+    void (*score_ffn)(const ifr::FFNParts&, int);
+    bool usable;
+};
+
+// Best first; what is not to be picked by itself comes after the baseline.
+std::vector<Isa> isas() {
+    std::vector<Isa> all;
+#if defined(__x86_64__)
+    all.push_back({"avx2", ifr::avx2::score_attention, ifr::avx2::score_ffn,
+                   __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")});
+#endif
+    all.push_back({"baseline", ifr::baseline::score_attention, ifr::baseline::score_ffn, true});
+#if defined(__x86_64__)
+    all.push_back({"avx512", ifr::avx512::score_attention, ifr::avx512::score_ffn,
+                   __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")});
+#endif
+    return all;
+}
+
+std::vector<std::string> usable_isas() {
+    std::vector<std::string> names;
+    for (const Isa& isa : isas())
+        if (isa.usable) names.emplace_back(isa.name);
+    return names;
+}
+
+Isa find_isa(const std::string& name) {
+    for (const Isa& isa : isas())
+        if (isa.usable && name == isa.name) return isa;
+    throw nb::value_error(("this processor has no instruction set '" + name + "'").c_str());
+}
+
+template <class Array>
+void check_shape(const Array& x, const char* name, std::initializer_list<int64_t> shape) {
+    std::string expected, got;
+    bool equal = true;
+    size_t i = 0;
+    for (int64_t n : shape) {
+        const int64_t size = static_cast<int64_t>(x.shape(i++));
+        equal &= size == n;
+        expected += (expected.empty() ? "" : ", ") + std::to_string(n);
+        got += (got.empty() ? "" : ", ") + std::to_string(size);
+    }
+    if (!equal)
+        throw nb::value_error(
+            (std::string(name) + ": expected shape [" + expected + "], got [" + got + "]").c_str());
+}
+
+template <class Array>
+void check_last_contiguous(const Array& x, const char* name) {
+    const size_t last = x.ndim() - 1;
+    if (x.stride(last) != 1 && x.shape(last) > 1)
+        throw nb::value_error(
+            (std::string(name) + " must be contiguous in its last dimension").c_str());
+}
+
+ifr::Tensor3 tensor3(const Floats<3>& x, const char* name, std::initializer_list<int64_t> shape) {
+    check_shape(x, name, shape);
+    check_last_contiguous(x, name);
+    return {x.data(), x.stride(0), x.stride(1), 1};
+}
+
+ifr::Matrix matrix(const Floats<2>& x, const char* name, int64_t R, int64_t D) {
+    check_shape(x, name, {R, D});
+    check_last_contiguous(x, name);
+    return {x.data(), x.stride(0)};
+}
+
+const float* packed(const std::optional<Packed>& x, const char* name, int64_t n) {
+    if (!x) return nullptr;
+    check_shape(*x, name, {n});
+    return x->data();
+}
+
+// The blocks' lists end to end, as a numpy array that owns its memory.
+template <class T, class List>
+nb::object joined(const std::vector<ifr::Edges>& edges, List list, size_t width) {
+    size_t n = 0;
+    for (const ifr::Edges& block : edges) n += (block.*list).size();
+    auto* all = new std::vector<T>();
+    nb::capsule owner(all, [](void* p) noexcept { delete static_cast<std::vector<T>*>(p); });
+    all->reserve(n);
+    for (const ifr::Edges& block : edges)
+        all->insert(all->end(), (block.*list).begin(), (block.*list).end());
+    if (width)
+        return nb::ndarray<nb::numpy, T, nb::ndim<2>>(all->data(), {n / width, width}, owner)
+            .cast();
+    return nb::ndarray<nb::numpy, T, nb::ndim<1>>(all->data(), {n}, owner).cast();
+}
+
+nb::tuple score_attention(
+    Rows rows, Floats<2> resid_pre, Floats<2> y, Floats<3> q, Floats<3> k, Floats<3> v,
+    Floats<3> W_O, double scale, std::optional<Packed> row_scale,
+    std::optional<Floats<3>> value_gate, std::optional<int64_t> window,
+    std::optional<double> softcap, std::optional<Packed> sinks, std::optional<Packed> alibi_slopes,
+    std::optional<Packed2> log_sum_exp, std::optional<Floats<2>> ffn, double keep, Out residual, std::optional<Out> ffn_out,
+    Out2 head_total, OutFlags unattributed, const std::string& isa, int n_threads) {
+    ifr::Layer l{};
+    l.R = static_cast<int64_t>(rows.shape(0));
+    l.S = static_cast<int64_t>(k.shape(0));
+    l.H = static_cast<int64_t>(q.shape(1));
+    l.H_kv = static_cast<int64_t>(k.shape(1));
+    l.K = static_cast<int64_t>(q.shape(2));
+    l.V = static_cast<int64_t>(v.shape(2));
+    l.D = static_cast<int64_t>(y.shape(1));
+    if (l.H_kv < 1 || l.H < 1 || l.H % l.H_kv)
+        throw nb::value_error("q's heads must be a multiple of k's and v's");
+    if (l.D < 1 || l.D >= 1 << 24 || l.S >= 1 << 24)
+        throw nb::value_error("D must be at least 1, and D and the number of keys below 2^24");
+    if (n_threads < 1) throw nb::value_error("n_threads must be at least 1");
+    if (window && *window < 1) throw nb::value_error("window must be at least 1");
+    if (softcap && !(*softcap > 0)) throw nb::value_error("softcap must be above 0");
+    l.rows = rows.data();
+    for (int64_t r = 0; r < l.R; ++r)
+        if (l.rows[r] < 0 || l.rows[r] >= l.S || (r && l.rows[r] <= l.rows[r - 1]))
+            throw nb::value_error("rows must be strictly ascending positions among the keys");
+    l.resid_pre = matrix(resid_pre, "resid_pre", l.R, l.D);
+    l.y = matrix(y, "y", l.R, l.D);
+    l.q = tensor3(q, "q", {l.R, l.H, l.K});
+    l.k = tensor3(k, "k", {l.S, l.H_kv, l.K});
+    l.v = tensor3(v, "v", {l.S, l.H_kv, l.V});
+    check_shape(W_O, "W_O", {l.H, l.V, l.D});
+    l.W_O = {W_O.data(), W_O.stride(0), W_O.stride(1), W_O.stride(2)};
+    l.scale = static_cast<float>(scale);
+    l.keep = static_cast<float>(keep);
+    l.row_scale = packed(row_scale, "row_scale", l.R);
+    if (value_gate) l.value_gate = tensor3(*value_gate, "value_gate", {l.R, l.H, l.V});
+    l.window = window.value_or(0);
+    l.softcap = static_cast<float>(softcap.value_or(0));
+    l.sinks = packed(sinks, "sinks", l.H);
+    l.alibi_slopes = packed(alibi_slopes, "alibi_slopes", l.H);
+    if (log_sum_exp) {
+        check_shape(*log_sum_exp, "log_sum_exp", {l.R, l.H});
+        l.log_sum_exp = log_sum_exp->data();
+    }
+    if (ffn) l.ffn = matrix(*ffn, "ffn", l.R, l.D);
+    check_shape(residual, "residual", {l.R});
+    check_shape(head_total, "head_total", {l.R, l.H});
+    check_shape(unattributed, "unattributed", {l.R});
+    if (ffn.has_value() != ffn_out.has_value())
+        throw nb::value_error("ffn_out is for parallel blocks, and needed there");
+    if (ffn_out) check_shape(*ffn_out, "ffn_out", {l.R});
+
+    const Isa kernel = find_isa(isa);
+    ifr::Scores out{residual.data(), ffn_out ? ffn_out->data() : nullptr, head_total.data(),
+                    unattributed.data(), {}, {}};
+    {
+        nb::gil_scoped_release released;
+        kernel.score_attention(l, n_threads, out);
+    }
+    const ifr::Counters& counters = out.counters;
+    return nb::make_tuple(
+        joined<int64_t>(out.edges, &ifr::Edges::row, 0),
+        joined<int64_t>(out.edges, &ifr::Edges::source, 0),
+        joined<float>(out.edges, &ifr::Edges::weight, 0),
+        joined<float>(out.edges, &ifr::Edges::head_weight, static_cast<size_t>(l.H)),
+        nb::make_tuple(counters.pairs, counters.listed, counters.visited,
+                       std::vector<double>(counters.seconds.begin(), counters.seconds.end())));
+}
+
+void score_ffn(Floats<2> resid_mid, Floats<2> resid_post, Out residual, Out ffn,
+               OutFlags unattributed, const std::string& isa, int n_threads) {
+    ifr::FFNParts x{};
+    x.R = static_cast<int64_t>(resid_post.shape(0));
+    x.D = static_cast<int64_t>(resid_post.shape(1));
+    if (n_threads < 1) throw nb::value_error("n_threads must be at least 1");
+    x.resid_mid = matrix(resid_mid, "resid_mid", x.R, x.D);
+    x.resid_post = matrix(resid_post, "resid_post", x.R, x.D);
+    check_shape(residual, "residual", {x.R});
+    check_shape(ffn, "ffn", {x.R});
+    check_shape(unattributed, "unattributed", {x.R});
+    x.residual = residual.data();
+    x.ffn = ffn.data();
+    x.unattributed = unattributed.data();
+    const Isa kernel = find_isa(isa);
+    nb::gil_scoped_release released;
+    kernel.score_ffn(x, n_threads);
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+    m.def("isas", &usable_isas, "Instruction sets that this processor has, the default first.");
+    m.def("score_attention", &score_attention, "rows"_a.noconvert(), "resid_pre"_a.noconvert(),
+          "y"_a.noconvert(), "q"_a.noconvert(), "k"_a.noconvert(), "v"_a.noconvert(),
+          "W_O"_a.noconvert(), "scale"_a, "row_scale"_a.noconvert().none(),
+          "value_gate"_a.noconvert().none(), "window"_a.none(), "softcap"_a.none(),
+          "sinks"_a.noconvert().none(), "alibi_slopes"_a.noconvert().none(),
+          "log_sum_exp"_a.noconvert().none(), "ffn"_a.noconvert().none(), "keep"_a,
+          "residual"_a.noconvert(), "ffn_out"_a.noconvert().none(), "head_total"_a.noconvert(),
+          "unattributed"_a.noconvert(), "isa"_a, "n_threads"_a);
+    m.def("score_ffn", &score_ffn, "resid_mid"_a.noconvert(), "resid_post"_a.noconvert(),
+          "residual"_a.noconvert(), "ffn"_a.noconvert(), "unattributed"_a.noconvert(), "isa"_a,
+          "n_threads"_a);
+}

@@ -1,0 +1,489 @@
+"""The `ifr-fast` command: what it prints and writes, and how it fails."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from tiny import VOCAB, tiny_model
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import BertConfig, BertLMHeadModel, PreTrainedTokenizerFast
+
+import ifr_fast.cli
+from ifr_fast import RouteGraph, Tracer, __version__
+
+COMMAND = Path(sys.executable).with_name("ifr-fast")
+# One token each. Terminals act on some of these, and rich on the brackets.
+CHARACTERS = ["<unk>", *"abcdefghijklmnopqrstuvwxyz [/]0123456789:;m", "\x1b", "\n", "\r", "\x07",
+              "\x9b", "\u202e"]  # fmt: skip
+TEMPLATE = "{% for m in messages %}{{ m.role[:1] }}: {{ m.content }}\n{% endfor %}"
+
+
+class Ran(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="module")
+def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of 97 tokens, one a character, with a tokenizer and a chat template."""
+    path = tmp_path_factory.mktemp("tiny")
+    tiny_model("llama").save_pretrained(path)
+    vocabulary = {c: i for i, c in enumerate(CHARACTERS)}
+    vocabulary |= {f"<{i}>": i for i in range(len(CHARACTERS), VOCAB)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tiny_tracer(tiny_dir: Path) -> Tracer:
+    return Tracer.from_pretrained(tiny_dir)
+
+
+@pytest.fixture
+def ifr(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs the command in this process."""
+
+    def run(*args: Any, stdin: bytes = b"") -> Ran:
+        monkeypatch.setenv("COLUMNS", "80")  # what is printed into a pipe is not to be wrapped
+        monkeypatch.delenv("FORCE_COLOR", raising=False)
+        monkeypatch.setattr(sys, "argv", ["ifr-fast", *map(str, args)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        capsys.readouterr()
+        code: Any = 0
+        try:
+            ifr_fast.cli.main()
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capsys.readouterr()
+        return Ran(code or 0, out, err)
+
+    return run
+
+
+@pytest.fixture
+def trace(ifr: Any, tiny_dir: Path) -> Any:
+    """Runs `trace` with the tiny model."""
+    return lambda *args, **kwargs: ifr("trace", "--model", tiny_dir, *args, **kwargs)
+
+
+def assert_one_error(ran: Ran, *words: str) -> None:
+    assert ran.code == 2, ran
+    assert ran.out == ""
+    lines = ran.err.splitlines()
+    assert len(lines) == 1, ran.err
+    assert lines[0].startswith("error: ")
+    assert "Traceback" not in ran.err
+    for word in words:
+        assert word in lines[0]
+
+
+def shell(*args: Any, cwd: Path | None = None, stdin: bytes = b"") -> Ran:
+    environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "FORCE_COLOR")}
+    run = subprocess.run(
+        [COMMAND, *map(str, args)],
+        input=stdin,
+        capture_output=True,
+        cwd=cwd,
+        env=environment,
+        check=False,
+    )
+    return Ran(run.returncode, run.stdout.decode(), run.stderr.decode())
+
+
+# The default model, in a process of its own
+
+
+@pytest.mark.default_model
+def test_the_demonstration(tmp_path: Path) -> None:
+    files = {kind: tmp_path / f"out.{kind}" for kind in ("json", "html", "png", "save")}
+    ran = shell("trace", *(x for kind, path in files.items() for x in (f"--{kind}", path)))
+    assert ran.code == 0, ran.err
+    first, *_ = ran.out.splitlines()
+    assert first == "after “ to”@13 the model predicts “ Mary” (0.92)"
+    assert "\x1b" not in ran.out + ran.err
+    assert "\r" not in ran.out + ran.err
+    assert ran.err.splitlines() == [f"wrote {path}" for path in files.values()]
+    graph = RouteGraph.load(files["save"])
+    assert graph.predictions[0].token == " Mary"
+    assert "".join(graph.tokens) == ifr_fast.cli.DEMO_TEXT
+    assert graph.threshold == 0.04
+    document = json.loads(files["json"].read_text())
+    assert document["tokens"] == graph.tokens
+    assert document["edges"]["weight"] == graph.edges.weight.tolist()
+    assert files["html"].read_text().lower().startswith("<!doctype html>")
+    assert files["png"].read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert {path.name for path in tmp_path.iterdir()} == {p.name for p in files.values()}
+    # The strongest routes, with the weights of the graph.
+    routes = re.findall(r"^  ( *\d\.\d{3})  (.*@\d+)$", ran.out, re.MULTILINE)
+    expected = graph.top_routes(5)
+    assert [float(weight) for weight, words in routes if "layer" in words] == pytest.approx(
+        [route.weight for route in expected], abs=5e-4
+    )
+    assert "“ Mary”@1 → layer 23 head" in ran.out
+    tokens = [(words, float(weight)) for weight, words in routes if "layer" not in words]
+    importance = graph.token_importance()
+    for words, weight in tokens:
+        position = int(words.rpartition("@")[2])
+        assert words == f"“{graph.tokens[position]}”@{position}"
+        assert weight == pytest.approx(float(importance[position]), abs=5e-4)
+    assert len(tokens) == 6
+
+
+def test_failing_in_a_process_of_its_own(tmp_path: Path) -> None:
+    ran = shell("trace", "--model", tmp_path / "missing", "--save", "out", cwd=tmp_path)
+    assert_one_error(ran, "no directory", str(tmp_path / "missing"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_version_in_a_process_of_its_own() -> None:
+    assert shell("--version") == Ran(0, f"ifr-fast {__version__}\n", "")
+
+
+# In this process
+
+
+def test_help(ifr: Any) -> None:
+    for args, words in (
+        ((), ["trace", "doctor", "--version"]),
+        (("--help",), ["trace", "doctor", "--version"]),
+        (("trace", "--help"), ["--threshold", "--position", "--top-paths", "--html", "--chat"]),
+        (("doctor", "--help"), ["--impl"]),
+    ):
+        ran = ifr(*args)
+        assert ran.code == (0 if args else 2)
+        text = ran.out + ran.err
+        for word in words:
+            assert word in text
+        assert "Traceback" not in text
+    assert ifr("--version") == Ran(0, f"ifr-fast {__version__}\n", "")
+
+
+def test_doctor(ifr: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    long = "a" * 90
+    monkeypatch.setenv("IFR_FAST_CACHE", str(tmp_path / "models" / long))
+    monkeypatch.delenv("IFR_FAST_IMPL", raising=False)
+    ran = ifr("doctor")
+    assert ran.code == 0
+    assert ran.err == ""
+    # A row is a line in a pipe, however long, so that it can be searched for.
+    lines = [re.split(r"\s{2,}", line.rstrip(), maxsplit=1) for line in ran.out.splitlines()]
+    assert [line for line in lines if len(line) != 2 or not line[0]] == []
+    rows = dict(lines)
+    assert rows["ifr-fast"] == __version__
+    assert rows["torch"] == torch.__version__
+    assert rows["cache"] == str(tmp_path / "models" / long)
+    assert "fetched on first use" in rows["default model"]
+    chosen = Tracer(tiny_model("llama")).impl
+    assert rows["on cpu"].startswith(f"{chosen}, the fastest that can run here")
+    assert "\x1b" not in ran.out
+    asked = ifr("doctor", "--impl", "reference").out
+    assert re.search(r"on cpu\s+reference, asked for", asked)
+    assert not (tmp_path / "models").exists()
+    unknown = ifr("doctor", "--impl", "nonsense")
+    assert "expected one of auto" in unknown.out + unknown.err
+
+
+def test_text_from_an_argument_a_file_and_stdin(trace: Any, tmp_path: Path) -> None:
+    text = "the store gave\na drink\n"
+    file = tmp_path / "text.txt"
+    file.write_text(text)
+    given = trace("--save", tmp_path / "a", "--", text)
+    assert given.code == 0, given
+    assert RouteGraph.load(tmp_path / "a").tokens == list(text)
+    assert trace("--file", file).out == given.out
+    assert trace("-", stdin=text.encode()).out == given.out
+    assert given.out.startswith("after “\\n”@22 the model predicts ")
+
+
+def test_chat_messages_from_a_file_and_stdin(trace: Any, tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "a drink"}, {"role": "assistant", "content": "no"}]
+    file = tmp_path / "chat.json"
+    file.write_text(json.dumps(messages))
+    given = trace("--chat", file, "--save", tmp_path / "graph")
+    assert given.code == 0, given
+    assert "".join(RouteGraph.load(tmp_path / "graph").tokens) == "u: a drink\na: no\n"
+    assert trace("--chat", "-", stdin=file.read_bytes()).out == given.out
+
+
+def test_options_reach_the_graph(trace: Any, tiny_tracer: Tracer, tmp_path: Path) -> None:
+    path = tmp_path / "graph"
+    for impl, granularity in (("eager", "head"), ("reference", "token")):
+        ran = trace("some words here", "--position", "-3", "--threshold", "0.1", "--save", path,
+                    "--granularity", granularity, "--impl", impl)  # fmt: skip
+        assert ran.code == 0, ran
+        graph = RouteGraph.load(path)
+        expected = tiny_tracer.trace(
+            "some words here", position=12, threshold=0.1, granularity=granularity
+        )
+        assert (graph.position, graph.threshold, graph.granularity) == (12, 0.1, granularity)
+        assert torch.equal(graph.edges.source, expected.edges.source)
+        assert torch.equal(graph.head_edges.head, expected.head_edges.head)
+        torch.testing.assert_close(graph.edges.weight, expected.edges.weight, atol=1e-5, rtol=0)
+        assert f"{len(graph.edges.layer)} edges above 0.1 among 15 tokens and 3 layers" in ran.out
+        assert ran.out.startswith("after “e”@12 the model predicts ")
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_as_many_routes_as_asked_for(trace: Any, tiny_tracer: Tracer, k: int) -> None:
+    ran = trace("some words", "--top-paths", k, "--threshold", "0.02")
+    block = ran.out.split("strongest routes")[1].split("most important tokens")[0]
+    printed = [float(line.split()[0]) for line in block.splitlines()[1:] if line.strip()]
+    expected = tiny_tracer.trace("some words", threshold=0.02).top_routes(k)
+    assert printed == pytest.approx([route.weight for route in expected], abs=5e-4)
+    assert len(printed) == k
+
+
+def test_heads_and_ffn_blocks_are_ranked_by_their_importance(
+    trace: Any, tiny_tracer: Tracer
+) -> None:
+    ran = trace("some words", "--threshold", "0.02")
+    block = ran.out.split("most important heads and FFN blocks")[1]
+    found = re.findall(r"(\d\.\d{3})  layer (\d+) (?:head (\d+)|FFN)$", block, re.MULTILINE)
+    graph = tiny_tracer.trace("some words", threshold=0.02)
+    heads, ffn = graph.head_importance(), graph.ffn_importance()
+    assert len(found) == 8
+    for weight, layer, head in found:
+        expected = heads[int(layer), int(head)] if head else ffn[int(layer)]
+        assert float(weight) == pytest.approx(float(expected), abs=5e-4)
+    best = torch.cat([heads.flatten(), ffn]).sort(descending=True).values[:8]
+    assert [float(w) for w, _, _ in found] == pytest.approx(best.tolist(), abs=5e-4)
+
+
+def test_one_token_is_enough(trace: Any) -> None:
+    ran = trace("a")
+    assert ran.code == 0, ran
+    assert "“a”@0 stays at its position" in ran.out
+
+
+def test_nothing_above_the_threshold(trace: Any) -> None:
+    ran = trace("some words", "--threshold", "1")
+    assert ran.code == 0, ran
+    assert "0 edges above 1 " in ran.out
+
+
+def test_control_characters_do_not_reach_the_terminal(trace: Any, tmp_path: Path) -> None:
+    text = "a\x1b[31m\x9b1m\r\n\x07\u202eb[/]["
+    ran = trace("-", "--threshold", "0", "--save", tmp_path / "graph", stdin=text.encode())
+    assert ran.code == 0, ran
+    assert RouteGraph.load(tmp_path / "graph").tokens == list(text)
+    for character in "\x1b\x9b\r\x07\u202e":
+        assert character not in ran.out
+    assert "“\\x1b”@1" in ran.out
+    assert "“[”@" in ran.out
+    for line in ran.out.splitlines():
+        assert line.isprintable()
+
+
+def test_predictions_are_as_harmless(
+    ifr: Any, tiny_tracer: Tracer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = tiny_tracer.trace("some words")
+    hostile = [p._replace(token="\x1b]0;x\x07\n[bold]") for p in graph.predictions]
+    monkeypatch.setattr(ifr_fast.cli, "_open", lambda *_: tiny_tracer)
+    monkeypatch.setattr(
+        type(tiny_tracer), "trace",
+        lambda *_, **__: dataclasses.replace(graph, predictions=hostile),
+    )  # fmt: skip
+    ran = ifr("trace")
+    assert ran.code == 0, ran
+    assert "\x1b" not in ran.out
+    assert "predicts “\\x1b]0;x\\x07\\n[bold]” (" in ran.out
+
+
+def test_errors_quote_what_they_are_given_as_harmlessly(ifr: Any, tmp_path: Path) -> None:
+    name = tmp_path / "no\x1b[31m[red][/b] \nmodel"
+    ran = ifr("trace", "--model", name)
+    assert_one_error(ran, "no\\x1b[31m[red][/b] \\nmodel")
+    assert "\x1b" not in ran.err
+
+
+@pytest.mark.parametrize("name", ["x[bold]y.json", "a[/b].json", "a\x1b[31mb\nc.json"])
+def test_paths_are_printed_as_they_are(trace: Any, tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    ran = trace("some words", "--json", path)
+    assert ran.code == 0, ran
+    assert json.loads(path.read_text())["tokens"] == list("some words")
+    assert "\x1b" not in ran.err
+    assert ran.err.splitlines() == [f"wrote {ifr_fast.cli.printable(str(path))}"]
+
+
+def test_outputs_replace_what_was_there(trace: Any, tmp_path: Path) -> None:
+    path = tmp_path / "out.json"
+    path.write_text("before")
+    assert trace("some words", "--json", path).code == 0
+    assert json.loads(path.read_text())["tokens"] == list("some words")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ([""], ["text: is empty"]),
+        (["abc", "--position", "3"], ["position: expected -3 to 2, got 3"]),
+        (["abc", "--position", "-4"], ["position: expected -3 to 2, got -4"]),
+        (["abc", "--threshold", "-0.1"], ["threshold", "0 to 1", "-0.1"]),
+        (["abc", "--threshold", "1.5"], ["threshold", "0 to 1", "1.5"]),
+        (["abc", "--threshold", "nan"], ["threshold", "0 to 1", "nan"]),
+        (["a" * 97], ["97 tokens", "96"]),
+        (["abc", "--impl", "nonsense"], ["impl", "eager", "'nonsense'"]),
+        (["abc", "--top-paths", "0"], ["--top-paths: expected at least 1, got 0"]),
+        (["abc", "--file", "x"], ["text: give one of"]),
+        (["abc", "--chat", "x"], ["text: give one of"]),
+        (["-", "--file", "x"], ["text: give one of"]),
+        (["--file", "missing.txt"], ["missing.txt", "No such file"]),
+        (["--file", "."], ["directory"]),
+        (["--chat", "missing.json"], ["missing.json", "No such file"]),
+    ],
+    ids=lambda x: " ".join(x)[:40],
+)
+def test_bad_input(
+    trace: Any, args: list[str], words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    outputs = ["--json", "o.json", "--html", "o.html", "--png", "o.png", "--save", "o"]
+    assert_one_error(trace(*outputs, *args), *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_standard_input_that_is_empty_or_broken(trace: Any, tmp_path: Path) -> None:
+    assert_one_error(trace("-"), "text: is empty")
+    assert_one_error(trace("-", stdin=b"caf\xe9"), "text: standard input is not UTF-8")
+    latin = tmp_path / "latin.txt"
+    latin.write_bytes(b"caf\xe9")
+    assert_one_error(trace("--file", latin), "latin.txt is not UTF-8")
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        (b"", "not JSON"),
+        (b"{nope", "not JSON"),
+        (b"\xff\xfe\x00", "not JSON"),
+        (b'"text"', "list of {role, content}"),
+        (b'{"role": "user", "content": "a"}', "list of {role, content}"),
+        (b'["a"]', "list of {role, content}"),
+        (b"[]", "empty"),
+        (b'[{"role": "user"}]', "role and content"),
+        (b'[{"role": "user", "content": 3}]', "role and content"),
+        (b'[{"role": "user", "content": "a"}, {}]', "role and content"),
+        (b"[" * 100_000, "not JSON"),
+    ],
+    ids=lambda x: repr(x)[:30],
+)
+def test_bad_chat_files(trace: Any, tmp_path: Path, content: bytes, word: str) -> None:
+    path = tmp_path / "chat.json"
+    path.write_bytes(content)
+    assert_one_error(trace("--chat", path), word)
+    assert_one_error(trace("--chat", "-", stdin=content), word)
+
+
+@pytest.mark.parametrize("option", ["--json", "--html", "--png", "--save"])
+def test_outputs_that_cannot_be_written(trace: Any, tmp_path: Path, option: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    before = sorted(tmp_path.rglob("*"))
+    good = ["--json", tmp_path / "good.json"] if option != "--json" else []
+    for path in ("folder", "missing/out", "file/out"):
+        ran = trace("abc", *good, option, tmp_path / path)
+        assert_one_error(ran, str(tmp_path / path))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="expected: root may write anywhere")
+def test_a_folder_without_permission(trace: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir(mode=0o500)
+    assert_one_error(trace("abc", "--json", folder / "out"), str(folder))
+
+
+def test_a_full_disk(trace: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Path, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    ran = trace("abc", "--json", tmp_path / "out.json")
+    assert ran.code == 2
+    assert ran.err.splitlines() == [
+        f"error: {tmp_path / 'out.json'}: cannot be written (No space left on device)"
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_models_that_cannot_be_opened(ifr: Any, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    file = tmp_path / "file"
+    file.write_text("x")
+    encoder = tmp_path / "encoder"
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=VOCAB, hidden_size=24, num_hidden_layers=2,
+                        num_attention_heads=4, intermediate_size=40)  # fmt: skip
+    BertLMHeadModel(config).save_pretrained(encoder)
+    poisoned = tmp_path / "poisoned"
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = float("nan")
+    model.save_pretrained(poisoned)
+    broken = tmp_path / "broken"
+    tiny_model("llama").save_pretrained(broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    unconfigured = tmp_path / "unconfigured"
+    unconfigured.mkdir()
+    (unconfigured / "config.json").write_text("{broken")
+    unknown = tmp_path / "unknown"
+    unknown.mkdir()
+    (unknown / "config.json").write_text('{"model_type": "nonsense"}')
+    for path, words in {
+        tmp_path / "missing": ["no directory"],
+        empty: ["no config.json"],
+        file: ["no directory"],
+        encoder: ["later positions"],
+        poisoned: ["model.layers.1.mlp.up_proj.weight", "NaN"],
+        broken: ["cannot be loaded"],
+        unconfigured: ["cannot be loaded"],
+        unknown: ["cannot be loaded"],
+    }.items():
+        ran = ifr("trace", "--model", path, "abc", "--json", tmp_path / "out.json")
+        assert_one_error(ran, "model: ", *words)
+        assert not (tmp_path / "out.json").exists()
+
+
+def test_an_encoder_without_a_language_model_head(ifr: Any, tmp_path: Path) -> None:
+    """A directory that says of itself that it is no causal language model."""
+    config = {"model_type": "vit", "architectures": ["ViTModel"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert_one_error(ifr("trace", "--model", tmp_path, "abc"), "not a causal language model")
+
+
+def test_text_for_a_model_without_a_tokenizer(ifr: Any, tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    assert_one_error(ifr("trace", "--model", tmp_path, "abc"), "tokenizer")
+
+
+def test_options_that_are_no_numbers(trace: Any) -> None:
+    for option in ("--position", "--threshold", "--top-paths"):
+        ran = trace("abc", option, "x")
+        assert ran.code == 2
+        assert ran.out == ""
+        assert option in ran.err
+        assert "Traceback" not in ran.err

@@ -1,0 +1,387 @@
+"""The native CPU kernel against the float64 oracle: values, shapes, flags, dtypes, threads."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_inputs import cast, random_inputs
+from torch import Tensor
+
+from ifr_fast.kernels import eager, reference
+from ifr_fast.kernels.contract import AttentionScores, LayerInputs
+from ifr_fast.kernels.cpu import kernel
+
+pytestmark = pytest.mark.skipif(
+    kernel.unavailable() is not None, reason="the extension was not compiled"
+)
+
+TOLERANCE = 1e-5  # of importances
+ISAS = kernel.isas() if kernel.unavailable() is None else []
+
+
+def make_inputs(*shape: int, seed: int = 0, flags: set[str] | None = None) -> LayerInputs:
+    """Float64 inputs (R, S, H, H_kv, K, V, D) whose values float32 can hold."""
+    return random_inputs(*shape, seed=seed, dtype=torch.float32, flags=flags or set())
+
+
+def float32(inputs: LayerInputs) -> LayerInputs:
+    return cast(inputs, torch.float32)
+
+
+def dense(scores: AttentionScores, S: int) -> Tensor:
+    """Head importances [R, H, S] of a result that kept every edge."""
+    R, H = scores.head_total.shape
+    out = scores.head_total.new_zeros(R, H, S)
+    out[scores.edges.row, :, scores.edges.source] = scores.edges.head_weight
+    return out
+
+
+def assert_scores_close(got: AttentionScores, expected: AttentionScores, S: int) -> None:
+    """All values, edges by their (row, source); both results kept every edge with weight > 0."""
+    assert torch.equal(got.unattributed, expected.unattributed)
+    for name in ("residual", "ffn", "head_total"):
+        a, b = getattr(got, name), getattr(expected, name)
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a.double(), b.double(), rtol=0, atol=TOLERANCE, msg=name)
+    torch.testing.assert_close(
+        dense(got, S).double(), dense(expected, S).double(), rtol=0, atol=TOLERANCE
+    )
+    torch.testing.assert_close(
+        got.edges.weight, got.edges.head_weight.sum(-1), rtol=1e-5, atol=1e-7
+    )
+    order = got.edges.row * S + got.edges.source
+    assert (order.diff() > 0).all(), "edges must ascend by row, then source"
+    total = got.residual + got.head_total.sum(-1)
+    if got.ffn is not None:
+        total = total + got.ffn
+    torch.testing.assert_close(total, torch.ones_like(total))
+
+
+def assert_bits_equal(got: AttentionScores, expected: AttentionScores) -> None:
+    for name in ("residual", "ffn", "head_total", "unattributed"):
+        a, b = getattr(got, name), getattr(expected, name)
+        assert a is b is None or torch.equal(a, b), name
+    for name, a, b in zip(got.edges._fields, got.edges, expected.edges, strict=True):
+        assert torch.equal(a, b), name
+
+
+@contextmanager
+def threads(n: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(kernel, "ISA", request.param)
+    return request.param
+
+
+SHAPES = [  # R, S, H, H_kv, K, V, D
+    (1, 1, 1, 1, 4, 4, 5),
+    (2, 2, 6, 3, 8, 10, 33),
+    (7, 7, 6, 1, 8, 16, 24),
+    (63, 63, 6, 6, 5, 3, 17),
+    (130, 130, 6, 3, 16, 24, 70),
+    (9, 130, 7, 1, 12, 40, 65),
+    (25, 300, 9, 3, 64, 64, 100),
+    (3, 200, 4, 2, 24, 72, 600),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.usefixtures("poisoned", "isa")
+def test_agrees_with_the_oracle(shape: tuple[int, ...]) -> None:
+    inputs = make_inputs(*shape)
+    got = kernel.score_attention(float32(inputs), 0.0)
+    assert_scores_close(got, reference.score_attention(inputs, 0.0), shape[1])
+
+
+FLAGS = ["window", "softcap", "sinks", "alibi_slopes", "row_scale", "value_gate", "ffn"]
+
+
+@pytest.mark.parametrize("name", FLAGS)
+@pytest.mark.parametrize("shape", [(40, 140, 6, 3, 8, 10, 33), (70, 70, 4, 4, 16, 16, 64)], ids=str)
+@pytest.mark.usefixtures("poisoned", "isa")
+def test_every_flag_agrees_with_the_oracle(shape: tuple[int, ...], name: str) -> None:
+    inputs = make_inputs(*shape, flags={name})
+    got = kernel.score_attention(float32(inputs), 0.0)
+    assert_scores_close(got, reference.score_attention(inputs, 0.0), shape[1])
+
+
+@pytest.mark.usefixtures("poisoned", "isa")
+def test_all_flags_together() -> None:
+    inputs = make_inputs(40, 140, 6, 2, 8, 10, 33, flags=set(FLAGS))
+    got = kernel.score_attention(float32(inputs), 0.0)
+    assert_scores_close(got, reference.score_attention(inputs, 0.0), 140)
+
+
+@pytest.mark.parametrize(("R", "S"), [(150, 200), (7, 600)])
+@pytest.mark.parametrize("window", [1, 16, 64, 100])
+@pytest.mark.usefixtures("isa")
+def test_windows(window: int, R: int, S: int) -> None:
+    inputs = make_inputs(R, S, 4, 2, 8, 8, 30)._replace(window=window)
+    got = kernel.score_attention(float32(inputs), 0.0)
+    assert_scores_close(got, reference.score_attention(inputs, 0.0), S)
+
+
+@pytest.mark.usefixtures("isa")
+def test_log_sum_exp_of_the_forward_pass() -> None:
+    inputs = make_inputs(50, 90, 6, 3, 8, 8, 30)
+    expected = reference.score_attention(inputs, 0.0)
+    k = inputs.k.repeat_interleave(2, dim=1)
+    scores = torch.einsum("rhk,shk->rhs", inputs.q, k) * inputs.scale
+    hidden = torch.arange(90) > inputs.rows[:, None]
+    lse = scores.masked_fill(hidden[:, None], float("-inf")).logsumexp(-1)
+    got = kernel.score_attention(float32(inputs._replace(log_sum_exp=lse)), 0.0)
+    assert_scores_close(got, expected, 90)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_scored_in_float32(dtype: torch.dtype) -> None:
+    inputs = cast(make_inputs(20, 60, 6, 3, 8, 10, 33), dtype)
+    got = kernel.score_attention(inputs, 0.0)
+    assert got.residual.dtype == got.edges.weight.dtype == torch.float32
+    assert_scores_close(got, reference.score_attention(cast(inputs, torch.float64), 0.0), 60)
+
+
+def test_keep_selects_edges_strictly_above_it() -> None:
+    inputs = make_inputs(60, 60, 6, 3, 8, 8, 30)
+    everything = kernel.score_attention(float32(inputs), 0.0)
+    kept = kernel.score_attention(float32(inputs), 0.02)
+    above = everything.edges.weight > 0.02
+    assert 0 < above.sum() < len(above)
+    for a, b in zip(kept.edges, everything.edges, strict=True):
+        assert torch.equal(a, b[above])
+
+
+@pytest.mark.usefixtures("isa")
+def test_bits_do_not_depend_on_threads_or_the_run() -> None:
+    inputs = float32(make_inputs(150, 150, 6, 3, 16, 16, 70))
+    with threads(1):
+        expected = kernel.score_attention(inputs, 0.01)
+    for n in (1, 2, 3):
+        with threads(n):
+            assert_bits_equal(kernel.score_attention(inputs, 0.01), expected)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.usefixtures("isa")
+def test_frontier_rows_equal_those_rows_of_the_whole(window: int | None) -> None:
+    inputs = float32(make_inputs(150, 150, 6, 3, 16, 16, 70)._replace(window=window))
+    whole = kernel.score_attention(inputs, 0.01)
+    pick = torch.tensor([0, 3, 17, 64, 65, 99, 128, 149])
+    some = kernel.score_attention(
+        inputs._replace(
+            rows=inputs.rows[pick],
+            resid_pre=inputs.resid_pre[pick],
+            y=inputs.y[pick],
+            q=inputs.q[pick],
+        ),
+        0.01,
+    )
+    assert torch.equal(some.residual, whole.residual[pick])
+    assert torch.equal(some.head_total, whole.head_total[pick])
+    for i, row in enumerate(pick):
+        a, b = some.edges.row == i, whole.edges.row == row
+        assert torch.equal(some.edges.source[a], whole.edges.source[b])
+        assert torch.equal(some.edges.head_weight[a], whole.edges.head_weight[b])
+
+
+def test_permuting_kv_groups_permutes_heads() -> None:
+    inputs = make_inputs(30, 50, 6, 3, 8, 8, 33)
+    groups = torch.tensor([2, 0, 1])
+    heads = torch.tensor([4, 5, 0, 1, 2, 3])
+    permuted = inputs._replace(
+        q=inputs.q[:, heads],
+        k=inputs.k[:, groups],
+        v=inputs.v[:, groups],
+        W_O=inputs.W_O[heads],
+    )
+    a = kernel.score_attention(float32(inputs), 0.0)
+    b = kernel.score_attention(float32(permuted), 0.0)
+    torch.testing.assert_close(b.head_total, a.head_total[:, heads])
+    torch.testing.assert_close(dense(b, 50), dense(a, 50)[:, heads])
+
+
+def test_strided_views_are_read_in_place() -> None:
+    inputs = float32(make_inputs(30, 30, 6, 3, 8, 8, 33))
+    strided = inputs._replace(
+        q=inputs.q.transpose(0, 1).contiguous().transpose(0, 1),
+        k=inputs.k.transpose(0, 1).contiguous().transpose(0, 1),
+        v=inputs.v.transpose(0, 1).contiguous().transpose(0, 1),
+        W_O=inputs.W_O.permute(2, 0, 1).contiguous().permute(1, 2, 0),
+        y=torch.cat([inputs.y, inputs.y], -1)[:, :33],
+        resid_pre=inputs.resid_pre.T.contiguous().T,
+    )
+    assert_bits_equal(kernel.score_attention(strided, 0.01), kernel.score_attention(inputs, 0.01))
+
+
+@pytest.mark.usefixtures("poisoned", "isa")
+def test_unattributed_rows() -> None:
+    # y = 1 with parts 10 and -9: both overshoot or oppose, all proximities are 0.
+    one = torch.ones(2, 1)
+    inputs = LayerInputs(
+        rows=torch.tensor([0, 1]),
+        resid_pre=10 * one,
+        y=one,
+        q=torch.zeros(2, 1, 1),
+        k=torch.zeros(2, 1, 1),
+        v=-9 * torch.ones(2, 1, 1),
+        W_O=torch.ones(1, 1, 1),
+        scale=1.0,
+    )
+    scores = kernel.score_attention(inputs, 0.01)
+    assert scores.unattributed.all()
+    torch.testing.assert_close(scores.residual, torch.tensor([1 / 2, 1 / 3]))
+    torch.testing.assert_close(scores.head_total[:, 0], torch.tensor([1 / 2, 2 / 3]))
+    assert scores.edges.row.tolist() == [0, 1, 1]
+    assert scores.edges.source.tolist() == [0, 0, 1]
+    torch.testing.assert_close(scores.edges.weight, torch.tensor([1 / 2, 1 / 3, 1 / 3]))
+
+    ffn = kernel.score_ffn(10 * one, one)
+    assert ffn.unattributed.all()
+    assert ffn.residual.tolist() == ffn.ffn.tolist() == [0.5, 0.5]
+
+
+@pytest.mark.usefixtures("isa")
+def test_degenerate_values() -> None:
+    inputs = make_inputs(20, 20, 4, 2, 8, 8, 24)
+    y = inputs.y.clone()
+    y[:, ::3] = 0.0
+    y[:, 1::3] *= -0.0
+    W_O = inputs.W_O.clone()
+    W_O[1] = 0
+    W_O[:, :, 5] = 0
+    v = inputs.v.clone()
+    v[3] = 0
+    inputs = inputs._replace(y=y, W_O=W_O, v=v)
+    got = kernel.score_attention(float32(inputs), 0.0)
+    assert_scores_close(got, reference.score_attention(inputs, 0.0), 20)
+
+
+@pytest.mark.parametrize(("R", "D"), [(1, 1), (7, 33), (130, 64)])
+@pytest.mark.usefixtures("poisoned", "isa")
+def test_ffn_agrees_with_the_oracle(R: int, D: int) -> None:
+    g = torch.Generator().manual_seed(0)
+    mid = torch.randn(R, D, generator=g)
+    post = mid + torch.randn(R, D, generator=g)
+    got = kernel.score_ffn(mid, post)
+    expected = reference.score_ffn(mid.double(), post.double())
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=0, atol=TOLERANCE)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    S=st.integers(1, 90),
+    share=st.floats(0.02, 1),
+    H_kv=st.integers(1, 3),
+    group=st.integers(1, 4),
+    K=st.integers(1, 20),
+    V=st.integers(1, 20),
+    D=st.integers(1, 70),
+    flags=st.sets(st.sampled_from(FLAGS)),
+    seed=st.integers(0, 1000),
+)
+def test_agrees_with_eager(
+    S: int,
+    share: float,
+    H_kv: int,
+    group: int,
+    K: int,
+    V: int,
+    D: int,
+    flags: set[str],
+    seed: int,
+) -> None:
+    R, H = max(1, int(share * S)), H_kv * group
+    inputs = make_inputs(R, S, H, H_kv, K, V, D, seed=seed, flags=flags)
+    got = kernel.score_attention(float32(inputs), 0.0)
+    assert_scores_close(got, eager.score_attention(inputs, 0.0), S)
+
+
+def test_counts_what_it_did() -> None:
+    inputs = make_inputs(30, 30, 6, 3, 8, 8, 33)
+    _, counters = kernel.score_attention_counted(float32(inputs), 0.01)
+    assert counters.pairs == 6 * 30 * 31 // 2
+    assert 0 < counters.listed <= counters.pairs
+    assert counters.listed <= counters.visited <= 33 * counters.listed
+    assert set(counters.seconds) == set(kernel.STAGES)
+
+
+def edit(**changes: Callable[[Tensor], object]) -> Callable[[LayerInputs], LayerInputs]:
+    return lambda x: x._replace(**{k: change(getattr(x, k)) for k, change in changes.items()})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (edit(y=lambda y: y.double()), "y: .*float64"),
+        (edit(y=lambda y: y.to("meta")), "y: .*meta"),
+        (edit(q=lambda q: q[:, :5]), "multiple of"),
+        (edit(v=lambda v: v[:-1]), "v: expected shape"),
+        (edit(W_O=lambda w: w[:, :, 1:]), "W_O: expected shape"),
+        (edit(resid_pre=lambda x: x[1:]), "resid_pre: expected shape"),
+        (edit(rows=lambda rows: rows.flip(0)), "rows must be strictly ascending"),
+        (edit(rows=lambda rows: rows + 1), "rows must be strictly ascending"),
+        (edit(window=lambda _: 0), "window must be at least 1"),
+        (edit(softcap=lambda _: 0.0), "softcap must be above 0"),
+    ],
+)
+def test_refuses_what_it_cannot_read(
+    change: Callable[[LayerInputs], LayerInputs], message: str
+) -> None:
+    inputs = float32(make_inputs(20, 20, 6, 3, 8, 8, 33))
+    with pytest.raises(ValueError, match=message):
+        kernel.score_attention(change(inputs), 0.01)
+
+
+def test_no_rows() -> None:
+    scores = kernel.score_attention(float32(make_inputs(0, 5, 2, 1, 4, 4, 9)), 0.01)
+    assert scores.residual.shape == (0,)
+    assert scores.head_total.shape == (0, 2)
+    assert scores.edges.head_weight.shape == (0, 2)
+
+
+@pytest.mark.parametrize("name", ISAS)
+def test_the_environment_forces_an_instruction_set(name: str) -> None:
+    code = "from ifr_fast.kernels.cpu import kernel; print(kernel.ISA)"
+    environment = {**os.environ, "IFR_FAST_CPU_ISA": name}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == name
+
+
+def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "ISA", "vax")
+    with pytest.raises(ValueError, match="vax"):
+        kernel.score_attention(float32(make_inputs(2, 2, 1, 1, 4, 4, 5)), 0.01)
+
+
+def test_without_the_extension_it_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "ifr_fast.kernels.cpu._native", None)  # import fails
+        importlib.reload(kernel)
+    try:
+        assert "C++17 compiler" in (kernel.unavailable() or "")
+        with pytest.raises(ImportError, match="impl='cpu' needs the compiled extension"):
+            kernel.score_attention(float32(make_inputs(2, 2, 1, 1, 4, 4, 5)), 0.01)
+    finally:
+        importlib.reload(kernel)
+    assert kernel.unavailable() is None

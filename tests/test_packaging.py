@@ -1,0 +1,388 @@
+"""What is installed, what importing loads, and which way the arrows between modules run."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+import ifr_fast
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE, KERNELS = ROOT / "ifr_fast", ROOT / "kernels"
+
+# Docs/design.md, section 4: a module imports from lower ranks alone. What has no rank stands on
+# top of them all (export, compat, survey, circuits, cli).
+RANKS = {
+    "_version": 0,
+    "errors": 0,
+    "memory": 0,
+    "kernels": 0,
+    "storage": 1,
+    "tokens": 1,
+    "capture": 1,
+    "model": 2,
+    "recording": 3,
+    "scoring": 4,
+    "graph": 4,
+    "pretrained": 4,
+    "tracer": 5,
+}
+TOP = 6
+# Names of the public face that lead upwards are imported when they are called, and only there.
+CALLED_UPWARDS = {("graph", "export"), ("tracer", "pretrained")}
+
+
+def python(*args: Any, cwd: Path, env: dict[str, str] | None = None) -> str:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    run = subprocess.run(
+        [sys.executable, *map(str, args)],
+        cwd=cwd,
+        env=environment | (env or {}),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout
+
+
+# Importing
+
+
+WATCH = """
+import builtins, importlib.util, json, sys
+asked, own = [], builtins.__import__
+
+def watch(name, globals=None, *args, **kwargs):
+    importer = (globals or {}).get("__name__") or ""
+    if importer.partition(".")[0] == "ifr_fast":
+        asked.append(name)
+    return own(name, globals, *args, **kwargs)
+
+builtins.__import__ = watch
+import ifr_fast
+first = list(sys.modules)
+errors = [ifr_fast.IfrError, ifr_fast.FormatError, dir(ifr_fast)]
+second = list(sys.modules)
+import ifr_fast.tracer
+third = list(sys.modules)
+names = {name: getattr(ifr_fast, name) for name in ifr_fast.__all__}
+spec = importlib.util.find_spec("kernels")
+print(json.dumps({
+    "package": first, "errors": second, "tracer": third, "asked": asked,
+    "names": {name: getattr(x, "__module__", None) for name, x in names.items()},
+    "kernels": [] if spec is None else [spec.origin, *(spec.submodule_search_locations or [])],
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a process saw that imported the package step by step."""
+    return json.loads(python("-c", WATCH, cwd=tmp_path_factory.mktemp("elsewhere")))
+
+
+def assert_not_ours(found: list[str | None]) -> None:
+    for path in found:
+        assert path is None or ROOT not in Path(path).resolve().parents
+
+
+def test_import_kernels_never_finds_ours(imported: dict[str, Any]) -> None:
+    """It would shadow Hugging Face's library of that name."""
+    assert_not_ours(imported["kernels"])
+
+
+def test_import_kernels_in_the_repository_finds_nothing_of_ours(tmp_path: Path) -> None:
+    """A console script has no working directory on its path, as with Python's -P."""
+    code = (
+        WATCH.partition("import ifr_fast\n")[0]
+        + """
+spec = importlib.util.find_spec("kernels")
+print(json.dumps([] if spec is None else [spec.origin, *spec.submodule_search_locations]))
+"""
+    )
+    assert_not_ours(json.loads(python("-P", "-c", code, cwd=ROOT)))
+    assert not (KERNELS / "__init__.py").exists()
+
+
+def test_the_tests_do_not_find_it_either() -> None:
+    assert ROOT not in [Path(p).resolve() for p in sys.path]
+
+
+def test_importing_the_package_loads_next_to_nothing(imported: dict[str, Any]) -> None:
+    heavy = {"torch", "triton", "transformers", "numpy", "rich", "typer", "safetensors"}
+    loaded = set(imported["package"])
+    assert loaded & heavy == set()
+    assert {m for m in loaded if m.startswith("ifr_fast.")} == {"ifr_fast._version"}
+    assert set(imported["errors"]) & heavy == set()
+
+
+def test_the_tracer_loads_no_kernel_and_asks_for_no_triton(imported: dict[str, Any]) -> None:
+    """Torch itself may look for Triton; we do only when it is to run."""
+    assert {"torch", "ifr_fast.tracer"} <= set(imported["tracer"])
+    assert "transformers" in imported["asked"]
+    assert not any(name.partition(".")[0] == "triton" for name in imported["asked"])
+    kernels = {m for m in imported["tracer"] if m.startswith("ifr_fast.kernels")}
+    assert kernels == {"ifr_fast.kernels", "ifr_fast.kernels.contract"}
+    assert not {"networkx", "matplotlib", "typer"} & set(imported["tracer"])
+
+
+def test_public_names(imported: dict[str, Any]) -> None:
+    homes = {
+        "tracer": ["Plan", "Tracer"],
+        "graph": ["EdgeKind", "NodeKind", "RouteGraph", "Routes"],
+        "recording": ["Recording"],
+        "scoring": ["LayerScores"],
+        "errors": ["FormatError", "IfrError", "MemoryBudgetError", "UnsupportedArchitectureError"],
+    }
+    expected = {name: f"ifr_fast.{home}" for home, names in homes.items() for name in names}
+    assert imported["names"].pop("__version__") is None
+    assert expected.items() <= imported["names"].items()
+    for module in imported["names"].values():
+        assert module.startswith("ifr_fast.")
+    with pytest.raises(AttributeError, match="'nonsense'"):
+        ifr_fast.nonsense  # noqa: B018
+
+
+# One-way arrows
+
+
+class Import(NamedTuple):
+    module: str  # dotted and absolute
+    called: bool  # within a function
+
+
+def imports(path: Path, package: str) -> Iterator[Import]:
+    """All imports of a file that is in `package`, but those that type checkers alone see."""
+
+    def of(node: ast.AST, called: bool) -> Iterator[Import]:
+        match node:
+            case ast.If(test=ast.Name(id="TYPE_CHECKING")):
+                for child in node.orelse:
+                    yield from of(child, called)
+                return
+            case ast.Import(names=names):
+                for name in names:
+                    yield Import(name.name, called)
+            case ast.ImportFrom(module=module, names=names, level=level):
+                parts = package.split(".")
+                base = ".".join(parts[: len(parts) - level + 1]) if level else ""
+                full = ".".join(part for part in (base, module) if part)
+                for name in names:  # "from . import x" imports the module x
+                    yield Import(f"{full}.{name.name}", called)
+        inside = called or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        for child in ast.iter_child_nodes(node):
+            yield from of(child, inside)
+
+    yield from of(ast.parse(path.read_text()), False)
+
+
+def unit(dotted: str) -> str | None:
+    """Which of the package's modules or subpackages a dotted name is in."""
+    parts = dotted.split(".")
+    return parts[1] if parts[0] == "ifr_fast" and len(parts) > 1 else None
+
+
+def modules() -> list[tuple[Path, str]]:
+    """Every Python file of the package but kernels', and the package that it is in."""
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        relative = path.relative_to(PACKAGE)
+        if relative.parts[0] != "kernels":
+            found.append((path, ".".join(["ifr_fast", *relative.parts[:-1]])))
+    return found
+
+
+def test_the_walk_sees_what_there_is_to_see() -> None:
+    """The rules below hold of nothing if nothing is found."""
+    names = {path.relative_to(PACKAGE).as_posix() for path, _ in modules()}
+    assert {f"{name}.py" for name in RANKS if name != "kernels"} <= names
+    seen = set(imports(PACKAGE / "tracer.py", "ifr_fast"))
+    assert Import("ifr_fast.model.Decoder", False) in seen
+    assert Import("ifr_fast.capture", False) in seen
+    assert Import("ifr_fast.pretrained.load", True) in seen
+    assert not any(i.module == "os" for i in seen)  # for type checkers alone
+    seen = set(imports(PACKAGE / "export" / "json.py", "ifr_fast.export"))
+    assert Import("ifr_fast.graph.EdgeKind", False) in seen
+
+
+def test_arrows_run_one_way() -> None:
+    wrong = []
+    for path, package in modules():
+        relative = path.relative_to(PACKAGE)
+        own = relative.parts[0].removesuffix(".py")
+        if own == "__init__":
+            continue  # its names come on demand
+        rank = RANKS.get(own, TOP)
+        for module, called in imports(path, package):
+            target = unit(module)
+            if target is None or target in (own, "__version__"):
+                continue
+            if rank <= RANKS.get(target, TOP) and rank < TOP:
+                if called and (own, target) in CALLED_UPWARDS:
+                    continue
+                wrong.append(f"{relative} imports {module}")
+            if target == "cli":
+                wrong.append(f"{relative} imports {module}")
+    assert wrong == []
+
+
+def test_kernels_stand_alone() -> None:
+    wrong = []
+    files = sorted(KERNELS.rglob("*.py"))
+    assert {"contract.py", "eager.py", "reference.py"} <= {path.name for path in files}
+    for path in files:
+        relative = path.relative_to(KERNELS)
+        package = ".".join(["kernels", *relative.parts[:-1]])
+        for module, _ in imports(path, package):
+            root, _, rest = module.partition(".")
+            if root in ("ifr_fast", "transformers"):
+                wrong.append(f"{relative} imports {module}")
+            if root == "kernels" and rest.split(".")[0] == "reference":
+                wrong.append(f"{relative} imports {module}")
+        # Out of kernels/ there is nothing: the folder is no package of its own.
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level > len(relative.parts):
+                wrong.append(f"{relative} imports from above")
+    assert wrong == []
+
+
+def test_fast_kernels_are_imported_on_demand() -> None:
+    for path, package in modules():
+        for module, called in imports(path, package):
+            parts = module.split(".")
+            if parts[:2] == ["ifr_fast", "kernels"] and parts[2:3] != ["contract"]:
+                assert called, f"{path.name} imports {module} when it is itself imported"
+
+
+# Wheel and sdist
+
+
+class Built(NamedTuple):
+    wheel: Path  # built from the tree
+    sdist: Path
+    from_sdist: Path  # wheel built from the sdist
+
+
+def build(kind: str, source: Path, into: Path) -> Path:
+    """Without isolation, and without a compiler: the native kernel is optional."""
+    into.mkdir()
+    code = f"from setuptools import build_meta; print(build_meta.build_{kind}({str(into)!r}))"
+    python("-c", code, cwd=source, env={"CC": "false", "CXX": "false"})
+    (result,) = into.iterdir()
+    return result
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+        pytest.skip("not a git checkout")
+    tmp_path = tmp_path_factory.mktemp("build")
+    tree = tmp_path / "tree"
+    listed = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    for name in listed.stdout.split("\0")[:-1]:
+        if (ROOT / name).exists():
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, tree / name, follow_symlinks=False)
+    assert (tree / "ifr_fast" / "kernels").is_symlink()
+    sdist = build("sdist", tree, tmp_path / "sdist")
+    wheel = build("wheel", tree, tmp_path / "wheel")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    return Built(wheel, sdist, build("wheel", unpacked, tmp_path / "from_sdist"))
+
+
+def names_in(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return {name for name in archive.namelist() if not name.endswith("/")}
+
+
+@pytest.mark.parametrize("which", ["wheel", "from_sdist"])
+def test_the_wheel_holds_the_package_and_nothing_else(built: Built, which: str) -> None:
+    names = names_in(getattr(built, which))
+    for name in ("py.typed", "tracer.py", "export/graph.html", "export/graph.css",
+                 "export/graph.js", "kernels/eager.py", "kernels/contract.py",
+                 "kernels/reference.py", "kernels/breakpoints.py"):  # fmt: skip
+        assert f"ifr_fast/{name}" in names
+    tops = {name.partition("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"ifr_fast"}
+    assert not any("test" in name or "bench" in name for name in names)
+    assert not any(name.endswith(".pyc") for name in names)
+    (info,) = tops - {"ifr_fast"}
+    assert f"{info}/licenses/LICENSE" in names
+
+
+def test_both_wheels_are_alike(built: Built) -> None:
+    assert names_in(built.wheel) == names_in(built.from_sdist)
+    with zipfile.ZipFile(built.wheel) as mine, zipfile.ZipFile(built.from_sdist) as theirs:
+        for name in names_in(built.wheel):
+            if name.startswith("ifr_fast/"):
+                assert mine.read(name) == theirs.read(name), name
+
+
+def test_every_module_of_the_tree_is_in_the_wheel(built: Built) -> None:
+    names = names_in(built.wheel)
+    listed = subprocess.run(
+        ["git", "ls-files", "ifr_fast/*.py", "kernels/*.py"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout.split()  # fmt: skip
+    assert len(listed) > 15
+    for name in listed:
+        if (ROOT / name).exists():
+            assert name.removeprefix("ifr_fast/") in {n.removeprefix("ifr_fast/") for n in names}
+
+
+def test_the_sdist_can_be_compiled(built: Built) -> None:
+    """Sources of the native kernel, which the wheel's build leaves out without a compiler."""
+    with tarfile.open(built.sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"pyproject.toml", "setup.py", "LICENSE", "ifr_fast/kernels/eager.py"} <= names
+    listed = subprocess.run(
+        ["git", "ls-files", "kernels/cpu"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    for name in listed:
+        if (ROOT / name).exists():
+            assert f"ifr_fast/{name}" in names
+
+
+def test_the_wheel_works_where_it_is_installed(built: Built, tmp_path: Path) -> None:
+    target = tmp_path / "site"
+    python("-m", "pip", "install", "--quiet", "--no-deps", "--no-index",
+           "--disable-pip-version-check", "--target", target, built.from_sdist,
+           cwd=tmp_path)  # fmt: skip
+    code = """
+import ifr_fast, ifr_fast.kernels.eager as eager, importlib.util, torch
+from ifr_fast.kernels.contract import LayerInputs
+one = torch.ones(1, 1, 1)
+scores = eager.score_attention(
+    LayerInputs(torch.tensor([0]), one[0], 4 * one[0], one, one, one, 3 * one, 1.0), 0.0
+)
+print(ifr_fast.__file__)
+print(eager.__file__)
+print(ifr_fast.__version__)
+print(scores.residual.item(), scores.edges.weight.tolist())
+print(importlib.util.find_spec("kernels"))
+"""
+    out = python("-c", code, cwd=tmp_path, env={"PYTHONPATH": str(target)}).splitlines()
+    assert [Path(out[0]), Path(out[1])] == [
+        target / "ifr_fast" / "__init__.py",
+        target / "ifr_fast" / "kernels" / "eager.py",
+    ]
+    assert out[2] == built.wheel.name.split("-")[1]
+    assert out[3] == "0.25 [0.75]"
+    assert out[4] == "None"
+    assert (target / "bin" / "ifr-fast").is_file()

