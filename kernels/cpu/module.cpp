@@ -127,8 +127,9 @@ nb::tuple score_attention(
     Floats<3> W_O, double scale, std::optional<Packed> row_scale,
     std::optional<Floats<3>> value_gate, std::optional<int64_t> window,
     std::optional<double> softcap, std::optional<Packed> sinks, std::optional<Packed> alibi_slopes,
-    std::optional<Packed2> log_sum_exp, std::optional<Floats<2>> ffn, double keep, Out residual, std::optional<Out> ffn_out,
-    Out2 head_total, OutFlags unattributed, const std::string& isa, int n_threads) {
+    std::optional<Packed2> log_sum_exp, std::optional<Floats<2>> ffn, double keep, Out residual,
+    std::optional<Out> ffn_out, Out2 head_total, OutFlags unattributed, const std::string& isa,
+    int n_threads) {
     ifr::Layer l{};
     l.R = static_cast<int64_t>(rows.shape(0));
     l.S = static_cast<int64_t>(k.shape(0));

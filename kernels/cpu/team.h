@@ -40,6 +40,8 @@ class Team {
     }
 
   private:
+    static constexpr int YIELDS = 200;
+
     explicit Team(const std::vector<Phase>& phases) : phases_(phases), next_(phases.size()) {}
 
     void work(int thread) {
@@ -75,16 +77,24 @@ class Team {
             arrived_ = 0;
             ++round_;
             all_here_.notify_all();
-        } else {
-            all_here_.wait(lock, [this, round] { return round_ != round; });
+            return;
         }
+        lock.unlock();
+        // Phases may end within microseconds of each other, waking a thread takes dozens.
+        for (int i = 0; i < YIELDS; ++i) {
+            if (round_ != round) return;
+            std::this_thread::yield();
+        }
+        lock.lock();
+        all_here_.wait(lock, [this, round] { return round_ != round; });
     }
 
     const std::vector<Phase>& phases_;
     std::vector<std::atomic<int64_t>> next_;
     std::mutex mutex_;
     std::condition_variable all_here_;
-    int size_ = 0, arrived_ = 0, round_ = 0;
+    int size_ = 0, arrived_ = 0;
+    std::atomic<int> round_{0};
     std::exception_ptr error_;
 };
 
