@@ -220,8 +220,7 @@ def n_pairs(recording: Recording) -> int:
     T, n = len(recording), 0
     for layer in recording.layers:
         W = min(T, layer.window or T)
-        n_heads = layer.checked_z.shape[1]
-        n += n_heads * (W * (W + 1) // 2 + (T - W) * W)
+        n += recording.decoder.n_heads * (W * (W + 1) // 2 + (T - W) * W)
     return n
 
 

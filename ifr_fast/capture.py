@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from threading import Lock, RLock
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -51,28 +53,33 @@ class LazyMask:
         self.kv_offset = kv_offset
 
     def visible(self, rows: Tensor, keys: Tensor) -> Tensor:
-        """Bool [R, S]: which of `keys` each of `rows` may read; absolute positions."""
+        """Which of `keys` each of `rows` may read, bool [R, S]; absolute positions."""
+        return self._at(rows[:, None], keys).expand(len(rows), len(keys))
+
+    def _at(self, rows: Tensor, keys: Tensor) -> Tensor:
         zero = torch.zeros((), dtype=torch.long, device=self._device)
-        mask = self._function(zero, zero, rows[:, None].to(self._device), keys.to(self._device))
-        return mask.expand(len(rows), len(keys))
+        return self._function(zero, zero, rows.to(self._device), keys.to(self._device))
 
     def window(self, n_keys: int) -> int | None:
         """Keys that a row sees, itself included, if fewer than `n_keys`; else None.
 
-        Raises UnsupportedArchitectureError unless the mask is causal, and plain or sliding.
+        Read off the row at `n_keys - 1`, which need not exist.
         """
-        rows = torch.tensor(sorted({0, n_keys // 2, n_keys - 1}))
-        keys = torch.arange(n_keys + 1)
-        seen = self.visible(rows, keys).cpu()
-        width = int(seen[-1].sum())
-        expected = (keys <= rows[:, None]) & (keys > rows[:, None] - width)
-        if not torch.equal(seen, expected):
-            what = "later positions" if bool(seen[:, -1].any()) else "other than a run of past keys"
-            raise UnsupportedArchitectureError(
-                f"model: its attention reads {what}; ifr_fast explains causal decoders, "
-                "with full or sliding-window attention"
-            )
+        seen = self.visible(torch.tensor([n_keys - 1]), torch.arange(n_keys))
+        width = int(seen.sum())
         return None if width >= n_keys else width
+
+    def is_causal(self, n_keys: int, window: int | None) -> Tensor:
+        """0-d bool: whether each row t sees itself and the past, no farther than `window` keys.
+
+        At every row the edges of what it may see are looked at; no value is read by the host.
+        """
+        rows = torch.arange(n_keys, device=self._device)
+        first = torch.zeros_like(rows) if window is None else (rows - window + 1).clamp(min=0)
+        fine = self._at(rows, rows) & ~self._at(rows, rows + 1) & self._at(rows, first)
+        if window is not None:
+            fine &= ~(self._at(rows, (first - 1).clamp(min=0)) & (first > 0))
+        return fine.all()
 
 
 class AttentionCall(NamedTuple):
@@ -138,13 +145,26 @@ AttentionMaskInterface.register(_NAME, _mask)
 @contextmanager
 def attention_through(model: PreTrainedModel, handler: AttentionHandler) -> Iterator[None]:
     """Within, every attention module of `model` asks `handler` for its output."""
-    before = model.config._attn_implementation
-    with answering(handler):
+    with exclusively(model), answering(handler):
+        before = model.config._attn_implementation
         try:
             model.set_attn_implementation(_NAME)
             yield
         finally:
             model.set_attn_implementation(before)
+
+
+_locks: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
+_locks_lock = Lock()
+
+
+@contextmanager
+def exclusively(model: nn.Module) -> Iterator[None]:
+    """Within, no other thread watches or replays `model`: hooks and settings are the model's."""
+    with _locks_lock:
+        lock = _locks.setdefault(model, RLock())
+    with lock:
+        yield
 
 
 @contextmanager
@@ -201,6 +221,21 @@ def attend_rows(call: AttentionCall, q: Tensor, rows: Tensor) -> Tensor:
     return torch.cat(out, dim=1)
 
 
+def _map(x: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """X with every tensor in it changed."""
+    if isinstance(x, Tensor):
+        return change(x)
+    if isinstance(x, tuple | list):
+        return type(x)(_map(item, change) for item in x)
+    if isinstance(x, dict):
+        return {key: _map(value, change) for key, value in x.items()}
+    return x
+
+
+def _float(x: Tensor) -> Tensor:
+    return x.float() if x.is_floating_point() else x
+
+
 class LayerCall(NamedTuple):
     """The arguments that a layer was called with, besides its hidden states."""
 
@@ -214,19 +249,17 @@ class LayerCall(NamedTuple):
         By rank, where the size is the number of rows: dim 0 of 1, dim 1 of 2 and 3, dim 2 of 4.
         """
 
-        def cut(x: Any) -> Any:
-            if isinstance(x, Tensor):
-                dim = {1: 0, 2: 1, 3: 1, 4: 2}.get(x.ndim)
-                if dim is not None and x.shape[dim] == self.n_rows:
-                    return x.index_select(dim, rows.to(x.device))
-                return x
-            if isinstance(x, tuple | list):
-                return type(x)(cut(item) for item in x)
-            if isinstance(x, dict):
-                return {key: cut(value) for key, value in x.items()}
+        def cut(x: Tensor) -> Tensor:
+            dim = {1: 0, 2: 1, 3: 1, 4: 2}.get(x.ndim)
+            if dim is not None and x.shape[dim] == self.n_rows:
+                return x.index_select(dim, rows.to(x.device))
             return x
 
-        return LayerCall(len(rows), cut(self.args), cut(self.kwargs))
+        return LayerCall(len(rows), _map(self.args, cut), _map(self.kwargs, cut))
+
+    def float(self) -> LayerCall:
+        """The same call with all floating tensors in float32."""
+        return LayerCall(self.n_rows, _map(self.args, _float), _map(self.kwargs, _float))
 
     def __call__(self, layer: nn.Module, hidden: Tensor) -> Tensor:
         """Runs the layer on `hidden` [1, n_rows, D]; returns its output [1, n_rows, D]."""

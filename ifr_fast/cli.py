@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import platform
@@ -43,9 +44,23 @@ class _Granularity(StrEnum):
 
 
 def main() -> None:
-    """Runs the command; wrong input and what a machine lacks end in one line and exit code 2."""
+    """Runs the command; wrong input and what a machine lacks end in one line and exit code 2.
+
+    A reader that closes the pipe ends it quietly, with exit code 1.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
-        app()
+        try:
+            app()
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:
+        # The interpreter flushes once more on its way out.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (IfrError, ValueError, OSError) as error:
         Console(stderr=True, highlight=False).print(
             Text.assemble(("error: ", "bold red"), printable(str(error))), soft_wrap=True
@@ -93,7 +108,7 @@ def trace(
     granularity: Annotated[
         _Granularity, typer.Option(help="Compare summed attention edges, or single heads.")
     ] = _Granularity.TOKEN,
-    impl: Annotated[str | None, typer.Option(help="auto, reference, eager, cpu or triton.")] = None,
+    impl: Annotated[str, typer.Option(help="auto, reference, eager, cpu or triton.")] = "auto",
     top_paths: Annotated[
         int, typer.Option("--top-paths", "-k", help="How many routes to print.")
     ] = 5,
@@ -112,8 +127,9 @@ def trace(
 ) -> None:
     """Explain one prediction: print its strongest routes, tokens and heads."""
     source = _read(text, file, chat)
-    outputs = [path for path in (json_path, html_path, png_path, save_path) if path is not None]
-    _check_outputs(outputs)
+    outputs = _check_outputs(
+        {"--json": json_path, "--html": html_path, "--png": png_path, "--save": save_path}
+    )
     if top_paths < 1:
         raise ValueError(f"--top-paths: expected at least 1, got {top_paths}")
     from .graph import check_threshold
@@ -123,10 +139,11 @@ def trace(
     graph = tracer.trace(
         source, position=position, threshold=threshold, granularity=granularity.value
     )
-    _print_graph(graph, top_paths)
+    # Files first: whoever reads what is printed may stop reading.
     _write(graph, json_path, html_path, png_path, save_path)
     for path in outputs:
         Console(stderr=True).print(Text(f"wrote {printable(str(path))}"), soft_wrap=True)
+    _print_graph(graph, top_paths)
 
 
 @app.command()
@@ -141,7 +158,7 @@ def bench(
         Path | None,
         typer.Option("--file", "-f", help="Read the text from a file; default: English prose."),
     ] = None,
-    impl: Annotated[str | None, typer.Option(help="auto, reference, eager, cpu or triton.")] = None,
+    impl: Annotated[str, typer.Option(help="auto, reference, eager, cpu or triton.")] = "auto",
     repeat: Annotated[int, typer.Option(help="Rounds; their median is reported.")] = 5,
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Write the figures as JSON.")
@@ -151,9 +168,8 @@ def bench(
     sizes = _lengths(lengths)
     if repeat < 1:
         raise ValueError(f"--repeat: expected at least 1, got {repeat}")
-    text = None if file is None else _decode(file.read_bytes(), str(file))
-    outputs = [] if json_path is None else [json_path]
-    _check_outputs(outputs)
+    text = None if file is None else _decode(_read_bytes("--file", file), str(file))
+    outputs = _check_outputs({"--json": json_path})
     tracer = _open(model, impl)
     limit = tracer.decoder.max_length
     if limit is not None and max(sizes) > limit:
@@ -173,10 +189,10 @@ def bench(
 
             results.append(measure(tracer, token_ids[:T], repeat=repeat, on_round=show))
     document = report(tracer, results)
-    _print_throughput(document, results)
     for path in outputs:
         write_text(path, json.dumps(document, indent=1) + "\n")
-        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+        console.print(Text(f"wrote {printable(str(path))}"), soft_wrap=True)
+    _print_throughput(document, results)
 
 
 def _lengths(given: str) -> list[int]:
@@ -234,7 +250,7 @@ def _print_throughput(document: dict[str, Any], results: list[Throughput]) -> No
 
 @app.command()
 def doctor(
-    impl: Annotated[str | None, typer.Option(help="An implementation to ask about.")] = None,
+    impl: Annotated[str, typer.Option(help="An implementation to ask about.")] = "auto",
 ) -> None:
     """Say what is installed, which implementation would run and why, and where models are kept."""
     import torch
@@ -282,9 +298,9 @@ def _read(text: str | None, file: Path | None, chat: Path | None) -> Any:
     if len(given) > 1:
         raise ValueError("text: give one of TEXT, --file and --chat")
     if file is not None:
-        return _decode(file.read_bytes(), str(file))
+        return _decode(_read_bytes("--file", file), str(file))
     if chat is not None:
-        raw = sys.stdin.buffer.read() if str(chat) == "-" else chat.read_bytes()
+        raw = sys.stdin.buffer.read() if str(chat) == "-" else _read_bytes("--chat", chat)
         try:
             messages = json.loads(raw)
         except (ValueError, RecursionError) as error:
@@ -297,6 +313,13 @@ def _read(text: str | None, file: Path | None, chat: Path | None) -> Any:
     return DEMO_TEXT if text is None else text
 
 
+def _read_bytes(option: str, path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{option}: {path} cannot be read ({error.strerror})") from error
+
+
 def _decode(raw: bytes, name: str) -> str:
     try:
         return raw.decode()
@@ -304,16 +327,28 @@ def _decode(raw: bytes, name: str) -> str:
         raise ValueError(f"text: {name} is not UTF-8 ({error})") from error
 
 
-def _check_outputs(paths: list[Path]) -> None:
-    """Says what cannot be written before the work is done, not after."""
-    for path in paths:
+def _check_outputs(options: dict[str, Path | None]) -> list[Path]:
+    """The paths given. Says what cannot be written before the work is done, not after."""
+    chosen = {option: path for option, path in options.items() if path is not None}
+    option_of: dict[str, str] = {}
+    for option, path in chosen.items():
         if path.is_dir():
-            raise ValueError(f"{path}: is a directory; expected a file to write")
-        if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-            raise ValueError(f"{path}: {path.parent} is no directory that can be written to")
+            raise ValueError(f"{option}: {path} is a directory; expected a file to write")
+        if path.exists() and not path.is_file():  # written to, not replaced (storage.py)
+            if not os.access(path, os.W_OK):
+                raise ValueError(f"{option}: {path} cannot be written to")
+            continue
+        target = os.path.realpath(path)
+        folder = os.path.dirname(target)
+        if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+            raise ValueError(f"{option}: {path}: {folder} is no directory that can be written to")
+        other = option_of.setdefault(target, option)
+        if other != option:
+            raise ValueError(f"{option}: {path} is what {other} writes; expected another file")
+    return list(chosen.values())
 
 
-def _open(model: str | None, impl: str | None) -> Tracer:
+def _open(model: str | None, impl: str) -> Tracer:
     console = Console(stderr=True)
     with console.status("loading the model") if console.is_terminal else nullcontext():
         from .tracer import Tracer

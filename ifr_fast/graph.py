@@ -15,13 +15,15 @@ A path's weight is the product of its edges'. Tables are equal-length 1-D tensor
 from __future__ import annotations
 
 import dataclasses
+import operator
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from numbers import Real
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -141,13 +143,14 @@ class LayerTable(NamedTuple):
 
 
 class _Grown(NamedTuple):
-    """One layer of a graph; entries that are not `kept` are no edges."""
+    """One layer of a graph: rows of columns, and the flags that say which rows it has."""
 
     edges: EdgeTable
     kept: Tensor  # [E] bool
     head_edges: HeadEdgeTable
     head_kept: Tensor  # [M] bool
-    unattributed: Tensor  # [R, 2] bool: post, mid of the rows that were reached
+    nodes: tuple[Tensor, Tensor, Tensor]  # [N] layer, whether `mid` (else `post`), position
+    unattributed: Tensor  # [N] bool
 
 
 def grow_layer(
@@ -170,14 +173,14 @@ def grow_layer(
         mid, mid_kind = post, EdgeKind.RESIDUAL_POST
         kinds = [EdgeKind.FFN]
         weights, kept = [table.ffn], [ffn_kept]
-        unattributed = torch.stack([post & table.unattributed, torch.zeros_like(post)], dim=1)
+        unattributed = [post & table.unattributed]
     else:
         residual_kept = post & (table.ffn_residual > threshold)
         mid, mid_kind = ffn_kept | residual_kept, EdgeKind.RESIDUAL_MID
         kinds = [EdgeKind.FFN, EdgeKind.RESIDUAL_POST]
         weights, kept = [table.ffn, table.ffn_residual], [ffn_kept, residual_kept]
         assert table.ffn_unattributed is not None
-        unattributed = torch.stack([post & table.ffn_unattributed, mid & table.unattributed], dim=1)
+        unattributed = [post & table.ffn_unattributed, mid & table.unattributed]
     kinds.append(mid_kind)
     weights.append(table.residual)
     kept.append(mid & (table.residual > threshold))
@@ -214,44 +217,67 @@ def grow_layer(
     leads_to_pre.index_add_(0, source, attention_kept.int())
     passes = kept[-1] | ffn_kept if table.ffn_residual is None else kept[-1]
     leads_to_pre.index_add_(0, rows, passes.int())
+    n_nodes = len(unattributed) * n_rows
+    nodes = (
+        full(n_nodes, layer),
+        torch.arange(len(unattributed), device=rows.device).repeat_interleave(n_rows),
+        torch.cat([rows] * len(unattributed)),
+    )
     grown = _Grown(
-        edges, torch.cat([*kept, attention_kept]), head_edges, head_kept.flatten(), unattributed
+        edges,
+        torch.cat([*kept, attention_kept]),
+        head_edges,
+        head_kept.flatten(),
+        nodes,
+        torch.cat(unattributed),
     )
     return grown, leads_to_pre > 0
 
 
-def assemble(
-    grown: list[_Grown], rows: list[Tensor], parallel: list[bool], **fields: Any
-) -> RouteGraph:
-    """The RouteGraph of all layers' edges, on the CPU, in canonical order."""
-
-    def table(tables: list[Any], kept: Tensor, kind: type) -> Any:
-        columns = [torch.cat(column).cpu()[kept] for column in zip(*tables, strict=True)]
-        order = torch.arange(len(columns[0]))
-        # Least significant key first; each sort is stable.
-        keys = (3, 2, 1, 0) if kind is EdgeTable else (1, 3, 2, 0)
-        for key in keys:
-            order = order[columns[key][order].argsort(stable=True)]
-        return kind(*(column[order] for column in columns))
-
-    kept = torch.cat([g.kept for g in grown]).cpu()
-    head_kept = torch.cat([g.head_kept for g in grown]).cpu()
-    nodes = []
-    for g, layer_rows in zip(grown, rows, strict=True):
-        layer = int(g.edges.layer[0])
-        for r, which in g.unattributed.cpu().nonzero().tolist():
-            kind = NodeKind.MID if which else NodeKind.POST
-            nodes.append(Node(layer, kind, int(layer_rows[r])))
-    return RouteGraph(
-        edges=table([g.edges for g in grown], kept, EdgeTable),
-        head_edges=table([g.head_edges for g in grown], head_kept, HeadEdgeTable),
-        unattributed=sorted(nodes),
-        parallel=torch.tensor(parallel),
-        **fields,
-    )
+def assemble(grown: list[_Grown], parallel: list[bool], **fields: Any) -> RouteGraph:
+    """The RouteGraph of all layers' edges, on the CPU, in canonical order; one read by the host."""
+    tables = [
+        _pack([g.edges for g in grown], [g.kept for g in grown]),
+        _pack([g.head_edges for g in grown], [g.head_kept for g in grown]),
+        _pack([g.nodes for g in grown], [g.unattributed for g in grown]),
+    ]
+    flat = torch.cat([table.flatten() for table in tables]).cpu()
+    with torch.inference_mode(False):
+        edges, heads, nodes = (
+            columns.view(table.shape)[:-1, columns.view(table.shape)[-1] > 0]
+            for columns, table in zip(flat.split([t.numel() for t in tables]), tables, strict=True)
+        )
+        # By layer, then kind, target, source; by layer, then target, source, head.
+        edges = edges[:, _order(edges, (0, 1, 2, 3))]
+        heads = heads[:, _order(heads, (0, 2, 3, 1))]
+        kinds = (NodeKind.POST, NodeKind.MID)
+        return RouteGraph(
+            edges=EdgeTable._make([*edges[:4].long(), edges[4].float()]),
+            head_edges=HeadEdgeTable._make([*heads[:4].long(), heads[4].float()]),
+            unattributed=sorted(
+                Node(int(layer), kinds[int(mid)], int(position))
+                for layer, mid, position in nodes.T.tolist()
+            ),
+            parallel=torch.tensor(parallel),
+            **fields,
+        )
 
 
-@dataclass(frozen=True)
+def _pack(tables: Sequence[Sequence[Tensor]], flags: list[Tensor]) -> Tensor:
+    """Columns and flags as rows of one float64 matrix, exact for positions and float32 weights."""
+    columns = [torch.cat(column).double() for column in zip(*tables, strict=True)]
+    return torch.stack([*columns, torch.cat(flags).double()])
+
+
+def _order(columns: Tensor, keys: tuple[int, ...]) -> Tensor:
+    """Indices that sort by several rows of `columns`, the first of `keys` first."""
+    order = torch.arange(columns.shape[1])
+    for key in reversed(keys):
+        order = order[columns[key][order].argsort(stable=True)]
+    return order
+
+
+@dataclass(frozen=True, eq=False)
 class RouteGraph:
     """The information flow routes of one prediction (paper section 2); tensors on the CPU."""
 
@@ -270,6 +296,9 @@ class RouteGraph:
 
     _FORMAT = "ifr_fast.route_graph"
     _VERSION = 1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "token_ids", _normal(self.token_ids))
 
     def __repr__(self) -> str:
         top = f" -> {self.predictions[0].token!r}" if self.predictions else ""
@@ -336,13 +365,13 @@ class RouteGraph:
 
     def prune(self, threshold: float) -> RouteGraph:
         """The same prediction's graph at a threshold of at least the present one."""
-        check_threshold(threshold)
+        threshold = check_threshold(threshold)
         if threshold < self.threshold:
             raise ValueError(
                 f"threshold: this graph holds edges above {self.threshold:g} only, "
                 f"got {threshold:g}; trace again for a lower one"
             )
-        grown, rows = [], []
+        grown = []
         T = len(self.tokens)
         reached = torch.zeros(T, dtype=torch.bool)
         reached[self.position] = True
@@ -350,10 +379,8 @@ class RouteGraph:
             table = self._layer_table(layer)
             step, reached = grow_layer(layer, table, reached, threshold, self.granularity)
             grown.append(step)
-            rows.append(table.rows)
         return assemble(
             grown,
-            rows,
             self.parallel.tolist(),
             tokens=self.tokens,
             token_ids=self.token_ids,
@@ -512,7 +539,7 @@ class RouteGraph:
             )
             predictions = [Prediction(*p) for p in fields.pop("predictions")]
             nodes = [Node(n[0], NodeKind(n[1]), n[2]) for n in fields.pop("unattributed")]
-            return cls(
+            graph = cls(
                 edges=edges,
                 head_edges=heads,
                 predictions=predictions,
@@ -521,7 +548,9 @@ class RouteGraph:
                 parallel=tensors["parallel"],
                 **fields,
             )
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            _check_graph(graph)
+            return graph
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise FormatError(f"{path}: not a whole {cls._FORMAT} file ({error})") from error
 
 
@@ -533,6 +562,7 @@ def _best_paths(
     tables: (target [E], source [E], weight [E] float64), top-down. After each table, every node
     holds its k heaviest chains; all nodes at once.
     """
+    k = as_index("k", k)
     if k < 1:
         raise ValueError(f"k: expected at least 1, got {k}")
     node, weight = torch.tensor([start]), torch.ones(1, dtype=torch.float64)
@@ -562,13 +592,33 @@ def _best_paths(
     return found
 
 
-def check_threshold(threshold: float) -> None:
-    """Raises ValueError unless 0 <= threshold <= 1."""
-    if not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
-        raise ValueError(f"threshold: expected a number from 0 to 1, got {threshold}")
+def check_threshold(threshold: float) -> float:
+    """The threshold as a float. Raises ValueError unless it is a number from 0 to 1."""
+    number = isinstance(threshold, Real) and not isinstance(threshold, bool)
+    if not number or not 0 <= threshold <= 1:
+        raise ValueError(f"threshold: expected a number from 0 to 1, got {threshold!r}")
+    return float(threshold)
 
 
-@dataclass(frozen=True)
+def as_index(name: str, value: SupportsIndex) -> int:
+    """An int from any integer, numpy's and torch's too. Raises ValueError for anything else."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name}: expected an int, got {value!r}") from None
+
+
+def _normal(x: Tensor) -> Tensor:
+    """A tensor that autograd takes: a copy where x was made in inference mode."""
+    if not x.is_inference():
+        return x
+    with torch.inference_mode(False):
+        return x.clone()
+
+
+@dataclass(frozen=True, eq=False)
 class Routes:
     """The route graphs of every position's prediction, from one sweep over the layers.
 
@@ -581,11 +631,14 @@ class Routes:
     threshold: float
     granularity: Granularity
     layers: list[LayerTable]  # bottom first, all T rows, edges above the threshold scored with
-    predict: Callable[[int], list[Prediction]] = field(repr=False)
+    predict: Callable[[list[int]], list[list[Prediction]]] = field(repr=False)
     scored_threshold: float
 
     _FORMAT = "ifr_fast.routes"
     _VERSION = 1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "token_ids", _normal(self.token_ids))
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -602,7 +655,7 @@ class Routes:
 
     def at(self, threshold: float) -> Routes:
         """The same routes at any threshold not below the one scored with."""
-        check_threshold(threshold)
+        threshold = check_threshold(threshold)
         if threshold < self.scored_threshold:
             raise ValueError(
                 f"threshold: these routes were scored with {self.scored_threshold:g}, "
@@ -610,9 +663,10 @@ class Routes:
             )
         return dataclasses.replace(self, threshold=threshold)
 
-    def __getitem__(self, position: int) -> RouteGraph:
+    def __getitem__(self, position: SupportsIndex) -> RouteGraph:
         """The graph of one position, negative from the end."""
         T = len(self)
+        position = as_index("position", position)
         if not -T <= position < T:
             raise IndexError(f"position: expected {-T} to {T - 1}, got {position}")
         position %= T
@@ -626,7 +680,6 @@ class Routes:
             grown.append(step)
         return assemble(
             grown,
-            [table.rows for table in reversed(self.layers)],
             [table.ffn_residual is None for table in self.layers],
             tokens=self.tokens,
             token_ids=self.token_ids,
@@ -635,7 +688,7 @@ class Routes:
             granularity=self.granularity,
             n_layers=self.n_layers,
             n_heads=self.n_heads,
-            predictions=self.predict(position),
+            predictions=self.predict([position])[0],
         )
 
     def head_frequency(self) -> Tensor:
@@ -691,7 +744,7 @@ class Routes:
             "granularity": self.granularity,
             "scored_threshold": self.scored_threshold,
             "parallel": [table.ffn_residual is None for table in self.layers],
-            "predictions": [self.predict(t) for t in range(len(self))],
+            "predictions": self.predict(list(range(len(self)))),
         }
         save_tensors(path, self._FORMAT, self._VERSION, tensors, fields)
 
@@ -716,13 +769,16 @@ class Routes:
                     )
                 )
             predictions = [[Prediction(*p) for p in of] for of in fields.pop("predictions")]
-            return cls(
+            routes = cls(
                 token_ids=tensors["token_ids"],
                 layers=layers,
-                predict=predictions.__getitem__,
+                predict=lambda positions: [predictions[t] for t in positions],
                 **fields,
             )
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            _check_routes(routes)
+            _check_predictions("predictions", predictions, len(routes))
+            return routes
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise FormatError(f"{path}: not a whole {cls._FORMAT} file ({error})") from error
 
 
@@ -770,3 +826,123 @@ class _AllStep(NamedTuple):
         size = (len(x), len(x))
         matrix = torch.sparse_coo_tensor(indices, kept * weight, size, check_invariants=False)
         return torch.sparse.mm(matrix, x)
+
+
+# What `load` asks of a file whose tensors and fields are all there. Each raises ValueError.
+
+
+def _check_graph(graph: RouteGraph) -> None:
+    T = _check_text(graph)
+    L, H = (_check_int(name, getattr(graph, name), 1, None) for name in ("n_layers", "n_heads"))
+    _check_int("position", graph.position, 0, T)
+    _check_predictions("predictions", [graph.predictions], 1)
+    _check_tensor("parallel", graph.parallel, torch.bool, L)
+    for name, table in (("edges", graph.edges), ("head_edges", graph.head_edges)):
+        n = len(table[0]) if table[0].ndim else 0
+        for column, x in table._asdict().items():
+            of = f"{name}.{column}"
+            _check_tensor(of, x, torch.float32 if column == "weight" else torch.int64, n)
+            if column != "weight":
+                end = {"layer": L, "kind": len(EdgeKind), "head": H}.get(column, T)
+                _check_range(of, x, end)
+        _check_weights(f"{name}.weight", table.weight)
+
+    layer, kind, target, source, _ = graph.edges
+    _check_order("edges", ((layer * len(EdgeKind) + kind) * T + target) * T + source)
+    attention = kind == EdgeKind.ATTENTION
+    if bool((source > target).any() or ((source < target) & ~attention).any()):
+        raise ValueError("edges: a source is no position that its target reads")
+    if bool((graph.parallel[layer] & (kind == EdgeKind.RESIDUAL_MID)).any()):
+        raise ValueError("edges.kind: RESIDUAL_MID in a parallel block")
+    pair = (layer * T + target) * T + source
+    layer, head, target, source, _ = graph.head_edges
+    pair_of_head = (layer * T + target) * T + source
+    _check_order("head_edges", pair_of_head * H + head)
+    if not bool(torch.isin(pair_of_head, pair[attention]).all()):
+        raise ValueError("head_edges: not all belong to an attention edge")
+    for node in graph.unattributed:
+        _check_int("unattributed", node.layer, 0, L)
+        _check_int("unattributed", node.position, 0, T)
+        if node.kind not in (NodeKind.MID, NodeKind.POST):
+            raise ValueError(f"unattributed: expected mid or post, got {node.kind}")
+
+
+def _check_routes(routes: Routes) -> None:
+    T = _check_text(routes)
+    if not check_threshold(routes.scored_threshold) <= routes.threshold:
+        raise ValueError("threshold: is below the one scored with")
+    if not routes.layers:
+        raise ValueError("parallel: is empty; expected at least one layer")
+    for i, table in enumerate(routes.layers):
+        for name in ("residual", "ffn", "ffn_residual"):
+            if (x := getattr(table, name)) is not None:
+                _check_tensor(f"{i}.{name}", x, None, T)
+                _check_weights(f"{i}.{name}", x)
+        for name in ("unattributed", "ffn_unattributed"):
+            if (x := getattr(table, name)) is not None:
+                _check_tensor(f"{i}.{name}", x, torch.bool, T)
+        row, source, weight, head_weight = table.edges
+        n = len(row) if row.ndim else 0
+        _check_tensor(f"{i}.row", row, torch.int64, n)
+        _check_tensor(f"{i}.source", source, torch.int64, n)
+        _check_tensor(f"{i}.weight", weight, None, n)
+        _check_tensor(f"{i}.head_weight", head_weight, None, n, max(1, routes.n_heads))
+        _check_range(f"{i}.row", row, T)
+        _check_range(f"{i}.source", source, T)
+        _check_weights(f"{i}.weight", weight)
+        _check_weights(f"{i}.head_weight", head_weight)
+        row, source = row[weight > 0], source[weight > 0]
+        if bool((source > row).any()) or len(torch.unique(row * T + source)) < len(row):
+            raise ValueError(f"{i}.source: edges from later positions, or listed twice")
+
+
+def _check_text(of: RouteGraph | Routes) -> int:
+    """What both have in common; the number of tokens."""
+    if not isinstance(of.tokens, list) or not all(isinstance(token, str) for token in of.tokens):
+        raise ValueError("tokens: expected strings")
+    if not of.tokens:
+        raise ValueError("tokens: is empty; expected at least one")
+    _check_tensor("token_ids", of.token_ids, torch.int64, len(of.tokens))
+    check_threshold(of.threshold)
+    if of.granularity not in ("token", "head"):
+        raise ValueError(f"granularity: expected 'token' or 'head', got {of.granularity!r}")
+    return len(of.tokens)
+
+
+def _check_predictions(name: str, predictions: list[list[Prediction]], n: int) -> None:
+    if len(predictions) != n:
+        raise ValueError(f"{name}: expected those of {n} positions, got {len(predictions)}")
+    for token, token_id, probability in (p for of in predictions for p in of):
+        if not isinstance(token, str) or not isinstance(probability, float):
+            raise ValueError(f"{name}: expected a token, its id and probability")
+        _check_int(name, token_id, 0, None)
+
+
+def _check_int(name: str, value: int, start: int, end: int | None) -> int:
+    if type(value) is not int or value < start or (end is not None and value >= end):
+        upper = "" if end is None else f" and below {end}"
+        raise ValueError(f"{name}: expected an int of at least {start}{upper}, got {value!r}")
+    return value
+
+
+def _check_tensor(name: str, x: Tensor, dtype: torch.dtype | None, *shape: int) -> None:
+    """Of that shape and dtype; None: of any floating one."""
+    if tuple(x.shape) != shape or (x.dtype != dtype if dtype else not x.is_floating_point()):
+        kind = str(dtype or "floats").removeprefix("torch.")
+        got = str(x.dtype).removeprefix("torch.")
+        raise ValueError(f"{name}: expected {kind} {list(shape)}, got {got} {list(x.shape)}")
+
+
+def _check_range(name: str, x: Tensor, end: int) -> None:
+    if len(x) and not 0 <= int(x.min()) <= int(x.max()) < end:
+        raise ValueError(f"{name}: expected 0 to {end - 1}, got {int(x.min())} to {int(x.max())}")
+
+
+def _check_weights(name: str, x: Tensor) -> None:
+    if not bool((x.isfinite() & (x >= 0)).all()):
+        raise ValueError(f"{name}: expected finite numbers of at least 0")
+
+
+def _check_order(name: str, keys: Tensor) -> None:
+    if not bool((keys[1:] > keys[:-1]).all()):
+        raise ValueError(f"{name}: not in canonical order, each once")

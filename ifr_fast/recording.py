@@ -16,11 +16,9 @@ from torch import Tensor
 
 from . import capture
 from .capture import AttentionCall, LayerCall, LazyMask
-from .errors import IfrError
+from .errors import IfrError, UnsupportedArchitectureError
 from .kernels.contract import LayerInputs
 from .model import Block, Decoder, evaluating, replay_rows
-
-_CHECKED_ROWS = 4  # rows whose attention output is kept, to check the weights against
 
 
 class RecordingMode(StrEnum):
@@ -30,7 +28,7 @@ class RecordingMode(StrEnum):
     FULL = "full"  # and q, resid_mid (in parallel blocks: the attention module's output)
 
 
-@dataclass
+@dataclass(eq=False)
 class LayerRecording:
     """One layer's share of a Recording; T positions, on the layer's device."""
 
@@ -41,14 +39,14 @@ class LayerRecording:
     window: int | None
     softcap: float | None
     sinks: Tensor | None  # [H]
-    checked_z: Tensor  # [C, H, V] attention output at Recording.checked_rows
     mask: LazyMask
     call: LayerCall
     q: Tensor | None = None  # [T, H, K]
     resid_mid: Tensor | None = None  # [T, D]; parallel blocks: resid_pre + attention
+    checked_mid: Tensor | None = None  # [C, D] lean: resid_mid at Recording.checked_rows
 
 
-@dataclass
+@dataclass(eq=False)
 class Recording:
     """One text's forward pass, ready to be traced at any position and threshold."""
 
@@ -60,10 +58,20 @@ class Recording:
     states: Tensor  # [T, D] what the head reads
     position: int  # whose next token the forward pass predicted
     logits: Tensor  # [vocab] there
-    checked_rows: Tensor  # [C] int64, on the CPU
+    checked_rows: Tensor  # [C] int64, on the CPU: where the parts are checked against resid_mid
+    decoder: Decoder  # that made it
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    def sample(self, rows: Tensor) -> Tensor:
+        """Indices of a few of `rows` [R], to check: where lean, ones with a recorded resid_mid."""
+        if self.mode is RecordingMode.LEAN:
+            among = torch.isin(rows, self.checked_rows).nonzero().squeeze(1)
+            if len(among):
+                return among
+        n = len(rows)
+        return torch.tensor(sorted({n // 2, n - 1}))
 
     def resid_post(self, layer: int) -> Tensor:
         """[T, D]"""
@@ -76,18 +84,12 @@ class Recording:
         """Bytes held, a storage shared by several tensors counted once."""
         storages = {}
         for layer in self.layers:
-            for x in (layer.resid_pre, layer.k, layer.v, layer.q, layer.resid_mid, layer.checked_z):
+            for x in (layer.resid_pre, layer.k, layer.v, layer.q, layer.resid_mid):
                 if x is not None:
                     storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         for x in (self.resid_final, self.states):
             storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return sum(storages.values())
-
-
-def checked_rows(n_tokens: int) -> Tensor:
-    """The rows whose attention output is recorded, spread over the text and with its last."""
-    n = min(_CHECKED_ROWS, n_tokens)
-    return torch.tensor([(i + 1) * n_tokens // n - 1 for i in range(n)])
 
 
 @torch.inference_mode()
@@ -99,25 +101,25 @@ def record(
     Raises IfrError where the model's states are not finite.
     """
     n_layers = decoder.n_layers
-    rows = checked_rows(len(token_ids))
-    of_layer = {block.attention: block.layer for block in decoder.blocks}
+    T = len(token_ids)
+    checked_rows = torch.tensor(sorted({position % T, T // 2, T - 1}))
+    of_layer = {block.attention: block for block in decoder.blocks}
     calls: dict[int, AttentionCall] = {}
-    z_rows: dict[int, Tensor] = {}
-    windows: dict[int, int | None] = {}
+    causal: dict[int, Tensor] = {}  # by mask: layers share few
     layer_calls: dict[int, LayerCall] = {}
     pre: dict[int, Tensor] = {}
     mid: dict[int, Tensor] = {}
     post: list[Tensor] = []
 
     def answer(call: AttentionCall) -> Tensor:
-        layer = of_layer[call.module]
-        if id(call.mask) not in windows:  # layers share few masks; they live as long as `calls`
-            windows[id(call.mask)] = call.mask.window(len(token_ids))
-        z = capture.attend(call, windows[id(call.mask)])
-        z_rows[layer] = z[0, rows.to(z.device)]
+        block = of_layer[call.module]
+        window = _window(block, T)
+        if id(call.mask) not in causal:
+            causal[id(call.mask)] = call.mask.is_causal(T, window)
+        z = capture.attend(call, window)
         if mode is RecordingMode.LEAN:  # a view of a fused q/k/v projection would hold q too
             call = call._replace(q=call.q.new_empty(0), k=_own(call.k), v=_own(call.v))
-        calls[layer] = call
+        calls[block.layer] = call
         return z
 
     def watch(block: Block) -> list[torch.utils.hooks.RemovableHandle]:
@@ -126,17 +128,16 @@ def record(
             layer_calls[block.layer] = call
 
         def keep_mid(x: Tensor) -> None:
-            mid[block.layer] = x[0] if block.mid_site is not None else pre[block.layer] + x[0]
+            of_rows = slice(None) if mode is RecordingMode.FULL else checked_rows.to(x.device)
+            found = x[0, of_rows]
+            mid[block.layer] = pre[block.layer][of_rows] + found if block.parallel else found
 
-        handles = [capture.on_layer_call(block.module, keep_call)]
-        if mode is RecordingMode.FULL:
-            site, on = (
-                (block.attention, capture.on_output)
-                if block.mid_site is None
-                else (block.mid_site, capture.on_input)
-            )
-            handles.append(on(site, keep_mid))
-        return handles
+        site, on = (
+            (block.attention, capture.on_output)
+            if block.mid_site is None
+            else (block.mid_site, capture.on_input)
+        )
+        return [capture.on_layer_call(block.module, keep_call), on(site, keep_mid)]
 
     handles = [handle for block in decoder.blocks for handle in watch(block)]
     handles.append(capture.on_output(decoder.blocks[-1].module, lambda x: post.append(x[0])))
@@ -148,7 +149,14 @@ def record(
         states, logits = decoder.forward(token_ids, position)
 
     # The residual stream carries every NaN and infinity to its end.
-    if not torch.isfinite(post[0]).all():
+    flags = [torch.isfinite(post[0]).all(), *causal.values()]
+    finite, *as_opened = torch.stack([flag.to(post[0].device) for flag in flags]).tolist()
+    if not all(as_opened):
+        raise UnsupportedArchitectureError(
+            f"model: at {T} tokens its attention reads other keys than on the probe it was opened "
+            "with: neither all past ones, nor those of one sliding window"
+        )
+    if not finite:
         bad = next((i for i in range(1, n_layers) if not torch.isfinite(pre[i]).all()), n_layers)
         raise IfrError(
             f"text: the model's states are not finite after layer {bad - 1} in {states.dtype}; "
@@ -164,14 +172,14 @@ def record(
                 k=call.k[0].transpose(0, 1),
                 v=call.v[0].transpose(0, 1),
                 scale=call.scale,
-                window=windows[id(call.mask)],
+                window=_window(decoder.blocks[i], T),
                 softcap=call.softcap,
                 sinks=call.sinks,
-                checked_z=z_rows[i],
                 mask=call.mask,
                 call=layer_calls[i],
                 q=call.q[0].transpose(0, 1) if mode is RecordingMode.FULL else None,
-                resid_mid=mid.get(i),
+                resid_mid=mid[i] if mode is RecordingMode.FULL else None,
+                checked_mid=mid[i] if mode is RecordingMode.LEAN else None,
             )
         )
     return Recording(
@@ -183,8 +191,14 @@ def record(
         states=states,
         position=position % len(token_ids),
         logits=logits,
-        checked_rows=rows,
+        checked_rows=checked_rows,
+        decoder=decoder,
     )
+
+
+def _window(block: Block, n_tokens: int) -> int | None:
+    """The block's window if a text of `n_tokens` crosses it."""
+    return None if block.window is None or block.window >= n_tokens else block.window
 
 
 def _own(x: Tensor) -> Tensor:
@@ -194,7 +208,7 @@ def _own(x: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def layer_inputs(
-    decoder: Decoder, recording: Recording, layer: int, rows: Tensor
+    recording: Recording, layer: int, rows: Tensor
 ) -> tuple[LayerInputs, Tensor | None]:
     """What the kernels need to score `rows` [R] (int64, CPU, ascending) of a layer.
 
@@ -202,7 +216,7 @@ def layer_inputs(
     caller has the model's attention go through `capture.attention_through` if the recording is
     lean.
     """
-    block, recorded = decoder.blocks[layer], recording.layers[layer]
+    block, recorded = recording.decoder.blocks[layer], recording.layers[layer]
     everything = len(rows) == len(recording)
     on_device = rows.to(recorded.resid_pre.device)
 
@@ -214,6 +228,14 @@ def layer_inputs(
     else:
         k, v = recorded.k.transpose(0, 1), recorded.v.transpose(0, 1)
         q, mid = replay_rows(block, recorded.call, recorded.resid_pre, k, v, recorded.mask, rows)
+        if recorded.checked_mid is not None:  # where there is one, not the replay's own word
+            among = torch.isin(rows, recording.checked_rows)
+            known = torch.isin(recording.checked_rows, rows)
+            mid = mid.index_copy(
+                0,
+                among.nonzero().squeeze(1).to(mid.device),
+                recorded.checked_mid[known.to(mid.device)],
+            )
     resid_pre = take(recorded.resid_pre)
     resid_post = take(recording.resid_post(layer)).to(resid_pre.device)
     inputs = LayerInputs(

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
+import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,28 +22,46 @@ from .errors import FormatError, IfrError
 
 @contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Gives a temporary path beside `path`, and moves it there if the block succeeds.
+    """Gives a temporary path, and puts its file in the place of `path` if the block succeeds.
 
-    Raises IfrError, naming the path, where the system refuses; `path` is then as it was.
+    Links are followed and an existing file's mode is kept. What is no regular file (a FIFO,
+    /dev/null) is written to instead. Raises IfrError, naming the path, where the system refuses;
+    a file is then as it was.
     """
-    target = Path(path)
+    temporary = None
     try:
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    except OSError as error:
-        raise IfrError(f"{target}: cannot be written ({error.strerror})") from error
-    os.close(handle)
-    temporary = Path(name)
-    try:
+        mode = _mode(path)
+        replaced = mode is None or stat.S_ISREG(mode)
+        target = Path(os.path.realpath(path) if replaced else path)
+        folder = target.parent if replaced else Path(tempfile.gettempdir())
+        temporary = folder / f".ifr_fast.{secrets.token_hex(8)}"
+        # Opened so, it gets the mode that the umask leaves to new files.
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
+        os.close(os.open(temporary, flags, 0o666 if replaced else 0o600))
+        if mode is None:
+            mode = temporary.stat().st_mode
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        temporary.replace(target)
+        if replaced:
+            if temporary.stat().st_mode != mode:
+                temporary.chmod(stat.S_IMODE(mode))
+            temporary.replace(target)
+        else:
+            with temporary.open("rb") as whole, open(os.open(target, os.O_WRONLY), "wb") as special:
+                shutil.copyfileobj(whole, special)
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise IfrError(f"{target}: cannot be written ({reason})") from error
+        raise IfrError(f"{path}: cannot be written ({reason})") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def _mode(path: str | os.PathLike[str]) -> int | None:
+    """Of what the path leads to; None where there is nothing."""
+    try:
+        return os.stat(path).st_mode
+    except FileNotFoundError:
+        return None
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, SupportsIndex, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-Text: TypeAlias = "str | Sequence[int] | Tensor | Sequence[dict[str, str]]"
+Text: TypeAlias = (
+    "str | Sequence[SupportsIndex] | Tensor | np.ndarray[Any, Any] | Sequence[dict[str, str]]"
+)
 
 
 def encode(
@@ -35,22 +39,34 @@ def _ids(
     if isinstance(text, Tensor):
         return text
     special = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+    if isinstance(text, np.ndarray):
+        if text.dtype.kind not in "iu":
+            raise ValueError(
+                f"text: expected token ids of shape [T], got {text.shape} {text.dtype}"
+            )
+        return torch.from_numpy(text.astype(np.int64))
     if isinstance(text, str):
+        if not text:  # a tokenizer may make one special token of it
+            raise ValueError("text: is empty; expected at least one token")
         return torch.tensor(_need(tokenizer)(text, **special)["input_ids"], dtype=torch.int64)
     if isinstance(text, bytes) or not isinstance(text, Iterable):
         raise ValueError(f"text: expected a string, token ids or messages, got {text!r}")
     items: list[Any] = list(text)
     if items and all(isinstance(item, dict) for item in items):
         return _chat(items, _need(tokenizer))
-    if not all(isinstance(item, int) and not isinstance(item, bool) for item in items):
+    try:
+        if any(isinstance(item, bool) for item in items):
+            raise TypeError
+        ids = [operator.index(item) for item in items]
+    except TypeError:
         raise ValueError(
             "text: expected a string, token ids, or chat messages "
             f"(a list of dicts with role and content), got {type(text).__name__} of "
             f"{', '.join(sorted({type(item).__name__ for item in items}))}"
-        )
-    if any(abs(item) >= 1 << 63 for item in items):
+        ) from None
+    if any(abs(i) >= 1 << 63 for i in ids):
         raise ValueError("text: token ids must be from 0 to the size of the vocabulary")
-    return torch.tensor(items, dtype=torch.int64)
+    return torch.tensor(ids, dtype=torch.int64)
 
 
 def _need(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:

@@ -35,16 +35,18 @@ from .graph import (
     check_threshold,
     grow_layer,
 )
+from .kernels.contract import EdgeList
 from .memory import available_memory, describe_bytes
 from .model import Decoder, evaluating
 from .recording import Recording, RecordingMode, record
-from .scoring import LayerScores, attention_error, check_attention, choose_impl, score_layer
+from .scoring import LayerScores, check_closure, choose_impl, score_layer
 from .tokens import Text, encode, token_strings
 
 if TYPE_CHECKING:
     import os
 
 _PREDICTIONS = 5
+_HEAD_ROWS = 64  # whose logits are formed at once
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class Tracer:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
-        impl: str | None = None,
+        impl: str = "auto",
     ) -> None:
         self.decoder = Decoder(model)
         self.impl = choose_impl(impl, self.decoder.device, self.decoder.dtype)
@@ -97,7 +99,7 @@ class Tracer:
 
     @classmethod
     def from_pretrained(
-        cls, name: str | os.PathLike[str] | None = None, *, impl: str | None = None, **kwargs: Any
+        cls, name: str | os.PathLike[str] | None = None, *, impl: str = "auto", **kwargs: Any
     ) -> Tracer:
         """Opens a Hub name or a local directory; without one, the default model.
 
@@ -118,8 +120,13 @@ class Tracer:
     ) -> Recording:
         """One forward pass over a text. `mode` is chosen by `plan` unless given."""
         if isinstance(text, Recording):
-            return text
+            return self._own(text)
         return self._record(self._encode(text, add_special_tokens), -1, mode)
+
+    def _own(self, recording: Recording) -> Recording:
+        if recording.decoder is not self.decoder:
+            raise ValueError("text: this Recording was made by another Tracer")
+        return recording
 
     def _encode(self, text: Text, add_special_tokens: bool | None) -> Tensor:
         token_ids = encode(text, self.tokenizer, add_special_tokens)
@@ -184,7 +191,7 @@ class Tracer:
         """
         _check_options(threshold, granularity)
         if isinstance(text, Recording):
-            recording, position = text, _index("position", position, len(text))
+            recording, position = self._own(text), _index("position", position, len(text))
         else:
             token_ids = self._encode(text, add_special_tokens)
             position = _index("position", position, len(token_ids))
@@ -193,23 +200,20 @@ class Tracer:
 
         reached = torch.zeros(T, dtype=torch.bool, device=recording.resid_final.device)
         reached[position] = True
-        grown, all_rows, errors = [], [], {}
+        grown, errors = [], {}
         with self._replaying():
             for layer in reversed(range(self.decoder.n_layers)):
                 rows = reached.cpu().nonzero().squeeze(1)  # the layer's one read by the host
                 if len(rows) == 0:
                     break
-                scores = score_layer(self.decoder, recording, layer, rows, threshold, self.impl)
-                errors[layer] = attention_error(self.decoder, recording, layer, rows)
-                table = layer_table(scores)
-                reached = reached.to(table.rows.device)
+                scores = score_layer(recording, layer, rows, threshold, self.impl)
+                errors[layer] = scores.closure_error
+                table = layer_table(scores, reached.device)
                 step, reached = grow_layer(layer, table, reached, threshold, granularity)
                 grown.append(step)
-                all_rows.append(rows)
-        check_attention(errors)
+        check_closure(errors)
         return assemble(
             grown,
-            all_rows,
             [block.parallel for block in self.decoder.blocks],
             tokens=recording.tokens,
             token_ids=recording.token_ids,
@@ -218,7 +222,7 @@ class Tracer:
             granularity=granularity,
             n_layers=self.decoder.n_layers,
             n_heads=self.decoder.n_heads,
-            predictions=self._predict(recording, position),
+            predictions=self._predict(recording, [position])[0],
         )
 
     @torch.inference_mode()
@@ -237,10 +241,10 @@ class Tracer:
         tables, errors = [], {}
         with self._replaying():
             for layer in range(self.decoder.n_layers):
-                scores = score_layer(self.decoder, recording, layer, rows, threshold, self.impl)
-                errors[layer] = attention_error(self.decoder, recording, layer, rows)
-                tables.append(layer_table(scores))
-        check_attention(errors)
+                scores = score_layer(recording, layer, rows, threshold, self.impl)
+                errors[layer] = scores.closure_error
+                tables.append(layer_table(scores, recording.resid_final.device))
+        check_closure(errors)
         return Routes(
             tokens=recording.tokens,
             token_ids=recording.token_ids,
@@ -284,8 +288,8 @@ class Tracer:
     ) -> Iterator[LayerScores]:
         for layer in layers:
             with torch.inference_mode(), self._replaying():
-                scores = score_layer(self.decoder, recording, layer, rows, keep, self.impl)
-                check_attention({layer: attention_error(self.decoder, recording, layer, rows)})
+                scores = score_layer(recording, layer, rows, keep, self.impl)
+                check_closure({layer: scores.closure_error})
             yield scores
 
     @contextmanager
@@ -308,19 +312,21 @@ class Tracer:
             raise ValueError(f"text: token ids must be from 0 to {vocab - 1}")
 
     @torch.inference_mode()
-    def _predict(self, recording: Recording | _HeadOnly, position: int) -> list[Prediction]:
-        """The likeliest next tokens after `position`."""
-        if position == recording.position:
-            logits = recording.logits
-        else:
-            logits = self.decoder.head(recording.states[position][None])[0]
-        top = logits.float().softmax(-1).topk(min(_PREDICTIONS, len(logits)))
-        ids = top.indices.cpu()
-        strings = token_strings(ids, self.tokenizer)
-        return [
-            Prediction(*entry)
-            for entry in zip(strings, ids.tolist(), top.values.tolist(), strict=True)
-        ]
+    def _predict(
+        self, recording: Recording | _HeadOnly, positions: list[int]
+    ) -> list[list[Prediction]]:
+        """The likeliest next tokens after each of `positions`."""
+        found = []
+        for begin in range(0, len(positions), _HEAD_ROWS):
+            if positions == [recording.position]:
+                logits = recording.logits[None]
+            else:
+                logits = self.decoder.head(recording.states[positions[begin : begin + _HEAD_ROWS]])
+            top = logits.float().softmax(-1).topk(min(_PREDICTIONS, logits.shape[-1]))
+            for ids, values in zip(top.indices.cpu(), top.values.tolist(), strict=True):
+                entries = zip(token_strings(ids, self.tokenizer), ids.tolist(), values, strict=True)
+                found.append([Prediction(*entry) for entry in entries])
+        return found
 
 
 class _HeadOnly(NamedTuple):
@@ -335,16 +341,20 @@ class _HeadOnly(NamedTuple):
         return _HeadOnly(recording.states, recording.position, recording.logits)
 
 
-def layer_table(scores: LayerScores) -> LayerTable:
-    """What the graph needs of a layer's scores."""
+def layer_table(scores: LayerScores, device: torch.device) -> LayerTable:
+    """What the graph needs of a layer's scores, on the graph's device."""
+
+    def move(x: Tensor | None) -> Any:
+        return None if x is None else x.to(device)
+
     return LayerTable(
-        scores.rows.to(scores.residual.device),
-        scores.residual,
-        scores.ffn,
-        scores.ffn_residual,
-        scores.attention.edges,
-        scores.unattributed,
-        scores.ffn_unattributed,
+        scores.rows.to(device),
+        move(scores.residual),
+        move(scores.ffn),
+        move(scores.ffn_residual),
+        EdgeList(*map(move, scores.attention.edges)),
+        move(scores.unattributed),
+        move(scores.ffn_unattributed),
     )
 
 

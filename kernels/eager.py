@@ -44,7 +44,7 @@ def score_attention(inputs: LayerInputs, keep: float) -> AttentionScores:
     while start < R:
         n_keys = int(inputs.rows[min(start + 127, R - 1)]) + 1
         stop = min(R, start + max(1, min(128, BLOCK_ELEMENTS // (H * n_keys))))
-        parts.append(_score_block(_block(inputs, start, stop), rho, v_norm, keep, start))
+        parts.append(_score_block(block_of(inputs, slice(start, stop)), rho, v_norm, keep, start))
         start = stop
     residual, ffn, head_total, edges, unattributed = zip(*parts, strict=True)
     return AttentionScores(
@@ -76,18 +76,21 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _block(inputs: LayerInputs, start: int, stop: int) -> LayerInputs:
-    """Rows start to stop of the inputs, and the keys that they may see."""
-    n_keys = int(inputs.rows[stop - 1]) + 1
+def block_of(inputs: LayerInputs, chosen: slice | Tensor) -> LayerInputs:
+    """Some of the rows of the inputs (by index, ascending), and the keys that they may see."""
+    rows = inputs.rows[chosen]
+    n_keys = int(rows[-1]) + 1
+    if isinstance(chosen, Tensor):
+        chosen = chosen.to(inputs.y.device)
 
     def cut(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x[start:stop]
+        return None if x is None else x[chosen]
 
     return inputs._replace(
-        rows=inputs.rows[start:stop],
-        resid_pre=inputs.resid_pre[start:stop],
-        y=inputs.y[start:stop],
-        q=inputs.q[start:stop],
+        rows=rows,
+        resid_pre=inputs.resid_pre[chosen],
+        y=inputs.y[chosen],
+        q=inputs.q[chosen],
         k=inputs.k[:n_keys],
         v=inputs.v[:n_keys],
         row_scale=cut(inputs.row_scale),
@@ -108,8 +111,8 @@ def _by_kv_head(x: Tensor, n_kv_heads: int) -> Tensor:
     return x.reshape(n_kv_heads, H // n_kv_heads * R, N)
 
 
-def _pattern(inputs: LayerInputs, mask: Tensor) -> Tensor:
-    """Attention weights alpha [H, R, S]."""
+def attention_pattern(inputs: LayerInputs, mask: Tensor) -> Tensor:
+    """Attention weights alpha [H, R, S]; mask: bool [R, S], the keys that each row may read."""
     H_kv = inputs.k.shape[1]
     R, H, _ = inputs.q.shape
     q = _by_kv_head(inputs.q.transpose(0, 1) * inputs.scale, H_kv)
@@ -139,7 +142,7 @@ def _score_block(
     s = signs(inputs.y)
     g = value_space_signs(inputs.W_O, s)  # [H, R, V]
 
-    weight = _pattern(inputs, mask)  # [H, R, S]
+    weight = attention_pattern(inputs, mask)  # [H, R, S]
     if inputs.row_scale is not None:
         weight.mul_(inputs.row_scale[:, None])
     if inputs.value_gate is None:
@@ -286,14 +289,21 @@ def _pieces(run_length: Tensor) -> list[slice]:
 def _compact(importance: Tensor, keep: float, first_row: int) -> EdgeList:
     """Token edges with weight > keep of a block [H, R, S]."""
     token_weight = importance.sum(0)  # [R, S]
-    R, S = token_weight.shape
-    if importance.device.type == "cpu":
-        row, source = (token_weight > keep).nonzero(as_tuple=True)
-        weight = token_weight[row, source]
-    else:
-        slots = S if keep * S < 1 else int(1 / keep)
-        weight, source = token_weight.topk(slots)
-        weight, source = weight.flatten(), source.flatten()
-        row = torch.arange(R, device=weight.device).repeat_interleave(slots, output_size=R * slots)
-        weight = torch.where(weight > keep, weight, 0)
+    list_edges = _listed if importance.device.type == "cpu" else _padded
+    row, source, weight = list_edges(token_weight, keep)
     return EdgeList(row + first_row, source, weight, importance[:, row, source].T)
+
+
+def _listed(token_weight: Tensor, keep: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Row, source and weight of what exceeds `keep` in [R, S]; how many, the host reads."""
+    row, source = (token_weight > keep).nonzero(as_tuple=True)
+    return row, source, token_weight[row, source]
+
+
+def _padded(token_weight: Tensor, keep: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The same in as many slots a row as can exceed `keep`, weight 0 in those that do not."""
+    R, S = token_weight.shape
+    slots = S if keep * S < 1 else int(1 / keep)
+    weight, source = token_weight.topk(slots)
+    row = torch.arange(R, device=weight.device).repeat_interleave(slots, output_size=R * slots)
+    return row, source.flatten(), torch.where(weight > keep, weight, 0).flatten()
