@@ -204,7 +204,7 @@ def closure_error(inputs: LayerInputs, bias: Tensor, sample: Tensor) -> Tensor:
     z = torch.matmul(pattern.view(H_kv, -1, S), inputs.v.transpose(0, 1)).view(H, R, -1)
     if inputs.value_gate is not None:
         z = z * inputs.value_gate.transpose(0, 1)
-    moved = torch.matmul(z, inputs.W_O).sum(0)  # [R, D]
+    moved = z.transpose(0, 1).reshape(R, -1) @ inputs.W_O.flatten(0, 1)  # [R, D]
     if inputs.row_scale is not None:
         moved = moved * inputs.row_scale[:, None]
     expected = inputs.y - inputs.resid_pre - bias
