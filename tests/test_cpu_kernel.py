@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -177,6 +179,60 @@ def test_bits_do_not_depend_on_threads_or_the_run() -> None:
     for n in (1, 2, 3):
         with threads(n):
             assert_bits_equal(kernel.score_attention(inputs, 0.01), expected)
+
+
+# Its argument: a file for the scores of fixed inputs on three threads. Prints the pool.
+SCORE_ON_THREE_THREADS = """
+import sys, torch
+from ifr_fast.kernels.contract import LayerInputs
+from ifr_fast.kernels.cpu import kernel
+torch.set_num_threads(3)
+inputs = LayerInputs(**torch.load(sys.argv[1]))
+for _ in range(20):
+    torch.ones(1 << 17).exp()  # an operation of torch on its pool
+    scores = kernel.score_attention(inputs, 0.01)
+    ffn = kernel.score_ffn(inputs.resid_pre, inputs.y)
+torch.save([scores.residual, scores.head_total, *scores.edges, *ffn], sys.argv[2])
+print(kernel.pool())
+"""
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["IFR_FAST_CPU_POOL=none", "IFR_FAST_CPU_POOL=", "OMP_THREAD_LIMIT=1", "OMP_DYNAMIC=1"],
+)
+def test_bits_do_not_depend_on_the_pool_of_threads(setting: str, tmp_path: Path) -> None:
+    inputs = float32(make_inputs(400, 400, 6, 3, 16, 16, 300))
+    torch.save({k: x for k, x in inputs._asdict().items() if x is not None}, tmp_path / "inputs")
+    with threads(1):
+        scores = kernel.score_attention(inputs, 0.01)
+        ffn = kernel.score_ffn(inputs.resid_pre, inputs.y)
+    name, value = setting.split("=")
+    done = subprocess.run(
+        [sys.executable, "-c", SCORE_ON_THREE_THREADS, tmp_path / "inputs", tmp_path / "scores"],
+        env={**os.environ, name: value},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=100,
+    )
+    got = torch.load(tmp_path / "scores")
+    expected = [scores.residual, scores.head_total, *scores.edges, *ffn]
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
+    assert done.stdout.strip() == ("" if value == "none" else kernel.pool())
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or "backend: OpenMP" not in torch.__config__.parallel_info(),
+    reason="torch has no OpenMP pool to share",
+)
+@pytest.mark.skipif("IFR_FAST_CPU_POOL" in os.environ, reason="the pool is chosen from outside")
+def test_runs_on_the_pool_that_torch_uses() -> None:
+    mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
+    assert Path(kernel.pool()).resolve() in {
+        Path(name).resolve() for name in mapped if re.search(r"lib(gomp|i?omp)", name)
+    }
 
 
 @pytest.mark.parametrize("window", [None, 40])

@@ -1,7 +1,8 @@
 """The native CPU kernel: one fused pass over row blocks, in C++ (score_impl.h).
 
 Same face and values as eager.py, sums in float32: bfloat16 and float16 inputs are upcast, float64
-is refused. Runs on as many threads as torch is set to; bits do not depend on how many.
+is refused. Runs on as many threads as torch is set to, those of torch's own OpenMP pool where it
+has one (IFR_FAST_CPU_POOL=none: on new ones); bits do not depend on which or how many.
 
 The instruction set is AVX2 with FMA where the processor has it, else the baseline; the environment
 variable IFR_FAST_CPU_ISA=baseline|avx2|avx512, read when this module is imported, forces one.
@@ -56,6 +57,11 @@ def unavailable() -> str | None:
 def isas() -> list[str]:
     """The instruction sets that this processor has, the default first."""
     return _load().isas()
+
+
+def pool() -> str:
+    """The OpenMP library whose threads are used; empty where each call starts its own."""
+    return str(_load().pool())
 
 
 def score_attention(inputs: LayerInputs, keep: float) -> AttentionScores:

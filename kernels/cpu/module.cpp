@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "score.h"
+#include "team.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -216,6 +217,8 @@ void score_ffn(Floats<2> resid_mid, Floats<2> resid_post, Out residual, Out ffn,
 
 NB_MODULE(_native, m) {
     m.def("isas", &usable_isas, "Instruction sets that this processor has, the default first.");
+    m.def("pool", &ifr::Team::pool,
+          "The OpenMP library whose threads are used; empty where each call makes its own.");
     m.def("score_attention", &score_attention, "rows"_a.noconvert(), "resid_pre"_a.noconvert(),
           "y"_a.noconvert(), "q"_a.noconvert(), "k"_a.noconvert(), "v"_a.noconvert(),
           "W_O"_a.noconvert(), "scale"_a, "row_scale"_a.noconvert().none(),

@@ -22,8 +22,10 @@
 constexpr int64_t BLOCK_ROWS = 12;        // BT
 constexpr int64_t TILE_FLOATS = 1 << 25;  // of all threads' tiles, unless blocks got too small
 constexpr int64_t CHUNK = 64;             // keys per tile of G V^T, a multiple of NR
+constexpr int64_t ALONE_FLOATS = 1 << 18;  // work that is not worth waking a thread for
 constexpr int64_t W_COLUMNS = 128;        // coordinates per task of W_T
 constexpr int64_t G_ROWS = 64;            // rows per task of g
+constexpr int64_t FFN_FLOATS = 1 << 15;   // rows times D per task of score_ffn
 constexpr int G_VECTORS = W > 8 ? 4 : 8;  // of g's columns, held in registers
 constexpr int64_t G_GROUPS = 8;           // groups of four coordinates whose table fits L1
 constexpr int N_BUCKETS = 128, BUCKET_SHIFT = 19;  // of breakpoints, by exponent and mantissa
@@ -805,15 +807,19 @@ class Scorer {
 };
 
 void score_attention(const Layer& layer, int n_threads, Scores& out) {
-    Scorer(layer, n_threads, out).run();
+    // About as many floats as the products and W_O take: 0.1 ms at ALONE_FLOATS.
+    const int64_t keys = layer.R ? layer.rows[layer.R - 1] + 1 : 0;
+    const int64_t work = layer.H * layer.D * layer.V * (1 + layer.R / 4) +
+                         layer.H * layer.R * keys * (layer.K + layer.V);
+    Scorer(layer, work < ALONE_FLOATS ? 1 : n_threads, out).run();
 }
 
 // The two parts of resid_post in sequential blocks: resid_mid and the FFN's output.
 void score_ffn(const FFNParts& x, int n_threads) {
-    constexpr int64_t ROWS = 16;
+    const int64_t task_rows = std::max<int64_t>(1, FFN_FLOATS / std::max<int64_t>(1, x.D));
     const auto run = [&](int64_t task, int) {
         std::vector<float> output(static_cast<size_t>(x.D));
-        for (int64_t r = task * ROWS; r < std::min(x.R, (task + 1) * ROWS); ++r) {
+        for (int64_t r = task * task_rows; r < std::min(x.R, (task + 1) * task_rows); ++r) {
             const float *mid = x.resid_mid.row(r), *post = x.resid_post.row(r);
             for (int64_t i = 0; i < x.D; ++i) output[i] = post[i] - mid[i];
             const double residual = proximity(x.D, mid, post);
@@ -824,5 +830,5 @@ void score_ffn(const FFNParts& x, int n_threads) {
             x.ffn[r] = total == 0 ? 0.5f : static_cast<float>(ffn / total);
         }
     };
-    Team::run(n_threads, {{(x.R + ROWS - 1) / ROWS, run}});
+    Team::run(n_threads, {{(x.R + task_rows - 1) / task_rows, run}});
 }
