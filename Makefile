@@ -27,10 +27,13 @@ bench: $(STAMP)
 	$(BIN)/python bench/run.py $(BENCH_ARGS)
 	$(BIN)/pytest bench
 
-$(STAMP): pyproject.toml setup.py constraints.txt
+# The isolated build of the kernel is pinned too, by either name (pip 25.3 and later: the second).
+$(STAMP): export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+$(STAMP): export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@
 
 clean:

@@ -756,25 +756,27 @@ class Routes:
             layers = []
             rows = torch.arange(len(fields["tokens"]))
             for i, parallel in enumerate(fields.pop("parallel")):
-                edges = EdgeList(*(tensors[f"{i}.{name}"] for name in EdgeList._fields))
+                edges = EdgeList(*(tensors.pop(f"{i}.{name}") for name in EdgeList._fields))
                 layers.append(
                     LayerTable(
                         rows=rows,
-                        residual=tensors[f"{i}.residual"],
-                        ffn=tensors[f"{i}.ffn"],
-                        ffn_residual=None if parallel else tensors[f"{i}.ffn_residual"],
+                        residual=tensors.pop(f"{i}.residual"),
+                        ffn=tensors.pop(f"{i}.ffn"),
+                        ffn_residual=None if parallel else tensors.pop(f"{i}.ffn_residual"),
                         edges=edges,
-                        unattributed=tensors[f"{i}.unattributed"],
-                        ffn_unattributed=None if parallel else tensors[f"{i}.ffn_unattributed"],
+                        unattributed=tensors.pop(f"{i}.unattributed"),
+                        ffn_unattributed=None if parallel else tensors.pop(f"{i}.ffn_unattributed"),
                     )
                 )
             predictions = [[Prediction(*p) for p in of] for of in fields.pop("predictions")]
             routes = cls(
-                token_ids=tensors["token_ids"],
+                token_ids=tensors.pop("token_ids"),
                 layers=layers,
                 predict=lambda positions: [predictions[t] for t in positions],
                 **fields,
             )
+            if tensors:
+                raise ValueError(f"parallel: tells nothing of {min(tensors)}")
             _check_routes(routes)
             _check_predictions("predictions", predictions, len(routes))
             return routes

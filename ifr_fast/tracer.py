@@ -31,6 +31,7 @@ from .graph import (
     Prediction,
     RouteGraph,
     Routes,
+    as_index,
     assemble,
     check_threshold,
     grow_layer,
@@ -189,7 +190,7 @@ class Tracer:
         threshold: edges of at most this importance are dropped. granularity: "token" compares
         an attention edge summed over heads, "head" each head's by itself.
         """
-        _check_options(threshold, granularity)
+        threshold = _check_options(threshold, granularity)
         if isinstance(text, Recording):
             recording, position = self._own(text), _index("position", position, len(text))
         else:
@@ -235,7 +236,7 @@ class Tracer:
         add_special_tokens: bool | None = None,
     ) -> Routes:
         """The route graphs of every position's prediction: every layer scored once, for all."""
-        _check_options(threshold, granularity)
+        threshold = _check_options(threshold, granularity)
         recording = self.record(text, add_special_tokens=add_special_tokens)
         rows = torch.arange(len(recording))
         tables, errors = [], {}
@@ -358,13 +359,14 @@ def layer_table(scores: LayerScores, device: torch.device) -> LayerTable:
     )
 
 
-def _check_options(threshold: float, granularity: str) -> None:
-    check_threshold(threshold)
+def _check_options(threshold: float, granularity: str) -> float:
     if granularity not in ("token", "head"):
         raise ValueError(f"granularity: expected 'token' or 'head', got {granularity!r}")
+    return check_threshold(threshold)
 
 
 def _index(name: str, i: int, n: int) -> int:
-    if isinstance(i, bool) or not isinstance(i, int) or not -n <= i < n:
-        raise ValueError(f"{name}: expected {-n} to {n - 1}, got {i}")
-    return i % n
+    index = as_index(name, i)
+    if not -n <= index < n:
+        raise ValueError(f"{name}: expected {-n} to {n - 1}, got {index}")
+    return index % n

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import io
 import json
 import os
 import re
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -92,8 +94,9 @@ def assert_one_error(ran: Ran, *words: str) -> None:
         assert word in lines[0]
 
 
-def shell(*args: Any, cwd: Path | None = None, stdin: bytes = b"") -> Ran:
+def shell(*args: Any, cwd: Path | None = None, stdin: bytes = b"", **variables: str) -> Ran:
     environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "FORCE_COLOR")}
+    environment |= variables
     run = subprocess.run(
         [COMMAND, *map(str, args)],
         input=stdin,
@@ -152,6 +155,33 @@ def test_failing_in_a_process_of_its_own(tmp_path: Path) -> None:
 
 def test_version_in_a_process_of_its_own() -> None:
     assert shell("--version") == Ran(0, f"ifr-fast {__version__}\n", "")
+
+
+def test_a_reader_that_stops_reading(tiny_dir: Path, tmp_path: Path) -> None:
+    """`ifr-fast trace ... | head -0`: the files are whole, and nothing is complained about."""
+    path = tmp_path / "out.json"
+    for args in (["trace", "-m", tiny_dir, "some words", "--json", path], ["--version"]):
+        reader, writer = os.pipe()
+        os.close(reader)
+        process = subprocess.Popen(
+            [COMMAND, *map(str, args)], stdout=writer, stderr=subprocess.PIPE, text=True
+        )
+        os.close(writer)
+        _, err = process.communicate()
+        assert process.returncode == 1
+        assert err == (f"wrote {path}\n" if "--json" in args else "")
+    assert json.loads(path.read_text())["tokens"] == list("some words")
+
+
+def test_a_terminal_that_cannot_show_everything(tiny_dir: Path, tmp_path: Path) -> None:
+    path = tmp_path / "caf\u00e9.json"
+    ran = shell("trace", "-m", tiny_dir, "words", "--json", path, PYTHONIOENCODING="ascii")
+    assert ran.code == 0, ran
+    assert ran.out.startswith("after ?s?@4 the model predicts ")
+    assert ran.err == f"wrote {tmp_path / 'caf?.json'}\n"
+    assert json.loads(path.read_text())["tokens"] == list("words")
+    ran = shell("trace", "-m", tmp_path / "caf\u00e9", "words", PYTHONIOENCODING="ascii")
+    assert_one_error(ran, "caf?")
 
 
 # In this process
@@ -331,6 +361,83 @@ def test_outputs_replace_what_was_there(trace: Any, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_fifo_is_written_to(trace: Any, tmp_path: Path) -> None:
+    path = tmp_path / "fifo"
+    os.mkfifo(path)
+    for option in ("--json", "--png", "--save"):
+        reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        fcntl.fcntl(reader, fcntl.F_SETPIPE_SZ, 1 << 20)  # holds all that is written
+        ran = trace("some words", option, path)
+        assert stat.S_ISFIFO(path.stat().st_mode)
+        assert ran.code == 0, ran
+        content = os.read(reader, 1 << 20)
+        os.close(reader)
+        assert len(content) > 500
+        if option == "--json":
+            assert json.loads(content)["tokens"] == list("some words")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_device_may_take_several_outputs() -> None:
+    """Nothing is written here: code that replaced the device would harm the machine."""
+    null = Path(os.devnull)
+    chosen = ifr_fast.cli._check_outputs({"--json": null, "--html": null, "--png": None})
+    assert chosen == [null, null]
+
+
+def test_links_stay_and_lead_to_what_is_written(trace: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    real, link, dangling = folder / "real", tmp_path / "link", tmp_path / "dangling"
+    real.write_text("before")
+    link.symlink_to("folder/real")
+    dangling.symlink_to(folder / "new")
+    for path in (link, dangling):
+        ran = trace("some words", "--json", path)
+        assert ran.code == 0, ran
+        assert path.is_symlink()
+        assert json.loads(path.read_text())["tokens"] == list("some words")
+    assert sorted(p.name for p in tmp_path.rglob("*")) == [
+        "dangling", "folder", "link", "new", "real",
+    ]  # fmt: skip
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    ran = trace("some words", "--json", loop)
+    assert ran.code == 2
+    assert "loop: cannot be written" in ran.err
+
+
+@pytest.mark.parametrize("option", ["--json", "--save"])
+def test_files_have_the_mode_that_others_get(
+    trace: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    def toggled(mask: int) -> int:
+        raise AssertionError("other threads would create files with this mask")
+
+    path = tmp_path / "out"
+    before = os.umask(0o027)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "umask", toggled)
+            assert trace("some words", option, path).code == 0
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    path.chmod(0o604)
+    assert trace("some words", option, path).code == 0
+    assert stat.S_IMODE(path.stat().st_mode) == 0o604
+
+
+def test_one_path_for_two_outputs(trace: Any, tmp_path: Path) -> None:
+    same, link = tmp_path / "same", tmp_path / "link"
+    link.symlink_to(same)
+    (tmp_path / "folder").mkdir()
+    for other in (same, link, tmp_path / "folder" / ".." / "same"):
+        ran = trace("some words", "--json", same, "--html", other)
+        assert_one_error(ran, "--html", "--json", str(other))
+    assert not same.exists()
+
+
 # Bad input
 
 
@@ -349,9 +456,9 @@ def test_outputs_replace_what_was_there(trace: Any, tmp_path: Path) -> None:
         (["abc", "--file", "x"], ["text: give one of"]),
         (["abc", "--chat", "x"], ["text: give one of"]),
         (["-", "--file", "x"], ["text: give one of"]),
-        (["--file", "missing.txt"], ["missing.txt", "No such file"]),
-        (["--file", "."], ["directory"]),
-        (["--chat", "missing.json"], ["missing.json", "No such file"]),
+        (["--file", "missing.txt"], ["--file: missing.txt", "No such file"]),
+        (["--file", "."], ["--file: . cannot be read", "directory"]),
+        (["--chat", "missing.json"], ["--chat: missing.json", "No such file"]),
     ],
     ids=lambda x: " ".join(x)[:40],
 )
@@ -404,7 +511,7 @@ def test_outputs_that_cannot_be_written(trace: Any, tmp_path: Path, option: str)
     good = ["--json", tmp_path / "good.json"] if option != "--json" else []
     for path in ("folder", "missing/out", "file/out"):
         ran = trace("abc", *good, option, tmp_path / path)
-        assert_one_error(ran, str(tmp_path / path))
+        assert_one_error(ran, option, str(tmp_path / path))
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -5,7 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_inputs import random_inputs
+from tiny import tiny_model, tiny_text
 
+from ifr_fast import Tracer
 from ifr_fast.kernels import eager, reference
 
 FLAGS = ["row_scale", "value_gate", "window", "softcap", "sinks", "alibi_slopes", "ffn"]
@@ -93,6 +95,45 @@ def test_small_blocks_and_pieces_change_nothing(monkeypatch):
     monkeypatch.setattr(eager, "VISIT_ELEMENTS", 7)
     monkeypatch.setattr(eager, "PROJECTED_ELEMENTS", 19 * 30)
     assert_scores_close(eager.score_attention(inputs, 0.01), expected, 0.01, 1e-12)
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.005, 0.03, 0.25, 1.0])
+def test_padded_edges_are_the_listed_ones(keep, monkeypatch, poisoned):
+    """What runs on a GPU, where no size may depend on the weights."""
+    inputs = random_inputs(40, 57, 4, 2, 8, 6, 19).to(torch.float32)
+    listed = eager.score_attention(inputs, keep).edges
+    monkeypatch.setattr(eager, "_listed", eager._padded)
+    padded = eager.score_attention(inputs, keep).edges
+    assert len(padded.row) >= len(listed.row)
+    assert len(padded.row) <= 40 * min(57, 1 / keep if keep else 57)
+    assert (padded.head_weight[padded.weight == 0] <= keep).all()
+    edge = (padded.weight != 0).nonzero().squeeze(1)
+    edge = edge[(padded.row * 57 + padded.source)[edge].argsort()]
+    for mine, theirs in zip(padded, listed, strict=True):
+        assert torch.equal(mine[edge], theirs)
+
+
+@pytest.mark.parametrize("granularity", ["token", "head"])
+def test_padding_is_in_no_graph(granularity, monkeypatch):
+    tracer = Tracer(tiny_model("llama"), impl="eager")
+    options = {"threshold": 0.05, "granularity": granularity}
+
+    def results():
+        graph, routes = (f(tiny_text(20), **options) for f in (tracer.trace, tracer.trace_all))
+        scores = next(tracer.contributions(tiny_text(20), keep=0.05))
+        of_routes = [routes.head_frequency(), routes.head_importance(), routes.ffn_importance()]
+        return [
+            *graph.edges, *graph.head_edges, *routes[7].head_edges,
+            *scores.token_edges, *scores.head_edges,
+        ], of_routes  # fmt: skip
+
+    expected = results()
+    monkeypatch.setattr(eager, "_listed", eager._padded)
+    got = results()
+    for mine, theirs in zip(got[0], expected[0], strict=True):
+        assert torch.equal(mine, theirs)
+    for mine, theirs in zip(got[1], expected[1], strict=True):  # sums in another order
+        torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=0)
 
 
 def test_rows_do_not_depend_on_each_other():

@@ -39,9 +39,26 @@ def test_console_blocks_print_what_is_shown():
 
 
 def test_every_option_named_exists():
-    result = CliRunner().invoke(app, ["trace", "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"})
-    for option in set(re.findall(r"`(--\w[\w-]*)", TEXT)):
-        assert option in result.output
+    shown = ""
+    for command in ("trace", "bench"):
+        help_ = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"})
+        assert help_.exit_code == 0
+        shown += help_.output
+    existing = set(re.findall(r"--\w[\w-]*", re.sub(r"\x1b\[[\d;]*m", "", shown)))
+    named = set(re.findall(r"`(--\w[\w-]*)", TEXT))
+    for line in re.findall(r"ifr-fast .*", TEXT):
+        named |= set(re.findall(r" (--\w[\w-]*)", line))
+    assert len(named) > 5
+    assert named <= existing
+
+
+def test_every_section_says_something():
+    """No placeholders: a section is more than its heading and a comment."""
+    text = re.sub(r"```.*?```", "code", TEXT, flags=re.DOTALL)
+    sections = re.split(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    for title, body in zip(sections[1::2], sections[2::2], strict=True):
+        assert "<!--" not in body, title
+        assert body.strip(), title
 
 
 def test_files_linked_exist():
