@@ -12,7 +12,6 @@ from torch import Tensor
 
 from .errors import IfrError
 from .kernels.contract import AttentionScores, FFNScores, LayerInputs, visible
-from .kernels.eager import attention_pattern, block_of
 from .recording import Recording, layer_inputs
 
 IMPLEMENTATIONS = ("auto", "reference", "eager", "cpu", "triton")
@@ -194,6 +193,8 @@ def closure_error(inputs: LayerInputs, bias: Tensor, sample: Tensor) -> Tensor:
 
     It sees what a probe cannot: windows, and weights that changed since the model was opened.
     """
+    from .kernels.eager import attention_pattern, block_of
+
     inputs = block_of(inputs, sample)
     dtype = inputs.y.dtype
     inputs = inputs.to(torch.promote_types(dtype, torch.float32))

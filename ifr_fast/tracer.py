@@ -366,7 +366,11 @@ def _check_options(threshold: float, granularity: str) -> float:
 
 
 def _index(name: str, i: int, n: int) -> int:
-    index = as_index(name, i)
+    wrong = f"{name}: expected an int from {-n} to {n - 1}, got {i!r}"
+    try:
+        index = as_index(name, i)
+    except ValueError as error:
+        raise ValueError(wrong) from error
     if not -n <= index < n:
-        raise ValueError(f"{name}: expected {-n} to {n - 1}, got {index}")
+        raise ValueError(wrong)
     return index % n

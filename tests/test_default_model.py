@@ -81,9 +81,9 @@ def test_a_trace_scores_only_rows_on_the_frontier(smol, prose, monkeypatch):
     scored: dict[int, list[int]] = {}
     original = module.score_layer
 
-    def counting(decoder, recording, layer, rows, keep, impl):
+    def counting(recording, layer, rows, keep, impl):
         scored[layer] = rows.tolist()
-        return original(decoder, recording, layer, rows, keep, impl)
+        return original(recording, layer, rows, keep, impl)
 
     monkeypatch.setattr(module, "score_layer", counting)
     graph = smol.trace(prose[20_000:20_512], position=-100, threshold=0.04)
