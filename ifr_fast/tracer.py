@@ -366,11 +366,10 @@ def _check_options(threshold: float, granularity: str) -> float:
 
 
 def _index(name: str, i: int, n: int) -> int:
-    wrong = f"{name}: expected an int from {-n} to {n - 1}, got {i!r}"
     try:
         index = as_index(name, i)
-    except ValueError as error:
-        raise ValueError(wrong) from error
+    except ValueError:
+        raise ValueError(f"{name}: expected an int from {-n} to {n - 1}, got {i!r}") from None
     if not -n <= index < n:
-        raise ValueError(wrong)
+        raise ValueError(f"{name}: expected {-n} to {n - 1}, got {index}")
     return index % n

@@ -112,6 +112,7 @@ def shell(*args: Any, cwd: Path | None = None, stdin: bytes = b"", **variables: 
 
 
 @pytest.mark.default_model
+@pytest.mark.usefixtures("smol")  # so that the model is in the cache
 def test_the_demonstration(tmp_path: Path) -> None:
     files = {kind: tmp_path / f"out.{kind}" for kind in ("json", "html", "png", "save")}
     ran = shell("trace", *(x for kind, path in files.items() for x in (f"--{kind}", path)))
