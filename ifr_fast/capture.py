@@ -40,17 +40,9 @@ class LazyMask:
     Travels from the mask interface to the attention function in place of a tensor.
     """
 
-    def __init__(
-        self,
-        mask_function: Callable[..., Tensor],
-        device: torch.device,
-        q_offset: int,
-        kv_offset: int,
-    ) -> None:
+    def __init__(self, mask_function: Callable[..., Tensor], device: torch.device) -> None:
         self._function = mask_function
         self._device = device
-        self.q_offset = q_offset
-        self.kv_offset = kv_offset
 
     def visible(self, rows: Tensor, keys: Tensor) -> Tensor:
         """Which of `keys` each of `rows` may read, bool [R, S]; absolute positions."""
@@ -130,12 +122,10 @@ def _attention(
 def _mask(
     *,
     mask_function: Callable[..., Tensor],
-    q_offset: int = 0,
-    kv_offset: int = 0,
     device: torch.device | str = "cpu",
     **_: Any,
 ) -> LazyMask:
-    return LazyMask(mask_function, torch.device(device), int(q_offset), int(kv_offset))
+    return LazyMask(mask_function, torch.device(device))
 
 
 AttentionInterface.register(_NAME, _attention)

@@ -24,6 +24,7 @@ from torch import Tensor
 from .breakpoints import ROUND_UP, breakpoints, column_norms, signs, value_space_signs
 from .contract import AttentionScores, EdgeList, FFNScores, LayerInputs, visible
 
+BLOCK_ROWS = 128  # in a row block, at most
 BLOCK_ELEMENTS = 1 << 21  # of [H, R, S] in a row block
 VISIT_ELEMENTS = 1 << 22  # coordinates visited in one go
 PROJECTED_ELEMENTS = 1 << 23  # of u = v @ W_O, kept at once (one head's at least)
@@ -42,8 +43,8 @@ def score_attention(inputs: LayerInputs, keep: float) -> AttentionScores:
     parts = []
     start = 0
     while start < R:
-        n_keys = int(inputs.rows[min(start + 127, R - 1)]) + 1
-        stop = min(R, start + max(1, min(128, BLOCK_ELEMENTS // (H * n_keys))))
+        n_keys = int(inputs.rows[min(start + BLOCK_ROWS, R) - 1]) + 1
+        stop = min(R, start + max(1, min(BLOCK_ROWS, BLOCK_ELEMENTS // (H * n_keys))))
         parts.append(_score_block(block_of(inputs, slice(start, stop)), rho, v_norm, keep, start))
         start = stop
     residual, ffn, head_total, edges, unattributed = zip(*parts, strict=True)

@@ -53,8 +53,3 @@ def random_inputs(
         scale=K**-0.5,
         **{flag: optional[flag] for flag in flags},
     )
-
-
-def cast(inputs: LayerInputs, dtype: torch.dtype) -> LayerInputs:
-    """The inputs with all floating tensors in `dtype`."""
-    return inputs.to(dtype)

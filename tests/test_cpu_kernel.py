@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_inputs import cast, random_inputs
+from random_inputs import random_inputs
 from torch import Tensor
 
 from ifr_fast.kernels import eager, reference
@@ -36,7 +36,7 @@ def make_inputs(*shape: int, seed: int = 0, flags: set[str] | None = None) -> La
 
 
 def float32(inputs: LayerInputs) -> LayerInputs:
-    return cast(inputs, torch.float32)
+    return inputs.to(torch.float32)
 
 
 def dense(scores: AttentionScores, S: int) -> Tensor:
@@ -155,10 +155,10 @@ def test_log_sum_exp_of_the_forward_pass() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_scored_in_float32(dtype: torch.dtype) -> None:
-    inputs = cast(make_inputs(20, 60, 6, 3, 8, 10, 33), dtype)
+    inputs = make_inputs(20, 60, 6, 3, 8, 10, 33).to(dtype)
     got = kernel.score_attention(inputs, 0.0)
     assert got.residual.dtype == got.edges.weight.dtype == torch.float32
-    assert_scores_close(got, reference.score_attention(cast(inputs, torch.float64), 0.0), 60)
+    assert_scores_close(got, reference.score_attention(inputs.to(torch.float64), 0.0), 60)
 
 
 def test_keep_selects_edges_strictly_above_it() -> None:

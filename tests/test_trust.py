@@ -72,16 +72,16 @@ def test_only_causal_and_sliding_masks_pass(n_keys):
         return k <= q
 
     def accepted(function, window):
-        mask = LazyMask(function, torch.device("cpu"), 0, 0)
+        mask = LazyMask(function, torch.device("cpu"))
         return bool(mask.is_causal(n_keys, window))
 
     assert accepted(plain, None)
     assert accepted(sliding, 7)
     assert accepted(sliding, None) == (n_keys <= 7)
     assert not accepted(lambda b, h, q, k: q >= 0, None)
-    mask = LazyMask(chunked, torch.device("cpu"), 0, 0)
+    mask = LazyMask(chunked, torch.device("cpu"))
     assert accepted(chunked, mask.window(n_keys)) == (n_keys <= 16)
-    assert LazyMask(sliding, torch.device("cpu"), 0, 0).window(100) == 7
+    assert LazyMask(sliding, torch.device("cpu")).window(100) == 7
 
 
 def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):
