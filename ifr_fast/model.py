@@ -45,7 +45,7 @@ class Block(NamedTuple):
     module: nn.Module
     attention: nn.Module
     mid_site: nn.Module | None  # the module whose input is resid_mid; None in a parallel block
-    W_O: Tensor  # [H, V, D] effective, in the model's dtype
+    W_O: Tensor  # [H, V, D] effective, in the model's dtype, contiguous in V
     bias: Tensor  # [D] what attention adds whatever its heads do; of no part
     window: int | None  # keys visible to a row, itself included
 
@@ -357,7 +357,7 @@ def _open_block(index: int, probe: _Probe, n_far: int) -> Block:
         probe.module,
         probe.attention,
         mid_site,
-        W_O.to(dtype),
+        W_O.to(dtype).transpose(1, 2).contiguous().transpose(1, 2),
         bias.to(dtype),
         probe.call.mask.window(n_far),
     )
