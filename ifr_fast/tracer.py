@@ -300,7 +300,7 @@ class Tracer:
         def outside(_: capture.AttentionCall) -> NoReturn:
             raise AssertionError("attention asked outside of a replay")
 
-        with evaluating(self.model), capture.attention_through(self.model, outside):
+        with evaluating(self.model), self.decoder.attention_through(self.model, outside):
             yield
 
     def _check_tokens(self, token_ids: Tensor) -> None:

@@ -18,11 +18,6 @@ from transformers import (
     BertConfig,
     BertLMHeadModel,
     BertModel,
-    BloomConfig,
-    BloomForCausalLM,
-    Gemma2Config,
-    GPTJConfig,
-    GPTJForCausalLM,
     GraniteConfig,
     OPTConfig,
     PreTrainedModel,
@@ -178,12 +173,6 @@ def refused(model: PreTrainedModel, *words: str) -> None:
         assert word in message
 
 
-def test_post_norms_are_refused() -> None:
-    torch.manual_seed(0)
-    config = Gemma2Config(**SHAPE, num_key_value_heads=2, head_dim=6, intermediate_size=40)
-    refused(AutoModelForCausalLM.from_config(config), "layers.0", "relative error")
-
-
 def test_encoders_are_refused() -> None:
     torch.manual_seed(0)
     config = BertConfig(**SHAPE, intermediate_size=40)
@@ -194,15 +183,6 @@ def test_encoders_are_refused() -> None:
 def test_encoder_decoders_are_refused() -> None:
     config = T5Config(vocab_size=VOCAB, d_model=24, d_kv=6, d_ff=40, num_layers=2, num_heads=4)
     refused(T5ForConditionalGeneration(config), "T5ForConditionalGeneration", "decoder")
-
-
-def test_attention_that_cannot_be_watched_is_refused() -> None:
-    bloom = BloomConfig(vocab_size=VOCAB, hidden_size=24, n_layer=2, n_head=4)
-    refused(BloomForCausalLM(bloom), "BloomForCausalLM", "attention interface")
-    gptj = GPTJConfig(
-        vocab_size=VOCAB, n_embd=24, n_layer=2, n_head=4, n_positions=64, rotary_dim=4
-    )
-    refused(GPTJForCausalLM(gptj), "GPTJForCausalLM", "attention interface")
 
 
 def test_norms_after_the_residual_sum_are_refused() -> None:
