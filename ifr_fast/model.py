@@ -392,7 +392,7 @@ def _open_block(index: int, probe: _Probe, n_far: int) -> Block:
     dtype = probe.resid_pre.dtype
     exact = probe.float() if dtype in (torch.bfloat16, torch.float16) else probe
     with _in_float32(probe.module):
-        parts = _decompose(index, exact)
+        parts = _decompose(index, exact, _tolerance(dtype))
     narrow = parts.W_O.to(dtype)
     block = Block(
         index,
@@ -410,8 +410,11 @@ def _open_block(index: int, probe: _Probe, n_far: int) -> Block:
     return block
 
 
-def _decompose(index: int, probe: _Probe) -> _Parts:
-    """Finds the parts of a layer, and checks that they are all that it adds up."""
+def _decompose(index: int, probe: _Probe, tolerance: float) -> _Parts:
+    """Finds the parts of a layer, and checks that they are all that it adds up.
+
+    tolerance: of a replay, against what a model in perhaps half precision was seen to do.
+    """
     x, z = probe.resid_pre, probe.z
     generator = torch.Generator().manual_seed(index)
     # Relative steps: a unit step vanishes beside streams whose norm is in the thousands.
@@ -451,7 +454,7 @@ def _decompose(index: int, probe: _Probe) -> _Parts:
     _check_ffn(probe, whole, resid_mid)
 
     error = _error(whole.output, probe.resid_post)
-    if error > _tolerance(probe.call.q.dtype):
+    if error > tolerance:
         _refuse(probe, f"a replay does not give its output back (relative error {error:.1e})")
     return parts
 
