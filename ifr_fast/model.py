@@ -28,6 +28,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from . import capture, own_attention
@@ -37,6 +38,7 @@ from .errors import UnsupportedArchitectureError
 _PROBE_LENGTH = 11  # a prime, so that it collides with no other dimension
 _PROBE_ROWS = 512  # of the identity pushed through a layer at once
 _FAR = 1 << 17  # keys beyond which a sliding window is none, where a model states no context
+_HALF = (torch.bfloat16, torch.float16)
 _TOLERANCE = 1e-4  # relative error that rounding explains in float32
 
 
@@ -67,7 +69,8 @@ class Decoder:
     `ValueError` where the model's weights are not finite.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: nn.Module) -> None:
+        given, model = model, _unwrapped(model)
         if not isinstance(model, PreTrainedModel):
             raise ValueError(
                 f"model: expected a transformers PreTrainedModel, got {type(model).__name__}"
@@ -86,6 +89,7 @@ class Decoder:
         self.vocab_size = int(model.get_input_embeddings().num_embeddings)
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.max_length: int | None = context if isinstance(context, int) else None
+        self.blocks: list[Block] = []
         # Forward-mode derivatives do not exist in inference mode.
         with (
             torch.inference_mode(False),
@@ -93,14 +97,20 @@ class Decoder:
             capture.exclusively(model),
             evaluating(model),
         ):
+            if given is not model:
+                _check_wrapper(given, self)
             self.attention_through, self.blocks = _open_blocks(self)
         self.n_layers = len(self.blocks)
         self.n_heads, self.d_head, self.d_model = self.blocks[0].W_O.shape
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go."""
-        return self.model.get_input_embeddings().weight.device
+        """Where token ids go, and scores come from."""
+        device: torch.device = self.model.get_input_embeddings().weight.device
+        if device.type != "meta":
+            return device
+        # Offloaded weights are brought to where they are used, and so is what reads them.
+        return self.blocks[0].W_O.device if self.blocks else torch.device("cpu")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -166,6 +176,38 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, where `model` is one that PEFT or torch.compile put around it: adapters
+    are among its modules.
+    """
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        else:
+            return model
+
+
+def _check_wrapper(wrapper: nn.Module, decoder: Decoder) -> None:
+    """Refuses a wrapper that does more than its model alone, as soft prompts do."""
+    token_ids = _probe_tokens(decoder)
+    with evaluating(wrapper):
+        whole = wrapper(input_ids=token_ids.to(decoder.device)[None], use_cache=False).logits[0]
+    _, logits = decoder.forward(token_ids)
+    if len(whole) != len(token_ids) or _error(whole[-1], logits) > _tolerance(logits.dtype):
+        raise UnsupportedArchitectureError(
+            f"model: {type(wrapper).__name__} does more than the model that it wraps (a soft prompt?)"
+            ", which alone can be explained"
+        )
+
+
+def _probe_tokens(decoder: Decoder) -> Tensor:
+    n_tokens = min(_PROBE_LENGTH, decoder.max_length or _PROBE_LENGTH)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(decoder.vocab_size, (n_tokens,), generator=generator)
+
+
 class _Probe(NamedTuple):
     """What one layer was seen to do on the probe; [T, ...] on its own device."""
 
@@ -188,16 +230,37 @@ class _Probe(NamedTuple):
         )
 
 
+class _Upcast(TorchFunctionMode):
+    """Within, every operation reads half-precision tensors as float32, and only moves keep them."""
+
+    _MOVES = frozenset({"__get__", "__set__", "to", "detach", "clone", "requires_grad_"})
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        def upcast(x: Any) -> Any:
+            return x.float() if isinstance(x, Tensor) and x.dtype in _HALF else x
+
+        if func.__name__ in self._MOVES:
+            return func(*args, **(kwargs or {}))
+        return func(*map(upcast, args), **{key: upcast(x) for key, x in (kwargs or {}).items()})
+
+
 @contextmanager
 def _in_float32(layer: nn.Module) -> Iterator[None]:
-    """Within, a half-precision layer holds its weights in float32: rounding would hide what the
-    closure check is there to find.
+    """Within, a half-precision layer computes in float32: rounding would hide what the closure
+    check is there to find.
     """
-    held = [
-        (tensor, tensor.data)
-        for tensor in (*layer.parameters(), *layer.buffers())
-        if tensor.dtype in (torch.bfloat16, torch.float16)
-    ]
+    tensors = [x for x in (*layer.parameters(), *layer.buffers()) if x.dtype in _HALF]
+    if any(x.is_meta for x in tensors):  # offloaded: comes in half precision when it is used
+        with _Upcast():
+            yield
+        return
+    held = [(tensor, tensor.data) for tensor in tensors]
     try:
         for tensor, data in held:
             tensor.data = data.float()
@@ -210,9 +273,8 @@ def _in_float32(layer: nn.Module) -> Iterator[None]:
 def _open_blocks(decoder: Decoder) -> tuple[AttentionThrough, list[Block]]:
     """How to answer the model's attention, and its layers."""
     model = decoder.model
-    n_tokens = min(_PROBE_LENGTH, decoder.max_length or _PROBE_LENGTH)
-    generator = torch.Generator().manual_seed(0)
-    token_ids = torch.randint(decoder.vocab_size, (n_tokens,), generator=generator)
+    token_ids = _probe_tokens(decoder)
+    n_tokens = len(token_ids)
 
     plain, logits = decoder.forward(token_ids)
     calls: list[tuple[AttentionCall, Tensor]] = []
@@ -291,7 +353,7 @@ def _check_finite(model: PreTrainedModel, seen: list[Tensor]) -> None:
     if all(bool(torch.isfinite(x).all()) for x in seen):
         return
     for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
+        if not parameter.is_meta and not torch.isfinite(parameter).all():
             raise ValueError(f"model: parameter {name} holds NaN or infinite values")
     raise ValueError(
         f"model: its states are not finite in {seen[0].dtype}; try a wider torch_dtype"
@@ -390,7 +452,7 @@ class _Parts(NamedTuple):
 
 def _open_block(index: int, probe: _Probe, n_far: int) -> Block:
     dtype = probe.resid_pre.dtype
-    exact = probe.float() if dtype in (torch.bfloat16, torch.float16) else probe
+    exact = probe.float() if dtype in _HALF else probe
     with _in_float32(probe.module):
         parts = _decompose(index, exact, _tolerance(dtype))
     narrow = parts.W_O.to(dtype)

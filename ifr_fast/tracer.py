@@ -80,7 +80,7 @@ class Plan:
 class Tracer:
     """Explains the predictions of one model.
 
-    model: any Hugging Face decoder in memory. tokenizer: its own, or None to work on token ids.
+    model: any Hugging Face decoder in memory, with or without PEFT adapters. tokenizer: its own, or None to work on token ids.
     impl: "auto", "reference", "eager", "cpu" or "triton"; also by $IFR_FAST_IMPL.
 
     Raises `UnsupportedArchitectureError` where the model's parts cannot be shown to add up.
@@ -151,7 +151,7 @@ class Tracer:
         """
         if n_tokens < 1:
             raise ValueError(f"n_tokens: expected at least 1, got {n_tokens}")
-        decoder, config = self.decoder, self.model.config.get_text_config()
+        decoder, config = self.decoder, self.decoder.model.config.get_text_config()
         H, V, D = decoder.n_heads, decoder.d_head, decoder.d_model
         H_kv = getattr(config, "num_key_value_heads", None) or H
         per_token = torch.finfo(decoder.dtype).bits // 8 * decoder.n_layers
@@ -300,7 +300,8 @@ class Tracer:
         def outside(_: capture.AttentionCall) -> NoReturn:
             raise AssertionError("attention asked outside of a replay")
 
-        with evaluating(self.model), self.decoder.attention_through(self.model, outside):
+        model = self.decoder.model
+        with evaluating(model), self.decoder.attention_through(model, outside):
             yield
 
     def _check_tokens(self, token_ids: Tensor) -> None:
