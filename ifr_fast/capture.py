@@ -237,14 +237,14 @@ def attend_rows(call: AttentionCall, q: Tensor, rows: Tensor) -> Tensor:
     return torch.cat(out, dim=1)
 
 
-def _map(x: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def map_tensors(x: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """X with every tensor in it changed."""
     if isinstance(x, Tensor):
         return change(x)
     if isinstance(x, tuple | list):
-        return type(x)(_map(item, change) for item in x)
+        return type(x)(map_tensors(item, change) for item in x)
     if isinstance(x, dict):
-        return {key: _map(value, change) for key, value in x.items()}
+        return {key: map_tensors(value, change) for key, value in x.items()}
     return x
 
 
@@ -271,11 +271,13 @@ class LayerCall(NamedTuple):
                 return x.index_select(dim, rows.to(x.device))
             return x
 
-        return LayerCall(len(rows), _map(self.args, cut), _map(self.kwargs, cut))
+        return LayerCall(len(rows), map_tensors(self.args, cut), map_tensors(self.kwargs, cut))
 
     def float(self) -> LayerCall:
         """The same call with all floating tensors in float32."""
-        return LayerCall(self.n_rows, _map(self.args, _float), _map(self.kwargs, _float))
+        return LayerCall(
+            self.n_rows, map_tensors(self.args, _float), map_tensors(self.kwargs, _float)
+        )
 
     def __call__(self, layer: nn.Module, hidden: Tensor) -> Tensor:
         """Runs the layer on `hidden` [1, n_rows, D]; returns its output [1, n_rows, D]."""

@@ -176,7 +176,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def _unwrapped(model: Any) -> nn.Module:
     """The model itself, where `model` is one that PEFT or torch.compile put around it: adapters
     are among its modules.
     """
@@ -197,8 +197,8 @@ def _check_wrapper(wrapper: nn.Module, decoder: Decoder) -> None:
     _, logits = decoder.forward(token_ids)
     if len(whole) != len(token_ids) or _error(whole[-1], logits) > _tolerance(logits.dtype):
         raise UnsupportedArchitectureError(
-            f"model: {type(wrapper).__name__} does more than the model that it wraps (a soft prompt?)"
-            ", which alone can be explained"
+            f"model: {type(wrapper).__name__} does more than the model that it wraps, by a soft "
+            "prompt perhaps, and that model alone can be explained"
         )
 
 
@@ -243,11 +243,17 @@ class _Upcast(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         def upcast(x: Any) -> Any:
-            return x.float() if isinstance(x, Tensor) and x.dtype in _HALF else x
+            if not isinstance(x, Tensor) or x.dtype not in _HALF:
+                return x
+            return x.float() if _is_plain(x) else x.dequantize().float()
 
         if func.__name__ in self._MOVES:
             return func(*args, **(kwargs or {}))
         return func(*map(upcast, args), **{key: upcast(x) for key, x in (kwargs or {}).items()})
+
+
+def _is_plain(x: Tensor) -> bool:
+    return type(x) in (Tensor, nn.Parameter)
 
 
 @contextmanager
@@ -256,7 +262,8 @@ def _in_float32(layer: nn.Module) -> Iterator[None]:
     check is there to find.
     """
     tensors = [x for x in (*layer.parameters(), *layer.buffers()) if x.dtype in _HALF]
-    if any(x.is_meta for x in tensors):  # offloaded: comes in half precision when it is used
+    # Offloaded weights come when they are used; quantized ones cannot be cast.
+    if any(x.is_meta or not _is_plain(x) for x in tensors):
         with _Upcast():
             yield
         return
@@ -346,6 +353,11 @@ def _open_blocks(decoder: Decoder) -> tuple[AttentionThrough, list[Block]]:
                 seen[i]["post"],
             )
             blocks.append(_open_block(i, probe, decoder.max_length or _FAR))
+    heads = [block.W_O.shape[0] for block in blocks]
+    if len(set(heads)) > 1:
+        raise UnsupportedArchitectureError(
+            f"model: its layers have different numbers of heads: {', '.join(map(str, heads))}"
+        )
     return attention_through, blocks
 
 
@@ -593,7 +605,10 @@ def _probe_output_map(
                 capture.answering(lambda _, z=z: z),  # type: ignore[misc]
                 capture.hooks(*handles),
             ):
-                at_site.append(layer_call(probe.module, hidden))
+                try:
+                    at_site.append(layer_call(probe.module, hidden))
+                except NotImplementedError as error:  # rounded on the way, to int8 for one
+                    _refuse(probe, f"what it makes of its attention has no derivative ({error})")
             derivative = forward_ad.unpack_dual(at_site[0]).tangent
         if derivative is None:
             _refuse(probe, "its output does not depend on its attention")

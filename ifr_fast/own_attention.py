@@ -9,7 +9,7 @@ Nothing here knows a model family.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from . import capture
-from .capture import AttentionCall, AttentionHandler, LazyMask
+from .capture import AttentionCall, AttentionHandler, LazyMask, map_tensors
 from .errors import UnsupportedArchitectureError
 
 _HIDDEN = -3e4  # a bias or fill below it hides a key; float16's lowest value is twice that
@@ -167,7 +167,7 @@ class _Watch(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = func.__name__
-        if not any(isinstance(x, _Scores) for x in (*args, *kwargs.values())):
+        if not _holds_scores((*args, *kwargs.values())):
             if name in _PRODUCTS:
                 return _product(func, *args, **kwargs)
             if name == "baddbmm":
@@ -185,8 +185,7 @@ class _Watch(TorchFunctionMode):
         changed = _changed(name, func, args, kwargs)
         if changed is not None:
             return changed
-        computed = {key: _computed(x) for key, x in kwargs.items()}
-        return func(*map(_computed, args), **computed)
+        return func(*map_tensors(args, _computed), **map_tensors(kwargs, _computed))
 
     def _attended(self, weights: _Scores, v: Tensor) -> Tensor | None:
         """What the handler says of weights @ v [..., T, V]; None where that is no attention."""
@@ -245,7 +244,13 @@ def _never() -> Tensor:
     raise AssertionError("weights of a fused attention are asked for")
 
 
-def _computed(x: Any) -> Any:
+def _holds_scores(args: Iterable[Any]) -> bool:
+    return any(
+        isinstance(x, _Scores) or (isinstance(x, tuple | list) and _holds_scores(x)) for x in args
+    )
+
+
+def _computed(x: Tensor) -> Tensor:
     return x.compute() if isinstance(x, _Scores) else x
 
 

@@ -80,7 +80,8 @@ class Plan:
 class Tracer:
     """Explains the predictions of one model.
 
-    model: any Hugging Face decoder in memory, with or without PEFT adapters. tokenizer: its own, or None to work on token ids.
+    model: any Hugging Face decoder in memory, inside PEFT or not. tokenizer: its own, or None to
+    work on token ids.
     impl: "auto", "reference", "eager", "cpu" or "triton"; also by $IFR_FAST_IMPL.
 
     Raises `UnsupportedArchitectureError` where the model's parts cannot be shown to add up.
@@ -157,6 +158,8 @@ class Tracer:
         per_token = torch.finfo(decoder.dtype).bits // 8 * decoder.n_layers
         lean = n_tokens * per_token * (D + 2 * H_kv * V)
         full = n_tokens * per_token * (2 * D + H * V + 2 * H_kv * V)
+        n_scaled = sum(block.row_scaled for block in decoder.blocks)
+        full += n_tokens * per_token // decoder.n_layers * n_scaled * H * V  # and z
         scoring = 4 * (8 << 21) + 8 * n_tokens * D
         available = available_memory(decoder.device)
         fits = available is None or full + scoring < 0.8 * available

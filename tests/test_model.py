@@ -4,6 +4,7 @@ refusal where it cannot be shown to be.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +25,7 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 import ifr_fast.tracer
 from ifr_fast import (
@@ -344,6 +346,15 @@ def test_attention_that_is_called_twice_is_refused() -> None:
         return mid + _feed(layer, mid)
 
     refused(with_forward("llama", 1, twice), "3 layers", "4 calls")
+
+
+def test_layers_of_different_head_counts_are_refused() -> None:
+    model = tiny_model("llama")
+    config = copy.deepcopy(model.config)
+    config.num_attention_heads, config.head_dim = 4, 6
+    model.model.layers[1].self_attn = attention = LlamaAttention(config, layer_idx=1)
+    attention.config = model.config  # through which its attention function is set
+    refused(model, "different numbers of heads: 6, 4, 6")
 
 
 def test_a_layer_without_attention_is_refused() -> None:
