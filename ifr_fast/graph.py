@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from functools import cached_property
@@ -142,15 +142,24 @@ class LayerTable(NamedTuple):
     ffn_unattributed: Tensor | None  # [R] bool
 
 
-class _Grown(NamedTuple):
-    """One layer of a graph: rows of columns, and the flags that say which rows it has."""
+class _Steps(NamedTuple):
+    """Edges of one kind into some of a layer's nodes, as many as the kernel listed."""
 
-    edges: EdgeTable
-    kept: Tensor  # [E] bool
-    head_edges: HeadEdgeTable
-    head_kept: Tensor  # [M] bool
-    nodes: tuple[Tensor, Tensor, Tensor]  # [N] layer, whether `mid` (else `post`), position
-    unattributed: Tensor  # [N] bool
+    kind: EdgeKind
+    target: Tensor  # [N]
+    source: Tensor  # [N]
+    weight: Tensor  # [N]
+    kept: Tensor  # [N] bool
+
+
+class _Grown(NamedTuple):
+    """One layer of a graph, with flags that say which of its edges and nodes it has."""
+
+    layer: int
+    steps: list[_Steps]  # attention last
+    head_weight: Tensor  # [E, H] of the attention edges
+    head_kept: Tensor  # [E, H] bool
+    unattributed: list[tuple[bool, Tensor, Tensor]]  # whether `mid` (else `post`), [R], bool [R]
 
 
 def grow_layer(
@@ -165,85 +174,84 @@ def grow_layer(
     Returns them, and which positions' `resid_pre` [T] bool they reach. No value is read by the
     host: sizes depend on shapes alone.
     """
-    rows, (row, source, _, head_weight) = table.rows, table.edges
-    n_rows, n_heads = len(rows), head_weight.shape[1]
+    rows, (row, source, edge_weight, head_weight) = table.rows, table.edges
     post = reached[rows]
     ffn_kept = post & (table.ffn > threshold)
+    steps = [_Steps(EdgeKind.FFN, rows, rows, table.ffn, ffn_kept)]
     if table.ffn_residual is None:
         mid, mid_kind = post, EdgeKind.RESIDUAL_POST
-        kinds = [EdgeKind.FFN]
-        weights, kept = [table.ffn], [ffn_kept]
-        unattributed = [post & table.unattributed]
+        unattributed = [(False, rows, post & table.unattributed)]
     else:
         residual_kept = post & (table.ffn_residual > threshold)
+        steps.append(_Steps(EdgeKind.RESIDUAL_POST, rows, rows, table.ffn_residual, residual_kept))
         mid, mid_kind = ffn_kept | residual_kept, EdgeKind.RESIDUAL_MID
-        kinds = [EdgeKind.FFN, EdgeKind.RESIDUAL_POST]
-        weights, kept = [table.ffn, table.ffn_residual], [ffn_kept, residual_kept]
         assert table.ffn_unattributed is not None
-        unattributed = [post & table.ffn_unattributed, mid & table.unattributed]
-    kinds.append(mid_kind)
-    weights.append(table.residual)
-    kept.append(mid & (table.residual > threshold))
+        unattributed = [
+            (False, rows, post & table.ffn_unattributed),
+            (True, rows, mid & table.unattributed),
+        ]
+    passes = mid & (table.residual > threshold)
+    steps.append(_Steps(mid_kind, rows, rows, table.residual, passes))
 
     if granularity == "head":
         head_kept = head_weight > threshold
         edge_weight = (head_weight * head_kept).sum(-1)
     else:
         head_kept = head_weight > 0
-        edge_weight = table.edges.weight
     attention_kept = (edge_weight > threshold) & mid[row]
-    head_kept = head_kept & attention_kept[:, None]
-    target = rows[row]
+    steps.append(_Steps(EdgeKind.ATTENTION, rows[row], source, edge_weight, attention_kept))
 
-    def full(n: int, value: int) -> Tensor:
-        return torch.full((n,), value, device=rows.device)
-
-    n_edges = len(row)
-    edges = EdgeTable(
-        full(len(kinds) * n_rows + n_edges, layer),
-        torch.cat([full(n_rows, kind) for kind in kinds] + [full(n_edges, EdgeKind.ATTENTION)]),
-        torch.cat([rows] * len(kinds) + [target]),
-        torch.cat([rows] * len(kinds) + [source]),
-        torch.cat([*weights, edge_weight]).float(),
-    )
-    head_edges = HeadEdgeTable(
-        full(n_edges * n_heads, layer),
-        torch.arange(n_heads, device=rows.device).repeat(n_edges),
-        target[:, None].expand(-1, n_heads).flatten(),
-        source[:, None].expand(-1, n_heads).flatten(),
-        head_weight.flatten().float(),
-    )
     leads_to_pre = torch.zeros(len(reached), dtype=torch.int32, device=rows.device)
     leads_to_pre.index_add_(0, source, attention_kept.int())
-    passes = kept[-1] | ffn_kept if table.ffn_residual is None else kept[-1]
+    if table.ffn_residual is None:
+        passes = passes | ffn_kept
     leads_to_pre.index_add_(0, rows, passes.int())
-    n_nodes = len(unattributed) * n_rows
-    nodes = (
-        full(n_nodes, layer),
-        torch.arange(len(unattributed), device=rows.device).repeat_interleave(n_rows),
-        torch.cat([rows] * len(unattributed)),
-    )
-    grown = _Grown(
-        edges,
-        torch.cat([*kept, attention_kept]),
-        head_edges,
-        head_kept.flatten(),
-        nodes,
-        torch.cat(unattributed),
-    )
-    return grown, leads_to_pre > 0
+    head_kept = head_kept & attention_kept[:, None]
+    return _Grown(layer, steps, head_weight, head_kept, unattributed), leads_to_pre > 0
 
 
 def assemble(grown: list[_Grown], parallel: list[bool], **fields: Any) -> RouteGraph:
     """The RouteGraph of all layers' edges, on the CPU, in canonical order; one read by the host."""
+    H = grown[0].head_weight.shape[1]
+    steps = [(g.layer, step) for g in grown for step in g.steps]
+    attention = [(g.layer, g.steps[-1]) for g in grown]
+    nodes = [(g.layer, *node) for g in grown for node in g.unattributed]
+
+    def each(values: Iterable[int], of: list[Tensor]) -> Tensor:
+        """A column that holds one value for all rows of each of some tables."""
+        sizes = torch.tensor([len(x) for x in of])
+        return torch.tensor(list(values)).repeat_interleave(sizes).to(of[0].device)
+
+    kept = [step.kept for _, step in steps]
+    attention_kept = [step.kept for _, step in attention]
+    node_kept = [flag for *_, flag in nodes]
     tables = [
-        _pack([g.edges for g in grown], [g.kept for g in grown]),
-        _pack([g.head_edges for g in grown], [g.head_kept for g in grown]),
-        _pack([g.nodes for g in grown], [g.unattributed for g in grown]),
+        _pack(
+            each((layer for layer, _ in steps), kept),
+            each((step.kind for _, step in steps), kept),
+            torch.cat([step.target for _, step in steps]),
+            torch.cat([step.source for _, step in steps]),
+            torch.cat([step.weight.float() for _, step in steps]),
+            torch.cat(kept),
+        ),
+        _pack(
+            each((layer for layer, _ in attention), attention_kept).repeat_interleave(H),
+            torch.arange(H, device=kept[0].device).repeat(sum(map(len, attention_kept))),
+            torch.cat([step.target for _, step in attention]).repeat_interleave(H),
+            torch.cat([step.source for _, step in attention]).repeat_interleave(H),
+            torch.cat([g.head_weight for g in grown]).float().flatten(),
+            torch.cat([g.head_kept for g in grown]).flatten(),
+        ),
+        _pack(
+            each((layer for layer, *_ in nodes), node_kept),
+            each((mid for _, mid, *_ in nodes), node_kept),
+            torch.cat([rows for _, _, rows, _ in nodes]),
+            torch.cat(node_kept),
+        ),
     ]
     flat = torch.cat([table.flatten() for table in tables]).cpu()
     with torch.inference_mode(False):
-        edges, heads, nodes = (
+        edges, heads, flagged = (
             columns.view(table.shape)[:-1, columns.view(table.shape)[-1] > 0]
             for columns, table in zip(flat.split([t.numel() for t in tables]), tables, strict=True)
         )
@@ -256,17 +264,16 @@ def assemble(grown: list[_Grown], parallel: list[bool], **fields: Any) -> RouteG
             head_edges=HeadEdgeTable._make([*heads[:4].long(), heads[4].float()]),
             unattributed=sorted(
                 Node(int(layer), kinds[int(mid)], int(position))
-                for layer, mid, position in nodes.T.tolist()
+                for layer, mid, position in flagged.T.tolist()
             ),
             parallel=torch.tensor(parallel),
             **fields,
         )
 
 
-def _pack(tables: Sequence[Sequence[Tensor]], flags: list[Tensor]) -> Tensor:
-    """Columns and flags as rows of one float64 matrix, exact for positions and float32 weights."""
-    columns = [torch.cat(column).double() for column in zip(*tables, strict=True)]
-    return torch.stack([*columns, torch.cat(flags).double()])
+def _pack(*columns: Tensor) -> Tensor:
+    """Columns as rows of one float64 matrix, exact for positions and float32 weights."""
+    return torch.stack([column.double() for column in columns])
 
 
 def _order(columns: Tensor, keys: tuple[int, ...]) -> Tensor:

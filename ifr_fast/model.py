@@ -50,7 +50,7 @@ class Block(NamedTuple):
     module: nn.Module
     attention: nn.Module
     mid_site: nn.Module | None  # the module whose input is resid_mid; None in a parallel block
-    W_O: Tensor  # [H, V, D] effective; in the model's dtype where that holds it exactly
+    W_O: Tensor  # [H, V, D] effective, in the model's dtype if that holds it; contiguous in V
     bias: Tensor  # [D] what attention adds whatever its heads do; of no part
     window: int | None  # keys visible to a row, itself included
     row_scaled: bool  # attention is scaled by a number that depends on the row: a post-norm
@@ -468,13 +468,14 @@ def _open_block(index: int, probe: _Probe, n_far: int) -> Block:
     with _in_float32(probe.module):
         parts = _decompose(index, exact, _tolerance(dtype))
     narrow = parts.W_O.to(dtype)
+    W_O = narrow if torch.equal(narrow.to(parts.W_O.dtype), parts.W_O) else parts.W_O
     block = Block(
         index,
         probe.name,
         probe.module,
         probe.attention,
         parts.mid_site,
-        narrow if torch.equal(narrow.to(parts.W_O.dtype), parts.W_O) else parts.W_O,
+        W_O.transpose(1, 2).contiguous().transpose(1, 2),
         parts.bias.to(dtype),
         probe.call.mask.window(n_far),
         parts.row_scaled,
@@ -710,7 +711,9 @@ def row_scales(
     """
     wide = torch.promote_types(block.W_O.dtype, torch.float32)
     gated = z.to(wide) if value_gate is None else z.to(wide) * value_gate
-    moved = gated.flatten(1) @ block.W_O.to(wide).flatten(0, 1)
+    moved = torch.zeros_like(resid_pre, dtype=wide)
+    for of_head, W_O in zip(gated.unbind(1), block.W_O, strict=True):
+        moved.addmm_(of_head, W_O.to(wide))
     return _fit_rows(moved, resid_mid.to(wide) - resid_pre.to(wide) - block.bias.to(wide))
 
 

@@ -8,6 +8,7 @@ forward pass's own, held instead of freed.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -19,6 +20,8 @@ from .capture import AttentionCall, LayerCall, LazyMask
 from .errors import IfrError, UnsupportedArchitectureError
 from .kernels.contract import LayerInputs
 from .model import Block, Decoder, evaluating, gate_rows, replay_rows, row_scales
+
+_CHECKED = 8  # rows of a layer whose parts must add up
 
 
 class RecordingMode(StrEnum):
@@ -66,6 +69,12 @@ class Recording:
     def __len__(self) -> int:
         return len(self.token_ids)
 
+    @property
+    def is_replayed(self) -> bool:
+        """Whether scoring it runs layers again, for what it does not hold."""
+        gated = any(block.gate_site is not None for block in self.decoder.blocks)
+        return gated or self.mode is RecordingMode.LEAN
+
     def sample(self, rows: Tensor) -> Tensor:
         """Indices of a few of `rows` [R], to check: where lean, ones with a recorded resid_mid."""
         if self.mode is RecordingMode.LEAN:
@@ -73,7 +82,7 @@ class Recording:
             if len(among):
                 return among
         n = len(rows)
-        return torch.tensor(sorted({n // 2, n - 1}))
+        return torch.arange(n - 1, -1, -math.ceil(n / _CHECKED))
 
     def resid_post(self, layer: int) -> Tensor:
         """[T, D]"""
@@ -223,8 +232,8 @@ def layer_inputs(
     """What the kernels need to score `rows` [R] (int64, CPU, ascending) of a layer.
 
     Also `resid_post` [R, D] where the block is sequential, so that its FFN can be scored. The
-    caller has the model's attention answered by `Decoder.attention_through` if the recording is
-    lean or the block has gates.
+    caller has the model's attention answered by `Decoder.attention_through` if the recording
+    `is_replayed`.
     """
     block, recorded = recording.decoder.blocks[layer], recording.layers[layer]
     everything = len(rows) == len(recording)

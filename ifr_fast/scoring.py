@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .errors import IfrError
-from .kernels.contract import AttentionScores, FFNScores, LayerInputs, visible
+from .kernels.breakpoints import signs
+from .kernels.contract import AttentionScores, FFNScores, LayerInputs
 from .recording import Recording, layer_inputs
 
 IMPLEMENTATIONS = ("auto", "reference", "eager", "cpu", "triton")
@@ -129,7 +130,7 @@ class LayerScores:
     unattributed: Tensor  # [R] bool: all proximities of `mid` (parallel: `post`) are 0
     ffn_unattributed: Tensor | None  # [R] bool, the same of `post`; None in parallel blocks
     attention: AttentionScores  # the kernel's own, edges perhaps padded
-    closure_error: Tensor  # 0-d, at most 1 where the parts of sampled rows add up to their node
+    closure: Closure  # rows whose parts are to add up to their node
 
     @cached_property
     def token_edges(self) -> TokenEdges:
@@ -183,48 +184,64 @@ def score_layer(
         scores.unattributed,
         ffn_unattributed,
         scores,
-        closure_error(inputs, recording.decoder.blocks[layer].bias, recording.sample(rows)),
+        closure(
+            inputs, scores.linear, recording.decoder.blocks[layer].bias, recording.sample(rows)
+        ),
     )
 
 
-def closure_error(inputs: LayerInputs, bias: Tensor, sample: Tensor) -> Tensor:
-    """How far the parts of some of the rows, and the bias [D], are from adding up to the node
-    (docs/design.md, section 3.4): 0-d, in units of what rounding explains. sample: indices of rows.
+class Closure(NamedTuple):
+    """Some of a layer's rows, whose parts should add up to their node."""
 
-    It sees what a probe cannot: windows, and weights that changed since the model was opened.
-    """
-    from .kernels.eager import attention_pattern, block_of
+    y: Tensor  # [C, D]
+    resid_pre: Tensor  # [C, D]
+    moved: Tensor  # [C, D] what attention has to have added, as the model computed it
+    linear: Tensor  # [C] `AttentionScores.linear`
+    eps: float  # of the model's dtype
 
-    inputs = block_of(inputs, sample)
-    dtype = inputs.y.dtype
-    inputs = inputs.to(torch.promote_types(dtype, torch.float32))
-    mask = visible(inputs.rows, inputs.k.shape[0], inputs.window).to(inputs.k.device)
-    pattern = attention_pattern(inputs, mask)  # [H, R, S]
-    H, R, S = pattern.shape
-    H_kv = inputs.v.shape[1]
-    z = torch.matmul(pattern.view(H_kv, -1, S), inputs.v.transpose(0, 1)).view(H, R, -1)
-    if inputs.value_gate is not None:
-        z = z * inputs.value_gate.transpose(0, 1)
-    moved = z.transpose(0, 1).reshape(R, -1) @ inputs.W_O.flatten(0, 1)  # [R, D]
-    if inputs.row_scale is not None:
-        moved = moved * inputs.row_scale[:, None]
-    expected = inputs.y - inputs.resid_pre - bias
+
+def closure(inputs: LayerInputs, linear: Tensor, bias: Tensor, sample: Tensor) -> Closure:
+    """The rows of a layer that are checked. bias: [D]; sample: indices of rows, on the CPU."""
+
+    def take(x: Tensor) -> Tensor:
+        chosen = x if len(sample) == len(x) else x[sample.to(x.device)]
+        return chosen.to(torch.promote_types(inputs.y.dtype, torch.float32))
+
+    y, resid_pre = take(inputs.y), take(inputs.resid_pre)
+    moved = y - resid_pre - bias
     if inputs.ffn is not None:
-        expected = expected - inputs.ffn
-    eps = torch.finfo(dtype).eps
-    granted = (
-        8 * eps * torch.linalg.vector_norm(torch.cat([inputs.y, inputs.resid_pre], -1), dim=-1)
-    )
-    granted += max(1e-3, 8 * eps) * torch.linalg.vector_norm(expected, dim=-1)
-    return (torch.linalg.vector_norm(moved - expected, dim=-1) / granted.clamp(min=1e-30)).max()
+        moved = moved - take(inputs.ffn)
+    return Closure(y, resid_pre, moved, take(linear), torch.finfo(inputs.y.dtype).eps)
 
 
-def check_closure(errors: dict[int, Tensor]) -> None:
-    """Raises IfrError where a layer's `closure_error` is above 1; one read by the host."""
-    layers = sorted(errors)
-    device = errors[layers[0]].device
-    worst = torch.stack([errors[layer].to(device) for layer in layers]).tolist()
-    for layer, error in zip(layers, worst, strict=True):
+def closure_errors(rows: Closure) -> Tensor:
+    """[C] how far parts and bias are from adding up to the node, in units of what rounding
+    explains (docs/design.md, section 3.4).
+
+    The signs s of a node say nothing of what its parts are, so an error e of their sum shows in
+    s . e as large as it is, |e|_2, on average; s . (sum of parts) is what the kernel knows as
+    `linear`. It sees what a probe cannot: windows, and weights that changed since the model was
+    opened.
+    """
+    y, resid_pre, moved, linear, eps = rows
+    gap = linear - (signs(y) * moved).sum(-1)
+    norm = torch.linalg.vector_norm
+    granted = 8 * eps * (norm(y, dim=-1) + norm(resid_pre, dim=-1))
+    granted += max(1e-3, 8 * eps) * norm(moved, dim=-1)
+    return gap.abs() / (4 * granted).clamp(min=1e-30)
+
+
+def check_closure(of_layer: dict[int, Closure]) -> None:
+    """Raises IfrError where a layer's `closure_errors` are above 1; one read by the host."""
+    device = next(iter(of_layer.values())).y.device
+    y, resid_pre, moved, linear, eps = zip(*of_layer.values(), strict=True)
+
+    def joined(parts: tuple[Tensor, ...]) -> Tensor:
+        return torch.cat([x.to(device) for x in parts])
+
+    rows = Closure(joined(y), joined(resid_pre), joined(moved), joined(linear), max(eps))
+    layers = [layer for layer, of in of_layer.items() for _ in range(len(of.linear))]
+    for layer, error in zip(layers, closure_errors(rows).tolist(), strict=True):
         if not error <= 1:
             raise IfrError(
                 f"text: at layer {layer} the parts that were scored do not add up to what the "

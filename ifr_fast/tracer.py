@@ -204,18 +204,18 @@ class Tracer:
 
         reached = torch.zeros(T, dtype=torch.bool, device=recording.resid_final.device)
         reached[position] = True
-        grown, errors = [], {}
-        with self._replaying():
+        grown, closures = [], {}
+        with self._replaying(recording):
             for layer in reversed(range(self.decoder.n_layers)):
                 rows = reached.cpu().nonzero().squeeze(1)  # the layer's one read by the host
                 if len(rows) == 0:
                     break
                 scores = score_layer(recording, layer, rows, threshold, self.impl)
-                errors[layer] = scores.closure_error
+                closures[layer] = scores.closure
                 table = layer_table(scores, reached.device)
                 step, reached = grow_layer(layer, table, reached, threshold, granularity)
                 grown.append(step)
-        check_closure(errors)
+        check_closure(closures)
         return assemble(
             grown,
             [block.parallel for block in self.decoder.blocks],
@@ -242,13 +242,13 @@ class Tracer:
         threshold = _check_options(threshold, granularity)
         recording = self.record(text, add_special_tokens=add_special_tokens)
         rows = torch.arange(len(recording))
-        tables, errors = [], {}
-        with self._replaying():
+        tables, closures = [], {}
+        with self._replaying(recording):
             for layer in range(self.decoder.n_layers):
                 scores = score_layer(recording, layer, rows, threshold, self.impl)
-                errors[layer] = scores.closure_error
+                closures[layer] = scores.closure
                 tables.append(layer_table(scores, recording.resid_final.device))
-        check_closure(errors)
+        check_closure(closures)
         return Routes(
             tokens=recording.tokens,
             token_ids=recording.token_ids,
@@ -291,14 +291,17 @@ class Tracer:
         self, recording: Recording, rows: Tensor, layers: list[int], keep: float
     ) -> Iterator[LayerScores]:
         for layer in layers:
-            with torch.inference_mode(), self._replaying():
+            with torch.inference_mode(), self._replaying(recording):
                 scores = score_layer(recording, layer, rows, keep, self.impl)
-                check_closure({layer: scores.closure_error})
+                check_closure({layer: scores.closure})
             yield scores
 
     @contextmanager
-    def _replaying(self) -> Iterator[None]:
-        """Within, layers can be replayed for a lean recording."""
+    def _replaying(self, recording: Recording) -> Iterator[None]:
+        """Within, layers can be replayed where the recording needs it."""
+        if not recording.is_replayed:
+            yield
+            return
 
         def outside(_: capture.AttentionCall) -> NoReturn:
             raise AssertionError("attention asked outside of a replay")

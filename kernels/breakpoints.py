@@ -37,14 +37,12 @@ def signs(y: Tensor) -> Tensor:
 
 def value_space_signs(W_O: Tensor, s: Tensor) -> Tensor:
     """G = W_O[h] @ s: [H, V, D] x [R, D] -> [H, R, V], so that lin = w (v . g)."""
-    H, V, D = W_O.shape
-    g = s @ W_O.reshape(H * V, D).T  # [R, H * V]
-    return g.view(-1, H, V).transpose(0, 1)
+    return torch.bmm(s.expand(len(W_O), -1, -1), W_O.transpose(1, 2))
 
 
 def column_norms(W_O: Tensor) -> Tensor:
     """Rho [H, D] = |W_O[h][:, i]|_2."""
-    return W_O.square().sum(1).sqrt_()
+    return torch.linalg.vector_norm(W_O, dim=1)
 
 
 def breakpoints(y: Tensor, rho: Tensor) -> Tensor:

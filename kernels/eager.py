@@ -10,13 +10,13 @@ For a block of rows:
 4. denominators, sums over heads, edges above `keep`.
 
 Shapes: R rows, S keys, H heads, D model width, V value width; P listed pairs, C visited
-coordinates. Largest intermediates: [H, R, S] a block, [S, D] a head, [C]. Sums are in float32
+coordinates. Largest intermediates: [H, R, S] a block, [P, V], [C]. Sums are in float32
 (float64 for float64 inputs).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
 
 import torch
 from torch import Tensor
@@ -26,8 +26,8 @@ from .contract import AttentionScores, EdgeList, FFNScores, LayerInputs, visible
 
 BLOCK_ROWS = 128  # in a row block, at most
 BLOCK_ELEMENTS = 1 << 21  # of [H, R, S] in a row block
-VISIT_ELEMENTS = 1 << 22  # coordinates visited in one go
-PROJECTED_ELEMENTS = 1 << 23  # of u = v @ W_O, kept at once (one head's at least)
+VISIT_ELEMENTS = 1 << 20  # coordinates visited in one go
+SPARSE_PRODUCTS = ("cpu", "cuda")  # devices that have torch.sparse.sampled_addmm
 
 
 def score_attention(inputs: LayerInputs, keep: float) -> AttentionScores:
@@ -47,13 +47,14 @@ def score_attention(inputs: LayerInputs, keep: float) -> AttentionScores:
         stop = min(R, start + max(1, min(BLOCK_ROWS, BLOCK_ELEMENTS // (H * n_keys))))
         parts.append(_score_block(block_of(inputs, slice(start, stop)), rho, v_norm, keep, start))
         start = stop
-    residual, ffn, head_total, edges, unattributed = zip(*parts, strict=True)
+    residual, ffn, head_total, edges, unattributed, linear = zip(*parts, strict=True)
     return AttentionScores(
         torch.cat(residual),
         None if inputs.ffn is None else torch.cat(ffn),
         torch.cat(head_total),
         EdgeList(*(torch.cat(column) for column in zip(*edges, strict=True))),
         torch.cat(unattributed),
+        torch.cat(linear),
     )
 
 
@@ -154,6 +155,7 @@ def _score_block(
         squares = torch.matmul(_by_kv_head(gate.square(), H_kv), inputs.v.square().permute(1, 2, 0))
         a = squares.sqrt_().view(H, R, S).mul_(weight.abs())
     lin = torch.matmul(_by_kv_head(g, H_kv), inputs.v.permute(1, 2, 0)).view(H, R, S).mul_(weight)
+    linear = lin.sum((0, 2))
 
     y_points = breakpoints(inputs.y, rho)  # [H, R, D]
     a.mul_(ROUND_UP).mul_(lin > 0)
@@ -182,6 +184,7 @@ def _score_block(
         importance.sum(-1).T,
         _compact(importance, keep, first_row),
         unattributed,
+        linear,
     )
 
 
@@ -193,8 +196,7 @@ def _corrections(
     y_points: Tensor,  # [H, R, D]
 ) -> Tensor:
     """correction(p) [P] of the listed pairs (breakpoints.py)."""
-    H, R, D = y_points.shape
-    S = inputs.v.shape[0]
+    (H, R, D), (S, H_kv, _) = y_points.shape, inputs.v.shape
     segment, j = listed // S, listed % S  # segment: (head, row)
     h, r = segment // R, segment % R
     a_max = a.amax(-1, keepdim=True)
@@ -204,68 +206,49 @@ def _corrections(
     candidate = (y_points < a_max).flatten().nonzero().squeeze(1)
     keys, order = _key(candidate // D, y_points.view(-1).index_select(0, candidate)).sort()
     candidate = candidate.index_select(0, order)
-    coordinate = candidate % D
+    column = (candidate // (R * D) * D + candidate % D).int()  # of W_O as [V, H * D]
     y = inputs.y.reshape(-1).index_select(0, candidate % (R * D))
     s = signs(y)
-    starts = torch.searchsorted(keys, torch.arange(H * R, device=keys.device) << 32)
+    starts = torch.searchsorted(keys, torch.arange(H * R, device=keys.device) << 32, out_int32=True)
     run_start = starts.index_select(0, segment)
-    run_length = torch.searchsorted(keys, _key(segment, a)) - run_start  # [P]
+    run_length = torch.searchsorted(keys, _key(segment, a), out_int32=True) - run_start  # [P]
 
+    W_O = inputs.W_O.permute(0, 2, 1).reshape(H * D, -1)
+    values = inputs.v.reshape(S * H_kv, -1).index_select(0, j * H_kv + h // (H // H_kv))  # [P, V]
+    values.mul_(weight[:, None])
+    if inputs.value_gate is not None:
+        values.mul_(inputs.value_gate[r, h])
     correction = torch.empty_like(a)
-    for pairs, u, u_row in _projected(inputs, h, r, j):
-        u_start = u_row * D
-        for piece in _pieces(run_length[pairs]):
-            mine = slice(pairs.start + piece.start, pairs.start + piece.stop)
-            length = run_length[mine]
-            pair = torch.arange(len(length), device=a.device).repeat_interleave(length)  # [C]
-            # Runs lie end to end: a visit's place in its run is its place less the run's start.
-            shift = run_start[mine] - (length.cumsum(0) - length)
-            visit = shift.index_select(0, pair) + torch.arange(len(pair), device=a.device)
-            i = coordinate.index_select(0, visit)
-            y_i = y.index_select(0, visit)
-            u_i = u.view(-1).index_select(0, u_start[piece].index_select(0, pair) + i)
-            over = weight[mine].index_select(0, pair).mul_(u_i).sub_(y_i)  # p_i - y_i
-            over = over.mul_(s.index_select(0, visit)).clamp_(min=0)  # s_i p_i - |y_i|
-            correction[mine] = torch.segment_reduce(over, "sum", lengths=length)
+    for mine in _pieces(run_length):
+        length = run_length[mine]
+        ends = length.cumsum(0, dtype=torch.int32)
+        # Runs lie end to end: a visit's place in its run is its place less the run's start.
+        shift = (run_start[mine] - ends + length).repeat_interleave(length)  # [C]
+        visit = shift.add_(torch.arange(len(shift), dtype=torch.int32, device=shift.device))
+        over = _sampled_product(
+            values[mine],
+            W_O.T,
+            torch.cat([ends.new_zeros(1), ends]),
+            column.index_select(0, visit),
+            y.index_select(0, visit),
+        )  # p_i - y_i
+        over = over.mul_(s.index_select(0, visit)).clamp_(min=0)  # s_i p_i - |y_i|
+        correction[mine] = torch.segment_reduce(over, "sum", lengths=length)
     return correction.mul_(2)
 
 
-def _projected(
-    inputs: LayerInputs, h: Tensor, r: Tensor, j: Tensor
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """(gate * v) @ W_O[h], called u, of the listed pairs [P], which come head by head.
+def _sampled_product(x: Tensor, W: Tensor, ends: Tensor, column: Tensor, y: Tensor) -> Tensor:
+    """X @ W - y at chosen places alone: [P, V], [V, N] -> [C], row by row.
 
-    Yields, for as many heads as PROJECTED_ELEMENTS allows: their pairs, u [N, D], and each
-    pair's row of it. Without a gate, the pairs of a head that share a key share a row.
+    ends: [P + 1] where each row's places end, from 0; column, y: [C].
     """
-    (S, H_kv, _), (H, _, D) = inputs.v.shape, inputs.W_O.shape
-    ends = torch.bincount(h, minlength=H).cumsum(0).tolist()
-    if inputs.value_gate is None:
-        used = torch.zeros(H * S, dtype=torch.bool, device=h.device)
-        used[h * S + j] = True
-        u_row = (used.cumsum(0) - 1).index_select(0, h * S + j)
-        keys = used.view(H, S).nonzero()[:, 1]
-        u_ends = used.view(H, S).sum(1).cumsum(0).tolist()
-    else:
-        u_row, keys, u_ends = torch.arange(len(h), device=h.device), j, ends
-
-    first = 0
-    while first < H:
-        begin, u_begin = (ends[first - 1], u_ends[first - 1]) if first else (0, 0)
-        last = first + 1
-        while last < H and (u_ends[last] - u_begin) * D <= PROJECTED_ELEMENTS:
-            last += 1
-        u = inputs.v.new_empty(u_ends[last - 1] - u_begin, D)
-        for head in range(first, last):
-            rows = slice(u_ends[head - 1] if head else 0, u_ends[head])
-            values = inputs.v[:, head // (H // H_kv)].index_select(0, keys[rows])
-            if inputs.value_gate is not None:
-                values = values * inputs.value_gate[r[rows], head]
-            mine = u[rows.start - u_begin : rows.stop - u_begin]
-            torch.mm(values, inputs.W_O[head], out=mine)
-        pairs = slice(begin, ends[last - 1])
-        yield pairs, u, u_row[pairs] - u_begin
-        first = last
+    if x.device.type not in SPARSE_PRODUCTS:
+        row = torch.arange(len(x), device=x.device).repeat_interleave(ends.diff())
+        return (x.index_select(0, row) * W.T.index_select(0, column)).sum(-1) - y
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, that sparse CSR is in beta
+        places = torch.sparse_csr_tensor(ends, column, y, (len(x), W.shape[1]))
+    return torch.sparse.sampled_addmm(places, x, W, beta=-1).values()
 
 
 def _key(segment: Tensor, value: Tensor) -> Tensor:

@@ -53,6 +53,7 @@ def score_attention(inputs: LayerInputs, keep: float) -> AttentionScores:
     ffn = None if inputs.ffn is None else v.new_empty(R)
     importance = v.new_empty(R, H, v.shape[0])
     unattributed = torch.empty(R, dtype=torch.bool, device=v.device)
+    linear = v.new_empty(R)
     for i in range(R):
         y = inputs.y[i]
         weighted = alpha[i].T[..., None] * v  # [S, H, V]
@@ -62,6 +63,7 @@ def score_attention(inputs: LayerInputs, keep: float) -> AttentionScores:
         if inputs.row_scale is not None:
             parts = parts * inputs.row_scale[i]
         of_pairs = proximity(parts, y).T * mask[i]  # [H, S]
+        linear[i] = torch.where(y >= 0, 1, -1).to(y.dtype) @ parts.sum((0, 1))
         of_residual = proximity(inputs.resid_pre[i], y)
         of_ffn = y.new_zeros(()) if inputs.ffn is None else proximity(inputs.ffn[i], y)
         total = of_pairs.sum() + of_residual + of_ffn
@@ -79,7 +81,7 @@ def score_attention(inputs: LayerInputs, keep: float) -> AttentionScores:
     token_weight = importance.sum(1)  # [R, S]
     row, source = (token_weight > keep).nonzero(as_tuple=True)
     edges = EdgeList(row, source, token_weight[row, source], importance[row, :, source])
-    return AttentionScores(residual, ffn, importance.sum(-1), edges, unattributed)
+    return AttentionScores(residual, ffn, importance.sum(-1), edges, unattributed, linear)
 
 
 def score_ffn(resid_mid: Tensor, resid_post: Tensor) -> FFNScores:

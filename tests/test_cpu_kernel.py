@@ -50,6 +50,8 @@ def dense(scores: AttentionScores, S: int) -> Tensor:
 def assert_scores_close(got: AttentionScores, expected: AttentionScores, S: int) -> None:
     """All values, edges by their (row, source); both results kept every edge with weight > 0."""
     assert torch.equal(got.unattributed, expected.unattributed)
+    atol = TOLERANCE * (1 + expected.linear.abs().max().item())
+    torch.testing.assert_close(got.linear.double(), expected.linear.double(), rtol=0, atol=atol)
     for name in ("residual", "ffn", "head_total"):
         a, b = getattr(got, name), getattr(expected, name)
         assert (a is None) == (b is None)
@@ -70,7 +72,7 @@ def assert_scores_close(got: AttentionScores, expected: AttentionScores, S: int)
 
 
 def assert_bits_equal(got: AttentionScores, expected: AttentionScores) -> None:
-    for name in ("residual", "ffn", "head_total", "unattributed"):
+    for name in ("residual", "ffn", "head_total", "unattributed", "linear"):
         a, b = getattr(got, name), getattr(expected, name)
         assert a is b is None or torch.equal(a, b), name
     for name, a, b in zip(got.edges._fields, got.edges, expected.edges, strict=True):

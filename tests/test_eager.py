@@ -38,6 +38,10 @@ def assert_scores_close(got, expected, keep, tolerance):
             continue
         torch.testing.assert_close(mine.double(), theirs.double(), atol=tolerance, rtol=0)
     assert torch.equal(got.unattributed, expected.unattributed)
+    close_in_scale = 10 * tolerance * (1 + expected.linear.abs().max().item())
+    torch.testing.assert_close(
+        got.linear.double(), expected.linear.double(), atol=close_in_scale, rtol=0
+    )
     total = got.residual + got.head_total.sum(-1) + (0 if got.ffn is None else got.ffn)
     torch.testing.assert_close(total, torch.ones_like(total), atol=10 * tolerance, rtol=0)
 
@@ -93,7 +97,13 @@ def test_small_blocks_and_pieces_change_nothing(monkeypatch):
     expected = eager.score_attention(inputs, 0.01)
     monkeypatch.setattr(eager, "BLOCK_ELEMENTS", 500)
     monkeypatch.setattr(eager, "VISIT_ELEMENTS", 7)
-    monkeypatch.setattr(eager, "PROJECTED_ELEMENTS", 19 * 30)
+    assert_scores_close(eager.score_attention(inputs, 0.01), expected, 0.01, 1e-12)
+
+
+def test_devices_without_sparse_products(monkeypatch):
+    inputs = random_inputs(40, 57, 4, 2, 8, 6, 19)
+    expected = eager.score_attention(inputs, 0.01)
+    monkeypatch.setattr(eager, "SPARSE_PRODUCTS", ())
     assert_scores_close(eager.score_attention(inputs, 0.01), expected, 0.01, 1e-12)
 
 

@@ -578,7 +578,7 @@ def test_float64_replays_are_those_of_a_full_recording() -> None:
         full, lean = (tracer.record(tiny_text(20), mode=mode) for mode in ("full", "lean"))
         for layer in range(3):
             rows = torch.tensor([2, 19])
-            with tracer._replaying():
+            with tracer._replaying(lean):
                 (of_full, _), (of_lean, _) = (
                     layer_inputs(recording, layer, rows) for recording in (full, lean)
                 )

@@ -81,6 +81,7 @@ def score_attention_counted(inputs: LayerInputs, keep: float) -> tuple[Attention
     ffn = None if x.ffn is None else _empty(R)
     head_total = _empty(R, H)
     unattributed = _empty(R, dtype=torch.bool)
+    linear = _empty(R)
     *edges, (pairs, listed, visited, seconds) = native.score_attention(
         **x._asdict(),
         keep=keep,
@@ -88,11 +89,12 @@ def score_attention_counted(inputs: LayerInputs, keep: float) -> tuple[Attention
         ffn_out=ffn,
         head_total=head_total,
         unattributed=unattributed,
+        linear=linear,
         isa=ISA or native.isas()[0],
         n_threads=torch.get_num_threads(),
     )
     scores = AttentionScores(
-        residual, ffn, head_total, EdgeList(*map(torch.from_numpy, edges)), unattributed
+        residual, ffn, head_total, EdgeList(*map(torch.from_numpy, edges)), unattributed, linear
     )
     return scores, Counters(pairs, listed, visited, dict(zip(STAGES, seconds, strict=True)))
 

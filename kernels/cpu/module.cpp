@@ -129,8 +129,8 @@ nb::tuple score_attention(
     std::optional<Floats<3>> value_gate, std::optional<int64_t> window,
     std::optional<double> softcap, std::optional<Packed> sinks, std::optional<Packed> alibi_slopes,
     std::optional<Packed2> log_sum_exp, std::optional<Floats<2>> ffn, double keep, Out residual,
-    std::optional<Out> ffn_out, Out2 head_total, OutFlags unattributed, const std::string& isa,
-    int n_threads) {
+    std::optional<Out> ffn_out, Out2 head_total, OutFlags unattributed, Out linear,
+    const std::string& isa, int n_threads) {
     ifr::Layer l{};
     l.R = static_cast<int64_t>(rows.shape(0));
     l.S = static_cast<int64_t>(k.shape(0));
@@ -173,13 +173,14 @@ nb::tuple score_attention(
     check_shape(residual, "residual", {l.R});
     check_shape(head_total, "head_total", {l.R, l.H});
     check_shape(unattributed, "unattributed", {l.R});
+    check_shape(linear, "linear", {l.R});
     if (ffn.has_value() != ffn_out.has_value())
         throw nb::value_error("ffn_out is for parallel blocks, and needed there");
     if (ffn_out) check_shape(*ffn_out, "ffn_out", {l.R});
 
     const Isa kernel = find_isa(isa);
     ifr::Scores out{residual.data(), ffn_out ? ffn_out->data() : nullptr, head_total.data(),
-                    unattributed.data(), {}, {}};
+                    unattributed.data(), linear.data(), {}, {}};
     {
         nb::gil_scoped_release released;
         kernel.score_attention(l, n_threads, out);
@@ -226,7 +227,7 @@ NB_MODULE(_native, m) {
           "sinks"_a.noconvert().none(), "alibi_slopes"_a.noconvert().none(),
           "log_sum_exp"_a.noconvert().none(), "ffn"_a.noconvert().none(), "keep"_a,
           "residual"_a.noconvert(), "ffn_out"_a.noconvert().none(), "head_total"_a.noconvert(),
-          "unattributed"_a.noconvert(), "isa"_a, "n_threads"_a);
+          "unattributed"_a.noconvert(), "linear"_a.noconvert(), "isa"_a, "n_threads"_a);
     m.def("score_ffn", &score_ffn, "resid_mid"_a.noconvert(), "resid_post"_a.noconvert(),
           "residual"_a.noconvert(), "ffn"_a.noconvert(), "unattributed"_a.noconvert(), "isa"_a,
           "n_threads"_a);

@@ -54,6 +54,7 @@ struct Edges {
 struct Scores {
     float *residual, *ffn, *head_total;  // [R], [R] or null, [R, H]
     bool* unattributed;                  // [R]
+    float* linear;                       // [R]
     std::vector<Edges> edges;            // by row block, in order
     Counters counters;
 };

@@ -142,6 +142,7 @@ struct Scratch {
           w_scale(group_lines),
           smallest_breakpoint(group_lines),
           line_sum(lines),
+          line_linear(lines),
           line_first(group_lines),
           line_last(group_lines),
           listed(group_lines),
@@ -153,7 +154,8 @@ struct Scratch {
 
     Buffer tile, y, table, q, g, gate, dots, squares, candidate_y;
     std::vector<float> w_scale, smallest_breakpoint;
-    std::vector<double> line_sum;  // [H_kv, lines] sums of proximities over keys
+    std::vector<double> line_sum;     // [H_kv, lines] sums of proximities over keys
+    std::vector<double> line_linear;  // [H_kv, lines] sums of lin over keys
     std::vector<int64_t> line_first, line_last;  // keys of a line, in whole panels
     std::vector<Listed> listed;
     std::vector<const float*> head_lines;
@@ -177,7 +179,10 @@ class Scorer {
           first_key_(layer.R ? first_visible(0) / CHUNK * CHUNK : 0),
           n_keys_(layer.R ? round_up(last_visible(layer.R - 1) - first_key_, CHUNK) : 0),
           BT_(block_rows(n_threads)),
-          W_T_(layer.H * layer.D * Vp_),
+          W_T_in_place_(layer.W_O.s1 == 1 && layer.V == Vp_),
+          W_T_buffer_(W_T_in_place_ ? 0 : layer.H * layer.D * Vp_),
+          W_T_(W_T_in_place_ ? Tensor3{layer.W_O.data, layer.W_O.s0, layer.W_O.s2}
+                             : Tensor3{W_T_buffer_.get(), layer.D * Vp_, Vp_}),
           rho_inv_(layer.H * Dp_),
           v_norm_(layer.H_kv * n_keys_),
           K_panels_(layer.H_kv * n_keys_ * layer.K),
@@ -241,22 +246,26 @@ class Scorer {
     int64_t block_rows(int n_threads) const {
         int64_t rows = BLOCK_ROWS;
         while (rows > 3 && n_threads * rows * l_.H * n_keys_ > TILE_FLOATS) rows /= 2;
-        return std::min(rows, (l_.R + n_threads - 1) / n_threads);
+        const int64_t blocks = 2 * n_threads;  // at least, where there are rows: threads end together
+        return std::min(rows, (l_.R + blocks - 1) / blocks);
     }
 
-    // W_T [D, Vp] and rho_inv of one head, W_COLUMNS coordinates a task.
+    // W_T [D, Vp] (W_O itself, where it lies so) and rho_inv of one head, W_COLUMNS coordinates a
+    // task.
     void prepare_weights(int64_t task) {
         const int64_t h = task % l_.H, start = task / l_.H * W_COLUMNS;
         const int64_t stop = std::min(l_.D, start + W_COLUMNS);
-        float* W_T = W_T_.get() + h * l_.D * Vp_;
-        if (l_.V < Vp_) std::fill(W_T + start * Vp_, W_T + stop * Vp_, 0.0f);
-        transpose(l_.V, stop - start, l_.W_O.data + h * l_.W_O.s0 + start * l_.W_O.s2, l_.W_O.s1,
-                  l_.W_O.s2, W_T + start * Vp_, Vp_);
+        if (!W_T_in_place_) {
+            float* W_T = W_T_buffer_.get() + (h * l_.D + start) * Vp_;
+            if (l_.V < Vp_) std::fill_n(W_T, (stop - start) * Vp_, 0.0f);
+            transpose(l_.V, stop - start, l_.W_O.data + h * l_.W_O.s0 + start * l_.W_O.s2,
+                      l_.W_O.s1, l_.W_O.s2, W_T, Vp_);
+        }
         float* rho_inv = rho_inv_.get() + h * Dp_;
         for (int64_t i = start; i < stop; ++i) {
             F squares = set1(0.0f);
             for (int64_t v = 0; v < Vp_; v += W) {
-                const F w = load(W_T + i * Vp_ + v);
+                const F w = load(W_T_.at(h, i) + v);
                 squares = fma(w, w, squares);
             }
             // A column of zeros gets a huge finite number, as 0 * inf would be no number; where
@@ -319,7 +328,6 @@ class Scorer {
         Clock clock(s.counters);
         const int64_t h = task % l_.H, start = task / l_.H * G_ROWS;
         const int64_t stop = std::min(l_.R, start + G_ROWS);
-        const float* W_T = W_T_.get() + h * l_.D * Vp_;
         for (int64_t r = start; r < stop; ++r)
             std::fill_n(g_.get() + (r * l_.H + h) * Vp_, Vp_, 0.0f);
         for (int64_t column = 0; column < Vp_; column += G_VECTORS * W) {
@@ -327,7 +335,7 @@ class Scorer {
             for (int64_t group = 0; group < n_groups_; group += G_GROUPS) {
                 const int64_t n = std::min(G_GROUPS, n_groups_ - group);
                 for (int64_t i = 0; i < n; ++i)
-                    table_sums(W_T + column, 4 * (group + i), width,
+                    table_sums(W_T_.at(h, 0) + column, 4 * (group + i), width,
                                s.table.get() + i * 8 * G_VECTORS * W);
                 for (int64_t r = start; r < stop; ++r) {
                     const uint8_t* code = signs_.data() + r * n_groups_ + group;
@@ -350,7 +358,7 @@ class Scorer {
         for (int64_t j = 0; j < width; j += W) {
             F w[4];
             for (int k = 0; k < 4; ++k)
-                w[k] = i + k < l_.D ? load(W_T + (i + k) * Vp_ + j) : set1(0.0f);
+                w[k] = i + k < l_.D ? load(W_T + (i + k) * W_T_.s1 + j) : set1(0.0f);
             const F a[2] = {w[0] + w[1], w[0] - w[1]}, b = w[2] + w[3], c = w[2] - w[3];
             for (int k = 0; k < 2; ++k) {
                 store(table + k * STRIDE + j, a[k] + b);
@@ -504,7 +512,7 @@ class Scorer {
         const int64_t lines = b.n_rows * group_;
         for (int64_t m = 0; m < lines; ++m) {
             s.listed[m].n = 0;
-            s.line_sum[hk * lines + m] = 0;
+            s.line_sum[hk * lines + m] = s.line_linear[hk * lines + m] = 0;
         }
         const int64_t begin = s.line_first[0], end = s.line_last[lines - 1];
         for (int64_t chunk = begin / CHUNK * CHUNK; chunk < end; chunk += CHUNK) {
@@ -546,7 +554,7 @@ class Scorer {
         list.reserve(CHUNK + W);
         float *key = &list.key[list.n], *list_w = &list.w[list.n], *list_a = &list.a[list.n];
         int64_t n = 0;
-        F lanes = zero;
+        F lanes = zero, linear_lanes = zero;
         for (int64_t j = first; j < last; j += W) {
             const F e = load(line + j);
             const F w = e * w_scale;
@@ -557,6 +565,7 @@ class Scorer {
             const M listed = both(less(zero, lin), less(smallest, a));
             store(line + j, positive);
             lanes = lanes + unless(listed, positive);
+            linear_lanes = linear_lanes + lin;
             if (const unsigned which = bits(listed)) {
                 store(key + n, compressed(iota() + set1(static_cast<float>(j)), which));
                 store(list_w + n, compressed(w, which));
@@ -566,6 +575,7 @@ class Scorer {
         }
         list.n += n;
         s.line_sum[hk * b.n_rows * group_ + m] += sum(lanes);
+        s.line_linear[hk * b.n_rows * group_ + m] += sum(linear_lanes);
     }
 
     // Takes the corrections off the listed pairs of a line.
@@ -666,10 +676,10 @@ class Scorer {
         std::fill_n(end, N_BUCKETS + 1, 0);
         for (int64_t c = 0; c < n; ++c) ++end[bucket[c] + 1];
         for (int i = 0; i < N_BUCKETS; ++i) end[i + 1] += end[i];
-        const float* W_T = W_T_.get() + h * l_.D * Vp_;
+        const float* W_T = W_T_.at(h, 0);
         float* candidate_y = s.candidate_y.get();
         const float** columns = s.columns.data();
-        for (int64_t c = 0, stride = Vp_; c < n; ++c) {
+        for (int64_t c = 0, stride = W_T_.s1; c < n; ++c) {
             const int32_t at = end[bucket[c]]++;  // a bucket's begin becomes its end
             const int64_t i = static_cast<int64_t>(coordinate[c]);
             columns[at] = W_T + i * stride;
@@ -742,8 +752,12 @@ class Scorer {
         };
         const double residual = proximity(l_.D, l_.resid_pre.row(row), l_.y.row(row));
         const double ffn = l_.ffn.data ? proximity(l_.D, l_.ffn.row(row), l_.y.row(row)) : 0;
-        double total = residual + ffn;
-        for (int64_t h = 0; h < l_.H; ++h) total += s.line_sum[line_of(h)];
+        double total = residual + ffn, linear = 0;
+        for (int64_t h = 0; h < l_.H; ++h) {
+            total += s.line_sum[line_of(h)];
+            linear += s.line_linear[line_of(h)];
+        }
+        out_.linear[row] = static_cast<float>(linear);
 
         const int64_t first = first_visible(row), last = last_visible(row);
         out_.unattributed[row] = total == 0;
@@ -799,7 +813,10 @@ class Scorer {
     Scores& out_;
     const int64_t group_, Vp_, Dp_, first_key_, n_keys_, BT_;
     int64_t n_blocks_;
-    const Buffer W_T_, rho_inv_, v_norm_, K_panels_, V_panels_;
+    const bool W_T_in_place_;
+    const Buffer W_T_buffer_;
+    const Tensor3 W_T_;  // [H, D, Vp]
+    const Buffer rho_inv_, v_norm_, K_panels_, V_panels_;
     const int64_t n_groups_;
     std::vector<uint8_t> signs_;  // [R, n_groups], see form_g
     const Buffer g_;
