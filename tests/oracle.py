@@ -35,11 +35,12 @@ def importances(layer: LayerAccount) -> LayerImportance:
     H, T, _ = layer.pattern.shape
     parallel = layer.resid_mid is None
     y = layer.resid_post if parallel else layer.resid_mid
+    u = torch.einsum("jhv,hvd->hjd", layer.v, layer.W_O)  # [H, T, D]
     heads = torch.zeros(H, T, T, dtype=torch.float64)
     for t in range(T):
-        v = layer.v if layer.gate is None else layer.v * layer.gate[t]
-        u = torch.einsum("jhv,hvd->hjd", v[: t + 1], layer.W_O)  # [H, t + 1, D]
-        parts = layer.pattern[:, t, : t + 1, None] * u
+        if layer.gate is not None:
+            u = torch.einsum("jhv,hvd->hjd", layer.v * layer.gate[t], layer.W_O)
+        parts = layer.pattern[:, t, : t + 1, None] * u[:, : t + 1]
         if layer.after is not None:
             parts = parts * layer.after[t]
         heads[:, t, : t + 1] = proximity(parts, y[t])

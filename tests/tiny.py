@@ -605,7 +605,7 @@ def account(model: PreTrainedModel, token_ids: Tensor) -> list[LayerAccount]:
     """What the model itself does, in float64, with its own eager attention and by the names of
     its own modules: nothing here goes through ifr_fast.
     """
-    family = FAMILIES[model.tiny_family]
+    family = FAMILIES[getattr(model, "tiny_family", model.config.model_type)]
     model = copy.deepcopy(model).double().eval()
     # Set where a setter would refuse: not all go through an interface.
     model.config._attn_implementation = "eager"
