@@ -235,7 +235,7 @@ FAMILIES = {
     ),
     "gpt_neox-sequential": Family(
         "GPT-NeoX, sequential",
-        "",
+        "sequential block",
         _config("GPTNeoX", use_parallel_residual=False),
         layers="gpt_neox.layers",
         attention="attention",
@@ -352,7 +352,7 @@ FAMILIES = {
             num_experts_per_tok=2,
         ),
     ),
-    "stablelm": Family("StableLM", "", _config("StableLm", num_key_value_heads=2)),
+    "stablelm": Family("StableLM", "partial rotary", _config("StableLm", num_key_value_heads=2)),
     "stablelm-parallel": Family(
         "StableLM, parallel",
         "parallel block",
@@ -441,8 +441,12 @@ FAMILIES = {
         _config("Persimmon", partial_rotary_factor=0.34),
         out="dense",
     ),
-    "helium": Family("Helium", "", _config("Helium", num_key_value_heads=2, head_dim=6)),
-    "seed_oss": Family("Seed-OSS", "", _config("SeedOss", num_key_value_heads=2, head_dim=6)),
+    "helium": Family(
+        "Helium", "grouped-query attention", _config("Helium", num_key_value_heads=2, head_dim=6)
+    ),
+    "seed_oss": Family(
+        "Seed-OSS", "biases of q, k, v", _config("SeedOss", num_key_value_heads=2, head_dim=6)
+    ),
 }
 # Those that every combination of options is tested on.
 CONFIGS = (
