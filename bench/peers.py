@@ -90,11 +90,14 @@ def largest(pairs: Iterator[tuple[Tensor, Tensor]]) -> float:
 def oracle(tracer: Tracer, recording: Recording) -> Peer:
     """Every part formed, in float32."""
     reference = Tracer(tracer.model, tracer.tokenizer, impl="reference")
-    T = len(recording)
+    again, T = reference.record(recording.token_ids), len(recording)
 
     def compared() -> Iterator[tuple[Tensor, Tensor]]:
-        of_both = (t.contributions(recording, keep=0) for t in (tracer, reference))
-        for ours, theirs in zip(*of_both, strict=True):
+        of_ours, of_theirs = (
+            tracer.contributions(recording, keep=0),
+            reference.contributions(again, keep=0),
+        )
+        for ours, theirs in zip(of_ours, of_theirs, strict=True):
             for name in ("residual", "ffn", "head_total"):
                 yield getattr(ours, name), getattr(theirs, name)
             yield dense(ours, T), dense(theirs, T)
@@ -102,7 +105,7 @@ def oracle(tracer: Tracer, recording: Recording) -> Peer:
     return Peer(
         "materializing oracle, all positions",
         "graphs, with heads",
-        lambda: reference.trace_all(recording, threshold=THRESHOLD),
+        lambda: reference.trace_all(again, threshold=THRESHOLD),
         True,
         "all positions",
         lambda: largest(compared()),

@@ -296,6 +296,7 @@ def main() -> None:
     parser.add_argument("--model", help="Hub name or directory; default SmolLM2")
     parser.add_argument("--impl", default="auto")
     parser.add_argument("--lengths", type=int, nargs="+", default=[128, 512])
+    parser.add_argument("--start", type=int, default=0, help="tokens of the prose to pass over")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--json", type=Path, help="also write the figures to a file")
     parser.add_argument("--plot", type=Path, help="draw cost against T into a file")
@@ -309,9 +310,9 @@ def main() -> None:
     tracer = Tracer.from_pretrained(args.model, impl=args.impl)
     lengths = sorted(set(args.lengths))
     try:
-        token_ids = first_tokens(prose(), tracer.tokenizer, lengths[-1])
+        token_ids = first_tokens(prose(), tracer.tokenizer, args.start + lengths[-1])[args.start :]
     except ValueError as error:
-        raise SystemExit(f"--lengths: {error}") from error
+        raise SystemExit(f"--start, --lengths: {error}") from error
     results: list[Throughput] = []
     works: list[KernelWork] = []
     memories: list[RecordingMemory] = []

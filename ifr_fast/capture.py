@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from .errors import UnsupportedArchitectureError
 
 _NAME = "ifr_fast"
-_BLOCK_ELEMENTS = 1 << 24  # of [H, R, S] when attention is computed in row blocks
+_BLOCK_ELEMENTS = 1 << 21  # of [H, R, S] when attention is computed in row blocks
 
 # What models pass to an attention function and that does not change its value in eval mode.
 _HARMLESS = {
@@ -227,7 +227,7 @@ def attend_rows(call: AttentionCall, q: Tensor, rows: Tensor) -> Tensor:
             distance = (keys - rows[i : i + step, None]).to(wide)
             scores = scores.addcmul(call.alibi_slopes.to(wide)[:, None, None], distance)
         visible = call.mask.visible(rows[i : i + step], keys)
-        scores = scores.masked_fill(~visible, float("-inf"))
+        scores = scores.masked_fill_(~visible, float("-inf"))
         if call.sinks is not None:
             sinks = call.sinks.to(wide)[:, None, None].expand(*scores.shape[:3], 1)
             weights = torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1]
