@@ -7,7 +7,7 @@ leaves modules is seen by hooks. Nothing here knows a model family.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from threading import Lock, RLock
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ _HARMLESS = {
     "is_causal",
     "output_attentions",
     "output_hidden_states",
+    "output_router_logits",
     "position_ids",
     "sliding_window",
     "use_cache",
@@ -37,12 +38,19 @@ _HARMLESS = {
 class LazyMask:
     """The model's own mask as a function of rows and keys; no [T, T] tensor exists.
 
-    Travels from the mask interface to the attention function in place of a tensor.
+    Travels from the mask interface to the attention function in place of a tensor. n_rows: of
+    how many rows and keys the function knows, where it reads a tensor.
     """
 
-    def __init__(self, mask_function: Callable[..., Tensor], device: torch.device) -> None:
+    def __init__(
+        self,
+        mask_function: Callable[..., Tensor],
+        device: torch.device,
+        n_rows: int | None = None,
+    ) -> None:
         self._function = mask_function
         self._device = device
+        self.n_rows = n_rows
 
     def visible(self, rows: Tensor, keys: Tensor) -> Tensor:
         """Which of `keys` each of `rows` may read, bool [R, S]; absolute positions."""
@@ -55,8 +63,9 @@ class LazyMask:
     def window(self, n_keys: int) -> int | None:
         """Keys that a row sees, itself included, if fewer than `n_keys`; else None.
 
-        Read off the row at `n_keys - 1`, which need not exist.
+        Read off the row at `n_keys - 1`, which need not exist unless the mask has an end.
         """
+        n_keys = n_keys if self.n_rows is None else min(n_keys, self.n_rows)
         seen = self.visible(torch.tensor([n_keys - 1]), torch.arange(n_keys))
         width = int(seen.sum())
         return None if width >= n_keys else width
@@ -85,11 +94,19 @@ class AttentionCall(NamedTuple):
     scale: float
     softcap: float | None
     sinks: Tensor | None  # [H]
+    alibi_slopes: Tensor | None = None  # [H] scores get slope * (j - t)
 
 
 AttentionHandler = Callable[[AttentionCall], Tensor]  # -> [B, T, H, V]
 
+AttentionThrough = Callable[[PreTrainedModel, AttentionHandler], AbstractContextManager[None]]
+
 _handler: ContextVar[AttentionHandler] = ContextVar("ifr_fast_attention_handler")
+
+
+def asked(call: AttentionCall) -> Tensor:
+    """What the handler in charge answers."""
+    return _handler.get()(call)
 
 
 def _attention(
@@ -116,7 +133,7 @@ def _attention(
             "interface"
         )
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-    return _handler.get()(AttentionCall(module, q, k, v, mask, scale, softcap, s_aux)), None
+    return asked(AttentionCall(module, q, k, v, mask, scale, softcap, s_aux)), None
 
 
 def _mask(
@@ -130,6 +147,12 @@ def _mask(
 
 AttentionInterface.register(_NAME, _attention)
 AttentionMaskInterface.register(_NAME, _mask)
+
+
+def uses_interface(model: PreTrainedModel) -> bool:
+    """Whether transformers can set the model's attention function: it looks at the source."""
+    check = getattr(model, "_can_set_attn_implementation", None)
+    return check is None or bool(check())
 
 
 @contextmanager
@@ -169,7 +192,7 @@ def answering(handler: AttentionHandler) -> Iterator[None]:
 
 def attend(call: AttentionCall, window: int | None) -> Tensor:
     """The attention output [B, T, H, V], by torch's fused kernel wherever that computes it."""
-    if call.softcap is None and call.sinks is None:
+    if call.softcap is None and call.sinks is None and call.alibi_slopes is None:
         kv_heads, heads = call.k.shape[1], call.q.shape[1]
         if window is None:
             z = nn.functional.scaled_dot_product_attention(
@@ -200,6 +223,9 @@ def attend_rows(call: AttentionCall, q: Tensor, rows: Tensor) -> Tensor:
         scores = (q[:, :, i : i + step] @ k.transpose(-1, -2)).to(wide) * call.scale
         if call.softcap is not None:
             scores = call.softcap * torch.tanh(scores / call.softcap)
+        if call.alibi_slopes is not None:
+            distance = (keys - rows[i : i + step, None]).to(wide)
+            scores = scores.addcmul(call.alibi_slopes.to(wide)[:, None, None], distance)
         visible = call.mask.visible(rows[i : i + step], keys)
         scores = scores.masked_fill_(~visible, float("-inf"))
         if call.sinks is not None:
@@ -211,14 +237,14 @@ def attend_rows(call: AttentionCall, q: Tensor, rows: Tensor) -> Tensor:
     return torch.cat(out, dim=1)
 
 
-def _map(x: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def map_tensors(x: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """X with every tensor in it changed."""
     if isinstance(x, Tensor):
         return change(x)
     if isinstance(x, tuple | list):
-        return type(x)(_map(item, change) for item in x)
+        return type(x)(map_tensors(item, change) for item in x)
     if isinstance(x, dict):
-        return {key: _map(value, change) for key, value in x.items()}
+        return {key: map_tensors(value, change) for key, value in x.items()}
     return x
 
 
@@ -245,11 +271,13 @@ class LayerCall(NamedTuple):
                 return x.index_select(dim, rows.to(x.device))
             return x
 
-        return LayerCall(len(rows), _map(self.args, cut), _map(self.kwargs, cut))
+        return LayerCall(len(rows), map_tensors(self.args, cut), map_tensors(self.kwargs, cut))
 
     def float(self) -> LayerCall:
         """The same call with all floating tensors in float32."""
-        return LayerCall(self.n_rows, _map(self.args, _float), _map(self.kwargs, _float))
+        return LayerCall(
+            self.n_rows, map_tensors(self.args, _float), map_tensors(self.kwargs, _float)
+        )
 
     def __call__(self, layer: nn.Module, hidden: Tensor) -> Tensor:
         """Runs the layer on `hidden` [1, n_rows, D]; returns its output [1, n_rows, D]."""
@@ -299,6 +327,11 @@ def on_input(
             keep(x)
 
     return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def change_input(module: nn.Module, x: Tensor) -> torch.utils.hooks.RemovableHandle:
+    """Has `module` called with `x` in place of its first argument."""
+    return module.register_forward_pre_hook(lambda _, args: (x, *args[1:]))
 
 
 def on_output(

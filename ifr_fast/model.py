@@ -3,11 +3,14 @@
 Nothing is known per family; everything is found by probing (docs/design.md, section 3.4). For
 each layer, on a short probe:
 
-1. its attention module asks the attention function exactly once, and so gives itself away;
+1. its attention module asks the attention function exactly once, and so gives itself away
+   (through transformers' interface, or by the products that it computes: own_attention.py);
 2. `resid_mid` is the first input of a submodule that follows the residual stream one to one and
    depends on the attention output. There is none, and the layer's output is additive in the
    attention output: a parallel block;
 3. W_O is the derivative of that place by the attention output, in forward mode, which is exact;
+   taken at 0, where a norm after attention is linear. What such a norm scales a row by, and what
+   an output gate multiplies a row's values by, is read off each row, and held fixed;
 4. closure: resid_pre + sum of parts + bias gives `resid_mid` back, what is left of `resid_post`
    is a multiple of the output of one submodule (the FFN), and a replay on single rows gives
    what was recorded.
@@ -18,22 +21,24 @@ Whatever fails is refused: a wrong graph is worse than none.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from . import capture
-from .capture import AttentionCall, LayerCall
+from . import capture, own_attention
+from .capture import AttentionCall, AttentionHandler, AttentionThrough, LayerCall
 from .errors import UnsupportedArchitectureError
 
 _PROBE_LENGTH = 11  # a prime, so that it collides with no other dimension
 _PROBE_ROWS = 512  # of the identity pushed through a layer at once
 _FAR = 1 << 17  # keys beyond which a sliding window is none, where a model states no context
+_HALF = (torch.bfloat16, torch.float16)
 _TOLERANCE = 1e-4  # relative error that rounding explains in float32
 
 
@@ -45,9 +50,11 @@ class Block(NamedTuple):
     module: nn.Module
     attention: nn.Module
     mid_site: nn.Module | None  # the module whose input is resid_mid; None in a parallel block
-    W_O: Tensor  # [H, V, D] effective, in the model's dtype, contiguous in V
+    W_O: Tensor  # [H, V, D] effective, in the model's dtype if that holds it; contiguous in V
     bias: Tensor  # [D] what attention adds whatever its heads do; of no part
     window: int | None  # keys visible to a row, itself included
+    row_scaled: bool  # attention is scaled by a number that depends on the row: a post-norm
+    gate_site: nn.Module | None  # the module whose input is the attention output times a gate
 
     @property
     def parallel(self) -> bool:
@@ -62,7 +69,8 @@ class Decoder:
     `ValueError` where the model's weights are not finite.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: nn.Module) -> None:
+        given, model = model, _unwrapped(model)
         if not isinstance(model, PreTrainedModel):
             raise ValueError(
                 f"model: expected a transformers PreTrainedModel, got {type(model).__name__}"
@@ -73,10 +81,15 @@ class Decoder:
                 "ifr_fast explains causal language models"
             )
         self.model = model
+        decoder = model.get_decoder()
+        if decoder is model:  # get_decoder found none by name
+            decoder = next((x for x in model.children() if isinstance(x, PreTrainedModel)), model)
+        self._states: nn.Module = decoder  # what it returns, the head reads
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.vocab_size = int(model.get_input_embeddings().num_embeddings)
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.max_length: int | None = context if isinstance(context, int) else None
+        self.blocks: list[Block] = []
         # Forward-mode derivatives do not exist in inference mode.
         with (
             torch.inference_mode(False),
@@ -84,19 +97,25 @@ class Decoder:
             capture.exclusively(model),
             evaluating(model),
         ):
-            self.blocks = _open_blocks(self)
+            if given is not model:
+                _check_wrapper(given, self)
+            self.attention_through, self.blocks = _open_blocks(self)
         self.n_layers = len(self.blocks)
         self.n_heads, self.d_head, self.d_model = self.blocks[0].W_O.shape
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go."""
-        return self.model.get_input_embeddings().weight.device
+        """Where token ids go, and scores come from."""
+        device: torch.device = self.model.get_input_embeddings().weight.device
+        if device.type != "meta":
+            return device
+        # Offloaded weights are brought to where they are used, and so is what reads them.
+        return self.blocks[0].W_O.device if self.blocks else torch.device("cpu")
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the residual stream."""
-        return self.blocks[0].W_O.dtype
+        return self.blocks[0].bias.dtype
 
     def forward(self, token_ids: Tensor, position: int = -1) -> tuple[Tensor, Tensor]:
         """Runs the model on `token_ids` [T].
@@ -108,7 +127,7 @@ class Decoder:
         ids = token_ids.to(self.device)[None]
         position %= len(token_ids)
         kept = torch.tensor([position], device=ids.device)
-        with capture.hooks(capture.on_output(self.model.get_decoder(), states.append)):
+        with capture.hooks(capture.on_output(self._states, states.append)):
             output = self.model(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
@@ -138,7 +157,7 @@ class Decoder:
         with (
             capture.exclusively(self.model),
             evaluating(self.model),
-            capture.hooks(self.model.get_decoder().register_forward_hook(exchange)),
+            capture.hooks(self._states.register_forward_hook(exchange)),
         ):
             logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
         return logits[0]
@@ -155,6 +174,38 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def _unwrapped(model: Any) -> nn.Module:
+    """The model itself, where `model` is one that PEFT or torch.compile put around it: adapters
+    are among its modules.
+    """
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        else:
+            return model
+
+
+def _check_wrapper(wrapper: nn.Module, decoder: Decoder) -> None:
+    """Refuses a wrapper that does more than its model alone, as soft prompts do."""
+    token_ids = _probe_tokens(decoder)
+    with evaluating(wrapper):
+        whole = wrapper(input_ids=token_ids.to(decoder.device)[None], use_cache=False).logits[0]
+    _, logits = decoder.forward(token_ids)
+    if len(whole) != len(token_ids) or _error(whole[-1], logits) > _tolerance(logits.dtype):
+        raise UnsupportedArchitectureError(
+            f"model: {type(wrapper).__name__} does more than the model that it wraps, by a soft "
+            "prompt perhaps, and that model alone can be explained"
+        )
+
+
+def _probe_tokens(decoder: Decoder) -> Tensor:
+    n_tokens = min(_PROBE_LENGTH, decoder.max_length or _PROBE_LENGTH)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(decoder.vocab_size, (n_tokens,), generator=generator)
 
 
 class _Probe(NamedTuple):
@@ -179,16 +230,44 @@ class _Probe(NamedTuple):
         )
 
 
+class _Upcast(TorchFunctionMode):
+    """Within, every operation reads half-precision tensors as float32, and only moves keep them."""
+
+    _MOVES = frozenset({"__get__", "__set__", "to", "detach", "clone", "requires_grad_"})
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        def upcast(x: Any) -> Any:
+            if not isinstance(x, Tensor) or x.dtype not in _HALF:
+                return x
+            return x.float() if _is_plain(x) else x.dequantize().float()
+
+        if func.__name__ in self._MOVES:
+            return func(*args, **(kwargs or {}))
+        return func(*map(upcast, args), **{key: upcast(x) for key, x in (kwargs or {}).items()})
+
+
+def _is_plain(x: Tensor) -> bool:
+    return type(x) in (Tensor, nn.Parameter)
+
+
 @contextmanager
 def _in_float32(layer: nn.Module) -> Iterator[None]:
-    """Within, a half-precision layer holds its weights in float32: rounding would hide what the
-    closure check is there to find.
+    """Within, a half-precision layer computes in float32: rounding would hide what the closure
+    check is there to find.
     """
-    held = [
-        (tensor, tensor.data)
-        for tensor in (*layer.parameters(), *layer.buffers())
-        if tensor.dtype in (torch.bfloat16, torch.float16)
-    ]
+    tensors = [x for x in (*layer.parameters(), *layer.buffers()) if x.dtype in _HALF]
+    # Offloaded weights come when they are used; quantized ones cannot be cast.
+    if any(x.is_meta or not _is_plain(x) for x in tensors):
+        with _Upcast():
+            yield
+        return
+    held = [(tensor, tensor.data) for tensor in tensors]
     try:
         for tensor, data in held:
             tensor.data = data.float()
@@ -198,11 +277,11 @@ def _in_float32(layer: nn.Module) -> Iterator[None]:
             tensor.data = data
 
 
-def _open_blocks(decoder: Decoder) -> list[Block]:
+def _open_blocks(decoder: Decoder) -> tuple[AttentionThrough, list[Block]]:
+    """How to answer the model's attention, and its layers."""
     model = decoder.model
-    n_tokens = min(_PROBE_LENGTH, decoder.max_length or _PROBE_LENGTH)
-    generator = torch.Generator().manual_seed(0)
-    token_ids = torch.randint(decoder.vocab_size, (n_tokens,), generator=generator)
+    token_ids = _probe_tokens(decoder)
+    n_tokens = len(token_ids)
 
     plain, logits = decoder.forward(token_ids)
     calls: list[tuple[AttentionCall, Tensor]] = []
@@ -223,12 +302,17 @@ def _open_blocks(decoder: Decoder) -> list[Block]:
         calls.append((call, z))
         return z
 
-    with capture.attention_through(model, watch):
-        decoder.forward(token_ids)
-    if not calls:
+    attention_through: AttentionThrough
+    for attention_through in (capture.attention_through, own_attention.attention_through):
+        if attention_through is not capture.attention_through or capture.uses_interface(model):
+            with attention_through(model, watch):
+                decoder.forward(token_ids)
+        if calls:
+            break
+    else:
         raise UnsupportedArchitectureError(
-            f"model: {type(model).__name__} computes its attention without transformers' attention "
-            "interface, so it cannot be recorded"
+            f"model: {type(model).__name__} computes no softmax attention that could be seen, "
+            "neither through transformers' attention interface nor as softmax(q k^T) v"
         )
     _check_finite(model, [plain, logits, *(x for c, z in calls for x in (c.q, c.k, c.v, z))])
     layers = _layers(model, [call.module for call, _ in calls])
@@ -238,10 +322,10 @@ def _open_blocks(decoder: Decoder) -> list[Block]:
     handles = []
     for i, (_, layer) in enumerate(layers):
         handles.append(
-            capture.on_layer_call(layer, lambda x, c, i=i: seen[i].update(pre=x[0], call=c))  # type: ignore[misc]
+            capture.on_layer_call(layer, lambda x, c, i=i: seen[i].update(pre=x, call=c))  # type: ignore[misc]
         )
         handles.append(capture.on_output(layer, lambda x, i=i: seen[i].update(post=x[0])))  # type: ignore[misc]
-    with capture.attention_through(model, watch), capture.hooks(*handles):
+    with attention_through(model, watch), capture.hooks(*handles):
         watched, _ = decoder.forward(token_ids)
     if _error(watched, plain) > _tolerance(plain.dtype):
         raise UnsupportedArchitectureError(
@@ -250,8 +334,14 @@ def _open_blocks(decoder: Decoder) -> list[Block]:
         )
 
     blocks = []
-    with capture.attention_through(model, watch):
+    with attention_through(model, watch):
         for i, ((name, layer), (call, z)) in enumerate(zip(layers, calls, strict=True)):
+            pre = seen[i]["pre"]
+            if pre.shape[:-1] != (1, n_tokens):
+                raise UnsupportedArchitectureError(
+                    f"model: layer {name} is not supported: it is called with states of shape "
+                    f"{tuple(pre.shape)}, which are no residual stream of {n_tokens} tokens"
+                )
             probe = _Probe(
                 name,
                 layer,
@@ -259,18 +349,23 @@ def _open_blocks(decoder: Decoder) -> list[Block]:
                 call,
                 z[0],
                 seen[i]["call"],
-                seen[i]["pre"],
+                pre[0],
                 seen[i]["post"],
             )
             blocks.append(_open_block(i, probe, decoder.max_length or _FAR))
-    return blocks
+    heads = [block.W_O.shape[0] for block in blocks]
+    if len(set(heads)) > 1:
+        raise UnsupportedArchitectureError(
+            f"model: its layers have different numbers of heads: {', '.join(map(str, heads))}"
+        )
+    return attention_through, blocks
 
 
 def _check_finite(model: PreTrainedModel, seen: list[Tensor]) -> None:
     if all(bool(torch.isfinite(x).all()) for x in seen):
         return
     for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
+        if not parameter.is_meta and not torch.isfinite(parameter).all():
             raise ValueError(f"model: parameter {name} holds NaN or infinite values")
     raise ValueError(
         f"model: its states are not finite in {seen[0].dtype}; try a wider torch_dtype"
@@ -292,13 +387,20 @@ def _layers(model: PreTrainedModel, attentions: list[nn.Module]) -> list[tuple[s
             raise UnsupportedArchitectureError(
                 f"model: {names[attention]} is in no list of layers, so its block is not known"
             )
-    stack = model.get_submodule(layers[0][0].rpartition(".")[0])
-    if [layer for _, layer in layers] != list(stack.children()):
+    stack = list(model.get_submodule(layers[0][0].rpartition(".")[0]).children())
+    if [layer for _, layer in layers] != stack:
+        asking = {layer for _, layer in layers}
+        silent = [f"{names[layer]} ({_described(layer)})" for layer in stack if layer not in asking]
         raise UnsupportedArchitectureError(
-            f"model: of {len(list(stack.children()))} layers, {len(layers)} calls of softmax "
-            "attention were seen; every layer must make exactly one"
+            f"model: of {len(stack)} layers, {len(layers)} calls of softmax attention were seen; "
+            "every layer must make exactly one"
+            + (f"; none came from {silent[0]}, whose sources are not known" if silent else "")
         )
     return layers
+
+
+def _described(layer: nn.Module) -> str:
+    return ", ".join(type(child).__name__ for child in layer.children())
 
 
 class _Run(NamedTuple):
@@ -324,16 +426,19 @@ def _run(probe: _Probe, hidden: Tensor, z: Tensor) -> _Run:
         attended = True
         return z[None]
 
+    def is_stream(x: Tensor) -> bool:  # some layers merge rows with the batch
+        return x.shape[-1] == hidden.shape[-1] and x.numel() == hidden.numel()
+
     def on_input(module: nn.Module, x: Tensor) -> None:
-        if attended and x.shape == hidden[None].shape:
-            inputs.append((module, x[0].clone()))
+        if attended and is_stream(x):
+            inputs.append((module, x.reshape(hidden.shape).clone()))
 
     raw: list[Tensor] = []
 
     def on_output(x: Tensor) -> None:
         raw.append(x)
-        if x.shape == hidden[None].shape:
-            outputs.append(x[0].clone())
+        if is_stream(x):
+            outputs.append(x.reshape(hidden.shape).clone())
 
     handles = [capture.on_output(probe.attention, attention_output.append)]
     for module in probe.module.modules():
@@ -346,27 +451,45 @@ def _run(probe: _Probe, hidden: Tensor, z: Tensor) -> _Run:
     return _Run(output[0], attention_output[0][0], inputs, outputs, emits)
 
 
+class _Parts(NamedTuple):
+    """How a layer makes resid_mid of resid_pre and its attention output."""
+
+    mid_site: nn.Module | None
+    resid_mid: Tensor  # [T, D] on the probe
+    bias: Tensor  # [D]
+    W_O: Tensor  # [H, V, D]
+    row_scaled: bool = False
+    gate_site: nn.Module | None = None
+
+
 def _open_block(index: int, probe: _Probe, n_far: int) -> Block:
     dtype = probe.resid_pre.dtype
-    exact = probe.float() if dtype in (torch.bfloat16, torch.float16) else probe
+    exact = probe.float() if dtype in _HALF else probe
     with _in_float32(probe.module):
-        mid_site, resid_mid, W_O, bias = _decompose(index, exact)
+        parts = _decompose(index, exact, _tolerance(dtype))
+    narrow = parts.W_O.to(dtype)
+    W_O = narrow if torch.equal(narrow.to(parts.W_O.dtype), parts.W_O) else parts.W_O
     block = Block(
         index,
         probe.name,
         probe.module,
         probe.attention,
-        mid_site,
-        W_O.to(dtype).transpose(1, 2).contiguous().transpose(1, 2),
-        bias.to(dtype),
+        parts.mid_site,
+        W_O.transpose(1, 2).contiguous().transpose(1, 2),
+        parts.bias.to(dtype),
         probe.call.mask.window(n_far),
+        parts.row_scaled,
+        parts.gate_site,
     )
-    _check_rows(probe, block, resid_mid)
+    _check_rows(probe, block, parts.resid_mid)
     return block
 
 
-def _decompose(index: int, probe: _Probe) -> tuple[nn.Module | None, Tensor, Tensor, Tensor]:
-    """The site of resid_mid, resid_mid [T, D] on the probe, W_O and the bias [D] of a layer."""
+def _decompose(index: int, probe: _Probe, tolerance: float) -> _Parts:
+    """Finds the parts of a layer, and checks that they are all that it adds up.
+
+    tolerance: of a replay, against what a model in perhaps half precision was seen to do.
+    """
     x, z = probe.resid_pre, probe.z
     generator = torch.Generator().manual_seed(index)
     # Relative steps: a unit step vanishes beside streams whose norm is in the thousands.
@@ -393,31 +516,69 @@ def _decompose(index: int, probe: _Probe) -> tuple[nn.Module | None, Tensor, Ten
         bias = zero.attention_output
         if not torch.equal(bias, moved.attention_output):
             _refuse(probe, "its attention module adds more than its heads' outputs")
-    if whole.emits_output:
-        _refuse(probe, "its output is the output of a submodule, not of a residual addition")
     middle = bias.median(0).values
     if _error(bias - middle, torch.zeros_like(bias), x) > 0:
         _refuse(probe, "what it adds besides its heads' outputs is no constant bias")
 
-    W_O = _probe_output_map(probe, mid_site)
-    mixed = torch.einsum("thv,hvd->td", z, W_O) + middle
     if resid_mid is None:
-        _check(probe, "attention output", mixed, whole.attention_output, whole.output)
-        resid_mid = x + whole.attention_output
+        attended, beside = whole.attention_output, whole.output
+        resid_mid = x + attended
     else:
-        _check(probe, "resid_mid", mixed, resid_mid - x, resid_mid)
+        attended, beside = resid_mid - x, resid_mid
+    parts = _close(probe, _Parts(mid_site, resid_mid, middle, z), attended, beside)
     _check_ffn(probe, whole, resid_mid)
 
     error = _error(whole.output, probe.resid_post)
-    if error > _tolerance(probe.call.q.dtype):
+    if error > tolerance:
         _refuse(probe, f"a replay does not give its output back (relative error {error:.1e})")
-    return mid_site, resid_mid, W_O, middle
+    return parts
 
 
-def _probe_output_map(probe: _Probe, mid_site: nn.Module | None) -> Tensor:
-    """W_O [H, V, D]: the derivative, by the attention output of the last row, of `resid_mid`
-    (of the layer's output in a parallel block). Forward mode: a difference of two runs would be
-    swallowed by the residual stream in half precision.
+def _close(probe: _Probe, parts: _Parts, attended: Tensor, beside: Tensor) -> _Parts:
+    """`parts` with the map by which they add up to what attention added, `attended` [T, D]: one
+    for all rows; one scaled by a number for each row; one behind a gate in value space.
+    """
+
+    def gate_sites() -> Iterator[nn.Module | None]:
+        yield None
+        site = _gate_site(probe)
+        if site is not None:
+            yield site
+
+    errors = []
+    for gate_site in gate_sites():
+        W_O = _probe_output_map(probe, parts.mid_site, gate_site)
+        z = probe.z
+        if gate_site is not None:
+            z = z * _gate_rows(probe.module, gate_site, probe.layer_call, probe.resid_pre, z.shape)
+        moved = torch.einsum("thv,hvd->td", z, W_O)
+        errors.append(_error(moved + parts.bias, attended, beside))
+        if errors[-1] <= _TOLERANCE:
+            return parts._replace(W_O=W_O, gate_site=gate_site)
+        scale = _fit_rows(moved, attended - parts.bias)
+        errors.append(_error(scale[:, None] * moved + parts.bias, attended, beside))
+        # A number that is the same for all rows is no norm's, but a wrong W_O's.
+        varies = bool(scale.max() - scale.min() > _TOLERANCE * scale.abs().max())
+        if errors[-1] <= _TOLERANCE and varies:
+            # At 0 a norm multiplies by 1 / sqrt(eps): brought to where its rows are.
+            W_O = W_O * scale.median()
+            return parts._replace(W_O=W_O, row_scaled=True, gate_site=gate_site)
+    what = "attention output" if parts.mid_site is None else "resid_mid"
+    return _refuse(probe, f"its parts do not add up to {what} (relative error {min(errors):.1e})")
+
+
+def _fit_rows(moved: Tensor, added: Tensor) -> Tensor:
+    """The number [R] for each row by which `moved` [R, D] is nearest to `added` [R, D]."""
+    return (moved * added).sum(-1) / moved.square().sum(-1).clamp(min=torch.finfo(moved.dtype).tiny)
+
+
+def _probe_output_map(
+    probe: _Probe, mid_site: nn.Module | None, gate_site: nn.Module | None = None
+) -> Tensor:
+    """W_O [H, V, D]: the derivative of `resid_mid` (of the layer's output in a parallel block) by
+    the attention output of the last row, or by that behind a gate; at 0, where norms are linear.
+    Forward mode: a difference of two runs would be swallowed by the residual stream in half
+    precision.
     """
     T, H, V = probe.z.shape
     eye = torch.eye(H * V, dtype=probe.z.dtype, device=probe.z.device).view(H * V, H, V)
@@ -433,19 +594,51 @@ def _probe_output_map(probe: _Probe, mid_site: nn.Module | None) -> Tensor:
             raise capture.StopForward
 
         with forward_ad.dual_level():
-            z = forward_ad.make_dual(probe.z[rows][None].contiguous(), tangent[None].contiguous())
+            z = torch.zeros_like(tangent)[None]
             handles = [] if mid_site is None else [capture.on_input(mid_site, stop)]
+            if gate_site is None:
+                z = forward_ad.make_dual(z, tangent[None].contiguous())
+            else:
+                behind = forward_ad.make_dual(z.flatten(2), tangent[None].flatten(2))
+                handles.append(capture.change_input(gate_site, behind))
             with (
                 suppress(capture.StopForward),
                 capture.answering(lambda _, z=z: z),  # type: ignore[misc]
                 capture.hooks(*handles),
             ):
-                at_site.append(layer_call(probe.module, hidden))
+                try:
+                    at_site.append(layer_call(probe.module, hidden))
+                except NotImplementedError as error:  # rounded on the way, to int8 for one
+                    _refuse(probe, f"what it makes of its attention has no derivative ({error})")
             derivative = forward_ad.unpack_dual(at_site[0]).tangent
         if derivative is None:
             _refuse(probe, "its output does not depend on its attention")
-        rows_of.append(derivative[0])
+        rows_of.append(derivative.reshape(len(tangent), -1))
     return torch.cat(rows_of).view(H, V, -1).contiguous()
+
+
+def _gate_site(probe: _Probe) -> nn.Module | None:
+    """The first submodule of the attention module that reads its output for all heads at once."""
+    found: list[nn.Module] = []
+    asked = False
+
+    def answer(_: AttentionCall) -> Tensor:
+        nonlocal asked
+        asked = True
+        return probe.z[None]
+
+    def on_input(module: nn.Module, x: Tensor) -> None:
+        if asked and x.numel() == probe.z.numel() and x.shape[-1] == probe.z[0].numel():
+            found.append(module)
+
+    handles = [
+        capture.on_input(module, lambda x, m=module: on_input(m, x))  # type: ignore[misc]
+        for module in probe.attention.modules()
+        if module is not probe.attention
+    ]
+    with capture.answering(answer), capture.hooks(*handles):
+        probe.layer_call(probe.module, probe.resid_pre[None])
+    return found[0] if found else None
 
 
 def _check_ffn(probe: _Probe, run: _Run, before: Tensor) -> None:
@@ -455,8 +648,11 @@ def _check_ffn(probe: _Probe, run: _Run, before: Tensor) -> None:
     for x in run.outputs:
         scale = (left * x).sum() / x.square().sum().clamp(min=1e-30)
         best = min(best, _error(scale * x, left, run.output))
-    if best > _TOLERANCE:
-        _refuse(probe, f"what its FFN adds is no submodule's output (relative error {best:.1e})")
+    if best <= _TOLERANCE:
+        return
+    if run.emits_output:
+        _refuse(probe, "its output is the output of a submodule, not of a residual addition")
+    _refuse(probe, f"what its FFN adds is no submodule's output (relative error {best:.1e})")
 
 
 def _check_rows(probe: _Probe, block: Block, resid_mid: Tensor) -> None:
@@ -464,9 +660,7 @@ def _check_rows(probe: _Probe, block: Block, resid_mid: Tensor) -> None:
     T = probe.resid_pre.shape[0]
     rows = torch.tensor(sorted({T // 2, T - 1}))
     call = probe.call
-    q, mid = replay_rows(
-        block, probe.layer_call, probe.resid_pre, call.k[0], call.v[0], call.mask, rows
-    )
+    q, mid, _ = replay_rows(block, probe.layer_call, probe.resid_pre, call, rows)
     recorded = call.q[0].transpose(0, 1)[rows]
     for got, expected in ((q.flatten(1), recorded.flatten(1)), (mid, resid_mid[rows])):
         error = _error(got, expected)
@@ -475,42 +669,92 @@ def _check_rows(probe: _Probe, block: Block, resid_mid: Tensor) -> None:
 
 
 def replay_rows(
-    block: Block,
-    layer_call: LayerCall,
-    resid_pre: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: capture.LazyMask,
-    rows: Tensor,
-) -> tuple[Tensor, Tensor]:
+    block: Block, layer_call: LayerCall, resid_pre: Tensor, recorded: AttentionCall, rows: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Runs one layer again on some rows alone, its attention reading recorded keys and values.
 
-    resid_pre [T, D], k and v [H_kv, T, *], rows [R]. Returns q [R, H, K] and `resid_mid` [R, D]
-    (in a parallel block: resid_pre plus the attention module's output). The caller has the
-    model's attention go through `capture.attention_through`.
+    resid_pre [T, D]; of `recorded`, its keys, values, mask and slopes; rows [R]. Returns q
+    [R, H, K], `resid_mid` [R, D] (in a parallel block: resid_pre plus the attention module's
+    output) and the attention output z [R, H, V]. The caller has the model's attention answered,
+    by `Decoder.attention_through`.
     """
     queries: list[Tensor] = []
-    found: list[Tensor] = []
-    hidden = resid_pre[rows.to(resid_pre.device)][None]
+    attended: list[Tensor] = []
 
     def answer(call: AttentionCall) -> Tensor:
         queries.append(call.q)
-        past = call._replace(k=k[None], v=v[None], mask=mask)
-        return capture.attend_rows(past, call.q, rows.to(call.q.device))
+        past = recorded._replace(q=call.q)
+        attended.append(capture.attend_rows(past, call.q, rows.to(call.q.device)))
+        return attended[0]
+
+    site, on = (
+        (block.attention, capture.on_output)
+        if block.mid_site is None
+        else (block.mid_site, capture.on_input)
+    )
+    hidden = resid_pre[rows.to(resid_pre.device)]
+    found = _stopped(block.module, layer_call.at(rows), hidden, answer, lambda stop: on(site, stop))
+    mid = found.reshape(hidden.shape)
+    return (
+        queries[0][0].transpose(0, 1),
+        mid if block.mid_site is not None else hidden + mid,
+        attended[0][0],
+    )
+
+
+def row_scales(
+    block: Block, resid_pre: Tensor, resid_mid: Tensor, z: Tensor, value_gate: Tensor | None
+) -> Tensor:
+    """What a row-scaled block multiplied each row's attention by, [R], in float32 or wider.
+
+    resid_pre, resid_mid [R, D]; the attention output z [R, H, V]; value_gate likewise or None.
+    """
+    wide = torch.promote_types(block.W_O.dtype, torch.float32)
+    gated = z.to(wide) if value_gate is None else z.to(wide) * value_gate
+    moved = torch.zeros_like(resid_pre, dtype=wide)
+    for of_head, W_O in zip(gated.unbind(1), block.W_O, strict=True):
+        moved.addmm_(of_head, W_O.to(wide))
+    return _fit_rows(moved, resid_mid.to(wide) - resid_pre.to(wide) - block.bias.to(wide))
+
+
+def gate_rows(block: Block, layer_call: LayerCall, resid_pre: Tensor, rows: Tensor) -> Tensor:
+    """The gates [R, H, V] of some rows of a block that has them: what its gate site reads where
+    attention gives 1. Arguments and caller as in `replay_rows`.
+    """
+    assert block.gate_site is not None
+    H, V, _ = block.W_O.shape
+    hidden = resid_pre[rows.to(resid_pre.device)]
+    shape = torch.Size((len(rows), H, V))
+    return _gate_rows(block.module, block.gate_site, layer_call.at(rows), hidden, shape)
+
+
+def _gate_rows(
+    layer: nn.Module, site: nn.Module, layer_call: LayerCall, hidden: Tensor, shape: torch.Size
+) -> Tensor:
+    ones = hidden.new_ones(1, *shape)
+    found = _stopped(
+        layer, layer_call, hidden, lambda _: ones, lambda stop: capture.on_input(site, stop)
+    )
+    return found.reshape(shape)
+
+
+def _stopped(
+    layer: nn.Module,
+    layer_call: LayerCall,
+    hidden: Tensor,
+    answer: AttentionHandler,
+    watch: Callable[[Callable[[Tensor], None]], torch.utils.hooks.RemovableHandle],
+) -> Tensor:
+    """What `watch` hands over when the layer is run on `hidden` [R, D], which ends there."""
+    found: list[Tensor] = []
 
     def stop(x: Tensor) -> None:
         found.append(x)
         raise capture.StopForward
 
-    handle = (
-        capture.on_output(block.attention, stop)
-        if block.mid_site is None
-        else capture.on_input(block.mid_site, stop)
-    )
-    with suppress(capture.StopForward), capture.answering(answer), capture.hooks(handle):
-        layer_call.at(rows)(block.module, hidden)
-    mid = found[0][0] if block.mid_site is not None else hidden[0] + found[0][0]
-    return queries[0][0].transpose(0, 1), mid
+    with suppress(capture.StopForward), capture.answering(answer), capture.hooks(watch(stop)):
+        layer_call(layer, hidden[None])
+    return found[0]
 
 
 def _tolerance(dtype: torch.dtype) -> float:
@@ -531,12 +775,6 @@ def _error(got: Tensor, expected: Tensor, beside: Tensor | None = None) -> float
         distance = distance - granted * torch.linalg.vector_norm(beside.to(wide), dim=-1)
     relative = (distance.clamp(min=0) / norm.clamp(min=1e-30)).max()
     return float(relative.nan_to_num(nan=float("inf")))
-
-
-def _check(probe: _Probe, what: str, got: Tensor, expected: Tensor, beside: Tensor) -> None:
-    error = _error(got, expected, beside)
-    if error > _TOLERANCE:
-        _refuse(probe, f"its parts do not add up to {what} (relative error {error:.1e})")
 
 
 def _refuse(probe: _Probe, why: str) -> NoReturn:

@@ -19,7 +19,7 @@ from . import capture
 from .capture import AttentionCall, LayerCall, LazyMask
 from .errors import IfrError, UnsupportedArchitectureError
 from .kernels.contract import LayerInputs
-from .model import Block, Decoder, evaluating, replay_rows
+from .model import Block, Decoder, evaluating, gate_rows, replay_rows, row_scales
 
 _CHECKED = 8  # rows of a layer whose parts must add up
 
@@ -28,7 +28,7 @@ class RecordingMode(StrEnum):
     """What a recording holds of each layer."""
 
     LEAN = "lean"  # resid_pre, k, v
-    FULL = "full"  # and q, resid_mid (in parallel blocks: the attention module's output)
+    FULL = "full"  # and q, resid_mid, in row-scaled blocks z
 
 
 @dataclass(eq=False)
@@ -42,10 +42,12 @@ class LayerRecording:
     window: int | None
     softcap: float | None
     sinks: Tensor | None  # [H]
+    alibi_slopes: Tensor | None  # [H]
     mask: LazyMask
     call: LayerCall
     q: Tensor | None = None  # [T, H, K]
     resid_mid: Tensor | None = None  # [T, D]; parallel blocks: resid_pre + attention
+    z: Tensor | None = None  # [T, H, V] attention output
     checked_mid: Tensor | None = None  # [C, D] lean: resid_mid at Recording.checked_rows
 
 
@@ -67,6 +69,12 @@ class Recording:
     def __len__(self) -> int:
         return len(self.token_ids)
 
+    @property
+    def is_replayed(self) -> bool:
+        """Whether scoring it runs layers again, for what it does not hold."""
+        gated = any(block.gate_site is not None for block in self.decoder.blocks)
+        return gated or self.mode is RecordingMode.LEAN
+
     def sample(self, rows: Tensor) -> Tensor:
         """Indices of a few of `rows` [R], to check: where lean, ones with a recorded resid_mid."""
         if self.mode is RecordingMode.LEAN:
@@ -87,7 +95,7 @@ class Recording:
         """Bytes held, a storage shared by several tensors counted once."""
         storages = {}
         for layer in self.layers:
-            for x in (layer.resid_pre, layer.k, layer.v, layer.q, layer.resid_mid):
+            for x in (layer.resid_pre, layer.k, layer.v, layer.q, layer.resid_mid, layer.z):
                 if x is not None:
                     storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         for x in (self.resid_final, self.states):
@@ -108,6 +116,8 @@ def record(
     checked_rows = torch.tensor(sorted({position % T, T // 2, T - 1}))
     of_layer = {block.attention: block for block in decoder.blocks}
     calls: dict[int, AttentionCall] = {}
+    attended: dict[int, Tensor] = {}
+    windows: dict[int, int | None] = {}
     causal: dict[int, Tensor] = {}  # by mask: layers share few
     layer_calls: dict[int, LayerCall] = {}
     pre: dict[int, Tensor] = {}
@@ -116,10 +126,14 @@ def record(
 
     def answer(call: AttentionCall) -> Tensor:
         block = of_layer[call.module]
-        window = _window(block, T)
+        # A mask that is a tensor shows its window only to texts that cross it.
+        window = _window(block, T) if call.mask.n_rows is None else call.mask.window(T)
+        windows[block.layer] = window
         if id(call.mask) not in causal:
             causal[id(call.mask)] = call.mask.is_causal(T, window)
         z = capture.attend(call, window)
+        if block.row_scaled and mode is RecordingMode.FULL:
+            attended[block.layer] = z[0]
         if mode is RecordingMode.LEAN:  # a view of a fused q/k/v projection would hold q too
             call = call._replace(q=call.q.new_empty(0), k=_own(call.k), v=_own(call.v))
         calls[block.layer] = call
@@ -132,7 +146,7 @@ def record(
 
         def keep_mid(x: Tensor) -> None:
             of_rows = slice(None) if mode is RecordingMode.FULL else checked_rows.to(x.device)
-            found = x[0, of_rows]
+            found = x.reshape(T, -1)[of_rows]
             mid[block.layer] = pre[block.layer][of_rows] + found if block.parallel else found
 
         site, on = (
@@ -146,7 +160,7 @@ def record(
     handles.append(capture.on_output(decoder.blocks[-1].module, lambda x: post.append(x[0])))
     with (
         evaluating(decoder.model),
-        capture.attention_through(decoder.model, answer),
+        decoder.attention_through(decoder.model, answer),
         capture.hooks(*handles),
     ):
         states, logits = decoder.forward(token_ids, position)
@@ -175,13 +189,15 @@ def record(
                 k=call.k[0].transpose(0, 1),
                 v=call.v[0].transpose(0, 1),
                 scale=call.scale,
-                window=_window(decoder.blocks[i], T),
+                window=windows[i],
                 softcap=call.softcap,
                 sinks=call.sinks,
+                alibi_slopes=call.alibi_slopes,
                 mask=call.mask,
                 call=layer_calls[i],
                 q=call.q[0].transpose(0, 1) if mode is RecordingMode.FULL else None,
                 resid_mid=mid[i] if mode is RecordingMode.FULL else None,
+                z=attended.get(i),
                 checked_mid=mid[i] if mode is RecordingMode.LEAN else None,
             )
         )
@@ -216,8 +232,8 @@ def layer_inputs(
     """What the kernels need to score `rows` [R] (int64, CPU, ascending) of a layer.
 
     Also `resid_post` [R, D] where the block is sequential, so that its FFN can be scored. The
-    caller has the model's attention go through `capture.attention_through` if the recording is
-    lean.
+    caller has the model's attention answered by `Decoder.attention_through` if the recording
+    `is_replayed`.
     """
     block, recorded = recording.decoder.blocks[layer], recording.layers[layer]
     everything = len(rows) == len(recording)
@@ -226,11 +242,23 @@ def layer_inputs(
     def take(x: Tensor) -> Tensor:
         return x if everything else x[on_device]
 
+    z = None
     if recorded.q is not None and recorded.resid_mid is not None:
         q, mid = take(recorded.q), take(recorded.resid_mid)
+        z = None if recorded.z is None else take(recorded.z)
     else:
-        k, v = recorded.k.transpose(0, 1), recorded.v.transpose(0, 1)
-        q, mid = replay_rows(block, recorded.call, recorded.resid_pre, k, v, recorded.mask, rows)
+        past = AttentionCall(
+            block.attention,
+            recorded.resid_pre.new_empty(0),
+            recorded.k.transpose(0, 1)[None],
+            recorded.v.transpose(0, 1)[None],
+            recorded.mask,
+            recorded.scale,
+            recorded.softcap,
+            recorded.sinks,
+            recorded.alibi_slopes,
+        )
+        q, mid, z = replay_rows(block, recorded.call, recorded.resid_pre, past, rows)
         if recorded.checked_mid is not None:  # where there is one, not the replay's own word
             among = torch.isin(rows, recording.checked_rows)
             known = torch.isin(recording.checked_rows, rows)
@@ -239,8 +267,15 @@ def layer_inputs(
                 among.nonzero().squeeze(1).to(mid.device),
                 recorded.checked_mid[known.to(mid.device)],
             )
+    value_gate = None
+    if block.gate_site is not None:
+        value_gate = gate_rows(block, recorded.call, recorded.resid_pre, rows)
     resid_pre = take(recorded.resid_pre)
     resid_post = take(recording.resid_post(layer)).to(resid_pre.device)
+    row_scale = None
+    if block.row_scaled:
+        assert z is not None
+        row_scale = row_scales(block, resid_pre, mid, z, value_gate)
     inputs = LayerInputs(
         rows=rows,
         resid_pre=resid_pre,
@@ -250,9 +285,12 @@ def layer_inputs(
         v=recorded.v,
         W_O=block.W_O,
         scale=recorded.scale,
+        row_scale=row_scale,
+        value_gate=value_gate,
         window=recorded.window,
         softcap=recorded.softcap,
         sinks=recorded.sinks,
+        alibi_slopes=recorded.alibi_slopes,
         ffn=resid_post - mid if block.parallel else None,
     )
     return inputs, None if block.parallel else resid_post

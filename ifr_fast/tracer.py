@@ -80,7 +80,8 @@ class Plan:
 class Tracer:
     """Explains the predictions of one model.
 
-    model: any Hugging Face decoder in memory. tokenizer: its own, or None to work on token ids.
+    model: any Hugging Face decoder in memory, inside PEFT or not. tokenizer: its own, or None to
+    work on token ids.
     impl: "auto", "reference", "eager", "cpu" or "triton"; also by $IFR_FAST_IMPL.
 
     Raises `UnsupportedArchitectureError` where the model's parts cannot be shown to add up.
@@ -151,12 +152,14 @@ class Tracer:
         """
         if n_tokens < 1:
             raise ValueError(f"n_tokens: expected at least 1, got {n_tokens}")
-        decoder, config = self.decoder, self.model.config.get_text_config()
+        decoder, config = self.decoder, self.decoder.model.config.get_text_config()
         H, V, D = decoder.n_heads, decoder.d_head, decoder.d_model
         H_kv = getattr(config, "num_key_value_heads", None) or H
         per_token = torch.finfo(decoder.dtype).bits // 8 * decoder.n_layers
         lean = n_tokens * per_token * (D + 2 * H_kv * V)
         full = n_tokens * per_token * (2 * D + H * V + 2 * H_kv * V)
+        n_scaled = sum(block.row_scaled for block in decoder.blocks)
+        full += n_tokens * per_token // decoder.n_layers * n_scaled * H * V  # and z
         scoring = 4 * (8 << 21) + 8 * n_tokens * D
         available = available_memory(decoder.device)
         fits = available is None or full + scoring < 0.8 * available
@@ -295,15 +298,16 @@ class Tracer:
 
     @contextmanager
     def _replaying(self, recording: Recording) -> Iterator[None]:
-        """Within, layers can be replayed for a lean recording."""
-        if recording.mode is RecordingMode.FULL:
+        """Within, layers can be replayed where the recording needs it."""
+        if not recording.is_replayed:
             yield
             return
 
         def outside(_: capture.AttentionCall) -> NoReturn:
             raise AssertionError("attention asked outside of a replay")
 
-        with evaluating(self.model), capture.attention_through(self.model, outside):
+        model = self.decoder.model
+        with evaluating(model), self.decoder.attention_through(model, outside):
             yield
 
     def _check_tokens(self, token_ids: Tensor) -> None:

@@ -38,7 +38,11 @@ def importances(layer: LayerAccount) -> LayerImportance:
     u = torch.einsum("jhv,hvd->hjd", layer.v, layer.W_O)  # [H, T, D]
     heads = torch.zeros(H, T, T, dtype=torch.float64)
     for t in range(T):
+        if layer.gate is not None:
+            u = torch.einsum("jhv,hvd->hjd", layer.v * layer.gate[t], layer.W_O)
         parts = layer.pattern[:, t, : t + 1, None] * u[:, : t + 1]
+        if layer.after is not None:
+            parts = parts * layer.after[t]
         heads[:, t, : t + 1] = proximity(parts, y[t])
     residual = proximity(layer.resid_pre, y)
     ffn = proximity(layer.ffn, layer.resid_post)

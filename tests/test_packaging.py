@@ -31,14 +31,15 @@ RANKS = {
     "storage": 1,
     "tokens": 1,
     "capture": 1,
-    "model": 2,
-    "recording": 3,
-    "scoring": 4,
-    "graph": 4,
-    "pretrained": 4,
-    "tracer": 5,
+    "own_attention": 2,
+    "model": 3,
+    "recording": 4,
+    "scoring": 5,
+    "graph": 5,
+    "pretrained": 5,
+    "tracer": 6,
 }
-TOP = 6
+TOP = 7
 # Names of the public face that lead upwards are imported when they are called, and only there.
 CALLED_UPWARDS = {("graph", "export"), ("tracer", "pretrained")}
 

@@ -5,21 +5,21 @@ Weights are scaled up: at their initial scale attention is uniform and nothing f
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import copy
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    GPTNeoXConfig,
-    LlamaConfig,
-    MistralConfig,
-    PreTrainedModel,
-    Qwen2Config,
-)
+import transformers
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+README = Path(__file__).parent.parent / "README.md"
 VOCAB = 97
+WINDOW = 7
 _COMMON = {
     "vocab_size": VOCAB,
     "hidden_size": 36,
@@ -29,38 +29,560 @@ _COMMON = {
     "max_position_embeddings": 96,
     "bos_token_id": 0,
     "eos_token_id": 1,
+    "pad_token_id": None,
 }
-CONFIGS = {
-    "llama": lambda: LlamaConfig(**_COMMON, num_key_value_heads=2),
-    "llama-bias": lambda: LlamaConfig(
-        **_COMMON, num_key_value_heads=6, head_dim=10, attention_bias=True, mlp_bias=True
+_GPT = {
+    "vocab_size": VOCAB,
+    "n_embd": 36,
+    "n_layer": 3,
+    "n_head": 6,
+    "n_positions": 96,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+_EXPERTS = {
+    "intermediate_size": 52,  # grouped products need multiples of 16 bytes
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 20,
+}
+_DEEPSEEK_EXPERTS = {
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 20,
+    "first_k_dense_replace": 1,
+}
+_ALTERNATING = {
+    "sliding_window": WINDOW,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+_FALCON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 36,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "max_position_embeddings": 96,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+
+
+def _config(name: str, common: dict[str, Any] = _COMMON, **options: Any) -> Callable[..., Any]:
+    return lambda: getattr(transformers, f"{name}Config")(**{**common, **options})
+
+
+class Family(NamedTuple):
+    """A supported family: a tiny model of it, and where its parts are by its own names."""
+
+    title: str
+    shows: str  # what of it is tested, for the README
+    config: Callable[[], PreTrainedConfig]
+    layers: str = "model.layers"
+    attention: str = "self_attn"
+    mid: str | None = "post_attention_layernorm"  # reads resid_mid; None: a parallel block
+    out: str = "o_proj"  # the output projection
+    values: str | None = None  # the projection to v, of attention outside the interface
+    split: Callable[[Tensor], Tensor] | None = None  # its output [T, *] -> v [T, H, V]
+
+
+FAMILIES = {
+    "llama": Family("Llama", "grouped-query attention", _config("Llama", num_key_value_heads=2)),
+    "llama-bias": Family(
+        "Llama with biases",
+        "biases of all projections, wide heads",
+        _config("Llama", num_key_value_heads=6, head_dim=10, attention_bias=True, mlp_bias=True),
     ),
-    "mistral": lambda: MistralConfig(**_COMMON, num_key_value_heads=3, sliding_window=7),
-    "qwen2": lambda: Qwen2Config(**_COMMON, num_key_value_heads=1),
-    "gpt2": lambda: GPT2Config(
-        vocab_size=VOCAB,
-        n_embd=36,
-        n_layer=3,
-        n_head=6,
-        n_positions=96,
-        bos_token_id=0,
-        eos_token_id=1,
+    "mistral": Family(
+        "Mistral",
+        "sliding window",
+        _config("Mistral", num_key_value_heads=3, sliding_window=WINDOW),
     ),
-    "gpt_neox": lambda: GPTNeoXConfig(**_COMMON),
-    "gpt_neox-sequential": lambda: GPTNeoXConfig(**_COMMON, use_parallel_residual=False),
+    "mixtral": Family(
+        "Mixtral",
+        "mixture of experts, sliding window",
+        _config(
+            "Mixtral",
+            num_key_value_heads=3,
+            sliding_window=WINDOW,
+            num_local_experts=4,
+            intermediate_size=52,
+        ),
+    ),
+    "qwen2": Family("Qwen2", "biases of q, k, v", _config("Qwen2", num_key_value_heads=1)),
+    "qwen2_moe": Family(
+        "Qwen2-MoE",
+        "mixture of experts with a shared one",
+        _config("Qwen2Moe", num_key_value_heads=2, shared_expert_intermediate_size=24, **_EXPERTS),
+    ),
+    "qwen3": Family(
+        "Qwen3", "norms of q and k", _config("Qwen3", num_key_value_heads=2, head_dim=10)
+    ),
+    "qwen3_moe": Family(
+        "Qwen3-MoE",
+        "norms of q and k, mixture of experts",
+        _config("Qwen3Moe", num_key_value_heads=2, head_dim=10, **_EXPERTS),
+    ),
+    "qwen3_next": Family(
+        "Qwen3-Next, softmax layers",
+        "output gates, mixture of experts",
+        _config(
+            "Qwen3Next",
+            num_key_value_heads=2,
+            head_dim=8,
+            layer_types=["full_attention"] * 3,
+            shared_expert_intermediate_size=24,
+            **_EXPERTS,
+        ),
+    ),
+    "gemma": Family(
+        "Gemma", "multi-query attention", _config("Gemma", num_key_value_heads=1, head_dim=10)
+    ),
+    "gemma2": Family(
+        "Gemma 2",
+        "soft-capped scores, norms before and after, alternating windows",
+        _config(
+            "Gemma2",
+            num_key_value_heads=2,
+            head_dim=10,
+            attn_logit_softcapping=5.0,
+            query_pre_attn_scalar=10,
+            **_ALTERNATING,
+        ),
+        mid="pre_feedforward_layernorm",
+    ),
+    "gemma3": Family(
+        "Gemma 3",
+        "norms before and after, norms of q and k, alternating windows",
+        _config("Gemma3Text", num_key_value_heads=2, head_dim=10, **_ALTERNATING),
+        mid="pre_feedforward_layernorm",
+    ),
+    "phi": Family(
+        "Phi",
+        "parallel block, partial rotary",
+        _config("Phi", partial_rotary_factor=0.34),
+        mid=None,
+        out="dense",
+    ),
+    "phi3": Family(
+        "Phi-3",
+        "fused projections, sliding window",
+        _config("Phi3", num_key_value_heads=2, sliding_window=WINDOW, pad_token_id=0),
+    ),
+    "gpt2": Family(
+        "GPT-2",
+        "learned positions",
+        _config("GPT2", _GPT),
+        layers="transformer.h",
+        attention="attn",
+        mid="ln_2",
+        out="c_proj",
+    ),
+    "gpt_bigcode": Family(
+        "GPT-BigCode (StarCoder)",
+        "multi-query attention",
+        _config("GPTBigCode", _GPT, multi_query=True),
+        layers="transformer.h",
+        attention="attn",
+        mid="ln_2",
+        out="c_proj",
+    ),
+    "gpt_neo": Family(
+        "GPT-Neo",
+        "outside the interface; local attention",
+        _config(
+            "GPTNeo",
+            {},
+            vocab_size=VOCAB,
+            hidden_size=36,
+            num_layers=3,
+            num_heads=6,
+            attention_types=[[["global", "local", "local"], 1]],
+            window_size=WINDOW,
+            intermediate_size=50,
+            max_position_embeddings=96,
+            bos_token_id=0,
+            eos_token_id=1,
+        ),
+        layers="transformer.h",
+        attention="attn.attention",
+        mid="ln_2",
+        out="out_proj",
+        values="v_proj",
+        split=lambda x: x.view(len(x), 6, -1),
+    ),
+    "gptj": Family(
+        "GPT-J",
+        "outside the interface; parallel block",
+        _config("GPTJ", _GPT, rotary_dim=4),
+        layers="transformer.h",
+        attention="attn",
+        mid=None,
+        out="out_proj",
+        values="v_proj",
+        split=lambda x: x.view(len(x), 6, -1),
+    ),
+    "gpt_neox": Family(
+        "GPT-NeoX",
+        "parallel block",
+        _config("GPTNeoX"),
+        layers="gpt_neox.layers",
+        attention="attention",
+        mid=None,
+        out="dense",
+    ),
+    "gpt_neox-sequential": Family(
+        "GPT-NeoX, sequential",
+        "sequential block",
+        _config("GPTNeoX", use_parallel_residual=False),
+        layers="gpt_neox.layers",
+        attention="attention",
+        out="dense",
+    ),
+    "opt": Family(
+        "OPT",
+        "rows merged with the batch",
+        _config(
+            "OPT",
+            {},
+            vocab_size=VOCAB,
+            hidden_size=36,
+            num_hidden_layers=3,
+            num_attention_heads=6,
+            ffn_dim=50,
+            max_position_embeddings=96,
+            word_embed_proj_dim=36,
+        ),
+        layers="model.decoder.layers",
+        mid="final_layer_norm",
+        out="out_proj",
+    ),
+    "bloom": Family(
+        "BLOOM",
+        "outside the interface; ALiBi",
+        _config("Bloom", {}, vocab_size=VOCAB, hidden_size=36, n_layer=3, n_head=6),
+        layers="transformer.h",
+        attention="self_attention",
+        out="dense",
+        values="query_key_value",
+        split=lambda x: x.view(len(x), 6, 3, -1)[:, :, 2],
+    ),
+    "mpt": Family(
+        "MPT",
+        "outside the interface; ALiBi",
+        _config(
+            "Mpt",
+            {},
+            vocab_size=VOCAB,
+            d_model=36,
+            n_layers=3,
+            n_heads=6,
+            max_seq_len=96,
+            expansion_ratio=2,
+        ),
+        layers="transformer.blocks",
+        attention="attn",
+        mid="norm_2",
+        out="out_proj",
+        values="Wqkv",
+        split=lambda x: x.chunk(3, dim=-1)[2].view(len(x), 6, -1),
+    ),
+    "falcon": Family(
+        "Falcon",
+        "outside the interface; parallel block, multi-query attention",
+        _config("Falcon", _FALCON, bias=False),
+        layers="transformer.h",
+        attention="self_attention",
+        mid=None,
+        out="dense",
+        values="query_key_value",
+        split=lambda x: x.view(len(x), 8, -1)[:, -1:].expand(-1, 6, -1),
+    ),
+    "falcon-new": Family(
+        "Falcon, new decoder",
+        "outside the interface; two norms, grouped-query attention",
+        _config("Falcon", _FALCON, new_decoder_architecture=True, num_kv_heads=2),
+        layers="transformer.h",
+        attention="self_attention",
+        mid=None,
+        out="dense",
+        values="query_key_value",
+        split=lambda x: x.view(len(x), 2, 5, -1)[:, :, -1].repeat_interleave(3, dim=1),
+    ),
+    "codegen": Family(
+        "CodeGen",
+        "outside the interface; parallel block",
+        _config("CodeGen", _GPT, n_embd=32, n_head=4, rotary_dim=4),
+        layers="transformer.h",
+        attention="attn",
+        mid=None,
+        out="out_proj",
+        values="qkv_proj",
+        split=lambda x: x.view(len(x), 4, 3, -1)[:, :, 1].reshape(len(x), 4, -1),
+    ),
+    "cohere": Family(
+        "Cohere", "parallel block", _config("Cohere", num_key_value_heads=2), mid=None
+    ),
+    "cohere2": Family(
+        "Cohere 2",
+        "parallel block, alternating windows",
+        _config("Cohere2", num_key_value_heads=2, **_ALTERNATING),
+        mid=None,
+    ),
+    "olmo": Family("OLMo", "norms without weights", _config("Olmo", num_key_value_heads=2)),
+    "olmo2": Family(
+        "OLMo 2", "norms after only", _config("Olmo2", num_key_value_heads=2), mid="mlp"
+    ),
+    "olmo3": Family(
+        "OLMo 3",
+        "norms after only, alternating windows",
+        _config("Olmo3", num_key_value_heads=2, **_ALTERNATING),
+        mid="mlp",
+    ),
+    "olmoe": Family(
+        "OLMoE",
+        "mixture of experts",
+        _config(
+            "Olmoe",
+            num_key_value_heads=2,
+            intermediate_size=52,
+            num_experts=4,
+            num_experts_per_tok=2,
+        ),
+    ),
+    "stablelm": Family("StableLM", "partial rotary", _config("StableLm", num_key_value_heads=2)),
+    "stablelm-parallel": Family(
+        "StableLM, parallel",
+        "parallel block",
+        _config("StableLm", num_key_value_heads=2, use_parallel_residual=True),
+        mid=None,
+    ),
+    "starcoder2": Family(
+        "StarCoder2",
+        "sliding window",
+        _config("Starcoder2", num_key_value_heads=2, sliding_window=WINDOW),
+    ),
+    "granite": Family(
+        "Granite",
+        "multipliers of embeddings, scores, residuals, logits",
+        _config(
+            "Granite",
+            num_key_value_heads=2,
+            residual_multiplier=0.6,
+            attention_multiplier=0.2,
+            embedding_multiplier=0.2,
+            logits_scaling=2.0,
+        ),
+    ),
+    "glm4": Family(
+        "GLM-4",
+        "norms before and after, partial rotary",
+        _config("Glm4", num_key_value_heads=2, head_dim=8, pad_token_id=0),
+    ),
+    "smollm3": Family(
+        "SmolLM3",
+        "layers without rotary",
+        _config("SmolLM3", num_key_value_heads=2, no_rope_layer_interval=2, pad_token_id=0),
+    ),
+    "nemotron": Family(
+        "Nemotron", "partial rotary", _config("Nemotron", num_key_value_heads=2, head_dim=6)
+    ),
+    "deepseek_v3": Family(
+        "DeepSeek-V3",
+        "latent attention, mixture of experts",
+        _config(
+            "DeepseekV3",
+            intermediate_size=52,
+            num_key_value_heads=6,
+            q_lora_rank=12,
+            kv_lora_rank=10,
+            qk_rope_head_dim=4,
+            qk_nope_head_dim=6,
+            v_head_dim=8,
+            **_DEEPSEEK_EXPERTS,
+        ),
+    ),
+    "glm4_moe": Family(
+        "GLM-4-MoE",
+        "mixture of experts",
+        _config(
+            "Glm4Moe",
+            intermediate_size=52,
+            num_key_value_heads=2,
+            head_dim=6,
+            **_DEEPSEEK_EXPERTS,
+        ),
+    ),
+    "gpt_oss": Family(
+        "GPT-OSS",
+        "attention sinks, mixture of experts, alternating windows",
+        _config(
+            "GptOss",
+            intermediate_size=52,
+            num_key_value_heads=2,
+            head_dim=8,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+            **_ALTERNATING,
+        ),
+    ),
+    "exaone4": Family(
+        "EXAONE 4",
+        "norms after only, norms of q and k, alternating windows",
+        _config("Exaone4", num_key_value_heads=2, **_ALTERNATING),
+        mid="mlp",
+    ),
+    "persimmon": Family(
+        "Persimmon",
+        "norms of q and k",
+        _config("Persimmon", partial_rotary_factor=0.34),
+        out="dense",
+    ),
+    "helium": Family(
+        "Helium", "grouped-query attention", _config("Helium", num_key_value_heads=2, head_dim=6)
+    ),
+    "seed_oss": Family(
+        "Seed-OSS", "biases of q, k, v", _config("SeedOss", num_key_value_heads=2, head_dim=6)
+    ),
+}
+# Those that every combination of options is tested on.
+CONFIGS = (
+    "llama",
+    "llama-bias",
+    "mistral",
+    "qwen2",
+    "gpt2",
+    "gpt_neox",
+    "gpt_neox-sequential",
+)
+
+
+class Refusal(NamedTuple):
+    """A family that is refused, and why."""
+
+    title: str
+    reason: str  # for the README
+    config: Callable[[], PreTrainedConfig]
+    message: str  # a pattern that the error matches
+
+
+REFUSALS = {
+    "opt-post_norm": Refusal(
+        "OPT-350m",
+        "norms after the residual addition",
+        _config(
+            "OPT",
+            {},
+            vocab_size=VOCAB,
+            hidden_size=36,
+            num_hidden_layers=2,
+            num_attention_heads=6,
+            ffn_dim=50,
+            max_position_embeddings=96,
+            word_embed_proj_dim=36,
+            do_layer_norm_before=False,
+        ),
+        r"layers\.0 .*residual addition",
+    ),
+    "falcon-alibi": Refusal(
+        "Falcon with ALiBi",
+        "its position bias is rounded to bfloat16, so not linear in the distance",
+        _config("Falcon", _FALCON, alibi=True, num_attention_heads=12, parallel_attn=False),
+        r"FalconAttention adds a position bias .* not linear in the distance",
+    ),
+    "llama4": Refusal(
+        "Llama 4, beyond its attention chunk",
+        "attention in chunks, neither causal nor a sliding window",
+        _config(
+            "Llama4Text",
+            pad_token_id=0,
+            num_key_value_heads=2,
+            head_dim=8,
+            attention_chunk_size=8,
+            num_local_experts=2,
+            intermediate_size_mlp=40,
+        ),
+        "Llama4TextAttention reads other keys than all past ones",
+    ),
+    "qwen3_next-hybrid": Refusal(
+        "Qwen3-Next, and other mixtures with linear attention",
+        "a linear-attention layer has no weights by which its sources could be told apart",
+        _config(
+            "Qwen3Next",
+            num_key_value_heads=2,
+            head_dim=8,
+            layer_types=["linear_attention", "linear_attention", "full_attention"],
+            linear_num_key_heads=2,
+            linear_num_value_heads=2,
+            linear_key_head_dim=8,
+            linear_value_head_dim=8,
+            shared_expert_intermediate_size=24,
+            **_EXPERTS,
+        ),
+        r"3 layers, 1 calls.*model\.layers\.0 \(Qwen3NextGatedDeltaNet",
+    ),
+    "lfm2": Refusal(
+        "LFM2, and other mixtures with convolutions",
+        "a convolution reads other positions without weights",
+        _config("Lfm2", num_key_value_heads=2, layer_types=["conv", "full_attention", "conv"]),
+        r"3 layers, 1 calls.*model\.layers\.0 \(Lfm2ShortConv",
+    ),
+    "mamba": Refusal(
+        "Mamba, and other state-space models",
+        "a state has no weights by which its sources could be told apart",
+        _config("Mamba", {}, vocab_size=VOCAB, hidden_size=36, num_hidden_layers=2),
+        "MambaForCausalLM computes no softmax attention",
+    ),
+    "minimax": Refusal(
+        "MiniMax",
+        "adds to a scaled normed stream: its residual connection is no identity",
+        _config(
+            "MiniMax",
+            intermediate_size=52,
+            num_key_value_heads=2,
+            head_dim=6,
+            num_local_experts=4,
+            layer_types=["full_attention"] * 3,
+        ),
+        r"layers\.0 .*no place was found where its residual stream and attention meet",
+    ),
+    "gemma3n": Refusal(
+        "Gemma 3n",
+        "four residual streams at once",
+        _config(
+            "Gemma3nText",
+            pad_token_id=0,
+            num_key_value_heads=2,
+            head_dim=6,
+            hidden_size_per_layer_input=8,
+            vocab_size_per_layer_input=VOCAB,
+            laurel_rank=4,
+            num_kv_shared_layers=0,
+            activation_sparsity_pattern=[0.0] * 3,
+        ),
+        r"states of shape \(4, 1, 11, 36\)",
+    ),
 }
 
 
 def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A random model of a family, with non-zero biases and norm weights away from 1."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[family](), attn_implementation="sdpa")
+    config = (FAMILIES.get(family) or REFUSALS[family]).config()
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
-                parameter.mul_(6 if "embed" not in name and "wte" not in name else 20)
+                parameter.mul_(20 if re.search("embed|wte", name) else 6)
+                parameter.mul_(2 if re.search("q_|k_|qkv|query|c_attn", name) else 1)
             else:
                 parameter.add_(0.2 * torch.randn_like(parameter))
+    model.tiny_family = family
+    if dtype != torch.float32:  # grouped products need rows of multiples of 16 bytes, not float64
+        model.config._experts_implementation = "eager"
     return model.to(dtype)
 
 
@@ -79,85 +601,141 @@ class LayerAccount(NamedTuple):
     pattern: Tensor  # [H, T, T]
     v: Tensor  # [T, H, V], repeated to all heads
     W_O: Tensor  # [H, V, D]
+    gate: Tensor | None  # [T, H, V] what the attention output is multiplied by
+    after: Tensor | None  # [T, D] what the output projection's is multiplied by, norm or number
 
 
 def account(model: PreTrainedModel, token_ids: Tensor) -> list[LayerAccount]:
-    """What the model itself does, with its own eager attention and by the names of its own
-    modules: nothing here goes through ifr_fast.
+    """What the model itself does, in float64, with its own eager attention and by the names of
+    its own modules: nothing here goes through ifr_fast.
     """
-    kind = model.config.model_type
-    seen: dict[str, Tensor] = {}
-    if kind == "gpt2":
-        layers, names = model.transformer.h, ("attn", "ln_2", "mlp")
-    elif kind == "gpt_neox":
-        layers, names = model.gpt_neox.layers, ("attention", "post_attention_layernorm", "mlp")
-    else:
-        layers, names = model.model.layers, ("self_attn", "post_attention_layernorm", "mlp")
+    family = FAMILIES[getattr(model, "tiny_family", model.config.model_type)]
+    model = copy.deepcopy(model).double().eval()
+    # Set where a setter would refuse: not all go through an interface.
+    model.config._attn_implementation = "eager"
+    model.config._experts_implementation = "eager"  # grouped products have no float64
+    layers = model.get_submodule(family.layers)
+    seen: dict[tuple[str, int], Tensor] = {}
     handles = []
 
-    def save(key: str, output: bool):
-        def hook(_, args, kwargs, out=None):
-            x = out if output else (args[0] if args else kwargs["hidden_states"])
-            seen[key] = (x[0] if isinstance(x, tuple) else x)[0].double()
+    def save(key: tuple[str, int], x: Any) -> None:
+        x = x[0] if isinstance(x, tuple) else x
+        seen[key] = x.double().reshape(len(token_ids), -1).clone()
 
-        return hook
+    def before(key: str, i: int, module: nn.Module) -> None:
+        def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
+            save((key, i), args[0] if args else kwargs["hidden_states"])
 
-    for i, layer in enumerate(layers):
-        attention, norm, mlp = (getattr(layer, name) for name in names)
-        values = {"gpt2": "c_attn", "gpt_neox": "query_key_value"}.get(kind, "v_proj")
-        for key, module, output in (
-            (f"{i}.pre", layer, False),
-            (f"{i}.post", layer, True),
-            (f"{i}.mid", norm, False),
-            (f"{i}.ffn", mlp, True),
-            (f"{i}.v", getattr(attention, values), True),
-        ):
-            if output:
-                handles.append(module.register_forward_hook(save(key, True), with_kwargs=True))
-            else:
-                handles.append(module.register_forward_pre_hook(save(key, False), with_kwargs=True))
+        handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
-    before, training = model.config._attn_implementation, model.training
-    model.set_attn_implementation("eager")
-    model.eval()
-    with torch.no_grad():
-        output = model(
-            input_ids=token_ids[None],
-            attention_mask=torch.ones_like(token_ids)[None],
-            output_attentions=True,
-            use_cache=False,
+    def after(key: str, i: int, module: nn.Module) -> None:
+        handles.append(module.register_forward_hook(lambda _, __, x: save((key, i), x)))
+
+    patterns: dict[int, Tensor] = {}
+    attentions = [layer.get_submodule(family.attention) for layer in layers]
+    for i, (layer, attention) in enumerate(zip(layers, attentions, strict=True)):
+        before("pre", i, layer)
+        after("post", i, layer)
+        if family.mid is not None:
+            before("mid", i, layer.get_submodule(family.mid))
+        after("attention", i, attention)
+        before("gated", i, attention.get_submodule(family.out))
+        after("out", i, attention.get_submodule(family.out))
+        if family.values is not None:
+            after("v", i, attention.get_submodule(family.values))
+        handles.append(
+            attention.register_forward_hook(lambda _, __, x, i=i: patterns.update({i: x[1][0]}))
         )
-    model.train(training)
-    model.set_attn_implementation(before)
-    for handle in handles:
-        handle.remove()
 
-    out = []
-    for i, layer in enumerate(layers):
-        pattern = output.attentions[i][0].double()
+    source = sys.modules[type(attentions[0]).__module__]
+    eager = getattr(source, "eager_attention_forward", None)
+
+    def seeing_values(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kw: Any):
+        v_of_head = v[0].transpose(0, 1)
+        repeated = v_of_head.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+        save(("v", attentions.index(module)), repeated)
+        return eager(module, q, k, v, *args, **kw)
+
+    if eager is not None:
+        source.eager_attention_forward = seeing_values
+    try:
+        with torch.no_grad():
+            model(
+                input_ids=token_ids[None],
+                attention_mask=torch.ones_like(token_ids)[None],
+                output_attentions=True,
+                use_cache=False,
+            )
+    finally:
+        if eager is not None:
+            source.eager_attention_forward = eager
+        for handle in handles:
+            handle.remove()
+
+    accounts = []
+    for i in range(len(layers)):
+        pattern = patterns[i].double()
         H, T = pattern.shape[:2]
-        D = seen[f"{i}.pre"].shape[-1]
-        projected = seen[f"{i}.v"]
-        if kind == "gpt2":
-            v = projected[:, 2 * D :].view(T, H, -1)
-            W_O = layer.attn.c_proj.weight.view(H, -1, D)
-        elif kind == "gpt_neox":
-            v = projected.view(T, H, 3, -1)[:, :, 2]
-            W_O = layer.attention.dense.weight.T.reshape(H, -1, D)
-        else:
-            n_kv = model.config.num_key_value_heads
-            v = projected.view(T, n_kv, -1).repeat_interleave(H // n_kv, dim=1)
-            W_O = layer.self_attn.o_proj.weight.T.reshape(H, -1, D)
-        parallel = kind == "gpt_neox" and model.config.use_parallel_residual
-        out.append(
+        v = seen["v", i]
+        v = v.view(T, H, -1) if family.split is None else family.split(v)
+        pre, post = seen["pre", i], seen["post", i]
+        mid = seen.get(("mid", i))
+        attended = seen["attention", i] if mid is None else mid - pre
+        z = torch.einsum("htj,jhv->thv", pattern, v)
+        accounts.append(
             LayerAccount(
-                seen[f"{i}.pre"],
-                None if parallel else seen[f"{i}.mid"],
-                seen[f"{i}.post"],
-                seen[f"{i}.ffn"],
+                pre,
+                mid,
+                post,
+                post - (pre + attended if mid is None else mid),
                 pattern,
                 v,
-                W_O.detach().double(),
+                _out_map(attentions[i].get_submodule(family.out), H * v.shape[-1]).view(
+                    H, -1, pre.shape[-1]
+                ),
+                _quotient(seen["gated", i].view(z.shape), z),
+                _quotient(attended, seen["out", i]),
             )
         )
-    return out
+    return accounts
+
+
+@torch.no_grad()
+def _out_map(out: nn.Module, width: int) -> Tensor:
+    """The matrix [width, D] of an output projection, adapters and all."""
+    eye = torch.eye(width, dtype=next(out.parameters()).dtype)
+    return (out(eye[None]) - out(torch.zeros_like(eye)[None]))[0].double()
+
+
+def _quotient(x: Tensor, y: Tensor) -> Tensor | None:
+    """X / y, None where that is 1."""
+    return None if torch.allclose(x, y, rtol=1e-5, atol=1e-4) else x / y
+
+
+def readme_tables() -> list[str]:
+    """The README's tables of the families that are supported and refused."""
+
+    def table(*rows: tuple[str, str]) -> str:
+        return "".join(f"| {first} | {second} |\n" for first, second in rows)
+
+    head = ("---", "---")
+    supported = [(family.title, family.shows) for family in FAMILIES.values()]
+    refused = [(refusal.title, refusal.reason) for refusal in REFUSALS.values()]
+    return [
+        table(("family", "tested with"), head, *supported),
+        table(("refused", "because"), head, *refused),
+    ]
+
+
+def main() -> None:
+    """Writes the README's tables anew, each in place of the one with the same head."""
+    text = README.read_text()
+    for table in readme_tables():
+        first = re.escape(table.splitlines()[0])
+        text, n = re.subn(rf"{first}\n(\|.*\n)*", lambda _, table=table: table, text)
+        assert n == 1, first
+    README.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

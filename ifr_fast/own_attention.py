@@ -1,0 +1,402 @@
+"""Models that compute their attention themselves, outside transformers' attention interface.
+
+Their q kᵀ is not formed when they ask for it. A stand-in remembers the product and what is done to
+it: scaled, masked, given a position bias, softmaxed. When it comes to be multiplied by v, the
+attention handler is asked, as the interface would ask it. Whatever else is done to a stand-in
+turns it into the tensor that it stands for, so a product that was not attention is not disturbed.
+Nothing here knows a model family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+
+from . import capture
+from .capture import AttentionCall, AttentionHandler, LazyMask, map_tensors
+from .errors import UnsupportedArchitectureError
+
+_HIDDEN = -3e4  # a bias or fill below it hides a key; float16's lowest value is twice that
+
+
+class _Meaning(NamedTuple):
+    """Scores scale * q kᵀ + biases, except where hidden; their softmax if `softmaxed`."""
+
+    q: Tensor  # [..., T, K]
+    k: Tensor  # [..., S, K]
+    scale: float = 1.0
+    biases: tuple[tuple[float, Tensor], ...] = ()  # factor, and what broadcasts to [..., T, S]
+    visible: tuple[Tensor, ...] = ()  # bool, the same
+    hidden: tuple[Tensor, ...] = ()  # bool, the same
+    softmaxed: bool = False
+
+    def times(self, factor: float) -> _Meaning:
+        biases = tuple((factor * c, bias) for c, bias in self.biases)
+        return self._replace(scale=factor * self.scale, biases=biases)
+
+
+class _Scores(Tensor):
+    """Stands for a product of batched matrices and what was done to it since."""
+
+    meaning: _Meaning
+    compute: Callable[[], Tensor]
+
+    @staticmethod
+    def of(like: Tensor, meaning: _Meaning, compute: Callable[[], Tensor]) -> _Scores:
+        """One of the shape and dtype of `like`."""
+        scores: _Scores = Tensor._make_wrapper_subclass(
+            _Scores, like.shape, dtype=like.dtype, device=meaning.q.device
+        )
+        scores.meaning, scores.compute = meaning, compute
+        return scores
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, *_: Any) -> Any:
+        raise AssertionError(f"{func} reached a stand-in outside of the forward it was made in")
+
+
+# What may be done to a stand-in: each gives its new meaning, or None where that is none.
+
+
+def _times(x: _Scores, factor: Any) -> _Meaning | None:
+    if isinstance(factor, Tensor) or x.meaning.softmaxed:
+        return None
+    return x.meaning.times(float(factor))
+
+
+def _over(x: _Scores, divisor: Any) -> _Meaning | None:
+    return None if isinstance(divisor, Tensor) else _times(x, 1 / float(divisor))
+
+
+def _plus(x: _Scores, bias: Any) -> _Meaning | None:
+    if not isinstance(bias, Tensor) or x.meaning.softmaxed:
+        return None
+    return x.meaning._replace(biases=(*x.meaning.biases, (1.0, bias)))
+
+
+def _filled(x: _Scores, hidden: Tensor, value: Any) -> _Meaning | None:
+    if not _hides(value) or x.meaning.softmaxed:
+        return None
+    return x.meaning._replace(hidden=(*x.meaning.hidden, hidden))
+
+
+def _where(visible: Any, x: Any, value: Any) -> _Meaning | None:
+    if not isinstance(x, _Scores) or not _hides(value) or x.meaning.softmaxed:
+        return None
+    return x.meaning._replace(visible=(*x.meaning.visible, visible))
+
+
+def _softmax(x: _Scores, dim: int, **_: Any) -> _Meaning | None:
+    if dim not in (-1, x.ndim - 1) or x.meaning.softmaxed:
+        return None
+    return x.meaning._replace(softmaxed=True)
+
+
+def _dropout(
+    x: _Scores, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> _Meaning | None:
+    return None if training and p > 0 else x.meaning
+
+
+def _cast(x: _Scores, *dtype: torch.dtype) -> _Meaning | None:
+    return x.meaning if all(isinstance(given, torch.dtype) for given in dtype) else None
+
+
+def _reshaped(x: _Scores, *shape: Any) -> _Meaning | None:
+    if not isinstance(shape[0], int):
+        (shape,) = shape
+    kept = all(given in (-1, n) for given, n in zip(shape[-2:], x.shape[-2:], strict=True))
+    return x.meaning if kept else None
+
+
+def _hides(value: Any) -> bool:
+    """Whether a score filled in with `value` gets no weight."""
+    if isinstance(value, Tensor):
+        return value.ndim == 0 and float(value) <= _HIDDEN
+    return float(value) <= _HIDDEN
+
+
+_CHANGES: dict[str, Callable[..., _Meaning | None]] = {
+    **dict.fromkeys(("mul", "__mul__", "__rmul__", "__imul__", "mul_"), _times),
+    **dict.fromkeys(("div", "__truediv__", "__itruediv__", "div_"), _over),
+    **dict.fromkeys(("add", "__add__", "__radd__", "__iadd__", "add_"), _plus),
+    **dict.fromkeys(("masked_fill", "masked_fill_"), _filled),
+    **dict.fromkeys(("to", "float", "type"), _cast),
+    **dict.fromkeys(("view", "reshape"), _reshaped),
+    "where": _where,
+    "softmax": _softmax,
+    "dropout": _dropout,
+}
+_COMMUTE = {"mul", "__mul__", "__rmul__", "add", "__add__", "__radd__"}
+_RESHAPES = {"to", "float", "type", "view", "reshape"}
+_PRODUCTS = {"matmul", "__matmul__", "bmm"}
+_METADATA = {"__get__", "size", "dim"}
+
+
+class _Watch(TorchFunctionMode):
+    """Within, products of batched matrices are stand-ins until they are looked at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._running: list[nn.Module] = []  # whose forward is being run, innermost last
+
+    def enter(self, module: nn.Module, _: Any) -> None:
+        """A pre-hook of every module."""
+        if not self._running:
+            self.__enter__()
+        self._running.append(module)
+
+    def leave(self, *_: Any) -> None:
+        """A hook of every module, called whatever happens."""
+        self._running.pop()
+        if not self._running:
+            self.__exit__(None, None, None)
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = func.__name__
+        if not _holds_scores((*args, *kwargs.values())):
+            if name in _PRODUCTS:
+                return _product(func, *args, **kwargs)
+            if name == "baddbmm":
+                return _biased_product(func, *args, **kwargs)
+            if name == "scaled_dot_product_attention":
+                return self._fused(*args, **kwargs)
+            return func(*args, **kwargs)
+        if name in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if name in _PRODUCTS and isinstance(args[0], _Scores) and args[0].meaning.softmaxed:
+            z = self._attended(args[0], args[1])
+            if z is not None:
+                return z
+        changed = _changed(name, func, args, kwargs)
+        if changed is not None:
+            return changed
+        return func(*map_tensors(args, _computed), **map_tensors(kwargs, _computed))
+
+    def _attended(self, weights: _Scores, v: Tensor) -> Tensor | None:
+        """What the handler says of weights @ v [..., T, V]; None where that is no attention."""
+        meaning, module = weights.meaning, self._running[-1]
+        with torch._C.DisableTorchFunctionSubclass():
+            shape = weights.shape
+        if v.ndim < 3 or v.shape[-2] != shape[-1]:
+            return None
+        q, k, values = (_by_head(x) for x in (meaning.q, meaning.k, v))
+        kv_heads = max(k.shape[1], values.shape[1])
+        wide = torch.promote_types(q.dtype, v.dtype)
+        z = capture.asked(
+            AttentionCall(
+                module,
+                q.to(wide),
+                k.to(wide).expand(-1, kv_heads, -1, -1),
+                values.to(wide).expand(-1, kv_heads, -1, -1),
+                _mask(meaning, shape[-1]),
+                meaning.scale,
+                None,
+                None,
+                _slopes(meaning, shape[-1], module),
+            )
+        )
+        return z.transpose(1, 2).reshape(*shape[:-1], v.shape[-1]).to(v.dtype)
+
+    def _fused(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """`scaled_dot_product_attention`, in the terms of the products that it fuses."""
+        T, S = query.shape[-2], key.shape[-2]
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        meaning = _Meaning(query, key, scale, softmaxed=True)
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            meaning = meaning._replace(visible=(attn_mask,))
+        elif attn_mask is not None:
+            meaning = meaning._replace(biases=((1.0, attn_mask),))
+        if is_causal:
+            causal = torch.ones(T, S, dtype=torch.bool, device=query.device).tril()
+            meaning = meaning._replace(visible=(*meaning.visible, causal))
+        weights = _Scores.of(query.new_empty(*query.shape[:-1], S, device="meta"), meaning, _never)
+        z = self._attended(weights, value)
+        assert z is not None
+        return z
+
+
+def _never() -> Tensor:
+    raise AssertionError("weights of a fused attention are asked for")
+
+
+def _holds_scores(args: Iterable[Any]) -> bool:
+    return any(
+        isinstance(x, _Scores) or (isinstance(x, tuple | list) and _holds_scores(x)) for x in args
+    )
+
+
+def _computed(x: Tensor) -> Tensor:
+    return x.compute() if isinstance(x, _Scores) else x
+
+
+def _bare(x: Any) -> Any:
+    """A tensor's shape and dtype, on the meta device."""
+    if not isinstance(x, Tensor):
+        return x
+    with torch._C.DisableTorchFunctionSubclass():
+        return torch.empty(x.shape, dtype=x.dtype, device="meta")
+
+
+def _of_tokens(a: Tensor, b: Tensor) -> bool:
+    """Whether a and b may be q and kᵀ of the same tokens."""
+    return (
+        a.ndim == b.ndim >= 3
+        and a.is_floating_point()
+        and a.shape[-1] == b.shape[-2]
+        and a.shape[-2] == b.shape[-1]
+    )
+
+
+def _product(func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """A product of two tensors; a stand-in where it may be one of q and kᵀ."""
+    if len(args) != 2 or kwargs or not _of_tokens(*args):
+        return func(*args, **kwargs)
+    q, k = args[0], args[1].transpose(-1, -2)
+    return _Scores.of(func(*map(_bare, args)), _Meaning(q, k), lambda: func(*args))
+
+
+def _biased_product(
+    func: Callable[..., Tensor],
+    bias: Tensor,
+    batch1: Tensor,
+    batch2: Tensor,
+    *,
+    beta: float = 1,
+    alpha: float = 1,
+) -> Tensor:
+    """The same of beta * bias + alpha * batch1 @ batch2."""
+
+    def compute() -> Tensor:
+        return func(bias, batch1, batch2, beta=beta, alpha=alpha)
+
+    if not _of_tokens(batch1, batch2):
+        return compute()
+    meaning = _Meaning(batch1, batch2.transpose(-1, -2), alpha, ((beta, bias),))
+    return _Scores.of(torch.bmm(_bare(batch1), _bare(batch2)), meaning, compute)
+
+
+def _changed(
+    name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> _Scores | None:
+    """The stand-in for what `func` makes of one; None where that has no meaning here."""
+    if name not in _CHANGES:
+        return None
+    if name in _COMMUTE and not isinstance(args[0], _Scores):
+        args = args[::-1]
+    of = args[1] if name == "where" else args[0]
+    stand_ins = [x for x in (*args, *kwargs.values()) if isinstance(x, _Scores)]
+    if len(stand_ins) != 1 or stand_ins[0] is not of:
+        return None
+    dtype = kwargs.get("dtype")
+    telling = {key: x for key, x in kwargs.items() if key not in ("dtype", "_stacklevel")}
+    with torch._C.DisableTorchFunctionSubclass():
+        meaning = _CHANGES[name](*args, **telling)
+    if meaning is None:
+        return None
+    pending = [x.compute if isinstance(x, _Scores) else x for x in args]
+
+    def compute() -> Tensor:
+        given = [p() if isinstance(x, _Scores) else x for x, p in zip(args, pending, strict=True)]
+        return func(*given, **kwargs)
+
+    like = _bare(of)
+    if name in _RESHAPES:
+        like = func(*map(_bare, args), **kwargs)
+    elif dtype is not None:
+        like = like.to(dtype)
+    else:
+        for x in args:
+            if isinstance(x, Tensor) and x.ndim > 0 and x.is_floating_point():
+                like = like.to(torch.promote_types(like.dtype, x.dtype))
+    if name.endswith("_") and not name.endswith("__"):  # in place: its other names see it too
+        of.meaning, of.compute = meaning, compute
+        return of
+    return _Scores.of(like, meaning, compute)
+
+
+def _by_head(x: Tensor) -> Tensor:
+    """[..., T, K] -> [1, H, T, K]: heads may come merged with a batch of one."""
+    return x.reshape(1, -1, *x.shape[-2:])
+
+
+def _mask(meaning: _Meaning, n_keys: int) -> LazyMask:
+    """Which keys are not hidden; read off the first head's."""
+    visible, hidden = meaning.visible, meaning.hidden  # and not q and k, which it would keep alive
+    biases = tuple(bias for _, bias in meaning.biases)
+
+    def function(_: Any, __: Any, rows: Tensor, keys: Tensor) -> Tensor:
+        def at(x: Tensor) -> Tensor:
+            x = x[(0,) * (x.ndim - 2)]
+            return x[rows.clamp(max=x.shape[0] - 1), keys.clamp(max=x.shape[1] - 1)]
+
+        found = keys < n_keys
+        for condition in visible:
+            found = found & at(condition)
+        for condition in hidden:
+            found = found & ~at(condition)
+        for bias in biases:
+            found = found & (at(bias) > _HIDDEN)
+        return found
+
+    return LazyMask(function, meaning.q.device, n_keys)
+
+
+def _slopes(meaning: _Meaning, n_keys: int, module: nn.Module) -> Tensor | None:
+    """ALiBi slopes [H] of the biases that differ between heads; None without such a bias.
+
+    Raises UnsupportedArchitectureError where a bias is not linear in the distance.
+    """
+    total: Tensor | None = None
+    for factor, bias in meaning.biases:
+        # A replay of some rows reads other keys, with the slopes that were recorded.
+        if bias.ndim < 3 or bias.shape[-3] == 1 or bias.shape[-1] != n_keys:
+            continue
+        last = factor * bias.flatten(0, -3)[:, -1].float()  # [H, S] of the last row
+        slopes = (last[:, -1] - last[:, 0]) / max(n_keys - 1, 1)
+        distance = torch.arange(1 - n_keys, 1, device=bias.device)
+        error = (last - last[:, -1:] - slopes[:, None] * distance).abs()
+        rounding = 4 * torch.finfo(bias.dtype).eps * last.abs().amax(-1, keepdim=True)
+        if bool((error > rounding).any()):
+            raise UnsupportedArchitectureError(
+                f"model: {type(module).__name__} adds a position bias to its scores that is not "
+                "linear in the distance"
+            )
+        total = slopes if total is None else total + slopes
+    return total
+
+
+@contextmanager
+def attention_through(model: PreTrainedModel, handler: AttentionHandler) -> Iterator[None]:
+    """As `capture.attention_through`, for a model that does not use the interface."""
+    watch = _Watch()
+    handles = []
+    for module in model.modules():
+        handles.append(module.register_forward_pre_hook(watch.enter, prepend=True))
+        handles.append(module.register_forward_hook(watch.leave, always_call=True))
+    with capture.exclusively(model), capture.answering(handler), capture.hooks(*handles):
+        yield

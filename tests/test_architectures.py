@@ -1,0 +1,205 @@
+"""Every family of tiny.FAMILIES against a float64 oracle of its own eager run, and every one of
+tiny.REFUSALS refused, in so many words. The README's tables are made of the same two lists.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from oracle import TOLERANCE, LayerImportance, assert_graph_agrees, importances
+from tiny import FAMILIES, README, REFUSALS, WINDOW, account, readme_tables, tiny_model, tiny_text
+from transformers import PreTrainedModel
+
+from ifr_fast import IfrError, Tracer, UnsupportedArchitectureError
+from ifr_fast.kernels import reference
+from ifr_fast.recording import layer_inputs
+from ifr_fast.scoring import LayerScores
+
+T = 23  # crosses the window three times over
+FRONTIER = [0, 1, WINDOW - 1, WINDOW, 14, T - 1]
+# What differs from a plain Llama in how it is opened, recorded or scored.
+SPECIAL = [
+    "bloom",
+    "deepseek_v3",
+    "falcon",
+    "gemma2",
+    "gemma3",
+    "glm4",
+    "gpt_neo",
+    "gpt_oss",
+    "gptj",
+    "granite",
+    "mpt",
+    "olmo2",
+    "opt",
+    "qwen3_next",
+]
+
+
+@pytest.fixture(scope="module", params=sorted(FAMILIES))
+def family(request: Any) -> tuple[PreTrainedModel, list[LayerImportance]]:
+    model = tiny_model(request.param)
+    return model, [importances(layer) for layer in account(model, tiny_text(T))]
+
+
+def assert_agree(scores: LayerScores, layer: LayerImportance, n: int = T) -> None:
+    rows = scores.rows
+
+    def close(mine: torch.Tensor, theirs: torch.Tensor) -> None:
+        torch.testing.assert_close(mine.double(), theirs, atol=TOLERANCE, rtol=0)
+
+    close(scores.residual, layer.residual[rows])
+    close(scores.ffn, layer.ffn[rows])
+    assert (scores.ffn_residual is None) == (layer.ffn_residual is None)
+    if scores.ffn_residual is not None:
+        close(scores.ffn_residual, layer.ffn_residual[rows])
+    dense = torch.zeros_like(layer.heads)
+    head, target, source, weight = scores.head_edges
+    dense[head, target, source] = weight.double()
+    close(dense[:, rows], layer.heads[:, rows])
+    close(scores.head_total, layer.heads[:, rows].sum(-1).T)
+    total = scores.residual + scores.head_total.sum(-1)
+    if scores.ffn_residual is None:
+        total = total + scores.ffn
+    close(total, torch.ones(len(rows), dtype=torch.float64))
+    assert not scores.unattributed.any()
+
+
+@pytest.mark.parametrize("impl", ["cpu", "eager", "reference"])
+@pytest.mark.parametrize(
+    ("mode", "rows"), [("full", None), ("lean", FRONTIER)], ids=["full", "lean"]
+)
+def test_contributions_match_the_oracle(
+    family: tuple[PreTrainedModel, list[LayerImportance]],
+    mode: str,
+    rows: list[int] | None,
+    impl: str,
+) -> None:
+    model, layers = family
+    tracer = Tracer(model, impl=impl)
+    recording = tracer.record(tiny_text(T), mode=mode)
+    n = 0
+    for scores in tracer.contributions(recording, rows=rows, keep=0.0):
+        assert_agree(scores, layers[scores.layer])
+        n += 1
+    assert n == len(layers) == 3
+
+
+@pytest.mark.parametrize("mode", ["full", "lean"])
+def test_graphs_match_the_oracle(
+    family: tuple[PreTrainedModel, list[LayerImportance]], mode: str
+) -> None:
+    model, layers = family
+    tracer = Tracer(model)
+    recording = tracer.record(tiny_text(T), mode=mode)
+    routes = tracer.trace_all(recording, threshold=0.02)
+    for position in (WINDOW + 2, T - 1):
+        graph = tracer.trace(recording, position=position, threshold=0.02)
+        assert len(graph.edges.layer) > 10
+        assert_graph_agrees(graph, layers)
+        assert_graph_agrees(routes[position], layers)
+
+
+@pytest.mark.parametrize("n_tokens", [1, 2])
+def test_short_texts_match_the_oracle(
+    family: tuple[PreTrainedModel, list[LayerImportance]], n_tokens: int
+) -> None:
+    model, _ = family
+    text = tiny_text(n_tokens)
+    layers = [importances(layer) for layer in account(model, text)]
+    tracer = Tracer(model)
+    for mode in ("full", "lean"):
+        for scores in tracer.contributions(tracer.record(text, mode=mode), keep=0.0):
+            assert_agree(scores, layers[scores.layer], n_tokens)
+
+
+def test_a_value_replaced_moves_its_source_alone(
+    family: tuple[PreTrainedModel, list[LayerImportance]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sum over keys is blind to their order: another v at one position must change the weight
+    of that source, in the rows that see it, and of no other beyond the common denominator.
+    """
+    changed = 9
+    # The closure check would see the change, rightly.
+    monkeypatch.setattr("ifr_fast.tracer.check_closure", lambda _: None)
+    model, layers = family
+    tracer = Tracer(model, impl="eager")
+    recording = tracer.record(tiny_text(T), mode="full")
+
+    def parts(layer: int) -> torch.Tensor:
+        """[T, T + 1]: importances of the sources, and of the residual stream."""
+        (scores,) = tracer.contributions(recording, layers=[layer], keep=0.0)
+        dense = torch.zeros(T, T + 1, dtype=torch.float64)
+        target, source, weight = scores.token_edges
+        dense[target, source] = weight.double()
+        dense[:, T] = scores.residual.double()
+        return dense
+
+    for layer in range(3):
+        before = parts(layer)
+        v = recording.layers[layer].v
+        recording.layers[layer].v = v.clone()
+        recording.layers[layer].v[changed] *= -0.5
+        after = parts(layer)
+        recording.layers[layer].v = v
+        rows = (after != before).any(-1).nonzero().squeeze(1).tolist()
+        seeing = (layers[layer].heads.sum(0)[:, changed] > 1e-6).nonzero().squeeze(1).tolist()
+        window = recording.layers[layer].window or T
+        assert set(rows) <= set(range(changed, min(T, changed + window)))
+        assert set(seeing) <= set(rows)
+        others = torch.arange(T + 1) != changed
+        for t in rows:
+            # Their weights in common units: of all but the source that was changed.
+            was, now = (x[t, others] / x[t, others].sum() for x in (before, after))
+            torch.testing.assert_close(now, was, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+@pytest.mark.parametrize("mode", ["full", "lean"])
+def test_weights_changed_after_opening_are_noticed(name: str, mode: str) -> None:
+    model = tiny_model(name)
+    tracer = Tracer(model)
+    described = FAMILIES[name]
+    layer = model.get_submodule(described.layers)[1].get_submodule(described.attention)
+    with torch.no_grad():
+        weight = layer.get_submodule(described.out).weight
+        weight.add_(torch.randn_like(weight))
+    with pytest.raises(IfrError, match="at layer 1 the parts"):
+        tracer.trace_all(tracer.record(tiny_text(T), mode=mode))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", SPECIAL)
+def test_half_precision(name: str, dtype: torch.dtype) -> None:
+    """Against the float64 oracle on the activations that were recorded, closure included."""
+    tracer = Tracer(tiny_model(name, dtype=dtype))
+    assert tracer.decoder.dtype == dtype
+    for mode in ("full", "lean"):
+        recording = tracer.record(tiny_text(T), mode=mode)
+        for scores in tracer.contributions(recording, keep=0.0):
+            with tracer._replaying(recording):
+                inputs, _ = layer_inputs(recording, scores.layer, scores.rows)
+            exact = reference.score_attention(inputs.to(torch.float64), 0.0)
+            assert scores.residual.dtype == torch.float32
+            for mine, theirs in (
+                (scores.head_total, exact.head_total),
+                (scores.residual, exact.residual),
+            ):
+                torch.testing.assert_close(mine.double(), theirs, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("name", sorted(REFUSALS))
+def test_what_cannot_be_explained_is_refused(name: str) -> None:
+    with pytest.raises(UnsupportedArchitectureError, match=REFUSALS[name].message) as caught:
+        Tracer(tiny_model(name))
+    assert str(caught.value).startswith("model: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_readme_lists_what_is_tested() -> None:
+    """`python tests/tiny.py` writes its tables anew."""
+    text = README.read_text()
+    for table in readme_tables():
+        assert table in text

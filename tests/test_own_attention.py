@@ -1,0 +1,216 @@
+"""Models outside the attention interface: a product that is attention goes to the handler, with
+what was done to it; every other product comes out as it would have.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from tiny import FAMILIES, tiny_model, tiny_text
+from torch import Tensor, nn
+
+from ifr_fast import Tracer, UnsupportedArchitectureError
+from ifr_fast.capture import AttentionCall, attend_rows
+from ifr_fast.own_attention import attention_through
+
+H, T, K, V = 3, 7, 4, 5
+LOWEST = torch.finfo(torch.float32).min
+Compute = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Module(nn.Module):
+    """Computes a function of q [1, H, T, K], k, v [1, H, T, V], inside some module."""
+
+    def __init__(self, compute: Compute) -> None:
+        super().__init__()
+        self.inner, self.compute = nn.Identity(), compute
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.compute(self.inner(q), k, v)
+
+
+def inputs() -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(1, H, T, n, generator=generator) for n in (K, K, V))
+
+
+def watched(compute: Compute) -> tuple[Tensor, list[AttentionCall]]:
+    """What the function gives where attention is asked for, and what it asked."""
+    calls: list[AttentionCall] = []
+
+    def answer(call: AttentionCall) -> Tensor:
+        calls.append(call)
+        return attend_rows(call, call.q, torch.arange(call.q.shape[2]))
+
+    module = Module(compute)
+    with attention_through(module, answer):
+        output = module(*inputs())
+    assert type(output) is Tensor
+    return output, calls
+
+
+hidden = torch.ones(T, T, dtype=torch.bool).triu(1)
+additive = torch.zeros(1, 1, T, T).masked_fill(hidden, LOWEST)
+alibi = torch.tensor([0.5, 0.25, 0.1])[:, None, None] * torch.arange(T)
+
+
+def _added(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(K) + additive, dim=-1) @ v
+
+
+def _mask_first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = additive + torch.matmul(q, k.transpose(2, 3))
+    return torch.matmul(nn.functional.softmax(weights / 2, dim=-1, dtype=torch.float32), v)
+
+
+def _filled_in_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.matmul(q, k.transpose(2, 3))
+    scores.mul_(0.5)
+    scores *= 3
+    scores.masked_fill_(hidden, -torch.inf)
+    weights = nn.Dropout(0.5).eval()(nn.Softmax(dim=-1)(scores))
+    return torch.matmul(weights.to(v.dtype), v)
+
+
+def _where(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.where(~hidden, q @ k.mT, torch.tensor(LOWEST))
+    return scores.float().softmax(-1) @ v
+
+
+def _biased_and_merged(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (x[0] for x in (q, k, v))
+    scores = alibi.baddbmm(batch1=q, batch2=k.transpose(1, 2), beta=2.0, alpha=0.5)
+    weights = torch.softmax(scores.view(1, H, T, -1) + additive, dim=-1)
+    return torch.bmm(weights.view(H, T, T), v)
+
+
+def _one_key_head(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.softmax(q @ k[:, :1].mT + additive, dim=-1) @ v[:, :1]
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=additive, scale=0.7)
+
+
+def _fused_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        _added,
+        _mask_first,
+        _filled_in_place,
+        _where,
+        _biased_and_merged,
+        _one_key_head,
+        _fused,
+        _fused_causal,
+    ],
+)
+def test_attention_is_seen(compute: Compute) -> None:
+    output, calls = watched(compute)
+    torch.testing.assert_close(output, compute(*inputs()), atol=1e-5, rtol=1e-5)
+    (call,) = calls
+    assert isinstance(call.module, Module)
+    assert call.q.shape == (1, H, T, K)
+    assert call.k.shape[1] == call.v.shape[1]
+    assert bool(call.mask.is_causal(T, None))
+    assert call.mask.window(T) is None
+    if compute is _biased_and_merged:
+        torch.testing.assert_close(call.alibi_slopes, torch.tensor([1.0, 0.5, 0.2]))
+        assert call.scale == 0.5
+    else:
+        assert call.alibi_slopes is None
+
+
+def _capped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.softmax(torch.tanh(q @ k.mT) + additive, dim=-1) @ v
+
+
+def _scaled_by_head(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.softmax(q @ k.mT * torch.rand(1, H, 1, 1, generator=torch.Generator()), -1) @ v
+
+
+def _softmax_over_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.softmax(q @ k.mT, dim=-2) @ v
+
+
+def _weights_changed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = torch.softmax(q @ k.mT, dim=-1)
+    return (weights * 2 + weights.sum() + weights[..., :1]) @ v
+
+
+def _no_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT) @ v
+
+
+def _twice(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT
+    return torch.cat([scores, scores + scores, scores.transpose(-1, -2)], dim=-1) + scores.max()
+
+
+def _filled_with_something(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.softmax((q @ k.mT).masked_fill(hidden, 0.5), dim=-1) @ v
+
+
+def _split(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.softmax((q @ k.mT).view(1, H, T * T), dim=-1).view(1, H, T, T) @ v
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        _capped,
+        _scaled_by_head,
+        _softmax_over_rows,
+        _weights_changed,
+        _no_softmax,
+        _twice,
+        _filled_with_something,
+        _split,
+    ],
+)
+def test_what_is_no_attention_is_left_alone(compute: Compute) -> None:
+    output, calls = watched(compute)
+    assert calls == []
+    assert torch.equal(output, compute(*inputs()))
+
+
+def test_position_biases_that_are_not_linear_are_refused() -> None:
+    bias = torch.randn(1, H, 1, T, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(UnsupportedArchitectureError, match="not linear in the distance"):
+        watched(lambda q, k, v: torch.softmax(q @ k.mT + bias + additive, dim=-1) @ v)
+
+
+def test_a_forward_that_breaks_leaves_nothing_behind() -> None:
+    class BreakError(Exception):
+        pass
+
+    def breaking(*_: Tensor) -> Tensor:
+        raise BreakError
+
+    module = Module(breaking)
+    with attention_through(module, lambda call: call.v), pytest.raises(BreakError):
+        module(*inputs())
+    q, k, _ = inputs()
+    assert type(q @ k.mT) is Tensor
+    for each in module.modules():
+        assert not each._forward_hooks
+        assert not each._forward_pre_hooks
+
+
+@pytest.mark.parametrize("family", [name for name, f in FAMILIES.items() if f.values is not None])
+def test_no_product_is_touched_outside_of_the_forward(family: str) -> None:
+    """Scoring multiplies matrices of its own, in the midst of replays."""
+    tracer = Tracer(tiny_model(family), impl="eager")
+    lean = tracer.record(tiny_text(9), mode="lean")
+    with tracer._replaying(lean):
+        q, k, _ = inputs()
+        assert type(q @ k.mT) is Tensor
+    assert lean.layers[0].q is None
+    assert lean.nbytes < tracer.record(tiny_text(9), mode="full").nbytes

@@ -1,0 +1,251 @@
+"""Weights that are not plain tensors: adapters, quantized, tied, offloaded. The model that holds
+them is explained as its plain twin is.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import cpu_offload, disk_offload
+from oracle import TOLERANCE, importances
+from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from test_architectures import assert_agree
+from tiny import FAMILIES, account, tiny_model, tiny_text
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from ifr_fast import Tracer, UnsupportedArchitectureError
+
+TEXT = tiny_text(23)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def assert_same(mine: nn.Module, theirs: nn.Module, tolerance: float = TOLERANCE) -> None:
+    """Both models' importances agree, in both recording modes."""
+    for mode in ("full", "lean"):
+        (a, b) = (Tracer(model) for model in (mine, theirs))
+        for x, y in zip(
+            a.contributions(a.record(TEXT, mode=mode), keep=0.0),
+            b.contributions(b.record(TEXT, mode=mode), keep=0.0),
+            strict=True,
+        ):
+            for field in ("residual", "ffn", "head_total"):
+                torch.testing.assert_close(
+                    getattr(x, field), getattr(y, field), atol=tolerance, rtol=0
+                )
+
+
+# Adapters
+
+
+def with_lora(family: str, dtype: torch.dtype = torch.float32) -> Any:
+    """A model with adapters that matter, one on the output projection, not merged."""
+    projections = ["q_proj", "v_proj", "o_proj"]
+    config = LoraConfig(r=4, target_modules=projections, init_lora_weights=False)
+    model = get_peft_model(tiny_model(family, dtype=dtype), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.mul_(3)
+    return model
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3_next"])
+def test_lora_is_what_it_is_merged(family: str) -> None:
+    model = with_lora(family)
+    merged = copy.deepcopy(model).merge_and_unload()
+    assert_same(model, merged)
+    assert_same(model.get_base_model(), merged)
+    with pytest.raises(AssertionError):
+        assert_same(model, tiny_model(family))
+
+
+def test_lora_matches_the_oracle() -> None:
+    model = with_lora("llama")
+    base = model.get_base_model()
+    layers = [importances(layer) for layer in account(base, TEXT)]
+    tracer = Tracer(model)
+    assert tracer.model is model
+    for scores in tracer.contributions(TEXT, keep=0.0):
+        assert_agree(scores, layers[scores.layer])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_lora_in_half_precision_keeps_what_it_adds(dtype: torch.dtype) -> None:
+    """The sum of weight and adapter has no exact half-precision form, so it is not rounded."""
+    model = with_lora("llama", dtype)
+    tracer = Tracer(model)
+    assert tracer.decoder.dtype == dtype
+    assert len(tracer.trace(TEXT, threshold=0.02).edges.layer) > 10
+    for block in tracer.decoder.blocks:
+        out = block.attention.o_proj
+        down, up = (x["default"].weight.double() for x in (out.lora_A, out.lora_B))
+        expected = out.base_layer.weight.double() + out.scaling["default"] * up @ down
+        found = block.W_O.flatten(0, 1).T.double()
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_adapters_that_scale() -> None:
+    config = IA3Config(
+        target_modules=["k_proj", "v_proj", "o_proj", "down_proj"],
+        feedforward_modules=["down_proj"],
+        init_ia3_weights=False,
+    )
+    model = get_peft_model(tiny_model("llama"), config)
+    assert_same(model, copy.deepcopy(model).merge_and_unload())
+
+
+@pytest.mark.parametrize("config", [PromptTuningConfig, PrefixTuningConfig])
+def test_soft_prompts_are_refused(config: Any) -> None:
+    model = get_peft_model(tiny_model("llama"), config(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(UnsupportedArchitectureError, match="more than the model that it wraps"):
+        Tracer(model)
+
+
+def test_a_compiled_model_is_its_own() -> None:
+    assert_same(torch.compile(tiny_model("llama"), backend="eager"), tiny_model("llama"))
+
+
+# Quantized
+
+
+class Int8Weight(Tensor):
+    """A weight of int8 and a scale for each output, read by `linear` alone."""
+
+    quantized: Tensor
+    scale: Tensor
+
+    @staticmethod
+    def of(weight: Tensor) -> Int8Weight:
+        scale = weight.abs().amax(1, keepdim=True) / 127
+        made = Tensor._make_wrapper_subclass(Int8Weight, weight.shape, dtype=weight.dtype)
+        made.quantized, made.scale = (weight / scale).round().to(torch.int8), scale
+        return made
+
+    def dequantize(self) -> Tensor:
+        return self.quantized.to(self.scale.dtype) * self.scale
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.linear:
+            args = [x.dequantize() if isinstance(x, Int8Weight) else x for x in args]
+            return func(*args, **(kwargs or {}))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return args[0]
+        raise NotImplementedError(f"{func} of a quantized weight")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", ["llama", "olmo2", "gptj"])
+def test_quantized_weights_are_their_dequantized_twin(family: str, dtype: torch.dtype) -> None:
+    model, twin = tiny_model(family, dtype=dtype), tiny_model(family, dtype=dtype)
+    for quantized, plain in zip(model.modules(), twin.modules(), strict=True):
+        if isinstance(quantized, nn.Linear):
+            weight = Int8Weight.of(quantized.weight.detach())
+            plain.weight = nn.Parameter(weight.dequantize())
+            quantized.weight = nn.Parameter(weight, requires_grad=False)
+            quantized.weight.quantized, quantized.weight.scale = weight.quantized, weight.scale
+    assert_same(model, twin, 0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_torchao_weights_are_their_dequantized_twin(bits: int, dtype: torch.dtype) -> None:
+    torchao = pytest.importorskip("torchao.quantization", reason="expected: torchao is optional")
+    from torchao.quantization.granularity import PerGroup
+
+    config = (
+        torchao.Int8WeightOnlyConfig()
+        if bits == 8
+        else torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(18))
+    )
+
+    def in_layers(module: nn.Module, name: str) -> bool:
+        return isinstance(module, nn.Linear) and module.in_features == 36
+
+    model, twin = tiny_model("llama", dtype=dtype), tiny_model("llama", dtype=dtype)
+    for each in (model, twin):
+        torchao.quantize_(each, config, filter_fn=in_layers)
+    for module in twin.modules():
+        if isinstance(module, nn.Linear) and module.in_features == 36:
+            module.weight = nn.Parameter(module.weight.dequantize().to(dtype))
+    # In bfloat16 the two models' own activations part by roundings.
+    assert_same(model, twin, TOLERANCE if dtype == torch.float32 or bits == 4 else 0.05)
+
+
+def test_activations_rounded_before_the_output_projection_are_refused() -> None:
+    class Rounded(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            scale = x.abs().amax(-1, keepdim=True) / 127
+            return super().forward((x / scale.clamp(min=1e-9)).round() * scale)
+
+    model = tiny_model("llama")
+    out = model.model.layers[1].self_attn.o_proj
+    rounded = Rounded(out.in_features, out.out_features, bias=False)
+    rounded.weight = out.weight
+    model.model.layers[1].self_attn.o_proj = rounded
+    with pytest.raises(UnsupportedArchitectureError, match=r"layers\.1 .*relative error"):
+        Tracer(model)
+
+
+# Where weights are
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "bloom", "qwen3_next"])
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_offloaded_weights_are_as_resident_ones(
+    where: str, family: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    model, cpu = tiny_model(family, dtype=dtype), torch.device("cpu")
+    if where == "cpu":
+        cpu_offload(model, execution_device=cpu)
+    else:
+        disk_offload(model, str(tmp_path), execution_device=cpu)
+    assert next(model.parameters()).is_meta
+    assert_same(model, tiny_model(family, dtype=dtype), 0.0)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+
+
+def test_a_device_map_over_memory_and_disk(tmp_path: Path) -> None:
+    tiny_model("llama", dtype=torch.bfloat16).save_pretrained(tmp_path)
+    names = ["embed_tokens", "rotary_emb", "layers.0", "layers.2", "norm"]
+    devices = {f"model.{name}": "cpu" for name in names}
+    devices |= {"model.layers.1": "disk", "lm_head": "disk"}
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path,
+        dtype=torch.bfloat16,
+        device_map=devices,
+        offload_folder=str(tmp_path / "offloaded"),
+    )
+    assert loaded.model.layers[1].self_attn.o_proj.weight.is_meta
+    assert not loaded.model.layers[0].self_attn.o_proj.weight.is_meta
+    resident = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert_same(loaded, resident, 0.0)
+
+
+def tied_llama(tied: bool) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config: LlamaConfig = FAMILIES["llama"].config()
+    config.tie_word_embeddings = tied
+    return AutoModelForCausalLM.from_config(config)
+
+
+def test_tied_weights_are_as_two() -> None:
+    tied, untied = tied_llama(True), tied_llama(False)
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+    untied.load_state_dict(tied.state_dict())
+    assert untied.lm_head.weight is not untied.model.embed_tokens.weight
+    assert_same(tied, untied, 0.0)
+    mine, theirs = (Tracer(model).trace(TEXT).predictions for model in (tied, untied))
+    assert mine == theirs
