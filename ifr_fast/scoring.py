@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from .errors import IfrError
-from .kernels.breakpoints import signs
 from .kernels.contract import AttentionScores, FFNScores, LayerInputs
 from .recording import Recording, layer_inputs
 
@@ -223,6 +222,8 @@ def closure_errors(rows: Closure) -> Tensor:
     `linear`. It sees what a probe cannot: windows, and weights that changed since the model was
     opened.
     """
+    from .kernels.breakpoints import signs
+
     y, resid_pre, moved, linear, eps = rows
     gap = linear - (signs(y) * moved).sum(-1)
     norm = torch.linalg.vector_norm
