@@ -212,6 +212,33 @@ def grow_layer(
 
 def assemble(grown: list[_Grown], parallel: list[bool], **fields: Any) -> RouteGraph:
     """The RouteGraph of all layers' edges, on the CPU, in canonical order; one read by the host."""
+    tables = _columns(grown)
+    flat = torch.cat([table.flatten() for table in tables]).cpu()
+    with torch.inference_mode(False):
+        edges, heads, flagged = (
+            columns.view(table.shape)[:-1, columns.view(table.shape)[-1] > 0]
+            for columns, table in zip(flat.split([t.numel() for t in tables]), tables, strict=True)
+        )
+        # By layer, then kind, target, source; by layer, then target, source, head.
+        edges = edges[:, _order(edges, (0, 1, 2, 3))]
+        heads = heads[:, _order(heads, (0, 2, 3, 1))]
+        kinds = (NodeKind.POST, NodeKind.MID)
+        return RouteGraph(
+            edges=EdgeTable._make([*edges[:4].long(), edges[4].float()]),
+            head_edges=HeadEdgeTable._make([*heads[:4].long(), heads[4].float()]),
+            unattributed=sorted(
+                Node(int(layer), kinds[int(mid)], int(position))
+                for layer, mid, position in flagged.T.tolist()
+            ),
+            parallel=torch.tensor(parallel),
+            **fields,
+        )
+
+
+def _columns(grown: list[_Grown]) -> list[Tensor]:
+    """Edges, head edges and unattributed nodes, [columns, N] each, on the graph's device; the last
+    column of each is the flags. Sizes depend on shapes alone.
+    """
     H = grown[0].head_weight.shape[1]
     steps = [(g.layer, step) for g in grown for step in g.steps]
     attention = [(g.layer, g.steps[-1]) for g in grown]
@@ -220,12 +247,14 @@ def assemble(grown: list[_Grown], parallel: list[bool], **fields: Any) -> RouteG
     def each(values: Iterable[int], of: list[Tensor]) -> Tensor:
         """A column that holds one value for all rows of each of some tables."""
         sizes = torch.tensor([len(x) for x in of])
-        return torch.tensor(list(values)).repeat_interleave(sizes).to(of[0].device)
+        n = sum(map(len, of))
+        column = torch.tensor(list(values)).repeat_interleave(sizes, output_size=n)
+        return column.to(of[0].device)
 
     kept = [step.kept for _, step in steps]
     attention_kept = [step.kept for _, step in attention]
     node_kept = [flag for *_, flag in nodes]
-    tables = [
+    return [
         _pack(
             each((layer for layer, _ in steps), kept),
             each((step.kind for _, step in steps), kept),
@@ -249,26 +278,6 @@ def assemble(grown: list[_Grown], parallel: list[bool], **fields: Any) -> RouteG
             torch.cat(node_kept),
         ),
     ]
-    flat = torch.cat([table.flatten() for table in tables]).cpu()
-    with torch.inference_mode(False):
-        edges, heads, flagged = (
-            columns.view(table.shape)[:-1, columns.view(table.shape)[-1] > 0]
-            for columns, table in zip(flat.split([t.numel() for t in tables]), tables, strict=True)
-        )
-        # By layer, then kind, target, source; by layer, then target, source, head.
-        edges = edges[:, _order(edges, (0, 1, 2, 3))]
-        heads = heads[:, _order(heads, (0, 2, 3, 1))]
-        kinds = (NodeKind.POST, NodeKind.MID)
-        return RouteGraph(
-            edges=EdgeTable._make([*edges[:4].long(), edges[4].float()]),
-            head_edges=HeadEdgeTable._make([*heads[:4].long(), heads[4].float()]),
-            unattributed=sorted(
-                Node(int(layer), kinds[int(mid)], int(position))
-                for layer, mid, position in flagged.T.tolist()
-            ),
-            parallel=torch.tensor(parallel),
-            **fields,
-        )
 
 
 def _pack(*columns: Tensor) -> Tensor:

@@ -6,9 +6,12 @@ import pytest
 import torch
 from tiny import tiny_model, tiny_text
 from torch import Tensor
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
-from ifr_fast import IfrError, Tracer, UnsupportedArchitectureError
+from ifr_fast import IfrError, Tracer, UnsupportedArchitectureError, graph
 from ifr_fast.capture import LazyMask
+from ifr_fast.graph import LayerTable
+from ifr_fast.kernels.contract import EdgeList
 from ifr_fast.pretrained import load
 
 
@@ -150,6 +153,40 @@ def test_one_host_read_a_layer(monkeypatch):
     reads.clear()
     tracer.trace_all(recording, threshold=0.02)
     assert reads == ["tolist"]  # the closure check
+
+
+@pytest.mark.parametrize("granularity", ["token", "head"])
+def test_the_graph_is_grown_without_a_look_at_values(granularity):
+    """On tensors without values: all that depends on them would raise."""
+    T, H, N = 20, 4, 60
+    with FakeTensorMode():
+        table = LayerTable(
+            rows=torch.arange(T),
+            residual=torch.rand(T),
+            ffn=torch.rand(T),
+            ffn_residual=torch.rand(T),
+            edges=EdgeList(
+                torch.zeros(N, dtype=torch.int64),
+                torch.zeros(N, dtype=torch.int64),
+                torch.rand(N),
+                torch.rand(N, H),
+            ),
+            unattributed=torch.zeros(T, dtype=torch.bool),
+            ffn_unattributed=torch.zeros(T, dtype=torch.bool),
+        )
+        tables = [table, table._replace(ffn_residual=None, ffn_unattributed=None)]
+        reached, grown = torch.zeros(T, dtype=torch.bool), []
+        for layer, of in enumerate(tables):
+            step, reached = graph.grow_layer(layer, of, reached, 0.04, granularity)
+            grown.append(step)
+        assert [len(x) for x in graph._columns(grown)] == [6, 6, 4]
+        routes = graph.Routes(
+            ["a"] * T, torch.arange(T), 0.04, granularity, tables, lambda p: [], 0.04
+        )
+        assert routes.head_importance().shape == (T, 2, H)
+        assert routes.head_frequency().shape == (2, H)
+        with pytest.raises(DynamicOutputShapeException):
+            reached.nonzero()
 
 
 def test_threads_take_turns_with_a_model():
