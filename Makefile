@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test test-gpu lint format bench bench-gpu clean
 
 demo: $(STAMP)
 	@mkdir -p out
@@ -13,6 +13,11 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/pytest $(PYTEST_ARGS)
+
+# The same tests of the Triton kernels, on the device.
+test-gpu: $(STAMP)
+	$(BIN)/python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "torch sees no GPU here: install its build for yours into $(VENV)")'
+	$(BIN)/pytest tests/test_triton_kernel.py tests/test_triton_aot.py $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -26,6 +31,10 @@ format: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python bench/run.py $(BENCH_ARGS)
 	$(BIN)/pytest bench
+
+bench-gpu: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	$(BIN)/python bench/gpu.py $(BENCH_ARGS)
 
 # The isolated build of the kernel is pinned too, by either name (pip 25.3 and later: the second).
 $(STAMP): export PIP_CONSTRAINT := $(CURDIR)/constraints.txt

@@ -48,6 +48,7 @@ from ifr_fast.benchmark import (
     prose,
     subject,
 )
+from ifr_fast.pretrained import load
 
 TOLERANCE = 1e-4  # of importances, which lie between 0 and 1; all sides compute in float32
 
@@ -79,12 +80,12 @@ class Row(NamedTuple):
 def dense(scores: LayerScores, n_tokens: int) -> Tensor:
     """Token importances [T, T] of a layer scored at all rows with keep = 0."""
     edges = scores.token_edges
-    matrix = torch.zeros(n_tokens, n_tokens)
+    matrix = edges.weight.new_zeros(n_tokens, n_tokens)
     return matrix.index_put_((edges.target, edges.source), edges.weight)
 
 
 def largest(pairs: Iterator[tuple[Tensor, Tensor]]) -> float:
-    return max(float((ours - theirs).abs().max()) for ours, theirs in pairs)
+    return max(float((ours.cpu() - theirs.cpu()).abs().max()) for ours, theirs in pairs)
 
 
 def oracle(tracer: Tracer, recording: Recording) -> Peer:
@@ -167,9 +168,9 @@ def flashtrace(tracer: Tracer, recording: Recording) -> list[Peer]:
         L, H = tracer.decoder.n_layers, tracer.decoder.n_heads
         tokens, heads, residual = torch.zeros(T, T), torch.zeros(T, H), torch.zeros(T)
         for scores in tracer.contributions(recording, keep=0):
-            tokens += dense(scores, T) / L
-            heads += scores.head_total / L
-            residual += scores.residual / L
+            tokens += dense(scores, T).cpu() / L
+            heads += scores.head_total.cpu() / L
+            residual += scores.residual.cpu() / L
         return tokens, heads, residual
 
     def deviation_of_all() -> float:
@@ -279,6 +280,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", help="Hub name or directory, Llama-style; default SmolLM2")
     parser.add_argument("--impl", default="auto", help="of ours")
+    parser.add_argument("--device", default="cpu", help="cuda, for one")
     parser.add_argument("--lengths", type=int, nargs="+", default=[128, 512])
     parser.add_argument("--oracle-lengths", type=int, nargs="*", default=[128])
     parser.add_argument("--repeat", type=int, default=5)
@@ -290,7 +292,8 @@ def main() -> None:
     except metadata.PackageNotFoundError as error:
         raise SystemExit("flashtrace is missing: pip install -e '.[bench]'") from error
 
-    tracer = Tracer.from_pretrained(args.model, impl=args.impl)
+    model, tokenizer = load(args.model)
+    tracer = Tracer(model.to(args.device), tokenizer, impl=args.impl)
     lengths = sorted(set(args.lengths))
     try:
         token_ids = first_tokens(prose(), tracer.tokenizer, lengths[-1])
