@@ -144,10 +144,10 @@ def test_a_frontier_shares_out_the_keys(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(linear, "launch", launch)
     inputs = make_inputs(2, 400, 3, 1, 8, 8, 40, flags={"sinks"})
     check(inputs)
-    n_blocks = int(inputs.rows[-1]) // 64 + 1
-    assert n_blocks > 2
-    assert dict(launched)["log_sum_exp_kernel"] == (1, 3, n_blocks)
-    assert dict(launched)["linear_kernel"] == (1, n_blocks)
+    last = int(inputs.rows[-1])
+    assert last > 128
+    assert dict(launched)["log_sum_exp_kernel"] == (1, 3, last // 32 + 1)
+    assert dict(launched)["linear_kernel"] == (1, last // 64 + 1)
 
 
 def test_log_sum_exp_of_the_forward_pass() -> None:
@@ -162,7 +162,7 @@ def test_log_sum_exp_of_the_forward_pass() -> None:
 
 def log_sum_exp(inputs: LayerInputs) -> Tensor:
     """[R, H], of inputs without flags."""
-    R, H, _ = inputs.q.shape
+    H = inputs.q.shape[1]
     S, H_kv, _ = inputs.k.shape
     k = inputs.k.repeat_interleave(H // H_kv, dim=1)
     scores = torch.einsum("rhk,shk->rhs", inputs.q, k) * inputs.scale
@@ -178,17 +178,26 @@ def test_keep_selects_edges_strictly_above_it(keep: float) -> None:
     assert 0 <= above.sum() < len(above)
     for a, b in zip(kept.edges, everything.edges, strict=True):
         assert torch.equal(a, b[above])
-    assert len(kernel.score_attention(on_device(inputs), keep).edges.row) == 20 * min(30, 1 / keep)
+    padded = kernel.score_attention(on_device(inputs), keep).edges
+    assert len(padded.row) == 20 * min(30, int(1 / keep))
 
 
 @pytest.mark.usefixtures("poisoned")
 def test_lists_hold_every_pair_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """All of a line's pairs need a correction, most of them more than the candidates give."""
     inputs = make_inputs(20, 40, 2, 1, 8, 8, 120)
-    inputs = inputs._replace(v=inputs.v.abs(), W_O=inputs.W_O.abs(), y=inputs.y.abs() * 1e-4)
-    counts = []
+    inputs = inputs._replace(
+        q=inputs.q / 4, v=inputs.v.abs() + 0.1, W_O=inputs.W_O.abs() + 0.1, y=inputs.y.abs() / 1000
+    )
+    inputs = inputs.to(torch.float32).to(torch.float64)
+    counts: list[Tensor] = []
     own = lists.lists
-    monkeypatch.setattr(lists, "lists", lambda x: (own(x), counts.append(x["p_counts"])))
+
+    def watched(x: dict[str, Any]) -> None:
+        own(x)
+        counts.append(x["p_counts"])
+
+    monkeypatch.setattr(lists, "lists", watched)
     monkeypatch.setitem(kernel.TILES, "N", 16)
     check(inputs)
     n_light, n_heavy = counts[0][1:].cpu()
@@ -389,7 +398,7 @@ def test_linear_and_lists_alone(R: int, S: int) -> None:
         words = on_cpu["p_marks"][tier]
         bits = ((words[..., None] >> torch.arange(32)) & 1).flatten(-2)[..., :S].bool() & mask
         assert torch.equal(bits & sure, expected & sure)
-        assert 0 < bits.sum()
+        assert bits.any()
         n = on_cpu["p_counts"][1 + tier]
         for r in range(R):
             for h in range(4):
@@ -397,7 +406,7 @@ def test_linear_and_lists_alone(R: int, S: int) -> None:
                 line = line.flip(0) if tier else line
                 keys = bits[r, h].nonzero().squeeze(1).tolist()
                 assert line[: n[r, h]].tolist() == keys
-    token = on_cpu["p_token"][:, :S].double() * mask[:, 0]
+    token = torch.where(mask[:, 0], on_cpu["p_token"][:, :S].double(), 0)
     words = on_cpu["p_marks"][0] | on_cpu["p_marks"][1]
     marked = ((words[..., None] >> torch.arange(32)) & 1).flatten(-2)[..., :S].bool()
     unlisted = torch.where(marked | ~mask, 0, lin.clamp(min=0))

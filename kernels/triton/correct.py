@@ -1,4 +1,4 @@
-"""(c) The correction pass: for each listed pair, with p = w (gate * v) @ W_O[h], w = row_scale alpha,
+"""(c) The correction pass: of each listed pair, p = w (gate * v) @ W_O[h] with w = row_scale alpha,
 
     proximity = max(lin - 2 sum_i max(s_i p_i - |y_i|, 0), 0)
 

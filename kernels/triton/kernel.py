@@ -2,8 +2,8 @@
 
 For a block of rows, a kernel or two a step:
 
-(a) prepare.py: of weights, column norms; of values, norms; of lines, that is (row, head)s, g = W_O s
-    in value space, the smallest breakpoint, and as many of the next as make a short list, the
+(a) prepare.py: column norms of W_O; norms of values; of lines, that is (row, head)s, g = W_O s in
+    value space, the smallest breakpoint, and a short list of the coordinates that come first, the
     line's candidates;
 (b) linear.py: alpha from the log-sum-exp (taken here where the forward pass gave none), lin as a
     second attention-shaped product; pairs that lin is exact for are summed at once, the others
@@ -135,7 +135,7 @@ def _work(x: Names) -> Names:
         return torch.empty(shape, dtype=dtype, device=x["p_rows"].device)
 
     return {
-        "few": R <= FEW_ROWS and 4 * R <= n_keys,
+        "few": R <= FEW_ROWS and n_keys >= 4 * R,
         "n_words": n_words,
         "p_g": empty(R, H, x["HALVES"], V, dtype=x["p_w"].dtype),
         "p_lines": empty(4, R, H),
@@ -153,7 +153,8 @@ def _work(x: Names) -> Names:
 
 def _prepared(inputs: LayerInputs) -> tuple[Names, Names]:
     """What the kernels are given: names that hold for the layer, and tensors [R, ...] by row."""
-    (R, H, K), (S, H_kv, V), D = inputs.q.shape, inputs.v.shape, inputs.y.shape[1]
+    H, K = inputs.q.shape[1:]
+    (S, H_kv, V), D = inputs.v.shape, inputs.y.shape[1]
     device = inputs.q.device
     read = {
         name: _readable(name, x, device)

@@ -16,8 +16,9 @@ def launch(kernel: Any, grid: tuple[int, ...], values: Names, **tiles: Any) -> N
     """
     if 0 in grid:
         return
-    arguments = {name: tiles.pop(name) if name in tiles else values[name] for name in kernel.arg_names}
-    kernel[grid](**arguments, **tiles)
+    names = kernel.arg_names
+    options = {name: x for name, x in tiles.items() if name not in names}
+    kernel[grid](**{name: (values | tiles)[name] for name in names}, **options)
 
 
 def blocks(n: int, block: int) -> int:

@@ -68,7 +68,9 @@ def log_sum_exp_kernel(
     m_r, m_k = o_r < R, o_k < K
     b_t = tl.load(p_rows + o_r, mask=m_r, other=-1).to(tl.int32)
     slope = tl.load(p_slopes + i_h).to(tl.float32) if ALIBI else 0.0
-    o_q = o_r.to(tl.int64)[:, None] * (stride_qr * UNIT_K) + i_h * (stride_qh * UNIT_K) + o_k[None, :]
+    o_q = (
+        o_r.to(tl.int64)[:, None] * (stride_qr * UNIT_K) + i_h * (stride_qh * UNIT_K) + o_k[None, :]
+    )
     b_q = tl.load(p_q + o_q, mask=m_r[:, None] & m_k[None, :], other=0.0)  # [BT, BK]
     p_k += (i_h // GROUP) * (stride_kh * UNIT_K) + o_k[None, :]
 
@@ -143,7 +145,7 @@ def linear_kernel(
     i_r, i_s = tl.program_id(0), tl.program_id(1)
     o_r, o_s = i_r * BT + tl.arange(0, BT), i_s * BS + tl.arange(0, BS)
     o_k, o_v, o_word = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, BS // WORD)
-    m_r, m_s, m_k, m_v = o_r < R, o_s < S, o_k < K, o_v < V
+    m_r, m_s = o_r < R, o_s < S
     b_t = tl.load(p_rows + o_r, mask=m_r, other=-1).to(tl.int32)
     t_first = tl.load(p_rows + i_r * BT).to(tl.int32)
     if (i_s * BS > tl.max(b_t)) | (i_s * BS + BS <= first_key(t_first, window, WINDOW)):
@@ -185,7 +187,9 @@ def linear_kernel(
             b_qk = dot(b_q, tl.trans(b_k), tl.zeros([BT, BS], tl.float32))
             b_lin = tl.zeros([BT, BS], tl.float32)
             for i_half in tl.static_range(HALVES):
-                b_g = tl.load(p_g + (i_h * HALVES + i_half) * V + o_g, mask=m_g, other=0.0)  # [BT, BV]
+                b_g = tl.load(
+                    p_g + (i_h * HALVES + i_half) * V + o_g, mask=m_g, other=0.0
+                )  # [BT, BV]
                 b_lin = dot(b_g, tl.trans(b_v), b_lin)
             p_line = p_lines + i_h + o_t * H
             b_lse = tl.load(p_line + LOG_SUM_EXP * plane, mask=m_r, other=0.0)
@@ -193,7 +197,7 @@ def linear_kernel(
             b_first = tl.load(p_line + FIRST_BREAKPOINT * plane, mask=m_r, other=float("inf"))
             b_limit = tl.load(p_line + LIGHT_LIMIT * plane, mask=m_r, other=float("inf"))
 
-            # Loaded again for each head, as what depends on it would otherwise be kept in registers.
+            # Loaded for each head again: what depends on it would otherwise stay in registers.
             b_t = tl.load(p_rows + o_r, mask=m_r, other=-1).to(tl.int32)
             b_distance = b_t[:, None] - o_s[None, :]
             slope = tl.load(p_slopes + i_h).to(tl.float32) if ALIBI else 0.0
@@ -202,7 +206,9 @@ def linear_kernel(
             b_alpha = tl.exp2(b_score - b_lse[:, None])
             b_lin *= b_alpha * b_g_scale[:, None]
             if GATED:
-                b_gate = tl.load(p_gate + i_h * stride_gate_h.to(tl.int64) + o_gate, mask=m_g, other=0.0)
+                b_gate = tl.load(
+                    p_gate + i_h * stride_gate_h.to(tl.int64) + o_gate, mask=m_g, other=0.0
+                )
                 b_gate = b_gate.to(tl.float32)
                 # Rounded up by more than the rounding of two factors.
                 b_gate_squares = (b_gate * b_gate * (1 + 2**-7)).to(tl.bfloat16)

@@ -167,7 +167,7 @@ def values(x: Names) -> None:
 
 
 def lines(x: Names) -> None:
-    """g and its scale, breakpoints and candidates, of y."""
+    """Signs in value space and their scale, breakpoints and candidates, of y."""
     BT = 16 if x["few"] else 64
     tiles = {"BT": BT, "BD": 64, "BV": tile(x["V"]), "num_warps": 8, "num_stages": 2}
     launch(value_space_signs_kernel, (blocks(x["R"], BT), x["H"]), x, **tiles)

@@ -42,9 +42,7 @@ def parts_kernel(
 
 
 @triton.jit
-def ffn_kernel(
-    p_mid, p_post, p_residual, p_ffn, p_unattributed, D: tl.constexpr, BD: tl.constexpr
-):
+def ffn_kernel(p_mid, p_post, p_residual, p_ffn, p_unattributed, D: tl.constexpr, BD: tl.constexpr):
     """Importances of resid_mid and of post - mid in post; post less the latter is mid."""
     i_r = tl.program_id(0).to(tl.int64)
     o_d = tl.arange(0, BD)
