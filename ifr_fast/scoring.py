@@ -111,6 +111,15 @@ def load_kernel(impl: str) -> Kernel:
             raise ValueError(f"impl: no kernel {impl!r}")
 
 
+def work_bytes(impl: str, n_heads: int, n_tokens: int) -> int:
+    """What a kernel's intermediate results take, at most."""
+    if impl == "triton":
+        from .kernels.triton.kernel import work_bytes
+
+        return work_bytes(n_heads, n_tokens)
+    return 4 * (8 << 21)
+
+
 class TokenEdges(NamedTuple):
     """Sparse token edges, by target then source; positions in the text."""
 

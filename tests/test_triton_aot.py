@@ -46,10 +46,13 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[st
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_default_configurations(target: str, compiled: dict[str, list[dict[str, Any]]]) -> None:
+def test_default_configurations(
+    target: str, compiled: dict[str, list[dict[str, Any]]], capsys: pytest.CaptureFixture[str]
+) -> None:
     """Bfloat16 at real shapes: no spill, matrix instructions, warps that fit."""
     kernels = [x for x in compiled[target] if not x["flags"]]
-    print(table(kernels))
+    with capsys.disabled():
+        print("\n" + table(kernels))
     assert len({x["kernel"] for x in kernels}) == ALL_KERNELS
     for x in kernels:
         name = f"{x['kernel']} {x['model']} {x['rows']}"
@@ -64,7 +67,6 @@ def test_default_configurations(target: str, compiled: dict[str, list[dict[str, 
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_flag_and_dtype(target: str, compiled: dict[str, list[dict[str, Any]]]) -> None:
     kernels = [x for x in compiled[target] if x["flags"]]
-    print(table(kernels))
     assert {x["dtype"] for x in kernels} == {"bfloat16", "float16", "float32"}
     for x in kernels:
         assert x["shared"] <= x["shared_limit"], f"{x['kernel']} {x['dtype']} {x['rows']}"

@@ -108,6 +108,11 @@ def score_ffn(resid_mid: Tensor, resid_post: Tensor) -> FFNScores:
     return scores
 
 
+def work_bytes(H: int, n_keys: int) -> int:
+    """What a block of rows takes of memory, at most, lists and marks alone."""
+    return max(WORK_BYTES, ROWS * PAIR_BYTES * H * n_keys)
+
+
 def _score_block(x: Names) -> None:
     """All steps for a block of rows, into its rows of the results."""
     x = x | _work(x)
@@ -247,8 +252,8 @@ def _row_blocks(rows: Tensor, H: int) -> Iterator[tuple[slice, int]]:
     R = len(rows)
     if R == 0:
         return
-    fitting = WORK_BYTES // (PAIR_BYTES * H * (int(rows[-1]) + 1))
-    size = max(ROWS, fitting // ROWS * ROWS)
+    n_keys = int(rows[-1]) + 1
+    size = work_bytes(H, n_keys) // (PAIR_BYTES * H * n_keys) // ROWS * ROWS
     for start in range(0, R, size):
         stop = min(R, start + size)
         yield slice(start, stop), int(rows[stop - 1]) + 1
