@@ -40,7 +40,7 @@ from .kernels.contract import EdgeList
 from .memory import available_memory, describe_bytes
 from .model import Decoder, evaluating
 from .recording import Recording, RecordingMode, record
-from .scoring import LayerScores, check_closure, choose_impl, score_layer
+from .scoring import LayerScores, check_closure, choose_impl, score_layer, work_bytes
 from .tokens import Text, encode, token_strings
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ class Tracer:
         full = n_tokens * per_token * (2 * D + H * V + 2 * H_kv * V)
         n_scaled = sum(block.row_scaled for block in decoder.blocks)
         full += n_tokens * per_token // decoder.n_layers * n_scaled * H * V  # and z
-        scoring = 4 * (8 << 21) + 8 * n_tokens * D
+        scoring = work_bytes(self.impl, H, n_tokens) + 8 * n_tokens * D
         available = available_memory(decoder.device)
         fits = available is None or full + scoring < 0.8 * available
         if available is not None and lean + scoring > 0.9 * available:
