@@ -1,0 +1,74 @@
+"""What several kernels share: scores of pairs, products, bits.
+
+A *line* is one (row, head) of a block of R rows; what is known of it lies in planes [R, H].
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Planes of `lines`, float32 [4, R, H]
+LOG_SUM_EXP = tl.constexpr(0)  # of the line's scores, base 2
+G_SCALE = tl.constexpr(1)  # what the stored g is to be multiplied by, row_scale included
+FIRST_BREAKPOINT = tl.constexpr(2)  # the smallest breakpoint, divided by |row_scale|
+LIGHT_LIMIT = tl.constexpr(3)  # up to this a, a pair's coordinates are among the candidates
+
+# Planes of `counts`, int32 [3, R, H]
+CANDIDATES = tl.constexpr(0)
+LIGHT = tl.constexpr(1)  # pairs; also the plane of their masks
+HEAVY = tl.constexpr(2)
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+ROUND_UP = tl.constexpr(1 + 2**-10)  # ../breakpoints.py
+WORD = tl.constexpr(32)  # keys in a word of a mask
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def dot(a, b, acc):
+    """Acc + a @ b at the precision of the operands, summed in float32."""
+    if INTERPRETED:  # whose tl.dot takes bfloat16 for integers
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def log2_scores(b_qk, b_distance, scale, softcap, slope, window, SOFTCAP: tl.constexpr,
+                ALIBI: tl.constexpr, WINDOW: tl.constexpr):  # fmt: skip
+    """Base-2 scores of pairs from q . k; -inf where the key is not visible.
+
+    b_qk: float32; b_distance: int32, row less key, of the same shape.
+    """
+    b_score = b_qk * scale
+    if SOFTCAP:
+        # tanh(x) = 1 - 2 / (exp(2 x) + 1)
+        b_tanh = 1 - 2 / (tl.exp2(b_score * (2 * LOG2_E / softcap)) + 1)
+        b_score = softcap * b_tanh
+    if ALIBI:
+        b_score -= slope * b_distance.to(tl.float32)
+    m_visible = b_distance >= 0
+    if WINDOW:
+        m_visible &= b_distance < window
+    return tl.where(m_visible, b_score * LOG2_E, -float("inf"))
+
+
+@triton.jit
+def first_key(t, window, WINDOW: tl.constexpr):
+    """The first key that a row at position t sees."""
+    if WINDOW:
+        return tl.maximum(t - window + 1, 0)
+    else:
+        return t * 0
+
+
+@triton.jit
+def popcount(x):
+    """How many bits are set, int32."""
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    x += x >> 8
+    return (x + (x >> 16)) & 0x3F

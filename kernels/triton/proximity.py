@@ -1,0 +1,76 @@
+"""(d) Proximities of the parts that are no head's: the residual stream and the FFN's output.
+
+    proximity(part, y) = max(sum_i |y_i| - |y_i - part_i|, 0)
+
+subtracted coordinate by coordinate: a few huge coordinates of y would swallow the rest of a
+difference of two norms. All parts in one sweep over D.
+
+Shapes: parts and y [R, D], results [R].
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .launch import Names, launch
+
+BLOCK_D = 1024
+
+
+@triton.jit
+def parts_kernel(
+    p_resid_pre, p_ffn, p_y, p_residual, p_of_ffn,
+    D: tl.constexpr, FFN: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Unnormalized, of a node after attention; with FFN, of a parallel block's."""
+    i_r = tl.program_id(0).to(tl.int64)
+    o_d = tl.arange(0, BD)
+    b_residual, b_ffn = tl.zeros([BD], tl.float32), tl.zeros([BD], tl.float32)
+    for i_d in range(0, D, BD):
+        o_rd = i_r * D + i_d + o_d
+        m_d = o_d < D - i_d
+        b_y = tl.load(p_y + o_rd, mask=m_d, other=0.0).to(tl.float32)
+        b_pre = tl.load(p_resid_pre + o_rd, mask=m_d, other=0.0).to(tl.float32)
+        b_residual += tl.abs(b_y) - tl.abs(b_y - b_pre)
+        if FFN:
+            b_out = tl.load(p_ffn + o_rd, mask=m_d, other=0.0).to(tl.float32)
+            b_ffn += tl.abs(b_y) - tl.abs(b_y - b_out)
+    tl.store(p_residual + i_r, tl.maximum(tl.sum(b_residual), 0.0))
+    if FFN:
+        tl.store(p_of_ffn + i_r, tl.maximum(tl.sum(b_ffn), 0.0))
+
+
+@triton.jit
+def ffn_kernel(
+    p_mid, p_post, p_residual, p_ffn, p_unattributed, D: tl.constexpr, BD: tl.constexpr
+):
+    """Importances of resid_mid and of post - mid in post; post less the latter is mid."""
+    i_r = tl.program_id(0).to(tl.int64)
+    o_d = tl.arange(0, BD)
+    b_residual, b_ffn = tl.zeros([BD], tl.float32), tl.zeros([BD], tl.float32)
+    for i_d in range(0, D, BD):
+        o_rd = i_r * D + i_d + o_d
+        m_d = o_d < D - i_d
+        b_mid = tl.load(p_mid + o_rd, mask=m_d, other=0.0).to(tl.float32)
+        b_post = tl.load(p_post + o_rd, mask=m_d, other=0.0).to(tl.float32)
+        b_residual += tl.abs(b_post) - tl.abs(b_post - b_mid)
+        b_ffn += tl.abs(b_post) - tl.abs(b_mid)
+    residual = tl.maximum(tl.sum(b_residual), 0.0)
+    ffn = tl.maximum(tl.sum(b_ffn), 0.0)
+    total = residual + ffn
+    nothing = total == 0
+    total = tl.where(nothing, 1.0, total)
+    tl.store(p_residual + i_r, tl.where(nothing, 0.5, residual / total))
+    tl.store(p_ffn + i_r, tl.where(nothing, 0.5, ffn / total))
+    tl.store(p_unattributed + i_r, nothing)
+
+
+def parts(x: Names) -> None:
+    """Proximities of the residual stream and, where it is a part, the FFN's output."""
+    launch(parts_kernel, (x["R"],), x, BD=BLOCK_D)
+
+
+def ffn(x: Names) -> None:
+    """Importances of the parts of resid_post."""
+    launch(ffn_kernel, (x["R"],), x, BD=BLOCK_D)
