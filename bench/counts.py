@@ -55,6 +55,7 @@ BLOCK_ELEMENTS = 1 << 24  # of [H, R, max(S, D)] counted at once
 SCORE_STD = 3.0  # of random models' attention scores
 CANDIDATES = (32, 64, 128, 256)  # room of a (row, head)'s list of coordinates, for the tiers
 TILES = (16, 32, 64)  # pairs taken at once
+MARKS = (16, 32, 32)  # lines, words, keys in a word: pairs marked, made lists of at once
 VOCAB = 4096  # of random models: ids of the real text, modulo this
 
 
@@ -66,9 +67,11 @@ class Tier(NamedTuple):
     """
 
     candidates: int  # the list's room
+    light_lines: float  # (row, head) with any
     light: float
     light_tiles: list[float]  # of TILES pairs each, those of one (row, head) together
     heavy: float
+    steps: float  # most light pairs, and most heavy ones, in a word of MARKS
 
 
 class Counts(NamedTuple):
@@ -82,6 +85,7 @@ class Counts(NamedTuple):
     native_visited: float  # the same by the native kernel's buckets
     candidates: float  # coordinates some listed pair of a (row, head) visits, summed over heads
     bound: float  # sum_h D f_h(0) sum_j a
+    edges: float  # to tokens, with weight above THRESHOLD
     share: float  # |attention's output|_rms / |y|_rms
     pairs_by_size: list[float]  # listed pairs by visits: 1, 2-3, 4-7, 8-15, ...
     visits_by_size: list[float]  # their visits
@@ -102,7 +106,7 @@ def count(inputs: LayerInputs) -> Counts:
         ("pairs", "listed", "at_least_8", "at_least_64", "visited", "candidates", "bound"), 0.0
     )
     pairs_by_size, visits_by_size = torch.zeros(n_sizes), torch.zeros(n_sizes)
-    tiers = [[0.0] * (2 + len(TILES)) for _ in CANDIDATES]
+    tiers = [[0.0] * (4 + len(TILES)) for _ in CANDIDATES]
     shares = []
     block = max(1, BLOCK_ELEMENTS // (H * max(S, D)))
     for start in range(0, R, block):
@@ -129,25 +133,37 @@ def count(inputs: LayerInputs) -> Counts:
         visits_by_size += torch.bincount(size, weights=found.double(), minlength=n_sizes)
         for room, tier in zip(CANDIDATES, tiers, strict=True):
             heavy = n > room * 3 // 4 if room < D else torch.zeros_like(n, dtype=torch.bool)
-            light = ((n > 0) & ~heavy).sum(-1)  # [H, R]
+            is_light = (n > 0) & ~heavy
+            steps = most_in_a_word(is_light) + most_in_a_word(heavy & (n > 0))
+            light = is_light.sum(-1)  # [H, R]
             tiles = [float(torch.ceil(light / size).sum()) for size in TILES]
-            found_here = (float(light.sum()), *tiles, float(heavy.sum()))
+            lines, pairs = float((light > 0).sum()), float(light.sum())
+            found_here = (lines, pairs, *tiles, float(heavy.sum()), steps)
             tier[:] = [x + y for x, y in zip(tier, found_here, strict=True)]
         z = torch.matmul(alpha, v.transpose(1, 2)).transpose(0, 1)  # [R, H, V]
         moved = z.flatten(1) @ b.W_O.flatten(0, 1)
         shares.append(moved.square().mean(-1).sqrt() / b.y.square().mean(-1).sqrt())
-    native = kernel.score_attention_counted(inputs, 1.0)[1]
+    scores, native = kernel.score_attention_counted(inputs, THRESHOLD)
     return Counts(
         **{name: value / R for name, value in total.items()},
         native_visited=native.visited / R,
+        edges=len(scores.edges.row) / R,
         share=float(torch.cat(shares).mean()),
         pairs_by_size=(pairs_by_size / R).tolist(),
         visits_by_size=(visits_by_size / R).tolist(),
         tiers=[
-            Tier(room, light / R, [x / R for x in tiles], heavy / R)
-            for room, (light, *tiles, heavy) in zip(CANDIDATES, tiers, strict=True)
+            Tier(room, lines / R, light / R, [x / R for x in tiles], heavy / R, steps / R)
+            for room, (lines, light, *tiles, heavy, steps) in zip(CANDIDATES, tiers, strict=True)
         ],
     )
+
+
+def most_in_a_word(m: Tensor) -> float:
+    """Of a mask [H, R, S]: the most that are set in a word, summed over blocks of MARKS."""
+    heads, words, keys = MARKS
+    x = torch.nn.functional.pad(m, (0, -m.shape[2] % (words * keys), 0, 0, 0, -m.shape[0] % heads))
+    x = x.unflatten(2, (-1, words, keys)).sum(-1).unflatten(0, (-1, heads))
+    return float(x.amax((1, 4)).sum())
 
 
 def mean(values: list[Any]) -> Any:
@@ -353,6 +369,7 @@ def main() -> None:
         "versions": {name: getattr(on, name) for name in ("python", "torch", "transformers")},
         "low": LOW,
         "score_std": SCORE_STD,
+        "tiles": TILES,
         "real": real,
         "random": random,
         "frontier": frontier,

@@ -21,6 +21,9 @@ import numpy as np
 from triton.runtime import interpreter
 
 
+SPECIAL = (np.exp, np.exp2, np.log, np.log2, np.sqrt, np.divide)
+
+
 @dataclass
 class KernelWork:
     """One kernel's work, all of its launches together."""
@@ -34,8 +37,9 @@ class KernelWork:
     atomics: int = 0
     atomic: int = 0  # bytes
     products: Counter[str] = field(default_factory=Counter)  # multiply-adds, by operand dtype
-    exps: int = 0  # elements of exp and exp2
-    vector: int = 0  # elements of other float operations, reductions not among them
+    operands: int = 0  # elements of the products' operands
+    special: int = 0  # elements of exp2, log2, square roots and quotients, of blocks
+    vector: int = 0  # elements of all other operations on blocks, as written; of sums, the terms
     distinct_loaded: int = 0  # bytes, an address counted once a launch
     distinct_stored: int = 0  # the same of stores and atomics
 
@@ -104,17 +108,25 @@ def counting() -> Iterator[dict[str, KernelWork]]:
         return original(self, op, pointers, value, mask, *rest)
 
     def dot(original: Callable[..., Any], self: Any, a: Any, b: Any, *rest: Any) -> Any:
-        running[-1].work.products[str(a.dtype.scalar)] += a.data.size * b.data.shape[-1]
+        work = running[-1].work
+        work.products[str(a.dtype.scalar)] += a.data.size * b.data.shape[-1]
+        work.operands += a.data.size + b.data.size
         return original(self, a, b, *rest)
 
     def elementwise(original: Callable[..., Any], self: Any, *operands: Any) -> Any:
         result = original(self, *operands)
-        *values, operation = operands
-        if operation in (np.exp, np.exp2):
-            running[-1].work.exps += result.data.size
-        elif np.issubdtype(values[-1].data.dtype, np.floating):
-            running[-1].work.vector += result.data.size
+        size = result.data.size
+        if size == 1:
+            return result  # a scalar: a program has one, not one a lane
+        if operands[-1] in SPECIAL:
+            running[-1].work.special += size
+        else:
+            running[-1].work.vector += size
         return result
+
+    def reduction(original: Callable[..., Any], self: Any, values: Any) -> Any:
+        running[-1].work.vector += values[0].handle.data.size
+        return original(self, values)
 
     def launch(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
         name = self.fn.__name__
@@ -137,6 +149,9 @@ def counting() -> Iterator[dict[str, KernelWork]]:
             (builder, "unary_op", elementwise),
             (builder, "binary_op", elementwise),
             (builder, "ternary_op", elementwise),
+            (builder, "cast_impl", elementwise),
+            (interpreter.ReduceOps, "apply_impl", reduction),
+            (interpreter.ScanOps, "apply_impl", reduction),
             (interpreter.GridExecutor, "__call__", launch),
         ):
             stack.enter_context(mock.patch.object(owner, name, _around(owner, name, counted)))
