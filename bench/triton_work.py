@@ -180,7 +180,7 @@ def value_space_signs(x: _Arguments, of: Lists) -> Asked:
         products=programs * chunks * x.BT * x.BD * x.BV,
         loaded=x.H * x.R * x.D * x.b + x.grid[0] * x.weight_bytes,
         stored=out,
-        vector=programs * (chunks * x.BD * (4 * x.BT + x.BV) + 8 * x.BT * x.BV),
+        vector=programs * (chunks * x.BD * (6.2 * x.BT + 1.9 * x.BV) + 9.4 * x.BT * x.BV),
         special=programs * x.BT * x.BV,
         read=x.R * x.D * x.b + x.weight_bytes,
         written=out,
@@ -189,7 +189,7 @@ def value_space_signs(x: _Arguments, of: Lists) -> Asked:
 
 def breakpoints(x: _Arguments, of: Lists) -> Asked:
     out = 4 * of.candidates + 12 * x.R * x.H
-    searched = 15 if x.D > x.N else 0
+    searched = 20 if x.D > x.N else 0
     return Asked(
         loaded=x.grid[1] * x.R * x.D * x.b + x.grid[0] * x.H * x.D * 4,
         stored=out,
@@ -209,7 +209,7 @@ def log_sum_exp(x: _Arguments, of: Lists) -> Asked:
         products=tiles * x.BT * x.BS * x.BK,
         loaded=x.H * x.n_splits * x.R * (8 + x.K * x.b) + 8 * programs + keys * x.K * x.b,
         stored=out,
-        vector=9 * tiles * x.BT * x.BS,
+        vector=tiles * x.BS * (14.5 * x.BT + 1.8 * x.BK) + 3.3 * programs * x.BT * x.BK,
         special=tiles * x.BT * (x.BS + 1),
         read=x.R * x.H * x.K * x.b + x.n_keys_seen * x.H_kv * x.K * x.b,
         written=out,
@@ -221,7 +221,7 @@ def combine(x: _Arguments, of: Lists) -> Asked:
     return Asked(
         loaded=2 * x.n_splits * size,
         stored=size,
-        vector=5 * x.n_splits * x.grid[0] * x.BL,
+        vector=8 * x.n_splits * x.grid[0] * x.BL,
         special=2 * x.n_splits * x.grid[0] * x.BL,
         read=2 * x.n_splits * size,
         written=size,
@@ -241,7 +241,7 @@ def linear_pass(x: _Arguments, of: Lists) -> Asked:
         + keys * (x.key_bytes + 4)
         + lines * (x.line_bytes + 16),
         stored=out,
-        vector=30 * tiles * x.H * x.BT * x.BS,
+        vector=tiles * x.H * x.BT * (32 * x.BS + 2.6 * x.BK + 3.6 * x.BV),
         special=tiles * x.H * x.BT * x.BS,
         read=x.R * x.H * (x.line_bytes + 16) + x.n_keys_seen * x.H_kv * (x.key_bytes + 4),
         written=out,
@@ -256,7 +256,7 @@ def lists_of_marks(x: _Arguments, of: Lists) -> Asked:
     return Asked(
         loaded=16 * x.R * x.H + 4 * words,
         stored=out,
-        vector=x.BL * x.BW * (33 * chunks + 30 * of.steps),
+        vector=x.BL * x.BW * (68 * chunks + 86.5 * of.steps),
         read=4 * words,
         written=out,
     )
@@ -270,7 +270,8 @@ def light(x: _Arguments, of: Lists) -> Asked:
         products=of.light_tiles * x.BP * x.N * x.BV,
         loaded=4 * x.R * x.H + lines + pairs + candidates,
         stored=4 * of.light,
-        vector=of.light_tiles * x.BP * (5 * x.BK + 4 * x.BV + 9 * x.N),
+        vector=of.light_tiles * x.BP * (5.3 * x.BK + 4.7 * x.BV + 8.4 * x.N)
+        + of.light_lines * 3.5 * x.N * x.BV,
         special=of.light_tiles * x.BP,
         read=4 * x.R * x.H + lines + 4 * of.light
         + min(of.light, x.n_keys_seen * x.H_kv) * x.key_bytes
@@ -286,7 +287,8 @@ def heavy(x: _Arguments, of: Lists) -> Asked:
         loaded=4 * x.H * x.SHARES * x.R + pairs + of.heavy_tiles * (8 * x.BP + x.D * x.V * x.b)
         + of.heavy * x.D * x.b,
         stored=4 * of.heavy,
-        vector=of.heavy_tiles * x.BP * (10 * x.D + 5 * x.BT + 6 * (x.BK + x.BV)),
+        vector=of.heavy_tiles
+        * (x.BP * (10.4 * x.D + 6 * x.BT + 7 * (x.BK + x.BV)) + 3.4 * x.D * x.BV),
         special=of.heavy_tiles * x.BP,
         read=4 * x.H * x.R + of.heavy * 4 + x.R * x.H * x.line_bytes
         + min(of.heavy, x.n_keys_seen * x.H_kv) * x.key_bytes + x.weight_bytes + x.R * x.D * x.b,
@@ -295,19 +297,19 @@ def heavy(x: _Arguments, of: Lists) -> Asked:
 
 
 def parts(x: _Arguments, of: Lists) -> Asked:
-    return _sums(x, 2, 4)
+    return _sums(x, 11, 4)
 
 
 def ffn(x: _Arguments, of: Lists) -> Asked:
-    return _sums(x, 2, 9)
+    return _sums(x, 14, 9)
 
 
-def _sums(x: _Arguments, tensors: int, out: int) -> Asked:
-    size = tensors * x.R * x.D * x.b
+def _sums(x: _Arguments, operations: int, out: int) -> Asked:
+    size = 2 * x.R * x.D * x.b
     return Asked(
         loaded=size,
         stored=out * x.R,
-        vector=9 * x.R * blocks(x.D, x.BD) * x.BD,
+        vector=operations * x.R * blocks(x.D, x.BD) * x.BD,
         read=size,
         written=out * x.R,
     )
@@ -321,7 +323,7 @@ def fold(x: _Arguments, of: Lists) -> Asked:
     return Asked(
         loaded=8 * x.R * x.grid[1] + 4 * keys + 8 * x.H * keys + 4 * listed + 4 * x.H * tiles,
         stored=4 * x.H * programs + 4 * keys,
-        vector=9 * programs * x.H * x.BF,
+        vector=12 * programs * x.H * x.BF,
         read=4 * keys + x.H * keys / 4 + SECTOR * listed + 4 * x.H * tiles,
         written=4 * x.H * programs + 4 * keys,
     )
@@ -346,7 +348,7 @@ def edges(x: _Arguments, of: Lists) -> Asked:
     return Asked(
         loaded=13 * x.R + 4 * keys,
         stored=12 * of.edges + 4 * x.R,
-        vector=18 * padded,
+        vector=34 * padded,
         special=padded,
         read=13 * x.R + 4 * keys,
         written=12 * of.edges + 4 * x.R,
@@ -359,7 +361,7 @@ def head_weights(x: _Arguments, of: Lists) -> Asked:
     return Asked(
         loaded=4 * x.grid[0] * x.grid[1] + lines + size,
         stored=4 * of.edges * x.H,
-        vector=of.edge_tiles * x.H * x.BE * (6 * (x.BK + x.BV) + 20),
+        vector=of.edge_tiles * x.H * x.BE * (4.2 * x.BK + 4.4 * x.BV + 26),
         special=2 * of.edge_tiles * x.H * x.BE,
         read=4 * x.R + lines + of.edges * (8 + x.H_kv * x.key_bytes)
         + SECTOR * (2 * of.edges * x.H + of.listed_edges),
