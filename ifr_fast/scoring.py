@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,7 +36,8 @@ def choose_impl(impl: str, device: torch.device, dtype: torch.dtype) -> str:
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl: expected one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
     if impl == "auto":
-        return "eager" if what_is_missing("cpu", device, dtype) else "cpu"
+        best = "cpu" if device.type == "cpu" else "triton"
+        return "eager" if what_is_missing(best, device, dtype) else best
     missing = what_is_missing(impl, device, dtype)
     if missing is not None:
         raise ValueError(f"impl: {impl!r} cannot run: {missing}")
@@ -53,8 +55,19 @@ def what_is_missing(impl: str, device: torch.device, dtype: torch.dtype) -> str 
             from .kernels.cpu.kernel import unavailable
 
             return unavailable()
-        case "triton":
-            return "it is not part of this version"
+        case "triton" if dtype == torch.float64:
+            return "it computes in float32, and the model is in float64"
+        case "triton" if importlib.util.find_spec("triton") is None:
+            return "the package triton is not installed"
+        case "triton" if os.environ.get("TRITON_INTERPRET") == "1":
+            return None  # on tensors of any device
+        case "triton" if device.type != "cuda":
+            return f"the model is on {device}, and TRITON_INTERPRET=1 is not set"
+        case "triton" if torch.version.hip is None and (
+            capability := torch.cuda.get_device_capability(device)
+        ) < (8, 0):
+            major, minor = capability
+            return f"it needs compute capability 8.0 or newer, and {device} has {major}.{minor}"
         case _:
             return None
 
@@ -87,9 +100,13 @@ def load_kernel(impl: str) -> Kernel:
 
             return eager
         case "cpu":
-            from .kernels.cpu import kernel
+            from .kernels.cpu import kernel as cpu
 
-            return kernel
+            return cpu
+        case "triton":
+            from .kernels.triton import kernel as triton
+
+            return triton
         case _:
             raise ValueError(f"impl: no kernel {impl!r}")
 

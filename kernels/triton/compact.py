@@ -56,7 +56,7 @@ def fold_kernel(
 
 @triton.jit(do_not_specialize=["R", "window"])
 def totals_kernel(
-    p_folded, p_rows, p_residual, p_ffn, p_total, p_head_total, p_unattributed, R, window,
+    p_folded, p_rows, p_residual, p_of_ffn, p_total, p_head_total, p_unattributed, R, window,
     H: tl.constexpr, FFN: tl.constexpr, WINDOW: tl.constexpr, BF: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
     """Program (row); residual and ffn are normalized in place."""
@@ -74,14 +74,14 @@ def totals_kernel(
     n_keys = (t - first + 1).to(tl.float32)
     n_parts = 1 + H * n_keys
     if FFN:
-        ffn = tl.load(p_ffn + i_r)
+        ffn = tl.load(p_of_ffn + i_r)
         total += ffn
         n_parts += 1
     nothing = total == 0
     total = tl.where(nothing, n_parts, total)
     tl.store(p_residual + i_r, tl.where(nothing, 1.0, residual) / total)
     if FFN:
-        tl.store(p_ffn + i_r, tl.where(nothing, 1.0, ffn) / total)
+        tl.store(p_of_ffn + i_r, tl.where(nothing, 1.0, ffn) / total)
     tl.store(p_head_total + i_r * H + o_h, tl.where(nothing, n_keys, b_heads) / total, mask=m_h)
     tl.store(p_total + i_r, total)
     tl.store(p_unattributed + i_r, nothing)

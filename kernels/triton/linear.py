@@ -23,7 +23,6 @@ v_norm [H_kv, S], token [R, 32 W], partial [S / BS, R, H], marks [2, R, H, W]; W
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
@@ -216,8 +215,8 @@ def log_sum_exp(x: Names) -> None:
     n_blocks = blocks(x["S"], BS)
     n_splits = min(n_blocks, blocks(PROGRAMS, blocks(R, BT) * H))
     n_blocks = blocks(n_blocks, n_splits)
-    parts = torch.empty(2, n_splits, R, H, dtype=torch.float32, device=x["p_lines"].device)
-    x = x | {"p_top": parts[0], "p_sum": parts[1], "n_blocks": n_blocks, "n_splits": n_splits}
+    top, total = (x["p_lines"].new_empty(n_splits, R, H) for _ in range(2))
+    x = x | {"p_top": top, "p_sum": total, "n_blocks": n_blocks, "n_splits": n_splits}
     grid = (blocks(R, BT), H, n_splits)
     launch(log_sum_exp_kernel, grid, x, BT=BT, BS=BS, BK=tile(x["K"]))
     BL = 128

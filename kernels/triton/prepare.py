@@ -40,7 +40,8 @@ def column_norms_kernel(
     o_w = o_d.to(tl.int64)[:, None] * stride_wd + o_v[None, :]
     b_w = tl.load(p_w + i_h * stride_wh + o_w, mask=m_w, other=0.0).to(tl.float32)  # [BD, BV]
     b_squares = tl.sum(b_w * b_w, 1)
-    b_rho_inv = tl.where(b_squares > 0, tl.rsqrt(b_squares), 0.0)
+    m_some = b_squares > 0
+    b_rho_inv = tl.where(m_some, tl.rsqrt(tl.where(m_some, b_squares, 1.0)), 0.0)
     tl.store(p_rho_inv + i_h * D + o_d, b_rho_inv, mask=o_d < D)
 
 
@@ -117,9 +118,9 @@ def breakpoints_kernel(
     b_y = tl.abs(tl.load(p_y + o_r[:, None] * D + o_d[None, :], mask=m_y, other=0.0).to(tl.float32))
     if SCALED:
         b_row_scale = tl.load(p_row_scale + o_r, mask=m_r, other=0.0).to(tl.float32)
-        b_inverse = tl.where(b_row_scale != 0, 1 / tl.abs(b_row_scale), float("inf"))
-        b_y *= b_inverse[:, None]
-        b_y = tl.where(b_row_scale[:, None] == 0, float("inf"), b_y)
+        m_zero = b_row_scale == 0
+        b_y /= tl.where(m_zero, 1.0, tl.abs(b_row_scale))[:, None]
+        b_y = tl.where(m_zero[:, None], float("inf"), b_y)
     plane = R.to(tl.int64) * H
     i_last = tl.minimum((tl.program_id(1) + 1) * n_heads, H)
     for i_h in range(tl.program_id(1) * n_heads, i_last):

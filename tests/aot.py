@@ -1,0 +1,236 @@
+"""Compiles every launch of the Triton kernels for GPUs that are not there, and looks at the code.
+
+A program of its own, because Triton's interpreter, by which other tests run the same kernels, is
+chosen once a process. Real launches of the driver, on tensors without data ("meta": a read by the
+host would raise), reach Triton's own specialization and compilation; a driver that knows a target
+and nothing else stands in for the GPU's.
+
+    python aot.py TARGET [MODEL ...]    one JSON object a line: a kernel as compiled
+    python aot.py keys                  the specialization keys of launches at several lengths
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+os.environ["TRITON_INTERPRET"] = "0"
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from ifr_fast.kernels.contract import LayerInputs
+from ifr_fast.kernels.triton import kernel
+
+
+class Limits(NamedTuple):
+    """Of a target's multiprocessor (compute unit)."""
+
+    registers: int  # 32-bit, of all threads
+    register_unit: int  # a warp's are allocated in multiples
+    shared: int  # bytes
+    block_shared: int  # bytes, of one block
+    block_reserved: int  # bytes, of each block, the system's own
+    warps: int
+    blocks: int
+    matrix: str  # matrix instructions, a pattern
+
+
+# CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; AMD Instinct MI300
+# instruction set reference, 3.6: 512 vector registers a lane on each of 4 units, 8 waves a unit.
+TARGETS = {
+    "sm_80": (
+        GPUTarget("cuda", 80, 32),
+        Limits(65536, 256, 167936, 166912, 1024, 64, 32, r"\bHMMA\b"),
+    ),
+    "sm_90": (
+        GPUTarget("cuda", 90, 32),
+        Limits(65536, 256, 233472, 232448, 1024, 64, 32, r"\b(HMMA|HGMMA|WGMMA)\b"),
+    ),
+    "sm_100": (
+        GPUTarget("cuda", 100, 32),
+        Limits(65536, 256, 233472, 232448, 1024, 64, 32, r"\b(HMMA|UTC\w*MMA)\b"),
+    ),
+    "gfx942": (
+        GPUTarget("hip", "gfx942", 64),
+        Limits(4 * 512 * 64, 8 * 64, 65536, 65536, 0, 32, 32, r"\bv_mfma_"),
+    ),
+}
+
+
+class Model(NamedTuple):
+    """A layer's shape."""
+
+    H: int
+    H_kv: int
+    K: int
+    D: int
+
+
+MODELS = {
+    "Llama-3-8B": Model(32, 8, 128, 4096),
+    "Llama-3-70B": Model(64, 8, 128, 8192),
+    "Qwen3-32B": Model(64, 8, 128, 5120),
+    "SmolLM2-135M": Model(9, 3, 64, 576),
+}
+
+
+def inputs(model: Model, R: int, S: int, dtype: torch.dtype = torch.bfloat16) -> LayerInputs:
+    """The last R rows of S, without data; K and V laid out as a Hugging Face cache has them."""
+    H, H_kv, K, D = model
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    return LayerInputs(
+        rows=torch.arange(S - R, S),
+        resid_pre=empty(R, D),
+        y=empty(R, D),
+        q=empty(H, R, K).transpose(0, 1),
+        k=empty(H_kv, S, K).transpose(0, 1),
+        v=empty(H_kv, S, K).transpose(0, 1),
+        W_O=empty(H, K, D),
+        scale=K**-0.5,
+    )
+
+
+class TargetDriver:
+    """Triton's driver for a GPU that is not there."""
+
+    def __init__(self, index: int, target: GPUTarget) -> None:
+        self.index, self.target = index, target
+
+    def get_current_device(self) -> int:
+        return self.index
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+
+def launches(target: str, model: Model, R: int, S: int) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """(kernel function, arguments) of each launch of one call."""
+    seen: list[tuple[Any, dict[str, Any]]] = []
+    own = JITFunction.run
+    JITFunction.run = lambda self, *args, grid, warmup, **kwargs: seen.append((self, kwargs))
+    try:
+        kernel.score_attention(inputs(model, R, S), 0.01)
+        some = inputs(model, R, S)
+        kernel.score_ffn(some.resid_pre, some.y)
+    finally:
+        JITFunction.run = own
+    yield from seen
+
+
+def use(target: str) -> None:
+    driver.set_active(TargetDriver(list(TARGETS).index(target), TARGETS[target][0]))
+
+
+def key(function: Any, arguments: dict[str, Any]) -> str:
+    """What Triton looks a compiled kernel up by."""
+    *_, binder = function.device_caches[driver.active.get_current_device()]
+    _, specialization, options = binder(**arguments, debug=False)
+    return f"{function.__name__} {specialization} {options}"
+
+
+def report(function: Any, arguments: dict[str, Any], target: str) -> dict[str, Any]:
+    """Compiles one launch: registers, shared memory, spills, matrix instructions, warps."""
+    limits = TARGETS[target][1]
+    begin = time.process_time()
+    compiled = function.warmup(grid=(1,), **arguments)
+    seconds = time.process_time() - begin
+    if "cubin" in compiled.asm:
+        found = of_cubin(compiled.asm["cubin"], limits)
+    else:
+        found = of_amdgcn(compiled.asm["amdgcn"], limits)
+    metadata = compiled.metadata
+    found |= {"kernel": function.__name__, "shared": metadata.shared, "warps": metadata.num_warps}
+    return found | {
+        "target": target,
+        "shared_limit": limits.block_shared,
+        "resident": resident(found, limits),
+        "seconds": round(seconds, 2),
+    }
+
+
+def resident(found: dict[str, Any], limits: Limits) -> int:
+    """Warps that registers and shared memory let a multiprocessor hold at once."""
+    lanes = limits.register_unit // 8  # 32 or 64: registers a lane come in eights
+    per_warp = math.ceil(found["registers"] * lanes / limits.register_unit) * limits.register_unit
+    of_registers = limits.registers // (per_warp * found["warps"])
+    shared = found["shared"] + limits.block_reserved
+    of_shared = limits.shared // shared if shared else limits.blocks
+    blocks = min(of_registers, of_shared, limits.blocks, limits.warps // found["warps"])
+    return blocks * found["warps"]
+
+
+def of_cubin(cubin: bytes, limits: Limits) -> dict[str, Any]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+
+        def cuobjdump(what: str) -> str:
+            command = [triton.knobs.nvidia.cuobjdump.path, what, file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        usage, sass = cuobjdump("-res-usage"), cuobjdump("-sass")
+    numbers = {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    return {
+        "registers": numbers["REG"],
+        "spills": numbers["STACK"] + numbers["LOCAL"] + len(re.findall(r"\b(?:STL|LDL)\b", sass)),
+        "matrix": len(re.findall(limits.matrix, sass)),
+        "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+\S", sass, re.MULTILINE)),
+    }
+
+
+def of_amdgcn(asm: str, limits: Limits) -> dict[str, Any]:
+    def number(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s+(\d+)", asm)[1])
+
+    spills = number("vgpr_spill_count") + number("sgpr_spill_count")
+    return {
+        "registers": number("vgpr_count"),  # accumulation registers included
+        "spills": spills + number("private_segment_fixed_size"),
+        "matrix": len(re.findall(limits.matrix, asm)),
+        "instructions": len(re.findall(r"^\t[a-z]+_\w+", asm, re.MULTILINE)),
+    }
+
+
+def compile_all(target: str, models: list[str]) -> None:
+    use(target)
+    done: dict[str, dict[str, Any]] = {}
+    for model in models:
+        for mode, R in (("all", 2048), ("few", 4)):
+            for function, arguments in launches(target, MODELS[model], R, 2048):
+                name = key(function, arguments)
+                if name not in done:
+                    done[name] = report(function, arguments, target)
+                print(json.dumps(done[name] | {"model": model, "mode": mode}), flush=True)
+
+
+def print_keys(lengths: tuple[int, ...] = (1, 16, 17, 128, 513, 4096)) -> None:
+    use("sm_90")
+    for S in lengths:
+        for function, arguments in launches("sm_90", MODELS["SmolLM2-135M"], S, S):
+            name = key(function, arguments)
+            print(json.dumps({"T": S, "kernel": function.__name__, "key": name}))
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "keys":
+        print_keys()
+    else:
+        compile_all(sys.argv[1], sys.argv[2:] or list(MODELS))
