@@ -23,16 +23,25 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from rich.console import Console
 from rich.table import Table
+from triton_work import Block, Lists, asked, blocks_of
+
+from ifr_fast.kernels.contract import LayerInputs
 
 COUNTS = Path(__file__).with_name("counts.json")
 LENGTHS = (2048, 8192, 32768, 131072)
+EXTENSIONS = ("low", "mid", "high")
+THRESHOLD = 0.04
 BYTES = 2  # of a bfloat16
+FILLED = 0.75  # of a line's room for candidates, as the search for where they end aims at
 LAUNCH_SECONDS = 5e-6  # from one small kernel's start to the next one's
 READ_SECONDS = 20e-6  # the host waits for a number from the device
 
@@ -142,6 +151,10 @@ class Work(NamedTuple):
     def times(self, n: float) -> Work:
         """N of it."""
         return Work(*(n * x for x in self))
+
+    def plus(self, other: Work) -> Work:
+        """Both."""
+        return Work(*(x + y for x, y in zip(self, other, strict=True)))
 
     def ceilings(self, target: Target, fractions: Fractions) -> dict[str, float]:
         """Seconds by what they are spent on."""
@@ -286,42 +299,418 @@ class Counts:
         here = count(self.measured(n_tokens)["mean"])
         return here * (model.D / SMOLLM2.D) ** growth.width * share**growth.share
 
-    def lists(
-        self, model: Model, n_tokens: int, extension: str, n_rows: int, names: dict[str, Any]
-    ) -> Lists:
-        """Lists of a block of rows, on the average: of the kernels' room for candidates."""
-        N, BP = names["N"], names["BP"]
-        if N not in (
-            rooms := [tier["candidates"] for tier in self.measured(n_tokens)["mean"]["tiers"]]
-        ):
-            raise ValueError(f"N: the kernels have {N} candidates, counted were tiers of {rooms}")
-        i_tile = self.document["tiles"].index(BP)
+    def lists(self, model: Model, n_tokens: int, extension: str, block: Block) -> Lists:
+        """Lists of a block of rows, on the average."""
+        names = {launch.kernel: launch.names for launch in block}
+        light_tile, heavy_tile = names["light_kernel"], names["heavy_kernel"]
+        N, R = light_tile["N"], len(block[0].rows)
+        rooms = [tier["candidates"] for tier in self.measured(n_tokens)["mean"]["tiers"]]
+        sizes = self.document["tiles"]
+        if N not in rooms or light_tile["BP"] not in sizes:
+            raise ValueError(f"counts: have no tiers for N = {N}, BP = {light_tile['BP']}")
+        tier, size = rooms.index(N), sizes.index(light_tile["BP"])
 
-        def per_row(name: str) -> Callable[[dict[str, Any]], float]:
-            def read(mean: dict[str, Any]) -> float:
-                value = mean["tiers"][rooms.index(N)][name]
-                return value[i_tile] if isinstance(value, list) else value
+        def total(count: Callable[[dict[str, Any]], float]) -> float:
+            return R * self.extended(model, n_tokens, extension, count)
 
-            return read
-
-        def total(name: str) -> float:
-            return n_rows * self.extended(model, n_tokens, extension, per_row(name))
-
-        light, lines = total("light"), min(total("light_lines"), n_rows * model.H)
-        heavy = total("heavy")
-        rows_and_heads = blocks(n_rows, names["BT"]) * model.H
-        edges = n_rows / THRESHOLD  # at most
+        light = total(lambda mean: mean["tiers"][tier]["light"])
+        lines = total(lambda mean: mean["tiers"][tier]["light_lines"])
+        lines = min(lines, light, R * model.H)
+        heavy = total(lambda mean: mean["tiers"][tier]["heavy"])
+        lists_of_heavy = math.ceil(R / heavy_tile["BT"]) * model.H
+        edges = R * self.measured(n_tokens)["mean"]["edges"]  # parts share 1, whatever the width
+        edge_tile = names["head_weights_kernel"]["BE"]
         return Lists(
-            candidates=0.75 * N * n_rows * model.H,
+            candidates=FILLED * N * R * model.H,
             light=light,
             light_lines=lines,
-            light_tiles=max(total("light_tiles"), light / BP),
-            light_candidates=0.75 * N * lines,
+            light_tiles=max(
+                total(lambda mean: mean["tiers"][tier]["light_tiles"][size]),
+                light / light_tile["BP"],
+            ),
+            light_candidates=FILLED * N * lines,
             heavy=heavy,
-            # A list's last tile is half full.
-            heavy_tiles=heavy / names["heavy_BP"] + 0.5 * min(rows_and_heads, heavy),
-            steps=n_rows * self.extended(model, n_tokens, extension, per_row("steps")),
+            heavy_tiles=heavy / heavy_tile["BP"] + min(lists_of_heavy / 2, heavy),
+            steps=total(lambda mean: mean["tiers"][tier]["steps"]),
             edges=edges,
-            edge_tiles=edges / names["BE"] + 0.5 * n_rows,
+            edge_tiles=edges / edge_tile + min(R / 2, edges),
             listed_edges=edges * model.H,
         )
+
+
+STEPS = {
+    "column_norms_kernel": "a",
+    "value_norms_kernel": "a",
+    "value_space_signs_kernel": "a",
+    "breakpoints_kernel": "a",
+    "log_sum_exp_kernel": "b",
+    "combine_kernel": "b",
+    "linear_kernel": "b",
+    "lists_kernel": "c",
+    "light_kernel": "c",
+    "heavy_kernel": "c",
+    "parts_kernel": "d",
+    "ffn_kernel": "d",
+    "fold_kernel": "e",
+    "totals_kernel": "e",
+    "edges_kernel": "e",
+    "head_weights_kernel": "e",
+}
+STEP_NAMES = {
+    "a": "(a) preparation",
+    "b": "(b) linear pass",
+    "c": "(c) correction pass",
+    "d": "(d) residual, FFN",
+    "e": "(e) compaction",
+}
+
+
+def shapes_only(model: Model, n_tokens: int, n_rows: int) -> LayerInputs:
+    """One layer's inputs in bfloat16, the last rows of a text, without data."""
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.bfloat16, device="meta")
+
+    R, S, D, H, H_kv = n_rows, n_tokens, model.D, model.H, model.H_kv
+    return LayerInputs(
+        rows=torch.arange(S - R, S),
+        resid_pre=empty(R, D),
+        y=empty(R, D),
+        q=empty(R, H, model.K),
+        k=empty(S, H_kv, model.K),
+        v=empty(S, H_kv, model.V),
+        W_O=empty(H, model.V, D),
+        scale=model.K**-0.5,
+    )
+
+
+class Attribution(NamedTuple):
+    """All layers' kernels. Seconds are those of each launch, added up."""
+
+    work: dict[str, Work]  # by kernel
+    seconds: dict[str, dict[str, float]]  # by target, then kernel
+    at_peak: dict[str, float]  # by target, all fractions 1
+
+    def total(self, target: Target) -> float:
+        """Seconds of all kernels."""
+        return sum(self.seconds[target.name].values())
+
+
+def attribution(model: Model, n_tokens: int, n_rows: int, counts: Counts) -> dict[str, Attribution]:
+    """Scoring the last rows of a text in all layers, by how counts are extended."""
+    found = {
+        extension: Attribution(
+            defaultdict(Work), {name: defaultdict(float) for name in TARGETS}, defaultdict(float)
+        )
+        for extension in EXTENSIONS
+    }
+
+    def visit(block: Block) -> None:
+        for extension, sums in found.items():
+            of = Lists()
+            if len(block[0].rows):
+                of = counts.lists(model, n_tokens, extension, block)
+            for launch in block:
+                a = asked(launch, of)
+                one = Work(
+                    2 * a.products,
+                    a.vector + a.masks / 8,
+                    a.special,
+                    a.read + a.written,
+                    a.loaded + a.stored,
+                    1,
+                )
+                sums.work[launch.kernel] = sums.work[launch.kernel].plus(one.times(model.L))
+                for name, target in TARGETS.items():
+                    seconds = model.L * one.seconds(target, KERNELS)
+                    sums.seconds[name][launch.kernel] += seconds
+                    sums.at_peak[name] += model.L * one.seconds(target, PEAK)
+
+    blocks_of(shapes_only(model, n_tokens, n_rows), THRESHOLD, visit)
+    return found
+
+
+def replay(model: Model, n_tokens: int, n_rows: int) -> Work:
+    """A route's rows run through their layers once more, where the recording is lean."""
+    R = n_rows
+    return Work(
+        matrix=2 * R * (model.layer_parameters + n_tokens * model.H * (model.K + model.V)),
+        special=R * n_tokens * model.H,
+        memory=BYTES * (model.layer_parameters + n_tokens * model.H_kv * (model.K + model.V)),
+        launches=20,
+    ).times(model.L)
+
+
+class Row(NamedTuple):
+    """One model and length on one target; shares of the plain forward pass."""
+
+    model: str
+    T: int
+    forward_seconds: float
+    all_positions: dict[str, float]  # by extension
+    all_at_peak: float  # mid, and all fractions 1, the forward pass's too
+    route: float  # mid, rows a layer as on the average route
+    route_longest: float  # mid, rows a layer as on the longest route
+    route_replayed: float  # route_longest, with its layers replayed
+    naive: float
+    materializing: float
+    materialized_bytes: float  # parts of one layer
+
+
+def route_rows(counts: Counts) -> tuple[int, int]:
+    """Rows a layer of the routes measured: of the average one, of the longest."""
+    routes = [n / SMOLLM2.L for e in counts.document["frontier"] for n in e["rows_of_route"]]
+    return math.ceil(sum(routes) / len(routes)), math.ceil(max(routes))
+
+
+def row(
+    model: Model, n_tokens: int, target: Target, counts: Counts, scored: dict[str, Attribution]
+) -> Row:
+    """`scored`: all positions."""
+    unit = forward_seconds(model, n_tokens, target)
+    route = [
+        attribution(model, n_tokens, min(n, n_tokens), counts)["mid"].total(target)
+        + model.L * READ_SECONDS
+        for n in route_rows(counts)
+    ]
+    again = replay(model, n_tokens, route_rows(counts)[1]).seconds(target, KERNELS)
+    return Row(
+        model.name,
+        n_tokens,
+        unit,
+        {name: a.total(target) / unit for name, a in scored.items()},
+        scored["mid"].at_peak[target.name] / forward_seconds(model, n_tokens, target, at_peak=True),
+        route[0] / unit,
+        route[1] / unit,
+        (route[1] + again) / unit,
+        naive_l1(model, n_tokens).seconds(target, NAIVE) / unit,
+        materializing(model, n_tokens).seconds(target, NAIVE) / unit,
+        BYTES * n_tokens**2 * model.H * model.D,
+    )
+
+
+class Claim(NamedTuple):
+    """What the kernels are to show, on an H100 with Llama-3-8B."""
+
+    text: str
+    limit: float
+    values: dict[str, float]  # by extension, or by what else it was taken
+    at_least: bool = False
+
+    def holds(self, value: float) -> bool:
+        """Whether a value keeps the limit."""
+        return value >= self.limit if self.at_least else value <= self.limit
+
+
+def claims(rows: list[Row]) -> list[Claim]:
+    """Of the rows of Llama-3-8B on an H100."""
+    by_length = {r.T: r for r in rows if r.model == LLAMA_8B.name}
+    found = []
+    if (long := by_length.get(131072)) is not None:
+        values = {
+            "average route": long.route,
+            "longest route": long.route_longest,
+            "longest route, replayed": long.route_replayed,
+        }
+        found.append(Claim("one route at 128k / forward pass", 0.005, values))
+    if (r := by_length.get(8192)) is not None:
+        at_peak = {"mid, all at peak": r.all_at_peak}
+        found.append(Claim("all positions at 8k / forward pass", 0.5, r.all_positions | at_peak))
+        less = {name: r.naive / share for name, share in r.all_positions.items()}
+        found.append(Claim("naive fused L1 at 8k / all positions", 20, less, at_least=True))
+    return found
+
+
+def table(title: str, *columns: str) -> Table:
+    """All but the first column to the right."""
+    made = Table(title=title)
+    for i, column in enumerate(columns):
+        made.add_column(column, justify="right" if i else "left")
+    return made
+
+
+def counts_table(counts: Counts) -> Table:
+    """What was measured, and the design's bound."""
+    names = ("model", "D", "H", "V", "share", "T", "pairs", "listed", ">= 8", ">= 64")
+    made = table("per node, mean", *names, "visited / D", "bound / D", "visited / bound")
+    for e in counts.document["real"] + counts.document["random"]:
+        m = e["mean"]
+        made.add_row(
+            e.get("model", "random"),
+            *(str(e[name]) for name in ("D", "H", "V")),
+            f"{m['share']:.2f}",
+            str(e["T"]),
+            *(f"{m[name]:,.0f}" for name in ("pairs", "listed", "at_least_8", "at_least_64")),
+            f"{m['visited'] / e['D']:.1f}",
+            f"{m['bound'] / e['D']:.1f}",
+            f"{m['visited'] / m['bound']:.2f}",
+        )
+    return made
+
+
+def extension_table(counts: Counts, models: list[Model], n_tokens: int) -> Table:
+    """Counts extended to wider models."""
+    made = table(
+        f"per node at T = {n_tokens}: low / mid / high", "count", "~ D^", "~ share^",
+        *(m.name for m in models),
+    )  # fmt: skip
+    for name, title in (
+        ("listed", "pairs listed"),
+        ("at_least_8", "pairs with 8 or more"),
+        ("at_least_64", "pairs with 64 or more"),
+        ("visited", "coordinates visited / D"),
+    ):
+        growth = fit(counts.document["random"], lambda c, name=name: c[name])
+        cells = []
+        for model in models:
+            unit = model.D if name == "visited" else 1
+            values = (
+                counts.extended(model, n_tokens, extension, lambda c, name=name: c[name]) / unit
+                for extension in EXTENSIONS
+            )
+            cells.append(" / ".join(f"{value:,.0f}" for value in values))
+        made.add_row(title, f"{growth.width:.2f}", f"{growth.share:.2f}", *cells)
+    return made
+
+
+def kernel_table(title: str, a: Attribution, target: Target, unit: float) -> Table:
+    """Each kernel's work and time."""
+    made = table(
+        title, "kernel", "TFLOP matrix", "Tops vector", "Gexp", "GB memory", "GB asked", "ms",
+        "bound by", "of forward",
+    )  # fmt: skip
+    steps: dict[str, float] = defaultdict(float)
+    for name, work in sorted(a.work.items(), key=lambda item: STEPS[item[0]]):
+        seconds = a.seconds[target.name][name]
+        ceilings = work.ceilings(target, KERNELS)
+        steps[STEPS[name]] += seconds
+        made.add_row(
+            f"{STEPS[name]} {name.removesuffix('_kernel')}",
+            f"{work.matrix / 1e12:.2f}",
+            f"{work.vector / 1e12:.3f}",
+            f"{work.special / 1e9:.1f}",
+            f"{work.memory / 1e9:.1f}",
+            f"{work.shared / 1e9:,.0f}",
+            f"{1e3 * seconds:.2f}",
+            max(ceilings, key=lambda of: ceilings[of]),
+            f"{seconds / unit:.3f}",
+        )
+    made.add_section()
+    for step, seconds in steps.items():
+        cells = [""] * 5
+        made.add_row(STEP_NAMES[step], *cells, f"{1e3 * seconds:.2f}", "", f"{seconds / unit:.3f}")
+    return made
+
+
+def share_table(title: str, rows: list[Row]) -> Table:
+    """Shares of a forward pass."""
+    made = table(
+        title, "model", "T", "forward (s)", "all positions: low", "mid", "high", "mid, at peak",
+        "one route", "longest route", "and replayed", "naive L1", "materializing",
+        "parts of a layer (TB)",
+    )  # fmt: skip
+    for r in rows:
+        made.add_row(
+            r.model,
+            f"{r.T:,}",
+            f"{r.forward_seconds:.3f}",
+            *(f"{r.all_positions[extension]:.2f}" for extension in EXTENSIONS),
+            f"{r.all_at_peak:.2f}",
+            f"{r.route:.5f}",
+            f"{r.route_longest:.5f}",
+            f"{r.route_replayed:.5f}",
+            f"{r.naive:.1f}",
+            f"{r.materializing:,.0f}",
+            f"{r.materialized_bytes / 1e12:,.2f}",
+        )
+    return made
+
+
+def targets_table(model: Model, n_tokens: int, scored: dict[str, Attribution]) -> Table:
+    """All positions on every target."""
+    made = table(
+        f"{model.name}, T = {n_tokens}, all positions / forward pass", "target", "TFLOP/s matrix",
+        "TFLOP/s fp32", "TB/s", "forward (s)", *EXTENSIONS, "source",
+    )  # fmt: skip
+    for t in TARGETS.values():
+        unit = forward_seconds(model, n_tokens, t)
+        made.add_row(
+            t.name,
+            f"{t.matrix / 1e12:,.0f}",
+            f"{t.fp32 / 1e12:.1f}",
+            f"{t.memory / 1e12:.2f}",
+            f"{unit:.3f}",
+            *(f"{scored[extension].total(t) / unit:.2f}" for extension in EXTENSIONS),
+            t.source,
+        )
+    return made
+
+
+def main() -> None:
+    """Parses the arguments, prints."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--target", choices=TARGETS, default="H100", help="of the shares")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--json", type=Path, help="also write the figures to a file")
+    args = parser.parse_args()
+
+    counts = Counts(json.loads(COUNTS.read_text()))
+    target, models = TARGETS[args.target], [LLAMA_8B, LLAMA_70B]
+    out = Console(width=None if Console().is_terminal else 180)
+    out.print(counts_table(counts))
+    out.print(extension_table(counts, models, 8192))
+    average, longest = route_rows(counts)
+    out.print(
+        f"Rows a layer of one route at threshold {THRESHOLD}, on the default model: {average} on "
+        f"the average, {longest} on the longest of "
+        f"{sum(len(e['rows_of_route']) for e in counts.document['frontier'])} routes."
+    )
+    rows, kernels, on_h100 = [], {}, []
+    for model in models:
+        for n_tokens in args.lengths:
+            scored = attribution(model, n_tokens, n_tokens, counts)
+            rows.append(row(model, n_tokens, target, counts, scored))
+            on_h100.append(
+                rows[-1]
+                if target.name == "H100"
+                else row(model, n_tokens, TARGETS["H100"], counts, scored)
+            )
+            kernels[f"{model.name}, T = {n_tokens}"] = scored
+            if n_tokens == 8192:
+                unit = rows[-1].forward_seconds
+                title = f"{model.name}, T = {n_tokens}, {target.name}, all positions, mid"
+                out.print(kernel_table(title, scored["mid"], target, unit))
+                out.print(targets_table(model, n_tokens, scored))
+    out.print(share_table(f"shares of a plain forward pass, {target.name}, bfloat16", rows))
+    checked = claims(on_h100)
+    for claim in checked:
+        out.print(f"{claim.text} ({'>=' if claim.at_least else '<='} {claim.limit}):")
+        for name, value in claim.values.items():
+            out.print(f"    {'pass' if claim.holds(value) else 'FAIL'}  {value:.4g}  {name}")
+    if args.json is not None:
+        document = {
+            "fractions": {
+                "gemm": GEMM._asdict(),
+                "flash": FLASH._asdict(),
+                "kernels": KERNELS._asdict(),
+                "naive": NAIVE._asdict(),
+            },
+            "target": target._asdict(),
+            "rows": [r._asdict() for r in rows],
+            "kernels": {
+                name: {
+                    extension: {
+                        kernel: work._asdict() | {"seconds": a.seconds[target.name][kernel]}
+                        for kernel, work in a.work.items()
+                    }
+                    for extension, a in scored.items()
+                }
+                for name, scored in kernels.items()
+            },
+            "claims": [c._asdict() for c in checked],
+        }
+        args.json.write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -59,7 +59,8 @@ class Asked(NamedTuple):
     products: float = 0  # multiply-adds on matrix units, the padding of tiles included
     loaded: float = 0  # bytes, once for every program that wants them
     stored: float = 0  # bytes
-    vector: float = 0  # operations on vector units, one a lane
+    vector: float = 0  # operations on vector units, one a lane, as written: none fused or shared
+    masks: float = 0  # those for the masks of operands, which loads of 16 bytes need once
     special: float = 0  # exponentials, square roots, quotients
     read: float = 0  # bytes from device memory, once a launch
     written: float = 0  # bytes to device memory
@@ -180,7 +181,8 @@ def value_space_signs(x: _Arguments, of: Lists) -> Asked:
         products=programs * chunks * x.BT * x.BD * x.BV,
         loaded=x.H * x.R * x.D * x.b + x.grid[0] * x.weight_bytes,
         stored=out,
-        vector=programs * (chunks * x.BD * (6.2 * x.BT + 1.9 * x.BV) + 9.4 * x.BT * x.BV),
+        vector=programs * x.BT * (6.2 * chunks * x.BD + 9.4 * x.BV),
+        masks=1.9 * programs * chunks * x.BD * x.BV,
         special=programs * x.BT * x.BV,
         read=x.R * x.D * x.b + x.weight_bytes,
         written=out,
@@ -209,7 +211,8 @@ def log_sum_exp(x: _Arguments, of: Lists) -> Asked:
         products=tiles * x.BT * x.BS * x.BK,
         loaded=x.H * x.n_splits * x.R * (8 + x.K * x.b) + 8 * programs + keys * x.K * x.b,
         stored=out,
-        vector=tiles * x.BS * (14.5 * x.BT + 1.8 * x.BK) + 3.3 * programs * x.BT * x.BK,
+        vector=14.5 * tiles * x.BS * x.BT,
+        masks=1.8 * tiles * x.BS * x.BK + 3.3 * programs * x.BT * x.BK,
         special=tiles * x.BT * (x.BS + 1),
         read=x.R * x.H * x.K * x.b + x.n_keys_seen * x.H_kv * x.K * x.b,
         written=out,
@@ -241,7 +244,8 @@ def linear_pass(x: _Arguments, of: Lists) -> Asked:
         + keys * (x.key_bytes + 4)
         + lines * (x.line_bytes + 16),
         stored=out,
-        vector=tiles * x.H * x.BT * (32 * x.BS + 2.6 * x.BK + 3.6 * x.BV),
+        vector=32 * tiles * x.H * x.BT * x.BS,
+        masks=tiles * x.H * x.BT * (2.6 * x.BK + 3.6 * x.BV),
         special=tiles * x.H * x.BT * x.BS,
         read=x.R * x.H * (x.line_bytes + 16) + x.n_keys_seen * x.H_kv * (x.key_bytes + 4),
         written=out,
@@ -270,8 +274,8 @@ def light(x: _Arguments, of: Lists) -> Asked:
         products=of.light_tiles * x.BP * x.N * x.BV,
         loaded=4 * x.R * x.H + lines + pairs + candidates,
         stored=4 * of.light,
-        vector=of.light_tiles * x.BP * (5.3 * x.BK + 4.7 * x.BV + 8.4 * x.N)
-        + of.light_lines * 3.5 * x.N * x.BV,
+        vector=of.light_tiles * x.BP * (5.3 * x.BK + 4.7 * x.BV + 8.4 * x.N),
+        masks=3.5 * of.light_lines * x.N * x.BV,
         special=of.light_tiles * x.BP,
         read=4 * x.R * x.H + lines + 4 * of.light
         + min(of.light, x.n_keys_seen * x.H_kv) * x.key_bytes
@@ -287,8 +291,8 @@ def heavy(x: _Arguments, of: Lists) -> Asked:
         loaded=4 * x.H * x.SHARES * x.R + pairs + of.heavy_tiles * (8 * x.BP + x.D * x.V * x.b)
         + of.heavy * x.D * x.b,
         stored=4 * of.heavy,
-        vector=of.heavy_tiles
-        * (x.BP * (10.4 * x.D + 6 * x.BT + 7 * (x.BK + x.BV)) + 3.4 * x.D * x.BV),
+        vector=of.heavy_tiles * x.BP * (10.4 * x.D + 6 * x.BT + 7 * (x.BK + x.BV)),
+        masks=3.4 * of.heavy_tiles * x.D * x.BV,
         special=of.heavy_tiles * x.BP,
         read=4 * x.H * x.R + of.heavy * 4 + x.R * x.H * x.line_bytes
         + min(of.heavy, x.n_keys_seen * x.H_kv) * x.key_bytes + x.weight_bytes + x.R * x.D * x.b,
