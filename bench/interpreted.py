@@ -20,7 +20,6 @@ from unittest import mock
 import numpy as np
 from triton.runtime import interpreter
 
-
 SPECIAL = (np.exp, np.exp2, np.log, np.log2, np.sqrt, np.divide)
 
 

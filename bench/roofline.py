@@ -1,10 +1,10 @@
 """What attribution should cost on a GPU, from shapes alone, beside the model's own forward pass.
 
-For every kernel: operations on matrix units, on vector units, exponentials, bytes to device memory,
-bytes that programs ask the caches for. A kernel's time on a target is the largest of these over what
-the target can do, times the fraction of it that such a kernel may hope for (GEMM, FLASH, KERNELS,
-NAIVE below). Nothing is timed. Grids and tiles of our kernels are those that their driver launches,
-their work is by the formulas of triton_work.py.
+For every kernel: operations on matrix units, on vector units, exponentials, bytes to device
+memory, bytes that programs ask the caches for. A kernel's time on a target is the largest of these
+over what the target can do, times the fraction of it that such a kernel may hope for (GEMM, FLASH,
+KERNELS, NAIVE below). Nothing is timed. Grids and tiles of our kernels are those that their driver
+launches, their work is by the formulas of triton_work.py.
 
 How many pairs need a correction depends on the model, not on shapes: bench/counts.json has what
 was measured (bench/counts.py), and three ways to extend it to wider models are shown:
@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from triton_work import Block, Lists, asked, blocks_of
@@ -62,12 +63,14 @@ class Model(NamedTuple):
     @property
     def layer_parameters(self) -> int:
         """Of the linear maps of one layer."""
-        attention = self.D * (self.H * self.K + self.H_kv * (self.K + self.V)) + self.O
+        attention = (
+            self.D * (self.H * self.K + self.H_kv * (self.K + self.V)) + self.output_parameters
+        )
         return attention + 3 * self.D * self.ffn
 
     @property
-    def O(self) -> int:  # noqa: E743
-        """Parameters of the output projection."""
+    def output_parameters(self) -> int:
+        """Of W_O."""
         return self.H * self.V * self.D
 
 
@@ -104,15 +107,15 @@ class Target(NamedTuple):
 TARGETS = {
     target.name: target
     for target in (
-        Target("A100", 312e12, 19.5e12, 2.039e12, 
+        Target("A100", 312e12, 19.5e12, 2.039e12,
                "NVIDIA A100 80GB SXM datasheet; NVIDIA A100 architecture whitepaper"),
-        Target("H100", 989.4e12, 66.9e12, 3.35e12, 
+        Target("H100", 989.4e12, 66.9e12, 3.35e12,
                "NVIDIA H100 SXM datasheet; NVIDIA H100 architecture whitepaper"),
-        Target("H200", 989.4e12, 66.9e12, 4.8e12, 
+        Target("H200", 989.4e12, 66.9e12, 4.8e12,
                "NVIDIA H200 SXM datasheet"),
-        Target("MI300X", 1307.4e12, 163.4e12, 5.3e12, 
+        Target("MI300X", 1307.4e12, 163.4e12, 5.3e12,
                "AMD Instinct MI300X data sheet; AMD CDNA 3 white paper"),
-        Target("B200", 2250e12, 80e12, 8e12, 
+        Target("B200", 2250e12, 80e12, 8e12,
                "NVIDIA Blackwell architecture technical brief (HGX B200, 1,000 W)"),
     )
 }  # fmt: skip
@@ -224,7 +227,7 @@ def naive_l1(model: Model, n_tokens: int) -> Work:
     """
     pairs = causal_pairs(n_tokens) * model.H
     return Work(
-        matrix=2 * n_tokens * model.O + 2 * pairs * model.K,
+        matrix=2 * n_tokens * model.output_parameters + 2 * pairs * model.K,
         vector=2 * pairs * model.D,
         special=pairs,
         launches=1,
@@ -248,7 +251,9 @@ class Growth(NamedTuple):
 
 def fit(entries: list[dict[str, Any]], count: Callable[[dict[str, Any]], float]) -> Growth:
     """Least squares in logarithms, over random models counted on a text of 512 tokens."""
-    points = [e for e in entries if e["T"] == 512 and e["H"] * e["V"] == e["D"]]
+    points = [
+        e for e in entries if e["T"] == 512 and e["H"] * e["V"] == e["D"] and count(e["mean"]) > 0
+    ]
     known = np.log([[math.e, e["D"], e["mean"]["share"]] for e in points])
     values = np.log([count(e["mean"]) for e in points])
     _, width, share = np.linalg.lstsq(known, values, rcond=None)[0]
@@ -523,7 +528,7 @@ def claims(rows: list[Row]) -> list[Claim]:
 
 def table(title: str, *columns: str) -> Table:
     """All but the first column to the right."""
-    made = Table(title=title)
+    made = Table(title=title, box=box.HEAVY_HEAD if Console().is_terminal else box.ASCII)
     for i, column in enumerate(columns):
         made.add_column(column, justify="right" if i else "left")
     return made

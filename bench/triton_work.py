@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
-import torch
 
 from ifr_fast.kernels.contract import LayerInputs
 from ifr_fast.kernels.triton import compact, correct, kernel, linear, lists, prepare, proximity

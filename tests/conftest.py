@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import os
+
+# Triton reads it when it is imported, which transformers does. On a machine with a GPU: 0.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import pydoc_data.topics
 from collections.abc import Iterator
 
