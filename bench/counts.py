@@ -35,7 +35,6 @@ from rich.console import Console
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import ifr_fast.tracer
 from ifr_fast import Tracer
 from ifr_fast.benchmark import THRESHOLD, first_tokens, machine, prose
 from ifr_fast.kernels.breakpoints import (
@@ -49,6 +48,7 @@ from ifr_fast.kernels.contract import LayerInputs, visible
 from ifr_fast.kernels.cpu import kernel
 from ifr_fast.kernels.eager import attention_pattern
 from ifr_fast.recording import RecordingMode, layer_inputs
+from ifr_fast.scoring import score_layer
 
 LOW = 0.05  # of the breakpoints of a (row, head) give the density near 0
 BLOCK_ELEMENTS = 1 << 24  # of [H, R, max(S, D)] counted at once
@@ -248,7 +248,6 @@ def frontier_rows(tracer: Tracer, token_ids: Tensor, positions: list[int]) -> li
     """Rows scored by one route in each layer, bottom first; one list a position."""
     recording = tracer.record(token_ids, mode=RecordingMode.LEAN)
     found = []
-    score_layer = ifr_fast.tracer.score_layer
     for position in positions:
         rows = [0] * tracer.decoder.n_layers
 
@@ -256,7 +255,7 @@ def frontier_rows(tracer: Tracer, token_ids: Tensor, positions: list[int]) -> li
             rows[layer] = len(chosen)
             return score_layer(recording, layer, chosen, keep, impl)
 
-        with mock.patch.object(ifr_fast.tracer, "score_layer", counted):
+        with mock.patch("ifr_fast.tracer.score_layer", counted):
             tracer.trace(recording, position=position, threshold=THRESHOLD)
         found.append(rows)
     return found

@@ -25,6 +25,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -565,12 +566,13 @@ def extension_table(counts: Counts, models: list[Model], n_tokens: int) -> Table
         ("at_least_64", "pairs with 64 or more"),
         ("visited", "coordinates visited / D"),
     ):
-        growth = fit(counts.document["random"], lambda c, name=name: c[name])
+        count = itemgetter(name)
+        growth = fit(counts.document["random"], count)
         cells = []
         for model in models:
             unit = model.D if name == "visited" else 1
             values = (
-                counts.extended(model, n_tokens, extension, lambda c, name=name: c[name]) / unit
+                counts.extended(model, n_tokens, extension, count) / unit
                 for extension in EXTENSIONS
             )
             cells.append(" / ".join(f"{value:,.0f}" for value in values))
@@ -664,6 +666,12 @@ def main() -> None:
     out = Console(width=None if Console().is_terminal else 180)
     out.print(counts_table(counts))
     out.print(extension_table(counts, models, 8192))
+    widths = sorted(e["D"] for e in counts.document["random"])
+    for model in models:
+        if widths[-1] < model.D:
+            out.print(
+                f"{model.name} (D = {model.D}) is beyond what was counted, D <= {widths[-1]}."
+            )
     average, longest = route_rows(counts)
     out.print(
         f"Rows a layer of one route at threshold {THRESHOLD}, on the default model: {average} on "

@@ -22,6 +22,7 @@ from ifr_fast.kernels.contract import LayerInputs
 from ifr_fast.kernels.triton import compact, correct, kernel, linear, lists, prepare, proximity
 from ifr_fast.kernels.triton.common import CANDIDATES, HEAVY, LIGHT, WORD
 from ifr_fast.kernels.triton.launch import blocks
+from ifr_fast.kernels.triton.launch import launch as run_launch
 
 MODULES = (prepare, linear, lists, correct, proximity, compact)
 SECTOR = 32  # bytes of device memory that an element by itself takes
@@ -89,11 +90,10 @@ def launching(
     inputs: LayerInputs, note: Callable[[Launch], None], *, run: bool = True
 ) -> Iterator[None]:
     """Has every launch within noted, once it has run (or instead)."""
-    original = prepare.launch
 
     def launch(of: Any, grid: tuple[int, ...], values: dict[str, Any], **tiles: Any) -> None:
         if run:
-            original(of, grid, values, **tiles)
+            run_launch(of, grid, values, **tiles)
         rows = inputs.rows[:0]
         if "p_rows" in values and "R" in values:  # a slice of all rows
             start = values["p_rows"].storage_offset() - inputs.rows.storage_offset() * run
@@ -117,8 +117,8 @@ class _Arguments:
     def __init__(self, launch: Launch) -> None:
         self.__dict__.update(launch.names)
         self.grid, self.rows = launch.grid, launch.rows.astype(np.int64)
-        some = launch.names.get("p_w", launch.names.get("p_post"))
-        self.b = some.element_size()
+        some = "p_w" if "p_w" in launch.names else "p_post"
+        self.b = launch.names[some].element_size()
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"the launch has no argument {name}")
@@ -326,7 +326,7 @@ def fold(x: _Arguments, of: Lists) -> Asked:
     return Asked(
         loaded=8 * x.R * x.grid[1] + 4 * keys + 8 * x.H * keys + 4 * listed + 4 * x.H * tiles,
         stored=4 * x.H * programs + 4 * keys,
-        vector=12 * programs * x.H * x.BF,
+        vector=programs * x.BF * (8 * x.H + 16),
         read=4 * keys + x.H * keys / 4 + SECTOR * listed + 4 * x.H * tiles,
         written=4 * x.H * programs + 4 * keys,
     )
@@ -338,7 +338,7 @@ def totals(x: _Arguments, of: Lists) -> Asked:
     return Asked(
         loaded=12 * x.R + folded,
         stored=out,
-        vector=folded / 4 + 4 * x.R * x.BH,
+        vector=folded / 4 + 5 * x.R * x.BH,
         special=x.R * x.BH,
         read=12 * x.R + folded,
         written=out,

@@ -109,11 +109,11 @@ def test_formulas_are_what_the_kernels_do(
         products, loaded, stored, _ = found[name]
         assert (products, loaded, stored) == (work.products.total(), work.loaded, work.stored), name
         assert work.atomics == 0
-    if shape == "tiles":
+    if shape == "tiles" and dtype == torch.float16:  # which the coefficients are for
         for name, work in counted.items():
-            # The interpreter's own casts of half-precision operands are none of the kernel's.
-            casts = work.operands if dtype == torch.float16 else 0
-            assert found[name][3] == pytest.approx(work.vector - casts, rel=0.25), name
+            # The interpreter's own casts of operands are none of the kernel's.
+            vector = work.vector - work.operands
+            assert found[name][3] == pytest.approx(vector, rel=0.15), name
 
 
 def test_launches_without_data_are_the_same() -> None:
