@@ -200,10 +200,10 @@ def of_amdgcn(asm: str, limits: Limits) -> dict[str, Any]:
     def number(name: str) -> int:
         return int(re.search(rf"\.{name}:\s+(\d+)", asm)[1])
 
-    spills = number("vgpr_spill_count") + number("sgpr_spill_count")
+    # Scalar registers spill into lanes of vector registers, not to memory: those are counted.
     return {
         "registers": number("vgpr_count"),  # accumulation registers included
-        "spills": spills + number("private_segment_fixed_size"),
+        "spills": number("vgpr_spill_count") + number("private_segment_fixed_size"),
         "matrix": len(re.findall(limits.matrix, asm)),
         "instructions": len(re.findall(r"^\t[a-z]+_\w+", asm, re.MULTILINE)),
     }

@@ -36,6 +36,15 @@ def dot(a, b, acc):
 
 
 @triton.jit
+def among(m, o, width: tl.constexpr, tile: tl.constexpr):
+    """Mask of a tile [.., tile]: rows by m, columns o below the width, where not all are."""
+    if width == tile:
+        return m[:, None]
+    else:
+        return m[:, None] & (o < width)[None, :]
+
+
+@triton.jit
 def log2_scores(b_qk, b_distance, scale, softcap, slope, window, SOFTCAP: tl.constexpr,
                 ALIBI: tl.constexpr, WINDOW: tl.constexpr):  # fmt: skip
     """Base-2 scores of pairs from q . k; -inf where the key is not visible.

@@ -22,6 +22,8 @@ import triton.language as tl
 from .common import CANDIDATES, G_SCALE, HEAVY, LIGHT, LOG_SUM_EXP, WORD, dot, log2_scores
 from .launch import Names, blocks, launch, tile
 
+SHARES = 8  # programs to a block of rows and head, of the heavy pairs
+
 
 @triton.jit
 def over(b_u, b_w, b_y, m):
@@ -187,12 +189,13 @@ def heavy_kernel(
 
 def light(x: Names) -> None:
     """Proximities of the light pairs."""
-    tiles = {"BP": 16, "BK": tile(x["K"]), "BV": tile(x["V"])}
+    tiles = {"BP": 16, "BK": tile(x["K"]), "BV": tile(x["V"]), "num_warps": 4}
     launch(light_kernel, (x["R"], x["H"]), x, **tiles)
 
 
 def heavy(x: Names) -> None:
     """Proximities of the heavy pairs."""
-    BT = 16 if x["few"] else 64
-    tiles = {"BT": BT, "BP": 16 if x["few"] else 64, "BD": 64, "BK": tile(x["K"]), "BV": tile(x["V"])}
-    launch(heavy_kernel, (blocks(x["R"], BT), x["H"], x["SHARES"]), x, **tiles)
+    BT, BP, num_warps = (16, 16, 4) if x["few"] else (64, 64, 8)
+    tiles = {"BT": BT, "BP": BP, "BD": 64, "BK": tile(x["K"]), "BV": tile(x["V"])}
+    grid = (blocks(x["R"], BT), x["H"], SHARES)
+    launch(heavy_kernel, grid, x, **tiles, num_warps=num_warps, num_stages=2)

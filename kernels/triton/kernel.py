@@ -45,9 +45,7 @@ ROWS = 16  # a block's are a multiple: what is cut off an aligned tensor stays a
 FEW_ROWS = 64
 TILES = {
     "N": 32,  # candidates
-    "BS": 64,  # keys of a tile of the linear pass
     "BF": 1024,  # keys of a tile in sums over heads
-    "SHARES": 8,  # programs to a block of rows and head, of the heavy pairs
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -126,7 +124,6 @@ def _score_block(x: Names) -> None:
         "p_counts": empty(3, R, H, dtype=torch.int32),
         "p_candidates": empty(R, H, x["N"], dtype=torch.int32),
         "p_token": empty(R, n_words * WORD.value),
-        "p_partial": empty(blocks(n_keys, x["BS"]), R, H),
         "p_marks": empty(2, R, H, n_words, dtype=torch.int32),
         "p_list": empty(R, H, n_words * WORD.value, dtype=torch.int32),
         "p_proximity": empty(R, H, n_words * WORD.value),

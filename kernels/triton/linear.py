@@ -23,17 +23,22 @@ v_norm [H_kv, S], token [R, 32 W], partial [S / BS, R, H], marks [2, R, H, W]; W
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+from triton.runtime import driver
 
 from .common import (
     FIRST_BREAKPOINT,
     G_SCALE,
+    INTERPRETED,
     LIGHT_LIMIT,
     LOG2_E,
     LOG_SUM_EXP,
     ROUND_UP,
     WORD,
+    among,
     dot,
     first_key,
     log2_scores,
@@ -145,86 +150,141 @@ def linear_kernel(
         return
 
     plane = R.to(tl.int64) * H
-    o_line = o_r.to(tl.int64) * H  # of head 0
-    r64, s64 = o_r.to(tl.int64)[:, None], o_s.to(tl.int64)[:, None]
-    m_q, m_g = m_r[:, None] & m_k[None, :], m_r[:, None] & m_v[None, :]
-    m_ks, m_vs = m_s[:, None] & m_k[None, :], m_s[:, None] & m_v[None, :]
+    i_line = (i_r * BT).to(tl.int64) * H  # of the first row and head 0
+    # Within a tile, offsets from its first element are small.
+    o_t, o_j = tl.arange(0, BT), tl.arange(0, BS)
+    m_q, m_g = among(m_r, o_k, K, BK), among(m_r, o_v, V, BV)
+    m_ks, m_vs = among(m_s, o_k, K, BK), among(m_s, o_v, V, BV)
     m_words = m_r[:, None] & (i_s * (BS // WORD) + o_word < n_words)[None, :]
-    p_q += r64 * (stride_qr * UNIT_K) + o_k[None, :]
-    p_k += s64 * (stride_ks * UNIT_K) + o_k[None, :]
-    p_v += s64 * (stride_vs * UNIT_V) + o_v[None, :]
-    p_g += o_line[:, None] * (HALVES * V) + o_v[None, :]
+    stride_qr, stride_qh = stride_qr * UNIT_K, stride_qh * UNIT_K
+    stride_ks, stride_kh = stride_ks * UNIT_K, (stride_kh * UNIT_K).to(tl.int64)
+    stride_vs, stride_vh = stride_vs * UNIT_V, (stride_vh * UNIT_V).to(tl.int64)
+    p_q += (i_r * BT).to(tl.int64) * stride_qr
+    p_k += (i_s * BS).to(tl.int64) * stride_ks
+    p_v += (i_s * BS).to(tl.int64) * stride_vs
+    p_g += i_line * (HALVES * V)
+    p_lines += i_line
+    p_partial += i_s.to(tl.int64) * plane + i_line
+    p_marks += i_line * n_words + i_s * (BS // WORD)
+    o_q = o_t[:, None] * stride_qr + o_k[None, :]
+    o_ks, o_vs = o_j[:, None] * stride_ks + o_k[None, :], o_j[:, None] * stride_vs + o_v[None, :]
+    o_g = o_t[:, None] * (H * HALVES * V) + o_v[None, :]
+    o_mark = (o_t * H)[:, None] * n_words + o_word[None, :]
     if GATED:
-        p_gate += r64 * (stride_gate_r * UNIT_V) + o_v[None, :]
-    p_marks += o_line[:, None] * n_words + i_s * (BS // WORD) + o_word[None, :]
-    b_distance = b_t[:, None] - o_s[None, :]
+        stride_gate_r, stride_gate_h = stride_gate_r * UNIT_V, stride_gate_h * UNIT_V
+        p_gate += (i_r * BT).to(tl.int64) * stride_gate_r
+        o_gate = o_t[:, None] * stride_gate_r + o_v[None, :]
 
     b_token = tl.zeros([BT, BS], tl.float32)
     for i_kv in range(H_kv):
-        b_k = tl.load(p_k + i_kv * (stride_kh * UNIT_K).to(tl.int64), mask=m_ks, other=0.0)
-        b_v = tl.load(p_v + i_kv * (stride_vh * UNIT_V).to(tl.int64), mask=m_vs, other=0.0)
-        if GATED:  # rounded up by more than the rounding of two factors
-            b_v_squares = (b_v.to(tl.float32) * b_v.to(tl.float32) * (1 + 2**-7)).to(tl.bfloat16)
-        else:
-            b_norm = tl.load(p_v_norm + i_kv * S.to(tl.int64) + o_s, mask=m_s, other=0.0)
+        b_k = tl.load(p_k + i_kv * stride_kh + o_ks, mask=m_ks, other=0.0)  # [BS, BK]
+        b_v = tl.load(p_v + i_kv * stride_vh + o_vs, mask=m_vs, other=0.0)  # [BS, BV]
         for i_group in range(GROUP):
             i_h = i_kv * GROUP + i_group
-            b_q = tl.load(p_q + i_h * (stride_qh * UNIT_K), mask=m_q, other=0.0)  # [BT, BK]
+            b_q = tl.load(p_q + i_h * stride_qh.to(tl.int64) + o_q, mask=m_q, other=0.0)  # [BT, BK]
             b_qk = dot(b_q, tl.trans(b_k), tl.zeros([BT, BS], tl.float32))
             b_lin = tl.zeros([BT, BS], tl.float32)
             for i_half in tl.static_range(HALVES):
-                b_g = tl.load(p_g + (i_h * HALVES + i_half) * V, mask=m_g, other=0.0)  # [BT, BV]
+                b_g = tl.load(p_g + (i_h * HALVES + i_half) * V + o_g, mask=m_g, other=0.0)  # [BT, BV]
                 b_lin = dot(b_g, tl.trans(b_v), b_lin)
-            p_line = p_lines + o_line + i_h
+            p_line = p_lines + i_h + o_t * H
             b_lse = tl.load(p_line + LOG_SUM_EXP * plane, mask=m_r, other=0.0)
             b_g_scale = tl.load(p_line + G_SCALE * plane, mask=m_r, other=0.0)
             b_first = tl.load(p_line + FIRST_BREAKPOINT * plane, mask=m_r, other=float("inf"))
             b_limit = tl.load(p_line + LIGHT_LIMIT * plane, mask=m_r, other=float("inf"))
 
+            # Loaded again for each head, as what depends on it would otherwise be kept in registers.
+            b_t = tl.load(p_rows + o_r, mask=m_r, other=-1).to(tl.int32)
+            b_distance = b_t[:, None] - o_s[None, :]
             slope = tl.load(p_slopes + i_h).to(tl.float32) if ALIBI else 0.0
             b_score = log2_scores(b_qk, b_distance, scale, softcap, slope, window,
                                   SOFTCAP, ALIBI, WINDOW)  # fmt: skip
             b_alpha = tl.exp2(b_score - b_lse[:, None])
             b_lin *= b_alpha * b_g_scale[:, None]
             if GATED:
-                b_gate = tl.load(p_gate + i_h * (stride_gate_h * UNIT_V), mask=m_g, other=0.0)
+                b_gate = tl.load(p_gate + i_h * stride_gate_h.to(tl.int64) + o_gate, mask=m_g, other=0.0)
                 b_gate = b_gate.to(tl.float32)
+                # Rounded up by more than the rounding of two factors.
                 b_gate_squares = (b_gate * b_gate * (1 + 2**-7)).to(tl.bfloat16)
+                b_v_squares = b_v.to(tl.float32) * b_v.to(tl.float32) * (1 + 2**-7)
+                b_v_squares = b_v_squares.to(tl.bfloat16)
                 b_squares = dot(b_gate_squares, tl.trans(b_v_squares),
                                 tl.zeros([BT, BS], tl.float32))  # fmt: skip
                 b_a = b_alpha * tl.sqrt(b_squares) * ROUND_UP
             else:
+                b_norm = tl.load(p_v_norm + i_kv * S.to(tl.int64) + o_s, mask=m_s, other=0.0)
                 b_a = b_alpha * b_norm[None, :] * ROUND_UP
-            m_light = (b_lin > 0) & (b_a > b_first[:, None]) & (b_a <= b_limit[:, None])
-            m_heavy = (b_lin > 0) & (b_a > b_first[:, None]) & (b_a > b_limit[:, None])
-            b_linear = tl.where(m_light | m_heavy, 0.0, tl.maximum(b_lin, 0.0))
+            m_listed = (b_lin > 0) & (b_a > b_first[:, None])
+            b_linear = tl.where(m_listed, 0.0, tl.maximum(b_lin, 0.0))
+            b_listed = pack(m_listed, BT, BS)
+            b_heavy = pack(m_listed & (b_a > b_limit[:, None]), BT, BS)
             b_token += b_linear
-            tl.store(
-                p_partial + i_s.to(tl.int64) * plane + o_line + i_h, tl.sum(b_linear, 1), mask=m_r
-            )
-            p_mark = p_marks + i_h.to(tl.int64) * n_words
-            tl.store(p_mark, pack(m_light, BT, BS), mask=m_words)
-            tl.store(p_mark + plane * n_words, pack(m_heavy, BT, BS), mask=m_words)
-    o_token = r64 * (n_words * WORD) + o_s[None, :]
+            tl.store(p_partial + i_h + o_t * H, tl.sum(b_linear, 1), mask=m_r)
+            p_mark = p_marks + i_h * n_words + o_mark
+            tl.store(p_mark, b_listed ^ b_heavy, mask=m_words)
+            tl.store(p_mark + plane * n_words, b_heavy, mask=m_words)
+    o_token = o_r.to(tl.int64)[:, None] * (n_words * WORD) + o_s[None, :]
     tl.store(p_token + o_token, b_token, mask=m_r[:, None] & (o_s < n_words * WORD)[None, :])
 
 
 def log_sum_exp(x: Names) -> None:
     """Plane LOG_SUM_EXP of lines, of q and k."""
     BT, BS, R, H = 16 if x["few"] else 64, 64, x["R"], x["H"]
-    n_blocks = blocks(x["S"], BS)
+    n_blocks = blocks(x["n_keys"], BS)
     n_splits = min(n_blocks, blocks(PROGRAMS, blocks(R, BT) * H))
-    n_blocks = blocks(n_blocks, n_splits)
     top, total = (x["p_lines"].new_empty(n_splits, R, H) for _ in range(2))
-    x = x | {"p_top": top, "p_sum": total, "n_blocks": n_blocks, "n_splits": n_splits}
+    x = x | {"p_top": top, "p_sum": total, "n_splits": n_splits}
+    x["n_blocks"] = blocks(n_blocks, n_splits)
     grid = (blocks(R, BT), H, n_splits)
-    launch(log_sum_exp_kernel, grid, x, BT=BT, BS=BS, BK=tile(x["K"]))
+    launch(log_sum_exp_kernel, grid, x, BT=BT, BS=BS, BK=tile(x["K"]), num_warps=4, num_stages=2)
     BL = 128
-    launch(combine_kernel, (blocks(R * H, BL),), x, BL=BL)
+    launch(combine_kernel, (blocks(R * H, BL),), x, BL=BL, num_warps=4)
+
+
+class Tiles(NamedTuple):
+    """Of the linear pass: what registers and shared memory hold without spilling."""
+
+    BT: int
+    BS: int
+    num_warps: int
+    num_stages: int
+
+
+FEW = Tiles(16, 64, 4, 2)
+SMALL = Tiles(32, 64, 4, 2)
+LARGE = {
+    80: Tiles(64, 128, 8, 2),
+    90: Tiles(64, 64, 8, 1),
+    100: Tiles(64, 64, 8, 1),
+    103: Tiles(64, 64, 8, 1),
+    "gfx942": Tiles(64, 64, 8, 1),
+    "gfx950": Tiles(64, 64, 8, 1),
+}
+FLOAT32 = Tiles(32, 32, 4, 1)
+
+
+def tiles(x: Names) -> Tiles:
+    """For what the kernel is compiled for, on the GPU at hand."""
+    if x["few"]:
+        return FEW
+    if x["HALVES"] == 1:
+        return FLOAT32
+    return SMALL if INTERPRETED else LARGE.get(driver.active.get_current_target().arch, SMALL)
 
 
 def linear(x: Names) -> None:
     """token, partial and marks."""
-    BT = 16 if x["few"] else 64
-    grid = (blocks(x["R"], BT), blocks(x["S"], x["BS"]))
-    launch(linear_kernel, grid, x, BT=BT, BK=tile(x["K"]), BV=tile(x["V"]))
+    BT, BS, num_warps, num_stages = tiles(x)
+    grid = (blocks(x["R"], BT), blocks(x["n_keys"], BS))
+    x["p_partial"] = x["p_lines"].new_empty(grid[1], x["R"], x["H"])
+    x["BS"] = BS
+    launch(
+        linear_kernel,
+        grid,
+        x,
+        BT=BT,
+        BK=tile(x["K"]),
+        BV=tile(x["V"]),
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )

@@ -155,34 +155,24 @@ def breakpoints_kernel(
 def weights(x: Names) -> None:
     """rho_inv, of W_T."""
     BD = 32
-    launch(column_norms_kernel, (blocks(x["D"], BD), x["H"]), x, BD=BD, BV=tile(x["V"]))
+    grid = (blocks(x["D"], BD), x["H"])
+    launch(column_norms_kernel, grid, x, BD=BD, BV=tile(x["V"]), num_warps=4)
 
 
 def values(x: Names) -> None:
     """v_norm, of v."""
     BS = 32
-    launch(value_norms_kernel, (blocks(x["S"], BS), x["H_kv"]), x, BS=BS, BV=tile(x["V"]))
+    grid = (blocks(x["S"], BS), x["H_kv"])
+    launch(value_norms_kernel, grid, x, BS=BS, BV=tile(x["V"]), num_warps=4)
 
 
 def lines(x: Names) -> None:
     """g and its scale, breakpoints and candidates, of y."""
-    BT, BD = (16, 64) if x["few"] else (64, 64)
-    launch(
-        value_space_signs_kernel,
-        (blocks(x["R"], BT), x["H"]),
-        x,
-        BT=BT,
-        BD=BD,
-        BV=tile(x["V"]),
-    )
+    BT, num_warps = (16, 4) if x["few"] else (64, 8)
+    tiles = {"BT": BT, "BD": 64, "BV": tile(x["V"]), "num_warps": num_warps, "num_stages": 2}
+    launch(value_space_signs_kernel, (blocks(x["R"], BT), x["H"]), x, **tiles)
     BD = tile(x["D"])
     BT = max(1, 4096 // BD)
     n_heads = 1 if x["few"] else 8
-    launch(
-        breakpoints_kernel,
-        (blocks(x["R"], BT), blocks(x["H"], n_heads)),
-        x,
-        BT=BT,
-        BD=BD,
-        n_heads=n_heads,
-    )
+    tiles = {"BT": BT, "BD": BD, "n_heads": n_heads, "num_warps": 8}
+    launch(breakpoints_kernel, (blocks(x["R"], BT), blocks(x["H"], n_heads)), x, **tiles)
