@@ -84,6 +84,7 @@ class Target(NamedTuple):
     """One GPU's ceilings, a second, as its vendor has them."""
 
     name: str
+    arch: int | str  # as Triton names it
     matrix: float  # bfloat16 FLOP, dense, float32 sums
     fp32: float  # FLOP on vector units; a fused multiply-add is two
     memory: float  # bytes
@@ -108,15 +109,15 @@ class Target(NamedTuple):
 TARGETS = {
     target.name: target
     for target in (
-        Target("A100", 312e12, 19.5e12, 2.039e12,
+        Target("A100", 80, 312e12, 19.5e12, 2.039e12,
                "NVIDIA A100 80GB SXM datasheet; NVIDIA A100 architecture whitepaper"),
-        Target("H100", 989.4e12, 66.9e12, 3.35e12,
+        Target("H100", 90, 989.4e12, 66.9e12, 3.35e12,
                "NVIDIA H100 SXM datasheet; NVIDIA H100 architecture whitepaper"),
-        Target("H200", 989.4e12, 66.9e12, 4.8e12,
+        Target("H200", 90, 989.4e12, 66.9e12, 4.8e12,
                "NVIDIA H200 SXM datasheet"),
-        Target("MI300X", 1307.4e12, 163.4e12, 5.3e12,
+        Target("MI300X", "gfx942", 1307.4e12, 163.4e12, 5.3e12,
                "AMD Instinct MI300X data sheet; AMD CDNA 3 white paper"),
-        Target("B200", 2250e12, 80e12, 8e12,
+        Target("B200", 100, 2250e12, 80e12, 8e12,
                "NVIDIA Blackwell architecture technical brief (HGX B200, 1,000 W)"),
     )
 }  # fmt: skip
@@ -391,23 +392,24 @@ def shapes_only(model: Model, n_tokens: int, n_rows: int) -> LayerInputs:
 
 
 class Attribution(NamedTuple):
-    """All layers' kernels. Seconds are those of each launch, added up."""
+    """All layers' kernels on one target. Seconds are those of each launch, added up."""
 
     work: dict[str, Work]  # by kernel
-    seconds: dict[str, dict[str, float]]  # by target, then kernel
-    at_peak: dict[str, float]  # by target, all fractions 1
+    seconds: dict[str, float]  # by kernel
+    at_peak: dict[str, float]  # by kernel, all fractions 1
 
-    def total(self, target: Target) -> float:
+    @property
+    def total(self) -> float:
         """Seconds of all kernels."""
-        return sum(self.seconds[target.name].values())
+        return sum(self.seconds.values())
 
 
-def attribution(model: Model, n_tokens: int, n_rows: int, counts: Counts) -> dict[str, Attribution]:
+def attribution(
+    model: Model, n_tokens: int, n_rows: int, target: Target, counts: Counts
+) -> dict[str, Attribution]:
     """Scoring the last rows of a text in all layers, by how counts are extended."""
     found = {
-        extension: Attribution(
-            defaultdict(Work), {name: defaultdict(float) for name in TARGETS}, defaultdict(float)
-        )
+        extension: Attribution(defaultdict(Work), defaultdict(float), defaultdict(float))
         for extension in EXTENSIONS
     }
 
@@ -426,13 +428,12 @@ def attribution(model: Model, n_tokens: int, n_rows: int, counts: Counts) -> dic
                     a.loaded + a.stored,
                     1,
                 )
-                sums.work[launch.kernel] = sums.work[launch.kernel].plus(one.times(model.L))
-                for name, target in TARGETS.items():
-                    seconds = model.L * one.seconds(target, KERNELS)
-                    sums.seconds[name][launch.kernel] += seconds
-                    sums.at_peak[name] += model.L * one.seconds(target, PEAK)
+                name = launch.kernel
+                sums.work[name] = sums.work[name].plus(one.times(model.L))
+                sums.seconds[name] += model.L * one.seconds(target, KERNELS)
+                sums.at_peak[name] += model.L * one.seconds(target, PEAK)
 
-    blocks_of(shapes_only(model, n_tokens, n_rows), THRESHOLD, visit)
+    blocks_of(shapes_only(model, n_tokens, n_rows), THRESHOLD, target.arch, visit)
     return found
 
 
@@ -475,7 +476,7 @@ def row(
     """`scored`: all positions."""
     unit = forward_seconds(model, n_tokens, target)
     route = [
-        attribution(model, n_tokens, min(n, n_tokens), counts)["mid"].total(target)
+        attribution(model, n_tokens, min(n, n_tokens), target, counts)["mid"].total
         + model.L * READ_SECONDS
         for n in route_rows(counts)
     ]
@@ -484,8 +485,9 @@ def row(
         model.name,
         n_tokens,
         unit,
-        {name: a.total(target) / unit for name, a in scored.items()},
-        scored["mid"].at_peak[target.name] / forward_seconds(model, n_tokens, target, at_peak=True),
+        {name: a.total / unit for name, a in scored.items()},
+        sum(scored["mid"].at_peak.values())
+        / forward_seconds(model, n_tokens, target, at_peak=True),
         route[0] / unit,
         route[1] / unit,
         (route[1] + again) / unit,
@@ -588,7 +590,7 @@ def kernel_table(title: str, a: Attribution, target: Target, unit: float) -> Tab
     )  # fmt: skip
     steps: dict[str, float] = defaultdict(float)
     for name, work in sorted(a.work.items(), key=lambda item: STEPS[item[0]]):
-        seconds = a.seconds[target.name][name]
+        seconds = a.seconds[name]
         ceilings = work.ceilings(target, KERNELS)
         steps[STEPS[name]] += seconds
         made.add_row(
@@ -633,7 +635,7 @@ def share_table(title: str, rows: list[Row]) -> Table:
     return made
 
 
-def targets_table(model: Model, n_tokens: int, scored: dict[str, Attribution]) -> Table:
+def targets_table(model: Model, n_tokens: int, counts: Counts) -> Table:
     """All positions on every target."""
     made = table(
         f"{model.name}, T = {n_tokens}, all positions / forward pass", "target", "TFLOP/s matrix",
@@ -641,13 +643,14 @@ def targets_table(model: Model, n_tokens: int, scored: dict[str, Attribution]) -
     )  # fmt: skip
     for t in TARGETS.values():
         unit = forward_seconds(model, n_tokens, t)
+        scored = attribution(model, n_tokens, n_tokens, t, counts)
         made.add_row(
             t.name,
             f"{t.matrix / 1e12:,.0f}",
             f"{t.fp32 / 1e12:.1f}",
             f"{t.memory / 1e12:.2f}",
             f"{unit:.3f}",
-            *(f"{scored[extension].total(t) / unit:.2f}" for extension in EXTENSIONS),
+            *(f"{scored[extension].total / unit:.2f}" for extension in EXTENSIONS),
             t.source,
         )
     return made
@@ -678,24 +681,19 @@ def main() -> None:
         f"the average, {longest} on the longest of "
         f"{sum(len(e['rows_of_route']) for e in counts.document['frontier'])} routes."
     )
-    rows, kernels, on_h100 = [], {}, []
+    rows, kernels = [], {}
     for model in models:
         for n_tokens in args.lengths:
-            scored = attribution(model, n_tokens, n_tokens, counts)
+            scored = attribution(model, n_tokens, n_tokens, target, counts)
             rows.append(row(model, n_tokens, target, counts, scored))
-            on_h100.append(
-                rows[-1]
-                if target.name == "H100"
-                else row(model, n_tokens, TARGETS["H100"], counts, scored)
-            )
             kernels[f"{model.name}, T = {n_tokens}"] = scored
             if n_tokens == 8192:
                 unit = rows[-1].forward_seconds
                 title = f"{model.name}, T = {n_tokens}, {target.name}, all positions, mid"
                 out.print(kernel_table(title, scored["mid"], target, unit))
-                out.print(targets_table(model, n_tokens, scored))
+                out.print(targets_table(model, n_tokens, counts))
     out.print(share_table(f"shares of a plain forward pass, {target.name}, bfloat16", rows))
-    checked = claims(on_h100)
+    checked = claims(rows) if target.name == "H100" else []
     for claim in checked:
         out.print(f"{claim.text} ({'>=' if claim.at_least else '<='} {claim.limit}):")
         for name, value in claim.values.items():
@@ -713,7 +711,7 @@ def main() -> None:
             "kernels": {
                 name: {
                     extension: {
-                        kernel: work._asdict() | {"seconds": a.seconds[target.name][kernel]}
+                        kernel: work._asdict() | {"seconds": a.seconds[kernel]}
                         for kernel, work in a.work.items()
                     }
                     for extension, a in scored.items()

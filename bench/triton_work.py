@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -60,7 +61,7 @@ class Asked(NamedTuple):
     loaded: float = 0  # bytes, once for every program that wants them
     stored: float = 0  # bytes
     vector: float = 0  # operations on vector units, one a lane, as written: none fused or shared
-    masks: float = 0  # those for the masks of operands, which loads of 16 bytes need once
+    masks: float = 0  # those for operands' masks and addresses: needed once for 16 bytes
     special: float = 0  # exponentials, square roots, quotients
     read: float = 0  # bytes from device memory, once a launch
     written: float = 0  # bytes to device memory
@@ -69,8 +70,12 @@ class Asked(NamedTuple):
 Block = list[Launch]  # the launches of one block of rows, or those that a layer has once
 
 
-def blocks_of(inputs: LayerInputs, keep: float, visit: Callable[[Block], None]) -> None:
-    """Visits the launches that one layer takes. inputs: floating tensors on the meta device."""
+def blocks_of(
+    inputs: LayerInputs, keep: float, arch: int | str, visit: Callable[[Block], None]
+) -> None:
+    """Visits the launches that one layer takes, on a GPU of an architecture as Triton names it.
+    inputs: floating tensors on the meta device.
+    """
     block: Block = []
 
     def note(launch: Launch) -> None:
@@ -79,7 +84,9 @@ def blocks_of(inputs: LayerInputs, keep: float, visit: Callable[[Block], None]) 
             block.clear()
         block.append(launch)
 
-    with launching(inputs, note, run=False):
+    target = SimpleNamespace(arch=arch)
+    at_hand = SimpleNamespace(active=SimpleNamespace(get_current_target=lambda: target))
+    with launching(inputs, note, run=False), mock.patch.object(linear, "driver", at_hand):
         kernel.score_attention(inputs, keep)
         kernel.score_ffn(inputs.resid_pre, inputs.y)
     visit(block)
@@ -234,17 +241,17 @@ def linear_pass(x: _Arguments, of: Lists) -> Asked:
     rows, last = x.row_tiles
     seen = last // x.BS + 1  # tiles of keys
     tiles, lines = int(seen.sum()), x.H * int((seen * rows).sum())
-    keys = x.H_kv * int(np.minimum(seen * x.BS, x.S).sum())
+    keys = int(np.minimum(seen * x.BS, x.S).sum())
     words = int((rows * np.minimum(seen * (x.BS // WORD.value), x.n_words)).sum())
     out = 4 * lines + 8 * x.H * words + 4 * WORD.value * words
     return Asked(
         products=tiles * x.H * x.BT * x.BS * (x.BK + x.HALVES * x.BV),
         loaded=8 * x.grid[1] * (x.R + x.grid[0])
-        + keys * (x.key_bytes + 4)
-        + lines * (x.line_bytes + 16),
+        + keys * (x.H_kv * x.key_bytes + x.H * 4)
+        + lines * (x.line_bytes + 24),
         stored=out,
         vector=32 * tiles * x.H * x.BT * x.BS,
-        masks=tiles * x.H * x.BT * (2.6 * x.BK + 3.6 * x.BV),
+        masks=tiles * (x.H * x.BT * (6.3 * x.BK + 7.3 * x.BV) + x.H_kv * x.BS * (x.BK + x.BV)),
         special=tiles * x.H * x.BT * x.BS,
         read=x.R * x.H * (x.line_bytes + 16) + x.n_keys_seen * x.H_kv * (x.key_bytes + 4),
         written=out,
@@ -287,7 +294,7 @@ def heavy(x: _Arguments, of: Lists) -> Asked:
     pairs = of.heavy * (12 + x.line_bytes + x.key_bytes)
     return Asked(
         products=of.heavy_tiles * blocks(x.D, x.BD) * x.BP * x.BD * x.BV,
-        loaded=4 * x.H * x.SHARES * x.R + pairs + of.heavy_tiles * (8 * x.BP + x.D * x.V * x.b)
+        loaded=4 * x.H * x.grid[2] * x.R + pairs + of.heavy_tiles * (8 * x.BP + x.D * x.V * x.b)
         + of.heavy * x.D * x.b,
         stored=4 * of.heavy,
         vector=of.heavy_tiles * x.BP * (10.4 * x.D + 6 * x.BT + 7 * (x.BK + x.BV)),

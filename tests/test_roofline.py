@@ -131,7 +131,7 @@ def test_launches_without_data_are_the_same() -> None:
         kernel.score_attention(inputs, 0.04)
         kernel.score_ffn(inputs.resid_pre, inputs.y)
     found: list[Launch] = []
-    blocks_of(on_meta, 0.04, found.extend)
+    blocks_of(on_meta, 0.04, 90, found.extend)
     assert len(found) == len(on_cpu) > 10
     for a, b in zip(found, on_cpu, strict=True):
         assert (a.kernel, a.grid, a.rows.tolist()) == (b.kernel, b.grid, b.rows.tolist())
