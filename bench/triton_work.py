@@ -251,7 +251,11 @@ def linear_pass(x: _Arguments, of: Lists) -> Asked:
         + lines * (x.line_bytes + 24),
         stored=out,
         vector=32 * tiles * x.H * x.BT * x.BS,
-        masks=tiles * (x.H * x.BT * (6.3 * x.BK + 7.3 * x.BV) + x.H_kv * x.BS * (x.BK + x.BV)),
+        masks=tiles
+        * (
+            (7.6 * (x.BT + x.BS) + x.H_kv * x.BS) * (x.BK + x.BV)
+            + x.H * x.BT * (0.6 * x.BK + 1.6 * x.BV)
+        ),
         special=tiles * x.H * x.BT * x.BS,
         read=x.R * x.H * (x.line_bytes + 16) + x.n_keys_seen * x.H_kv * (x.key_bytes + 4),
         written=out,
