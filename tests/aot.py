@@ -5,8 +5,8 @@ chosen once a process. Real launches of the driver, on tensors without data ("me
 host would raise), reach Triton's own specialization and compilation; a driver that knows a target
 and nothing else stands in for the GPU's.
 
-    python aot.py TARGET [MODEL ...]    one JSON object a line: a kernel as compiled
-    python aot.py keys                  the specialization keys of launches at several lengths
+    python aot.py TARGET    one JSON object a line: a kernel as compiled for the target
+    python aot.py keys      the same of the specialization keys of launches at several lengths
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 os.environ["TRITON_INTERPRET"] = "0"
@@ -86,7 +85,9 @@ MODELS = {
 }
 
 
-def inputs(model: Model, R: int, S: int, dtype: torch.dtype = torch.bfloat16) -> LayerInputs:
+def inputs(
+    model: Model, R: int, S: int, dtype: torch.dtype = torch.bfloat16, flags: bool = False
+) -> LayerInputs:
     """The last R rows of S, without data; K and V laid out as a Hugging Face cache has them."""
     H, H_kv, K, D = model
 
@@ -102,6 +103,19 @@ def inputs(model: Model, R: int, S: int, dtype: torch.dtype = torch.bfloat16) ->
         v=empty(H_kv, S, K).transpose(0, 1),
         W_O=empty(H, K, D),
         scale=K**-0.5,
+        **(
+            {
+                "row_scale": empty(R),
+                "value_gate": empty(R, H, K),
+                "window": 100,
+                "softcap": 30.0,
+                "sinks": empty(H),
+                "alibi_slopes": empty(H),
+                "ffn": empty(R, D),
+            }
+            if flags
+            else {}
+        ),
     )
 
 
@@ -121,18 +135,17 @@ class TargetDriver:
         return self.target
 
 
-def launches(target: str, model: Model, R: int, S: int) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """(kernel function, arguments) of each launch of one call."""
+def launches(given: LayerInputs) -> list[tuple[Any, dict[str, Any]]]:
+    """(kernel function, arguments) of each launch that scores a layer's rows."""
     seen: list[tuple[Any, dict[str, Any]]] = []
     own = JITFunction.run
     JITFunction.run = lambda self, *args, grid, warmup, **kwargs: seen.append((self, kwargs))
     try:
-        kernel.score_attention(inputs(model, R, S), 0.01)
-        some = inputs(model, R, S)
-        kernel.score_ffn(some.resid_pre, some.y)
+        kernel.score_attention(given, 0.01)
+        kernel.score_ffn(given.resid_pre, given.y)
     finally:
         JITFunction.run = own
-    yield from seen
+    return seen
 
 
 def use(target: str) -> None:
@@ -209,28 +222,40 @@ def of_amdgcn(asm: str, limits: Limits) -> dict[str, Any]:
     }
 
 
-def compile_all(target: str, models: list[str]) -> None:
+def compile_all(target: str) -> None:
+    """Each model's launches for all rows of a text, and for a few; then all flags, all dtypes."""
     use(target)
+    cases = [
+        ({"model": model, "rows": rows, "dtype": "bfloat16", "flags": False}, R)
+        for model in MODELS
+        for rows, R in (("all", 2048), ("few", 4))
+    ]
+    cases += [
+        ({"model": "SmolLM2-135M", "rows": rows, "dtype": dtype, "flags": True}, R)
+        for rows, R in (("all", 2048), ("few", 4))
+        for dtype in ("bfloat16", "float16", "float32")
+    ]
     done: dict[str, dict[str, Any]] = {}
-    for model in models:
-        for mode, R in (("all", 2048), ("few", 4)):
-            for function, arguments in launches(target, MODELS[model], R, 2048):
-                name = key(function, arguments)
-                if name not in done:
-                    done[name] = report(function, arguments, target)
-                print(json.dumps(done[name] | {"model": model, "mode": mode}), flush=True)
+    for case, R in cases:
+        dtype = getattr(torch, str(case["dtype"]))
+        given = inputs(MODELS[str(case["model"])], R, 2048, dtype, bool(case["flags"]))
+        for function, arguments in launches(given):
+            name = key(function, arguments)
+            if name not in done:
+                done[name] = report(function, arguments, target)
+                print(json.dumps(done[name] | case), flush=True)
 
 
 def print_keys(lengths: tuple[int, ...] = (1, 16, 17, 128, 513, 4096)) -> None:
     use("sm_90")
-    for S in lengths:
-        for function, arguments in launches("sm_90", MODELS["SmolLM2-135M"], S, S):
+    for T in lengths:
+        for function, arguments in launches(inputs(MODELS["SmolLM2-135M"], T, T)):
             name = key(function, arguments)
-            print(json.dumps({"T": S, "kernel": function.__name__, "key": name}))
+            print(json.dumps({"T": T, "kernel": function.__name__, "key": name}))
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "keys":
         print_keys()
     else:
-        compile_all(sys.argv[1], sys.argv[2:] or list(MODELS))
+        compile_all(sys.argv[1])

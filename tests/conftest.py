@@ -1,15 +1,15 @@
 from __future__ import annotations
 
 import os
-
-# Triton reads it when it is imported, which transformers does. On a machine with a GPU: 0.
-os.environ.setdefault("TRITON_INTERPRET", "1")
-
 import pydoc_data.topics
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+# Read when a kernel's module is imported: without a GPU, Triton's kernels run interpreted.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from ifr_fast import Tracer
 from ifr_fast.pretrained import load

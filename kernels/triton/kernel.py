@@ -110,13 +110,31 @@ def score_ffn(resid_mid: Tensor, resid_post: Tensor) -> FFNScores:
 
 def _score_block(x: Names) -> None:
     """All steps for a block of rows, into its rows of the results."""
+    x = x | _work(x)
+    prepare.lines(x)
+    if x["p_log_sum_exp"] is None:
+        linear.log_sum_exp(x)
+    else:
+        torch.mul(x["p_log_sum_exp"], LOG2_E.value, out=x["p_lines"][LOG_SUM_EXP.value])
+    linear.linear(x)
+    lists.lists(x)
+    correct.light(x)
+    correct.heavy(x)
+    proximity.parts(x)
+    compact.fold(x)
+    compact.totals(x)
+    compact.edges(x)
+
+
+def _work(x: Names) -> Names:
+    """Room for what the kernels hand each other, for a block of rows."""
     R, H, V, n_keys = x["R"], x["H"], x["V"], x["n_keys"]
     n_words = blocks(n_keys, WORD.value)
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=x["p_rows"].device)
 
-    x |= {
+    return {
         "few": R <= FEW_ROWS and 4 * R <= n_keys,
         "n_words": n_words,
         "p_g": empty(R, H, x["HALVES"], V, dtype=x["p_w"].dtype),
@@ -131,19 +149,6 @@ def _score_block(x: Names) -> None:
         "p_total": empty(R),
         "p_n_edges": empty(R, dtype=torch.int32),
     }
-    prepare.lines(x)
-    if x["p_log_sum_exp"] is None:
-        linear.log_sum_exp(x)
-    else:
-        torch.mul(x["p_log_sum_exp"], LOG2_E.value, out=x["p_lines"][LOG_SUM_EXP.value])
-    linear.linear(x)
-    lists.lists(x)
-    correct.light(x)
-    correct.heavy(x)
-    proximity.parts(x)
-    compact.fold(x)
-    compact.totals(x)
-    compact.edges(x)
 
 
 def _prepared(inputs: LayerInputs) -> tuple[Names, Names]:

@@ -229,7 +229,9 @@ def linear_kernel(
 
 def log_sum_exp(x: Names) -> None:
     """Plane LOG_SUM_EXP of lines, of q and k."""
-    BT, BS, R, H = 16 if x["few"] else 64, 64, x["R"], x["H"]
+    R, H = x["R"], x["H"]
+    BS = 64 if x["HALVES"] == 2 else 32
+    BT = 16 if x["few"] else BS
     n_blocks = blocks(x["n_keys"], BS)
     n_splits = min(n_blocks, blocks(PROGRAMS, blocks(R, BT) * H))
     top, total = (x["p_lines"].new_empty(n_splits, R, H) for _ in range(2))

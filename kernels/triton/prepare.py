@@ -117,7 +117,7 @@ def breakpoints_kernel(
     m_y = m_r[:, None] & m_d[None, :]
     b_y = tl.abs(tl.load(p_y + o_r[:, None] * D + o_d[None, :], mask=m_y, other=0.0).to(tl.float32))
     if SCALED:
-        b_row_scale = tl.load(p_row_scale + o_r, mask=m_r, other=0.0).to(tl.float32)
+        b_row_scale = tl.load(p_row_scale + o_r, mask=m_r, other=1.0).to(tl.float32)
         m_zero = b_row_scale == 0
         b_y /= tl.where(m_zero, 1.0, tl.abs(b_row_scale))[:, None]
         b_y = tl.where(m_zero[:, None], float("inf"), b_y)
@@ -168,11 +168,11 @@ def values(x: Names) -> None:
 
 def lines(x: Names) -> None:
     """g and its scale, breakpoints and candidates, of y."""
-    BT, num_warps = (16, 4) if x["few"] else (64, 8)
-    tiles = {"BT": BT, "BD": 64, "BV": tile(x["V"]), "num_warps": num_warps, "num_stages": 2}
+    BT = 16 if x["few"] else 64
+    tiles = {"BT": BT, "BD": 64, "BV": tile(x["V"]), "num_warps": 8, "num_stages": 2}
     launch(value_space_signs_kernel, (blocks(x["R"], BT), x["H"]), x, **tiles)
     BD = tile(x["D"])
-    BT = max(1, 4096 // BD)
+    BT = max(1, 1024 // BD)
     n_heads = 1 if x["few"] else 8
-    tiles = {"BT": BT, "BD": BD, "n_heads": n_heads, "num_warps": 8}
+    tiles = {"BT": BT, "BD": BD, "n_heads": n_heads, "num_warps": min(16, max(4, BD // 512))}
     launch(breakpoints_kernel, (blocks(x["R"], BT), blocks(x["H"], n_heads)), x, **tiles)

@@ -68,9 +68,9 @@ def ffn_kernel(
 
 def parts(x: Names) -> None:
     """Proximities of the residual stream and, where it is a part, the FFN's output."""
-    launch(parts_kernel, (x["R"],), x, BD=BLOCK_D)
+    launch(parts_kernel, (x["R"],), x, BD=BLOCK_D, num_warps=8)
 
 
 def ffn(x: Names) -> None:
     """Importances of the parts of resid_post."""
-    launch(ffn_kernel, (x["R"],), x, BD=BLOCK_D)
+    launch(ffn_kernel, (x["R"],), x, BD=BLOCK_D, num_warps=8)
