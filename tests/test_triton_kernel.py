@@ -81,6 +81,8 @@ def assert_scores_close(
 ) -> None:
     """All values, edges by their (row, source); both results kept every edge with weight > 0."""
     assert torch.equal(got.unattributed, expected.unattributed)
+    atol = tolerance * (1 + expected.linear.abs().max().item())
+    torch.testing.assert_close(got.linear.double(), expected.linear.double(), rtol=0, atol=atol)
     for name in ("residual", "ffn", "head_total"):
         a, b = getattr(got, name), getattr(expected, name)
         assert (a is None) == (b is None)
@@ -471,13 +473,16 @@ def test_fold_and_totals_alone(window: int | None) -> None:
     x["p_token"].copy_(token)
     n_blocks = -(-S // BS)
     x["p_partial"] = torch.full((n_blocks, 3, H), math.nan, device=DEVICE)
+    x["p_partial_lin"] = torch.full((n_blocks, 3), math.nan, device=DEVICE)
     seen = mask[:, 0].nonzero()
     partial = torch.zeros(n_blocks, 3, H)
     for r, j in {(int(r), int(j) // BS) for r, j in seen.tolist()}:
         partial[j, r] = j + 1
         x["p_partial"][j, r] = j + 1
+        x["p_partial_lin"][j, r] = -(j + 1)
     x |= {"p_residual": torch.ones(3, device=DEVICE), "p_of_ffn": None, "p_log_sum_exp": None}
     x |= {"p_head_total": torch.empty(3, H, device=DEVICE)}
+    x |= {"p_linear": torch.empty(3, device=DEVICE)}
     x |= {"p_unattributed": torch.empty(3, dtype=torch.bool, device=DEVICE)}
     compact.fold(x)
     compact.totals(x)
@@ -485,6 +490,7 @@ def test_fold_and_totals_alone(window: int | None) -> None:
     heads = listed.sum(-1) + partial.sum(0)
     total = 1 + heads.sum(-1)
     assert torch.equal(x["p_total"].cpu(), total)
+    assert torch.equal(x["p_linear"].cpu(), -partial[..., 0].sum(0))
     torch.testing.assert_close(x["p_head_total"].cpu(), heads / total[:, None])
     torch.testing.assert_close(x["p_residual"].cpu(), 1 / total)
     expected = torch.where(mask[:, 0], token[:, :S] + listed.sum(1), 0)

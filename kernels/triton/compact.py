@@ -2,14 +2,16 @@
 
 1. fold: listed pairs' proximities are added to what the linear pass summed, over heads for
    tokens, over keys for heads, in fixed order.
-2. totals: denominators; where one is 0, each of the n parts gets 1 / n.
+2. totals: denominators, and the sum of lin; where a denominator is 0, each of the n parts
+   gets 1 / n.
 3. edges: of each row the tokens whose weight exceeds `keep`, in as many slots as can be.
 4. head_weights: of those, each head's importance: a listed pair's from its place, any other's is
    its lin, formed anew.
 
-Shapes: token [R, 32 W], partial [S / BS, R, H], marks [2, R, H, W], proximity [R, H, 32 W],
-folded [S / BF, R, H], total, residual, ffn, unattributed, n_edges [R], head_total [R, H], source
-and weight [R, slots], head_weight [R, slots, H]; W words of 32 keys. Tiles: BF keys, BE slots.
+Shapes: token [R, 32 W], partial [S / BS, R, H], partial_lin [S / BS, R], marks [2, R, H, W],
+proximity [R, H, 32 W], folded [S / BF, R, H], total, residual, ffn, linear, unattributed, n_edges
+[R], head_total [R, H], source and weight [R, slots], head_weight [R, slots, H]; W words of 32
+keys. Tiles: BF keys, BE slots.
 """
 
 from __future__ import annotations
@@ -56,8 +58,10 @@ def fold_kernel(
 
 @triton.jit(do_not_specialize=["R", "window"])
 def totals_kernel(
-    p_folded, p_rows, p_residual, p_of_ffn, p_total, p_head_total, p_unattributed, R, window,
-    H: tl.constexpr, FFN: tl.constexpr, WINDOW: tl.constexpr, BF: tl.constexpr, BH: tl.constexpr,
+    p_folded, p_partial_lin, p_rows, p_residual, p_of_ffn, p_total, p_head_total, p_unattributed,
+    p_linear, R, window,
+    H: tl.constexpr, FFN: tl.constexpr, WINDOW: tl.constexpr, BS: tl.constexpr, BF: tl.constexpr,
+    BH: tl.constexpr,
 ):  # fmt: skip
     """Program (row); residual and ffn are normalized in place."""
     i_r = tl.program_id(0).to(tl.int64)
@@ -69,6 +73,10 @@ def totals_kernel(
     for i_f in range(first // BF, t // BF + 1):
         o_folded = (i_f * R.to(tl.int64) + i_r) * H + o_h
         b_heads += tl.load(p_folded + o_folded, mask=m_h, other=0.0)
+    linear = 0.0
+    for i_s in range(first // BS, t // BS + 1):
+        linear += tl.load(p_partial_lin + i_s * R.to(tl.int64) + i_r)
+    tl.store(p_linear + i_r, linear)
     residual = tl.load(p_residual + i_r)
     total = residual + tl.sum(b_heads)
     n_keys = (t - first + 1).to(tl.float32)

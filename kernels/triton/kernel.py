@@ -68,6 +68,7 @@ def score_attention(inputs: LayerInputs, keep: float) -> AttentionScores:
         "p_of_ffn": None if inputs.ffn is None else floats(R),
         "p_head_total": floats(R, H),
         "p_unattributed": torch.empty(R, dtype=torch.bool, device=device),
+        "p_linear": floats(R),
         "p_source": torch.zeros(R, n_slots, dtype=torch.int64, device=device),
         "p_weight": torch.zeros(R, n_slots, device=device),
         "p_head_weight": torch.zeros(R, n_slots, H, device=device),
@@ -86,6 +87,7 @@ def score_attention(inputs: LayerInputs, keep: float) -> AttentionScores:
         of_rows["p_head_total"],
         EdgeList(row, source, weight, of_rows["p_head_weight"].flatten(0, 1)),
         of_rows["p_unattributed"],
+        of_rows["p_linear"],
     )
 
 

@@ -18,7 +18,8 @@ The log-sum-exp, where the forward pass gave none, is taken by programs that sha
 keys, and combined in their order.
 
 Shapes: q [R, H, K], k [S, H_kv, K], v [S, H_kv, V], g [R, H, HALVES, V], lines [4, R, H],
-v_norm [H_kv, S], token [R, 32 W], partial [S / BS, R, H], marks [2, R, H, W]; W words of 32 keys.
+v_norm [H_kv, S], token [R, 32 W], partial [S / BS, R, H], partial_lin [S / BS, R], marks
+[2, R, H, W]; W words of 32 keys.
 """
 
 from __future__ import annotations
@@ -133,7 +134,8 @@ def pack(b_m, BT: tl.constexpr, BS: tl.constexpr):
     ]
 )  # fmt: skip
 def linear_kernel(
-    p_q, p_k, p_v, p_g, p_gate, p_v_norm, p_rows, p_slopes, p_lines, p_token, p_partial, p_marks,
+    p_q, p_k, p_v, p_g, p_gate, p_v_norm, p_rows, p_slopes, p_lines, p_token, p_partial,
+    p_partial_lin, p_marks,
     R, S, n_words, stride_qr, stride_qh, stride_ks, stride_kh, stride_vs, stride_vh,
     stride_gate_r, stride_gate_h, scale, softcap, window,
     H: tl.constexpr, H_kv: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
@@ -178,6 +180,7 @@ def linear_kernel(
         o_gate = o_t[:, None] * stride_gate_r + o_v[None, :]
 
     b_token = tl.zeros([BT, BS], tl.float32)
+    b_lin_sum = tl.zeros([BT], tl.float32)
     for i_kv in range(H_kv):
         b_k = tl.load(p_k + i_kv * stride_kh + o_ks, mask=m_ks, other=0.0)  # [BS, BK]
         b_v = tl.load(p_v + i_kv * stride_vh + o_vs, mask=m_vs, other=0.0)  # [BS, BV]
@@ -205,6 +208,7 @@ def linear_kernel(
                                   SOFTCAP, ALIBI, WINDOW)  # fmt: skip
             b_alpha = tl.exp2(b_score - b_lse[:, None])
             b_lin *= b_alpha * b_g_scale[:, None]
+            b_lin_sum += tl.sum(b_lin, 1)
             if GATED:
                 b_gate = tl.load(
                     p_gate + i_h * stride_gate_h.to(tl.int64) + o_gate, mask=m_g, other=0.0
@@ -231,6 +235,7 @@ def linear_kernel(
             tl.store(p_mark + plane * n_words, b_heavy, mask=m_words)
     o_token = o_r.to(tl.int64)[:, None] * (n_words * WORD) + o_s[None, :]
     tl.store(p_token + o_token, b_token, mask=m_r[:, None] & (o_s < n_words * WORD)[None, :])
+    tl.store(p_partial_lin + i_s.to(tl.int64) * R + o_r, b_lin_sum, mask=m_r)
 
 
 def log_sum_exp(x: Names) -> None:
@@ -281,10 +286,11 @@ def tiles(x: Names) -> Tiles:
 
 
 def linear(x: Names) -> None:
-    """token, partial and marks."""
+    """token, partial, partial_lin and marks."""
     BT, BS, num_warps, num_stages = tiles(x)
     grid = (blocks(x["R"], BT), blocks(x["n_keys"], BS))
     x["p_partial"] = x["p_lines"].new_empty(grid[1], x["R"], x["H"])
+    x["p_partial_lin"] = x["p_lines"].new_empty(grid[1], x["R"])
     x["BS"] = BS
     launch(
         linear_kernel,
