@@ -243,14 +243,14 @@ def linear_pass(x: _Arguments, of: Lists) -> Asked:
     tiles, lines = int(seen.sum()), x.H * int((seen * rows).sum())
     keys = int(np.minimum(seen * x.BS, x.S).sum())
     words = int((rows * np.minimum(seen * (x.BS // WORD.value), x.n_words)).sum())
-    out = 4 * lines + 8 * x.H * words + 4 * WORD.value * words
+    out = 4 * lines + 8 * x.H * words + 4 * WORD.value * words + 4 * lines // x.H
     return Asked(
         products=tiles * x.H * x.BT * x.BS * (x.BK + x.HALVES * x.BV),
         loaded=8 * x.grid[1] * (x.R + x.grid[0])
         + keys * (x.H_kv * x.key_bytes + x.H * 4)
         + lines * (x.line_bytes + 24),
         stored=out,
-        vector=32 * tiles * x.H * x.BT * x.BS,
+        vector=33 * tiles * x.H * x.BT * x.BS,
         masks=tiles
         * (
             (7.6 * (x.BT + x.BS) + x.H_kv * x.BS) * (x.BK + x.BV)
@@ -345,13 +345,14 @@ def fold(x: _Arguments, of: Lists) -> Asked:
 
 def totals(x: _Arguments, of: Lists) -> Asked:
     folded = 4 * x.H * int((x.rows // x.BF + 1).sum())
-    out = x.R * (4 * x.H + 9)
+    lin = 4 * int((x.rows // x.BS + 1).sum())
+    out = x.R * (4 * x.H + 13)
     return Asked(
-        loaded=12 * x.R + folded,
+        loaded=12 * x.R + folded + lin,
         stored=out,
-        vector=folded / 4 + 5 * x.R * x.BH,
+        vector=(folded + lin) / 4 + 5 * x.R * x.BH,
         special=x.R * x.BH,
-        read=12 * x.R + folded,
+        read=12 * x.R + folded + lin,
         written=out,
     )
 
