@@ -100,8 +100,13 @@ def trace(
         str | None, typer.Option("--model", "-m", help="Hub name or directory; default SmolLM2.")
     ] = None,
     position: Annotated[
-        int, typer.Option("--position", "-p", help="Explain what is predicted after this token.")
-    ] = -1,
+        str,
+        typer.Option(
+            "--position",
+            "-p",
+            help="Explain what is predicted after this token; or after several: 3,5,7 or -4:.",
+        ),
+    ] = "-1",
     threshold: Annotated[
         float, typer.Option("--threshold", "-t", help="Keep edges above this importance.")
     ] = 0.04,
@@ -135,10 +140,9 @@ def trace(
     from .graph import check_threshold
 
     check_threshold(threshold)
+    where = _position(position)
     tracer = _open(model, impl)
-    graph = tracer.trace(
-        source, position=position, threshold=threshold, granularity=granularity.value
-    )
+    graph = tracer.trace(source, position=where, threshold=threshold, granularity=granularity.value)
     # Files first: whoever reads what is printed may stop reading.
     _write(graph, json_path, html_path, png_path, save_path)
     for path in outputs:
@@ -193,6 +197,21 @@ def bench(
         write_text(path, json.dumps(document, indent=1) + "\n")
         console.print(Text(f"wrote {printable(str(path))}"), soft_wrap=True)
     _print_throughput(document, results)
+
+
+def _position(given: str) -> int | slice | list[int]:
+    """'3', '3,5,7' and '-4:', as Python would index."""
+    try:
+        if ":" in given:
+            bounds = [int(part) if part.strip() else None for part in given.split(":")]
+            if len(bounds) <= 3 and bounds[2:] != [0]:
+                return slice(*bounds)
+        else:
+            chosen = [int(part) for part in given.split(",")]
+            return chosen if len(chosen) > 1 else chosen[0]
+    except ValueError:
+        pass
+    raise ValueError(f"--position: expected one as in 3 or -1, or 3,5,7 or -4:, got {given!r}")
 
 
 def _lengths(given: str) -> list[int]:
@@ -399,11 +418,17 @@ def _print_graph(graph: RouteGraph, n_routes: int) -> None:
     def name(position: int) -> str:
         return f"{_quote(graph.tokens[position])}@{position}"
 
-    first, *rest = graph.predictions
-    line("after ", (name(graph.position), "bold"), " the model predicts ",
-         (_quote(first.token), "bold green"), f" ({first.probability:.2f})")  # fmt: skip
-    others = ", ".join(f"{_quote(p.token)} {p.probability:.2f}" for p in rest)
-    line((f"  then {others}", "dim"))
+    if graph.span is None:
+        first, *rest = graph.predictions
+        line("after ", (name(graph.position), "bold"), " the model predicts ",
+             (_quote(first.token), "bold green"), f" ({first.probability:.2f})")  # fmt: skip
+        others = ", ".join(f"{_quote(p.token)} {p.probability:.2f}" for p in rest)
+        line((f"  then {others}", "dim"))
+    else:
+        line((f"{len(graph.span.positions)} predictions", "bold"), ", taken together")
+        for position, (first, *_) in zip(graph.span.positions, graph.span.predictions, strict=True):
+            line("  after ", name(position), " ", (_quote(first.token), "bold green"),
+                 f" ({first.probability:.2f})")  # fmt: skip
     line((f"  {len(graph.edges.layer)} edges above {graph.threshold:g} among {len(graph.tokens)} "
           f"tokens and {graph.n_layers} layers", "dim"))  # fmt: skip
     if graph.unattributed:

@@ -7,6 +7,8 @@
 4. Keep the edges above the threshold. Their sources are the rows to score in the layer below.
 5. What is left at the bottom is the prediction's route graph.
 
+Several positions are so many nodes to start at.
+
 For all positions at once, every row of a layer is scored, and a position's graph is what its node
 reaches over the edges kept.
 """
@@ -14,11 +16,13 @@ reaches over the edges kept.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, SupportsIndex, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,6 +35,7 @@ from .graph import (
     Prediction,
     RouteGraph,
     Routes,
+    Span,
     as_index,
     assemble,
     check_threshold,
@@ -45,6 +50,9 @@ from .tokens import Text, encode, token_strings
 
 if TYPE_CHECKING:
     import os
+
+# One position, negative from the end, or several.
+Position: TypeAlias = "SupportsIndex | slice | Iterable[SupportsIndex]"
 
 _PREDICTIONS = 5
 _HEAD_ROWS = 64  # whose logits are formed at once
@@ -183,30 +191,36 @@ class Tracer:
         self,
         text: Text | Recording,
         *,
-        position: int = -1,
+        position: Position = -1,
+        position_weights: Sequence[float] | Tensor | None = None,
         threshold: float = 0.04,
         granularity: Granularity = "token",
         add_special_tokens: bool | None = None,
     ) -> RouteGraph:
         """The route graph of the prediction made at `position` (negative from the end).
 
+        position: also a slice or several positions, whose predictions are explained by one graph,
+        the union of theirs. Importances in it are their mean, or their mean by
+        `position_weights`, one number of at least 0 for each (a position given twice adds up).
         threshold: edges of at most this importance are dropped. granularity: "token" compares
         an attention edge summed over heads, "head" each head's by itself.
         """
         threshold = _check_options(threshold, granularity)
         if isinstance(text, Recording):
-            recording, position = self._own(text), _index("position", position, len(text))
+            recording = self._own(text)
+            starts = spanned(position, position_weights, len(text))
         else:
             token_ids = self._encode(text, add_special_tokens)
-            position = _index("position", position, len(token_ids))
-            recording = self._record(token_ids, position)
-        T = len(recording)
+            starts = spanned(position, position_weights, len(token_ids))
+            recording = self._record(token_ids, max(starts))
+        T, positions = len(recording), list(starts)
+        n_layers = self.decoder.n_layers
 
         reached = torch.zeros(T, dtype=torch.bool, device=recording.resid_final.device)
-        reached[position] = True
+        reached[positions] = True
         grown, closures = [], {}
         with self._replaying(recording):
-            for layer in reversed(range(self.decoder.n_layers)):
+            for layer in reversed(range(n_layers)):
                 rows = reached.cpu().nonzero().squeeze(1)  # the layer's one read by the host
                 if len(rows) == 0:
                     break
@@ -216,17 +230,20 @@ class Tracer:
                 step, reached = grow_layer(layer, table, reached, threshold, granularity)
                 grown.append(step)
         check_closure(closures)
+        predictions = self._predict(recording, positions)
+        single = len(positions) == 1
         return assemble(
             grown,
             [block.parallel for block in self.decoder.blocks],
             tokens=recording.tokens,
             token_ids=recording.token_ids,
-            position=position,
+            position=positions[-1],
             threshold=threshold,
             granularity=granularity,
-            n_layers=self.decoder.n_layers,
+            n_layers=n_layers,
             n_heads=self.decoder.n_heads,
-            predictions=self._predict(recording, [position])[0],
+            predictions=predictions[-1],
+            span=None if single else Span(positions, list(starts.values()), predictions),
         )
 
     @torch.inference_mode()
@@ -372,7 +389,37 @@ def _check_options(threshold: float, granularity: str) -> float:
     return check_threshold(threshold)
 
 
-def _index(name: str, i: int, n: int) -> int:
+def spanned(
+    position: Position, weights: Sequence[float] | Tensor | None, n_tokens: int
+) -> dict[int, float]:
+    """The positions that `position` names in a text of `n_tokens`, ascending, and their weights,
+    which sum to 1. Raises ValueError where there is none, or the weights are no such thing.
+    """
+    if isinstance(position, slice):
+        chosen = list(range(n_tokens)[position])
+    elif isinstance(position, Iterable) and not (
+        isinstance(position, Tensor | np.ndarray) and position.ndim == 0
+    ):
+        chosen = [_index("position", i, n_tokens) for i in position]
+    else:
+        chosen = [_index("position", position, n_tokens)]
+    if not chosen:
+        raise ValueError(f"position: {position!r} names none of {n_tokens} tokens")
+    given = [1.0] * len(chosen) if weights is None else [float(w) for w in weights]
+    if len(given) != len(chosen):
+        raise ValueError(
+            f"position_weights: expected one for each of {len(chosen)} positions, got {len(given)}"
+        )
+    total = math.fsum(given)
+    if min(given) < 0 or not 0 < total < math.inf:
+        raise ValueError("position_weights: expected numbers of at least 0, and not all of them 0")
+    starts = dict.fromkeys(sorted(chosen), 0.0)
+    for i, weight in zip(chosen, given, strict=True):
+        starts[i] += weight / total
+    return starts
+
+
+def _index(name: str, i: SupportsIndex, n: int) -> int:
     try:
         index = as_index(name, i)
     except ValueError:

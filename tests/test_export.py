@@ -123,7 +123,8 @@ def test_json_reproduces_the_tables(graph: RouteGraph) -> None:
     assert [Prediction(**p) for p in document["predictions"]] == graph.predictions
     assert document["token_importance"] == graph.token_importance().tolist()
     assert document["format"] == "ifr_fast.route_graph.json"
-    assert document["version"] == 1
+    assert document["version"] == 2
+    assert document["span"] is None
 
 
 def test_json_of_hostile_tokens_is_ascii_and_reads_back(hostile: RouteGraph) -> None:
