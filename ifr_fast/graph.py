@@ -153,7 +153,7 @@ class LayerTable(NamedTuple):
     ffn_unattributed: Tensor | None  # [R] bool
 
 
-class _Steps(NamedTuple):
+class Steps(NamedTuple):
     """Edges of one kind into some of a layer's nodes, as many as the kernel listed."""
 
     kind: EdgeKind
@@ -163,11 +163,11 @@ class _Steps(NamedTuple):
     kept: Tensor  # [N] bool
 
 
-class _Grown(NamedTuple):
+class Grown(NamedTuple):
     """One layer of a graph, with flags that say which of its edges and nodes it has."""
 
     layer: int
-    steps: list[_Steps]  # attention last
+    steps: list[Steps]  # attention last
     head_weight: Tensor  # [E, H] of the attention edges
     head_kept: Tensor  # [E, H] bool
     unattributed: list[tuple[bool, Tensor, Tensor]]  # whether `mid` (else `post`), [R], bool [R]
@@ -179,7 +179,7 @@ def grow_layer(
     reached: Tensor,
     threshold: float,
     granularity: Granularity,
-) -> tuple[_Grown, Tensor]:
+) -> tuple[Grown, Tensor]:
     """One step down: the edges into the `reached` [T] bool posts of a layer.
 
     Returns them, and which positions' `resid_pre` [T] bool they reach. No value is read by the
@@ -188,13 +188,13 @@ def grow_layer(
     rows, (row, source, edge_weight, head_weight) = table.rows, table.edges
     post = reached[rows]
     ffn_kept = post & (table.ffn > threshold)
-    steps = [_Steps(EdgeKind.FFN, rows, rows, table.ffn, ffn_kept)]
+    steps = [Steps(EdgeKind.FFN, rows, rows, table.ffn, ffn_kept)]
     if table.ffn_residual is None:
         mid, mid_kind = post, EdgeKind.RESIDUAL_POST
         unattributed = [(False, rows, post & table.unattributed)]
     else:
         residual_kept = post & (table.ffn_residual > threshold)
-        steps.append(_Steps(EdgeKind.RESIDUAL_POST, rows, rows, table.ffn_residual, residual_kept))
+        steps.append(Steps(EdgeKind.RESIDUAL_POST, rows, rows, table.ffn_residual, residual_kept))
         mid, mid_kind = ffn_kept | residual_kept, EdgeKind.RESIDUAL_MID
         assert table.ffn_unattributed is not None
         unattributed = [
@@ -202,7 +202,7 @@ def grow_layer(
             (True, rows, mid & table.unattributed),
         ]
     passes = mid & (table.residual > threshold)
-    steps.append(_Steps(mid_kind, rows, rows, table.residual, passes))
+    steps.append(Steps(mid_kind, rows, rows, table.residual, passes))
 
     if granularity == "head":
         head_kept = head_weight > threshold
@@ -210,7 +210,7 @@ def grow_layer(
     else:
         head_kept = head_weight > 0
     attention_kept = (edge_weight > threshold) & mid[row]
-    steps.append(_Steps(EdgeKind.ATTENTION, rows[row], source, edge_weight, attention_kept))
+    steps.append(Steps(EdgeKind.ATTENTION, rows[row], source, edge_weight, attention_kept))
 
     leads_to_pre = torch.zeros(len(reached), dtype=torch.int32, device=rows.device)
     leads_to_pre.index_add_(0, source, attention_kept.int())
@@ -218,10 +218,10 @@ def grow_layer(
         passes = passes | ffn_kept
     leads_to_pre.index_add_(0, rows, passes.int())
     head_kept = head_kept & attention_kept[:, None]
-    return _Grown(layer, steps, head_weight, head_kept, unattributed), leads_to_pre > 0
+    return Grown(layer, steps, head_weight, head_kept, unattributed), leads_to_pre > 0
 
 
-def assemble(grown: list[_Grown], parallel: list[bool], **fields: Any) -> RouteGraph:
+def assemble(grown: list[Grown], parallel: list[bool], **fields: Any) -> RouteGraph:
     """The RouteGraph of all layers' edges, on the CPU, in canonical order; one read by the host."""
     H = grown[0].head_weight.shape[1]
     steps = [(g.layer, step) for g in grown for step in g.steps]
@@ -266,17 +266,28 @@ def assemble(grown: list[_Grown], parallel: list[bool], **fields: Any) -> RouteG
             columns.view(table.shape)[:-1, columns.view(table.shape)[-1] > 0]
             for columns, table in zip(flat.split([t.numel() for t in tables]), tables, strict=True)
         )
+    kinds = (NodeKind.POST, NodeKind.MID)
+    nodes_flagged = [
+        Node(int(layer), kinds[int(mid)], int(position))
+        for layer, mid, position in flagged.T.tolist()
+    ]
+    return in_order(edges, heads, nodes_flagged, parallel, **fields)
+
+
+def in_order(
+    edges: Tensor, heads: Tensor, unattributed: list[Node], parallel: list[bool], **fields: Any
+) -> RouteGraph:
+    """The RouteGraph of edges and heads' edges in any order, as [5, E] and [5, M] float64: the
+    columns of their tables.
+    """
+    with torch.inference_mode(False):
         # By layer, then kind, target, source; by layer, then target, source, head.
         edges = edges[:, _order(edges, (0, 1, 2, 3))]
         heads = heads[:, _order(heads, (0, 2, 3, 1))]
-        kinds = (NodeKind.POST, NodeKind.MID)
         return RouteGraph(
             edges=EdgeTable._make([*edges[:4].long(), edges[4].float()]),
             head_edges=HeadEdgeTable._make([*heads[:4].long(), heads[4].float()]),
-            unattributed=sorted(
-                Node(int(layer), kinds[int(mid)], int(position))
-                for layer, mid, position in flagged.T.tolist()
-            ),
+            unattributed=sorted(unattributed),
             parallel=torch.tensor(parallel),
             **fields,
         )

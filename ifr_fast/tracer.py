@@ -51,6 +51,10 @@ from .tokens import Text, encode, token_strings
 if TYPE_CHECKING:
     import os
 
+    from transformers import LogitsProcessorList
+
+    from .generation import GenerationStep
+
 # One position, negative from the end, or several.
 Position: TypeAlias = "SupportsIndex | slice | Iterable[SupportsIndex]"
 
@@ -276,6 +280,55 @@ class Tracer:
             scored_threshold=threshold,
         )
 
+    def generate(
+        self,
+        prompt: Text | Recording,
+        *,
+        max_new_tokens: int = 32,
+        threshold: float = 0.04,
+        granularity: Granularity = "token",
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        generator: torch.Generator | None = None,
+        eos_token_id: int | Iterable[int] | None = None,
+        add_special_tokens: bool | None = None,
+    ) -> Iterator[GenerationStep]:
+        """Continues a text: yields each new token with the graph of the prediction that chose it.
+
+        The prompt's keys and values are reused, so a token costs a decode step and no second
+        forward pass; its graph is that of `trace` of the same text. Between two tokens, and when
+        the iterator is dropped, the model is as it was.
+
+        Without `do_sample` the most probable token is taken. Sampling is that of transformers:
+        `logits_processor`, then temperature, top_k, top_p; the model's own generation_config is
+        not asked for them. generator: of the random numbers, else torch's own (`manual_seed`).
+        It ends after `max_new_tokens`, where the model's context ends, or with one of
+        `eos_token_id` (default: the model's own; an empty list: never), which is yielded too.
+        """
+        from .generation import chooser, steps, stop_tokens
+
+        threshold = _check_options(threshold, granularity)
+        if as_index("max_new_tokens", max_new_tokens) < 1:
+            raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
+        choose = chooser(
+            do_sample=do_sample,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            logits_processor=logits_processor,
+            generator=generator,
+        )
+        stop = stop_tokens(self.model, eos_token_id)
+        text = (
+            self._own(prompt)
+            if isinstance(prompt, Recording)
+            else self._encode(prompt, add_special_tokens)
+        )
+        return steps(self, text, choose, stop, max_new_tokens, threshold, granularity)
+
     def contributions(
         self,
         text: Text | Recording,
@@ -347,10 +400,16 @@ class Tracer:
                 logits = recording.logits[None]
             else:
                 logits = self.decoder.head(recording.states[positions[begin : begin + _HEAD_ROWS]])
-            top = logits.float().softmax(-1).topk(min(_PREDICTIONS, logits.shape[-1]))
-            for ids, values in zip(top.indices.cpu(), top.values.tolist(), strict=True):
-                entries = zip(token_strings(ids, self.tokenizer), ids.tolist(), values, strict=True)
-                found.append([Prediction(*entry) for entry in entries])
+            found += self.likeliest(logits)
+        return found
+
+    def likeliest(self, logits: Tensor) -> list[list[Prediction]]:
+        """The tokens that each row of `logits` [R, vocab] makes most probable."""
+        found = []
+        top = logits.float().softmax(-1).topk(min(_PREDICTIONS, logits.shape[-1]))
+        for ids, values in zip(top.indices.cpu(), top.values.tolist(), strict=True):
+            entries = zip(token_strings(ids, self.tokenizer), ids.tolist(), values, strict=True)
+            found.append([Prediction(*entry) for entry in entries])
         return found
 
 

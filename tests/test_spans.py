@@ -89,9 +89,12 @@ def test_all_ways_to_name_a_span_agree():
     expected = tracer.trace(recording, position=[16, 17, 18, 19], threshold=0.02)
     assert expected.span is not None
     assert expected.position == T - 1
-    assert [p[0] for p in expected.span.predictions] == [
-        tracer.trace(recording, position=t).predictions[0] for t in range(16, T)
-    ]
+    for t, predictions in zip(range(16, T), expected.span.predictions, strict=True):
+        alone = tracer.trace(recording, position=t).predictions
+        assert [p.token_id for p in predictions] == [p.token_id for p in alone]
+        assert [p.probability for p in predictions] == pytest.approx(
+            [p.probability for p in alone], abs=1e-6
+        )
     assert expected.predictions == expected.span.predictions[-1]
     for position in (slice(-4, None), range(16, T), [-1, 17, -2, 16], torch.arange(16, T)):
         assert_same_bits(tracer.trace(recording, position=position, threshold=0.02), expected)
