@@ -61,6 +61,10 @@ class Block(NamedTuple):
         """Whether attention and FFN both read `resid_pre` and are added at once."""
         return self.mid_site is None
 
+    def crossed_window(self, n_tokens: int) -> int | None:
+        """Its window, if a text of `n_tokens` crosses it."""
+        return None if self.window is None or self.window >= n_tokens else self.window
+
 
 class Decoder:
     """A causal language model, opened for recording and replay.
@@ -161,6 +165,22 @@ class Decoder:
                 f"model: {type(self.model).__name__} has no decoder that its head reads from once"
             )
         return states[0][0], output.logits[0, 0 if self._keeps_logits else position]
+
+    def forward_batch(self, token_ids: Tensor) -> Tensor:
+        """Runs the model on `token_ids` [B, T]; returns the states that its head reads, [B, T, D].
+
+        No row is masked: padding belongs behind the texts.
+        """
+        states: list[Tensor] = []
+        ids = token_ids.to(self.device)
+        with capture.hooks(capture.on_output(self._states, states.append)):
+            self.model(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                use_cache=False,
+                **({"logits_to_keep": 1} if self._keeps_logits else {}),
+            )
+        return states[0]
 
     def step(self, token_id: int, position: int) -> tuple[Tensor, Tensor]:
         """Runs the model on one token of a text, at `position`. Its attention is to be answered by

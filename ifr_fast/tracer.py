@@ -17,10 +17,19 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, SupportsIndex, TypeAlias
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    NamedTuple,
+    NoReturn,
+    SupportsIndex,
+    TypeAlias,
+    TypeVar,
+    overload,
+)
 
 import numpy as np
 import torch
@@ -28,6 +37,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import capture
+from .batching import Batch, as_texts, batches, is_batch, record_together
 from .errors import MemoryBudgetError
 from .graph import (
     Granularity,
@@ -57,6 +67,8 @@ if TYPE_CHECKING:
 
 # One position, negative from the end, or several.
 Position: TypeAlias = "SupportsIndex | slice | Iterable[SupportsIndex]"
+
+Result = TypeVar("Result")
 
 _PREDICTIONS = 5
 _HEAD_ROWS = 64  # whose logits are formed at once
@@ -125,14 +137,45 @@ class Tracer:
         model, tokenizer = load(name, **kwargs)
         return cls(model, tokenizer, impl=impl)
 
+    @overload
+    def record(  # type: ignore[overload-overlap]  # a tensor may be an index, says its type
+        self,
+        text: Batch,
+        *,
+        mode: RecordingMode | str | None = ...,
+        add_special_tokens: bool | None = ...,
+        batch_size: int | None = ...,
+    ) -> list[Recording]: ...
+    @overload
     def record(
         self,
         text: Text | Recording,
         *,
+        mode: RecordingMode | str | None = ...,
+        add_special_tokens: bool | None = ...,
+    ) -> Recording: ...
+    def record(
+        self,
+        text: Text | Recording | Batch,
+        *,
+        mode: RecordingMode | str | None = None,
+        add_special_tokens: bool | None = None,
+        batch_size: int | None = None,
+    ) -> Recording | list[Recording]:
+        """One forward pass over a text. `mode` is chosen by `plan` unless given.
+
+        Of several texts (see `trace`), a list of recordings, which share memory.
+        """
+        if is_batch(text):
+            return self._each(text, self._own, batch_size, -1, add_special_tokens, mode)
+        return self._record_one(text, mode, add_special_tokens)
+
+    def _record_one(
+        self,
+        text: Text | Recording,
         mode: RecordingMode | str | None = None,
         add_special_tokens: bool | None = None,
     ) -> Recording:
-        """One forward pass over a text. `mode` is chosen by `plan` unless given."""
         if isinstance(text, Recording):
             return self._own(text)
         return self._record(self._encode(text, add_special_tokens), -1, mode)
@@ -190,18 +233,90 @@ class Tracer:
             available_bytes=available,
         )
 
-    @torch.inference_mode()
+    def _each(
+        self,
+        batch: Batch,
+        use: Callable[[Recording], Result],
+        batch_size: int | None,
+        position: Position,
+        add_special_tokens: bool | None,
+        mode: RecordingMode | str | None = None,
+    ) -> list[Result]:
+        """What `use` makes of the recording of each text of a batch, in order. position: one at
+        which it will look, of each text.
+        """
+        if batch_size is not None and as_index("batch_size", batch_size) < 1:
+            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+        texts = []
+        for i, text in enumerate(as_texts(batch)):
+            try:
+                texts.append(self._encode(text, add_special_tokens))
+            except ValueError as error:
+                raise ValueError(f"text {i}: {error}") from error
+        positions = [max(spanned(position, None, len(text))) for text in texts]
+        found: dict[int, Result] = {}
+        for together in batches(self.decoder, [len(text) for text in texts], batch_size):
+            recordings = self._record_together(
+                [texts[i] for i in together], [positions[i] for i in together], mode
+            )
+            for i, recording in zip(together, recordings, strict=True):
+                found[i] = use(recording)
+        return [found[i] for i in range(len(texts))]
+
+    def _record_together(
+        self, texts: list[Tensor], positions: list[int], mode: RecordingMode | str | None
+    ) -> list[Recording]:
+        if len(texts) == 1:
+            return [self._record(texts[0], positions[0], mode)]
+        if mode is None:
+            mode = self.plan(len(texts) * len(texts[0])).mode
+        elif mode not in list(RecordingMode):
+            raise ValueError(f"mode: expected 'full' or 'lean', got {mode!r}")
+        strings = [token_strings(text, self.tokenizer) for text in texts]
+        return record_together(self.decoder, texts, strings, RecordingMode(mode), positions)
+
+    @overload
+    def trace(  # type: ignore[overload-overlap]
+        self,
+        text: Batch,
+        *,
+        position: Position = ...,
+        position_weights: Sequence[float] | Tensor | None = ...,
+        threshold: float = ...,
+        granularity: Granularity = ...,
+        add_special_tokens: bool | None = ...,
+        batch_size: int | None = ...,
+    ) -> list[RouteGraph]: ...
+    @overload
     def trace(
         self,
         text: Text | Recording,
+        *,
+        position: Position = ...,
+        position_weights: Sequence[float] | Tensor | None = ...,
+        threshold: float = ...,
+        granularity: Granularity = ...,
+        add_special_tokens: bool | None = ...,
+    ) -> RouteGraph: ...
+    @torch.inference_mode()
+    def trace(
+        self,
+        text: Text | Recording | Batch,
         *,
         position: Position = -1,
         position_weights: Sequence[float] | Tensor | None = None,
         threshold: float = 0.04,
         granularity: Granularity = "token",
         add_special_tokens: bool | None = None,
-    ) -> RouteGraph:
+        batch_size: int | None = None,
+    ) -> RouteGraph | list[RouteGraph]:
         """The route graph of the prediction made at `position` (negative from the end).
+
+        Several texts give a list of graphs, in order: a list of strings, of token-id lists or
+        tensors, or of conversations, or what a tokenizer returns for several texts, padded on
+        either side. (A list of ints is one text, and so is a list of chat messages.) They run
+        `batch_size` at a time, by default as many as make a pass worth it, those of like
+        length together; models outside transformers' attention interface run them one by one.
 
         position: also a slice or several positions, whose predictions are explained by one graph,
         the union of theirs. Importances in it are their mean, or their mean by
@@ -210,6 +325,18 @@ class Tracer:
         an attention edge summed over heads, "head" each head's by itself.
         """
         threshold = _check_options(threshold, granularity)
+        if is_batch(text):
+
+            def one(recording: Recording) -> RouteGraph:
+                return self.trace(
+                    recording,
+                    position=position,
+                    position_weights=position_weights,
+                    threshold=threshold,
+                    granularity=granularity,
+                )
+
+            return self._each(text, one, batch_size, position, add_special_tokens)
         if isinstance(text, Recording):
             recording = self._own(text)
             starts = spanned(position, position_weights, len(text))
@@ -250,18 +377,51 @@ class Tracer:
             span=None if single else Span(positions, list(starts.values()), predictions),
         )
 
-    @torch.inference_mode()
+    @overload
+    def trace_all(  # type: ignore[overload-overlap]
+        self,
+        text: Batch,
+        *,
+        threshold: float = ...,
+        granularity: Granularity = ...,
+        add_special_tokens: bool | None = ...,
+        batch_size: int | None = ...,
+    ) -> list[Routes]: ...
+    @overload
     def trace_all(
         self,
         text: Text | Recording,
         *,
+        threshold: float = ...,
+        granularity: Granularity = ...,
+        add_special_tokens: bool | None = ...,
+    ) -> Routes: ...
+    @torch.inference_mode()
+    def trace_all(
+        self,
+        text: Text | Recording | Batch,
+        *,
         threshold: float = 0.04,
         granularity: Granularity = "token",
         add_special_tokens: bool | None = None,
-    ) -> Routes:
-        """The route graphs of every position's prediction: every layer scored once, for all."""
+        batch_size: int | None = None,
+    ) -> Routes | list[Routes]:
+        """The route graphs of every position's prediction: every layer scored once, for all.
+
+        Of several texts (see `trace`), a list of them.
+        """
         threshold = _check_options(threshold, granularity)
-        recording = self.record(text, add_special_tokens=add_special_tokens)
+        if is_batch(text):
+            return self._each(
+                text,
+                lambda recording: self.trace_all(
+                    recording, threshold=threshold, granularity=granularity
+                ),
+                batch_size,
+                -1,
+                add_special_tokens,
+            )
+        recording = self._record_one(text, None, add_special_tokens)
         rows = torch.arange(len(recording))
         tables, closures = [], {}
         with self._replaying(recording):
@@ -346,7 +506,7 @@ class Tracer:
             raise ValueError(f"keep: expected a number from 0 to 1, got {keep}")
         L = self.decoder.n_layers
         wanted = range(L) if layers is None else [_index("layers", i, L) for i in layers]
-        recording = self.record(text, add_special_tokens=add_special_tokens)
+        recording = self._record_one(text, None, add_special_tokens)
         T = len(recording)
         if rows is None:
             chosen = torch.arange(T)
