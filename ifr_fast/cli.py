@@ -151,6 +151,92 @@ def trace(
 
 
 @app.command()
+def generate(
+    text: Annotated[
+        str | None, typer.Argument(help="The prompt; '-' reads standard input.")
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", "-f", help="Read the prompt from a file.")
+    ] = None,
+    chat: Annotated[
+        Path | None,
+        typer.Option(help="Read chat messages from a JSON file ('-': standard input)."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Hub name or directory; default SmolLM2.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "-n", help="How many tokens to add at most.")
+    ] = 32,
+    threshold: Annotated[
+        float, typer.Option("--threshold", "-t", help="Keep edges above this importance.")
+    ] = 0.04,
+    granularity: Annotated[
+        _Granularity, typer.Option(help="Compare summed attention edges, or single heads.")
+    ] = _Granularity.TOKEN,
+    temperature: Annotated[
+        float, typer.Option(help="Above 0: draw tokens at random; 0: take the most probable.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of what is drawn at random.")] = 0,
+    impl: Annotated[str, typer.Option(help="auto, reference, eager, cpu or triton.")] = "auto",
+    sources: Annotated[
+        int, typer.Option("--sources", "-k", help="How many sources of each token to print.")
+    ] = 4,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Write tokens and graphs, a line of JSON each.")
+    ] = None,
+) -> None:
+    """Continue a text, and print each new token with the tokens that it came from."""
+    given = _read(text, file, chat)
+    outputs = _check_outputs({"--json": json_path})
+    if sources < 1:
+        raise ValueError(f"--sources: expected at least 1, got {sources}")
+    if temperature < 0:
+        raise ValueError(f"--temperature: expected at least 0, got {temperature}")
+    from .graph import check_threshold
+
+    check_threshold(threshold)
+    tracer = _open(model, impl)
+    import torch
+
+    from .storage import write_text
+
+    steps = tracer.generate(
+        given,
+        max_new_tokens=max_new_tokens,
+        threshold=threshold,
+        granularity=granularity.value,
+        do_sample=temperature > 0,
+        temperature=temperature or 1.0,
+        generator=torch.Generator(tracer.decoder.device).manual_seed(seed),
+    )
+    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    lines = []
+    for step in steps:
+        importance = step.graph.token_importance()
+        best = importance.argsort(descending=True, stable=True)[:sources].tolist()
+        origins = ", ".join(
+            f"{_quote(step.graph.tokens[i])}@{i} {float(importance[i]):.2f}"
+            for i in best
+            if importance[i] > 0
+        )
+        console.print(
+            Text.assemble(
+                (_quote(step.token), "bold green"), f" ({step.probability:.2f})",
+                ("  from ", "dim"), origins or "nothing above the threshold",
+            )
+        )  # fmt: skip
+        if outputs:
+            fields = {"token_id": step.token_id, "token": step.token}
+            document = {**fields, "probability": step.probability}
+            document["graph"] = json.loads(step.graph.to_json())
+            lines.append(json.dumps(document, allow_nan=False) + "\n")
+    for path in outputs:
+        write_text(path, "".join(lines))
+        Console(stderr=True).print(Text(f"wrote {printable(str(path))}"), soft_wrap=True)
+
+
+@app.command()
 def bench(
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Hub name or directory; default SmolLM2.")
