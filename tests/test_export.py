@@ -340,6 +340,26 @@ def test_page_prunes_as_the_graph_does(browser: Any, tmp_path: Path, graph: Rout
     opened.check()
 
 
+def test_page_of_a_span(browser: Any, tmp_path: Path, parallel: bool) -> None:
+    ids = torch.randint(VOCABULARY, (N_TOKENS,), generator=torch.Generator().manual_seed(5))
+    graph = tracer(parallel, 4).trace(
+        ids, position=[3, 8, N_TOKENS - 1], position_weights=[1, 2, 5], threshold=0.01
+    )
+    opened = Opened(browser, graph.to_html(), tmp_path)
+    assert opened.edges() == edges_of(graph)
+    for step in (350, 800):
+        assert opened.edges() == edges_of(graph.prune(opened.slide(step)))
+    opened.slide(0)
+    labels = opened.page.eval_on_selector_all(
+        "#tokens li", "items => items.map((item) => item.getAttribute('aria-label'))"
+    )
+    shown = [float(label.rpartition(" ")[2]) for label in labels]
+    assert shown == pytest.approx(graph.token_importance().tolist(), abs=6e-4)
+    assert opened.page.locator("line.stub").count() == 3
+    assert opened.page.inner_text("#facts").startswith("3 predictions, after ")
+    opened.check()
+
+
 def test_page_compares_as_float32(browser: Any, tmp_path: Path) -> None:
     """A weight that equals the threshold in float32, and exceeds it in float64, is dropped."""
     graph = trace(False, n_layers=1, n_tokens=2, threshold=0.0)
