@@ -12,7 +12,8 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .errors import FormatError, IfrError, MemoryBudgetError, UnsupportedArchitectureError
-    from .graph import EdgeKind, NodeKind, RouteGraph, Routes
+    from .generation import GenerationStep
+    from .graph import EdgeKind, NodeKind, RouteGraph, Routes, Span
     from .recording import Recording
     from .scoring import LayerScores
     from .tracer import Plan, Tracer
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 _HOME = {
     "EdgeKind": "graph",
     "FormatError": "errors",
+    "GenerationStep": "generation",
     "IfrError": "errors",
     "LayerScores": "scoring",
     "MemoryBudgetError": "errors",
@@ -28,6 +30,7 @@ _HOME = {
     "Recording": "recording",
     "RouteGraph": "graph",
     "Routes": "graph",
+    "Span": "graph",
     "Tracer": "tracer",
     "UnsupportedArchitectureError": "errors",
 }
@@ -35,6 +38,7 @@ _HOME = {
 __all__ = [
     "EdgeKind",
     "FormatError",
+    "GenerationStep",
     "IfrError",
     "LayerScores",
     "MemoryBudgetError",
@@ -43,6 +47,7 @@ __all__ = [
     "Recording",
     "RouteGraph",
     "Routes",
+    "Span",
     "Tracer",
     "UnsupportedArchitectureError",
     "__version__",

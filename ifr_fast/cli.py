@@ -100,8 +100,13 @@ def trace(
         str | None, typer.Option("--model", "-m", help="Hub name or directory; default SmolLM2.")
     ] = None,
     position: Annotated[
-        int, typer.Option("--position", "-p", help="Explain what is predicted after this token.")
-    ] = -1,
+        str,
+        typer.Option(
+            "--position",
+            "-p",
+            help="Explain what is predicted after this token; or after several: 3,5,7 or -4:.",
+        ),
+    ] = "-1",
     threshold: Annotated[
         float, typer.Option("--threshold", "-t", help="Keep edges above this importance.")
     ] = 0.04,
@@ -135,15 +140,100 @@ def trace(
     from .graph import check_threshold
 
     check_threshold(threshold)
+    where = _position(position)
     tracer = _open(model, impl)
-    graph = tracer.trace(
-        source, position=position, threshold=threshold, granularity=granularity.value
-    )
+    graph = tracer.trace(source, position=where, threshold=threshold, granularity=granularity.value)
     # Files first: whoever reads what is printed may stop reading.
     _write(graph, json_path, html_path, png_path, save_path)
     for path in outputs:
         Console(stderr=True).print(Text(f"wrote {printable(str(path))}"), soft_wrap=True)
     _print_graph(graph, top_paths)
+
+
+@app.command()
+def generate(
+    text: Annotated[
+        str | None, typer.Argument(help="The prompt; '-' reads standard input.")
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", "-f", help="Read the prompt from a file.")
+    ] = None,
+    chat: Annotated[
+        Path | None,
+        typer.Option(help="Read chat messages from a JSON file ('-': standard input)."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Hub name or directory; default SmolLM2.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "-n", help="How many tokens to add at most.")
+    ] = 32,
+    threshold: Annotated[
+        float, typer.Option("--threshold", "-t", help="Keep edges above this importance.")
+    ] = 0.04,
+    granularity: Annotated[
+        _Granularity, typer.Option(help="Compare summed attention edges, or single heads.")
+    ] = _Granularity.TOKEN,
+    temperature: Annotated[
+        float, typer.Option(help="Above 0: draw tokens at random; 0: take the most probable.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of what is drawn at random.")] = 0,
+    impl: Annotated[str, typer.Option(help="auto, reference, eager, cpu or triton.")] = "auto",
+    sources: Annotated[
+        int, typer.Option("--sources", "-k", help="How many sources of each token to print.")
+    ] = 4,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Write tokens and graphs, a line of JSON each.")
+    ] = None,
+) -> None:
+    """Continue a text, and print each new token with the tokens that it came from."""
+    given = _read(text, file, chat)
+    outputs = _check_outputs({"--json": json_path})
+    if sources < 1:
+        raise ValueError(f"--sources: expected at least 1, got {sources}")
+    if temperature < 0:
+        raise ValueError(f"--temperature: expected at least 0, got {temperature}")
+    from .graph import check_threshold
+
+    check_threshold(threshold)
+    tracer = _open(model, impl)
+    import torch
+
+    from .storage import write_text
+
+    steps = tracer.generate(
+        given,
+        max_new_tokens=max_new_tokens,
+        threshold=threshold,
+        granularity=granularity.value,
+        do_sample=temperature > 0,
+        temperature=temperature or 1.0,
+        generator=torch.Generator(tracer.decoder.device).manual_seed(seed),
+    )
+    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    lines = []
+    for step in steps:
+        importance = step.graph.token_importance()
+        best = importance.argsort(descending=True, stable=True)[:sources].tolist()
+        origins = ", ".join(
+            f"{_quote(step.graph.tokens[i])}@{i} {float(importance[i]):.2f}"
+            for i in best
+            if importance[i] > 0
+        )
+        console.print(
+            Text.assemble(
+                (_quote(step.token), "bold green"), f" ({step.probability:.2f})",
+                ("  from ", "dim"), origins or "nothing above the threshold",
+            )
+        )  # fmt: skip
+        if outputs:
+            fields = {"token_id": step.token_id, "token": step.token}
+            document = {**fields, "probability": step.probability}
+            document["graph"] = json.loads(step.graph.to_json())
+            lines.append(json.dumps(document, allow_nan=False) + "\n")
+    for path in outputs:
+        write_text(path, "".join(lines))
+        Console(stderr=True).print(Text(f"wrote {printable(str(path))}"), soft_wrap=True)
 
 
 @app.command()
@@ -193,6 +283,21 @@ def bench(
         write_text(path, json.dumps(document, indent=1) + "\n")
         console.print(Text(f"wrote {printable(str(path))}"), soft_wrap=True)
     _print_throughput(document, results)
+
+
+def _position(given: str) -> int | slice | list[int]:
+    """'3', '3,5,7' and '-4:', as Python would index."""
+    try:
+        if ":" in given:
+            bounds = [int(part) if part.strip() else None for part in given.split(":")]
+            if len(bounds) <= 3 and bounds[2:] != [0]:
+                return slice(*bounds)
+        else:
+            chosen = [int(part) for part in given.split(",")]
+            return chosen if len(chosen) > 1 else chosen[0]
+    except ValueError:
+        pass
+    raise ValueError(f"--position: expected one as in 3 or -1, or 3,5,7 or -4:, got {given!r}")
 
 
 def _lengths(given: str) -> list[int]:
@@ -399,11 +504,17 @@ def _print_graph(graph: RouteGraph, n_routes: int) -> None:
     def name(position: int) -> str:
         return f"{_quote(graph.tokens[position])}@{position}"
 
-    first, *rest = graph.predictions
-    line("after ", (name(graph.position), "bold"), " the model predicts ",
-         (_quote(first.token), "bold green"), f" ({first.probability:.2f})")  # fmt: skip
-    others = ", ".join(f"{_quote(p.token)} {p.probability:.2f}" for p in rest)
-    line((f"  then {others}", "dim"))
+    if graph.span is None:
+        first, *rest = graph.predictions
+        line("after ", (name(graph.position), "bold"), " the model predicts ",
+             (_quote(first.token), "bold green"), f" ({first.probability:.2f})")  # fmt: skip
+        others = ", ".join(f"{_quote(p.token)} {p.probability:.2f}" for p in rest)
+        line((f"  then {others}", "dim"))
+    else:
+        line((f"{len(graph.span.positions)} predictions", "bold"), ", taken together")
+        for position, (first, *_) in zip(graph.span.positions, graph.span.predictions, strict=True):
+            line("  after ", name(position), " ", (_quote(first.token), "bold green"),
+                 f" ({first.probability:.2f})")  # fmt: skip
     line((f"  {len(graph.edges.layer)} edges above {graph.threshold:g} among {len(graph.tokens)} "
           f"tokens and {graph.n_layers} layers", "dim"))  # fmt: skip
     if graph.unattributed:

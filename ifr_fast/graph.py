@@ -3,6 +3,9 @@
 The graph of a prediction at position t is grown from the node (last layer, post, t) downwards:
 an edge is kept where its importance exceeds the threshold and its target has been reached. The
 nodes are (layer, kind, position); `resid_pre` of a layer is `post` of the one below, or `embed`.
+The graph of a span of predictions is grown from all of their nodes at once: since an edge's weight
+depends on its target alone, it is the union of their graphs, and what flows in it is their
+mean by the span's weights.
 In a sequential block an edge leads
 
     post <- mid   RESIDUAL_POST, and FFN, whose block reads `mid` at the same position
@@ -95,6 +98,14 @@ class Prediction(NamedTuple):
     probability: float
 
 
+class Span(NamedTuple):
+    """Positions whose predictions are explained together."""
+
+    positions: list[int]  # two or more, ascending
+    weights: list[float]  # of each position's prediction; they sum to 1
+    predictions: list[list[Prediction]]  # of each position, most probable first
+
+
 class Step(NamedTuple):
     """One edge of a path."""
 
@@ -142,7 +153,7 @@ class LayerTable(NamedTuple):
     ffn_unattributed: Tensor | None  # [R] bool
 
 
-class _Steps(NamedTuple):
+class Steps(NamedTuple):
     """Edges of one kind into some of a layer's nodes, as many as the kernel listed."""
 
     kind: EdgeKind
@@ -152,11 +163,11 @@ class _Steps(NamedTuple):
     kept: Tensor  # [N] bool
 
 
-class _Grown(NamedTuple):
+class Grown(NamedTuple):
     """One layer of a graph, with flags that say which of its edges and nodes it has."""
 
     layer: int
-    steps: list[_Steps]  # attention last
+    steps: list[Steps]  # attention last
     head_weight: Tensor  # [E, H] of the attention edges
     head_kept: Tensor  # [E, H] bool
     unattributed: list[tuple[bool, Tensor, Tensor]]  # whether `mid` (else `post`), [R], bool [R]
@@ -168,7 +179,7 @@ def grow_layer(
     reached: Tensor,
     threshold: float,
     granularity: Granularity,
-) -> tuple[_Grown, Tensor]:
+) -> tuple[Grown, Tensor]:
     """One step down: the edges into the `reached` [T] bool posts of a layer.
 
     Returns them, and which positions' `resid_pre` [T] bool they reach. No value is read by the
@@ -177,13 +188,13 @@ def grow_layer(
     rows, (row, source, edge_weight, head_weight) = table.rows, table.edges
     post = reached[rows]
     ffn_kept = post & (table.ffn > threshold)
-    steps = [_Steps(EdgeKind.FFN, rows, rows, table.ffn, ffn_kept)]
+    steps = [Steps(EdgeKind.FFN, rows, rows, table.ffn, ffn_kept)]
     if table.ffn_residual is None:
         mid, mid_kind = post, EdgeKind.RESIDUAL_POST
         unattributed = [(False, rows, post & table.unattributed)]
     else:
         residual_kept = post & (table.ffn_residual > threshold)
-        steps.append(_Steps(EdgeKind.RESIDUAL_POST, rows, rows, table.ffn_residual, residual_kept))
+        steps.append(Steps(EdgeKind.RESIDUAL_POST, rows, rows, table.ffn_residual, residual_kept))
         mid, mid_kind = ffn_kept | residual_kept, EdgeKind.RESIDUAL_MID
         assert table.ffn_unattributed is not None
         unattributed = [
@@ -191,7 +202,7 @@ def grow_layer(
             (True, rows, mid & table.unattributed),
         ]
     passes = mid & (table.residual > threshold)
-    steps.append(_Steps(mid_kind, rows, rows, table.residual, passes))
+    steps.append(Steps(mid_kind, rows, rows, table.residual, passes))
 
     if granularity == "head":
         head_kept = head_weight > threshold
@@ -199,7 +210,7 @@ def grow_layer(
     else:
         head_kept = head_weight > 0
     attention_kept = (edge_weight > threshold) & mid[row]
-    steps.append(_Steps(EdgeKind.ATTENTION, rows[row], source, edge_weight, attention_kept))
+    steps.append(Steps(EdgeKind.ATTENTION, rows[row], source, edge_weight, attention_kept))
 
     leads_to_pre = torch.zeros(len(reached), dtype=torch.int32, device=rows.device)
     leads_to_pre.index_add_(0, source, attention_kept.int())
@@ -207,10 +218,10 @@ def grow_layer(
         passes = passes | ffn_kept
     leads_to_pre.index_add_(0, rows, passes.int())
     head_kept = head_kept & attention_kept[:, None]
-    return _Grown(layer, steps, head_weight, head_kept, unattributed), leads_to_pre > 0
+    return Grown(layer, steps, head_weight, head_kept, unattributed), leads_to_pre > 0
 
 
-def assemble(grown: list[_Grown], parallel: list[bool], **fields: Any) -> RouteGraph:
+def assemble(grown: list[Grown], parallel: list[bool], **fields: Any) -> RouteGraph:
     """The RouteGraph of all layers' edges, on the CPU, in canonical order; one read by the host."""
     tables = _columns(grown)
     flat = torch.cat([table.flatten() for table in tables]).cpu()
@@ -219,23 +230,34 @@ def assemble(grown: list[_Grown], parallel: list[bool], **fields: Any) -> RouteG
             columns.view(table.shape)[:-1, columns.view(table.shape)[-1] > 0]
             for columns, table in zip(flat.split([t.numel() for t in tables]), tables, strict=True)
         )
+    kinds = (NodeKind.POST, NodeKind.MID)
+    nodes_flagged = [
+        Node(int(layer), kinds[int(mid)], int(position))
+        for layer, mid, position in flagged.T.tolist()
+    ]
+    return in_order(edges, heads, nodes_flagged, parallel, **fields)
+
+
+def in_order(
+    edges: Tensor, heads: Tensor, unattributed: list[Node], parallel: list[bool], **fields: Any
+) -> RouteGraph:
+    """The RouteGraph of edges and heads' edges in any order, as [5, E] and [5, M] float64: the
+    columns of their tables.
+    """
+    with torch.inference_mode(False):
         # By layer, then kind, target, source; by layer, then target, source, head.
         edges = edges[:, _order(edges, (0, 1, 2, 3))]
         heads = heads[:, _order(heads, (0, 2, 3, 1))]
-        kinds = (NodeKind.POST, NodeKind.MID)
         return RouteGraph(
             edges=EdgeTable._make([*edges[:4].long(), edges[4].float()]),
             head_edges=HeadEdgeTable._make([*heads[:4].long(), heads[4].float()]),
-            unattributed=sorted(
-                Node(int(layer), kinds[int(mid)], int(position))
-                for layer, mid, position in flagged.T.tolist()
-            ),
+            unattributed=sorted(unattributed),
             parallel=torch.tensor(parallel),
             **fields,
         )
 
 
-def _columns(grown: list[_Grown]) -> list[Tensor]:
+def _columns(grown: list[Grown]) -> list[Tensor]:
     """Edges, head edges and unattributed nodes, [columns, N] each, on the graph's device; the last
     column of each is the flags. Sizes depend on shapes alone.
     """
@@ -309,19 +331,32 @@ class RouteGraph:
     head_edges: HeadEdgeTable
     unattributed: list[Node]  # whose parts all have proximity 0 and got 1/n each
     parallel: Tensor  # [L] bool: blocks with attention and FFN side by side
+    span: Span | None = None  # of several positions; `position`, `predictions` are its last's
 
     _FORMAT = "ifr_fast.route_graph"
-    _VERSION = 1
+    _VERSION = 2
+    _OLDEST = 1  # which knew no spans
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "token_ids", _normal(self.token_ids))
 
     def __repr__(self) -> str:
         top = f" -> {self.predictions[0].token!r}" if self.predictions else ""
+        where = f"position {self.position}{top}"
+        if self.span is not None:
+            first, *_, last = self.span.positions
+            where = f"{len(self.span.positions)} positions from {first} to {last}"
         return (
-            f"RouteGraph({len(self.tokens)} tokens, position {self.position}{top}, "
+            f"RouteGraph({len(self.tokens)} tokens, {where}, "
             f"threshold {self.threshold:g}, {len(self.edges.layer)} edges)"
         )
+
+    @property
+    def starts(self) -> dict[int, float]:
+        """The positions that are explained, ascending, and the weight of each; 1 where single."""
+        if self.span is None:
+            return {self.position: 1.0}
+        return dict(zip(self.span.positions, self.span.weights, strict=True))
 
     @cached_property
     def _layer_edges(self) -> list[EdgeTable]:
@@ -332,11 +367,13 @@ class RouteGraph:
     def _flow(self) -> tuple[Tensor, Tensor, Tensor]:
         """Weight of all paths from the prediction to each post, mid [L, T] and embed [T], float64.
 
+        In a span, those from each prediction count as much as it weighs.
         In a parallel block mid stands for post, which is what attention leads into there.
         """
         T = len(self.tokens)
         flow = torch.zeros(T, dtype=torch.float64)
-        flow[self.position] = 1
+        for position, weight in self.starts.items():
+            flow[position] = weight
         posts, mids = [], []
         for layer in reversed(range(self.n_layers)):
             posts.append(flow)
@@ -360,7 +397,10 @@ class RouteGraph:
         ]
 
     def token_importance(self) -> Tensor:
-        """[T] float32: weight of all paths from the prediction to each token's embedding."""
+        """[T] float32: weight of all paths from the prediction to each token's embedding.
+
+        Of a span: the mean of its predictions' importances, by its weights.
+        """
         return self._flow[2].float()
 
     def head_importance(self) -> Tensor:
@@ -390,7 +430,7 @@ class RouteGraph:
         grown = []
         T = len(self.tokens)
         reached = torch.zeros(T, dtype=torch.bool)
-        reached[self.position] = True
+        reached[list(self.starts)] = True
         for layer in reversed(range(self.n_layers)):
             table = self._layer_table(layer)
             step, reached = grow_layer(layer, table, reached, threshold, self.granularity)
@@ -406,6 +446,7 @@ class RouteGraph:
             n_layers=self.n_layers,
             n_heads=self.n_heads,
             predictions=self.predictions,
+            span=self.span,
         )
 
     def _layer_table(self, layer: int) -> LayerTable:
@@ -443,12 +484,15 @@ class RouteGraph:
         )
 
     def top_paths(self, k: int = 10) -> list[WeightedPath]:
-        """The k heaviest paths from the prediction to an embedding, heaviest first."""
+        """The k heaviest paths from the prediction to an embedding, heaviest first.
+
+        A path from a prediction of a span starts with that prediction's weight.
+        """
         tables = [s for layer in reversed(range(self.n_layers)) for s in self._steps(layer)]
         weights = [table.weight.double() for table in tables]
         found = _best_paths(
             [(t.target, t.source, w) for t, w in zip(tables, weights, strict=True)],
-            self.position,
+            self.starts,
             k,
         )
         paths = []
@@ -464,7 +508,7 @@ class RouteGraph:
         """The k heaviest routes: paths taken together that change position at the same edges.
 
         Residual, FFN and self-attention edges leave the position as it is; a route's weight is
-        the sum over all ways through them.
+        the sum over all ways through them, times the weight of its prediction in a span.
         """
         T = len(self.tokens)
         tables = []
@@ -481,8 +525,8 @@ class RouteGraph:
             target = pair // T
             tables.append((target, pair % T, summed * through[target]))
         routes = []
-        for weight, chosen in _best_paths(tables, self.position, k):
-            hops, source = [], self.position
+        for weight, chosen in _best_paths(tables, self.starts, k):
+            hops, source = [], 0
             for depth, i in enumerate(chosen):
                 reader, source = int(tables[depth][0][i]), int(tables[depth][1][i])
                 if reader != source:
@@ -541,24 +585,31 @@ class RouteGraph:
             "n_heads": self.n_heads,
             "predictions": self.predictions,
             "unattributed": self.unattributed,
+            "span": self.span,
         }
         save_tensors(path, self._FORMAT, self._VERSION, tensors, fields)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RouteGraph:
         """What `save` saved. Raises FormatError for a truncated or foreign file."""
-        tensors, fields = load_tensors(path, cls._FORMAT, cls._VERSION)
+        tensors, fields = load_tensors(path, cls._FORMAT, cls._VERSION, oldest=cls._OLDEST)
         try:
             edges = EdgeTable(*(tensors.pop(f"edges.{name}") for name in EdgeTable._fields))
             heads = HeadEdgeTable(
                 *(tensors.pop(f"head_edges.{name}") for name in HeadEdgeTable._fields)
             )
             predictions = [Prediction(*p) for p in fields.pop("predictions")]
+            span = fields.pop("span", None)
+            if span is not None:
+                positions, weights, of_each = span
+                of_each = [[Prediction(*p) for p in of] for of in of_each]
+                span = Span(positions, weights, of_each)
             nodes = [Node(n[0], NodeKind(n[1]), n[2]) for n in fields.pop("unattributed")]
             graph = cls(
                 edges=edges,
                 head_edges=heads,
                 predictions=predictions,
+                span=span,
                 unattributed=nodes,
                 token_ids=tensors["token_ids"],
                 parallel=tensors["parallel"],
@@ -571,9 +622,10 @@ class RouteGraph:
 
 
 def _best_paths(
-    tables: list[tuple[Tensor, Tensor, Tensor]], start: int, k: int
+    tables: list[tuple[Tensor, Tensor, Tensor]], starts: dict[int, float], k: int
 ) -> list[tuple[float, list[int]]]:
-    """The k heaviest chains of one edge a table, from `start`: (product, edge index a table).
+    """The k heaviest chains of one edge a table, from any of `starts`, which have weights of their
+    own: (product, edge index a table).
 
     tables: (target [E], source [E], weight [E] float64), top-down. After each table, every node
     holds its k heaviest chains; all nodes at once.
@@ -581,7 +633,8 @@ def _best_paths(
     k = as_index("k", k)
     if k < 1:
         raise ValueError(f"k: expected at least 1, got {k}")
-    node, weight = torch.tensor([start]), torch.ones(1, dtype=torch.float64)
+    node = torch.tensor(list(starts))
+    weight = torch.tensor(list(starts.values()), dtype=torch.float64)
     trail: list[tuple[Tensor, Tensor]] = []
     for target, source, edge_weight in tables:
         order = target.argsort(stable=True)
@@ -854,6 +907,8 @@ def _check_graph(graph: RouteGraph) -> None:
     L, H = (_check_int(name, getattr(graph, name), 1, None) for name in ("n_layers", "n_heads"))
     _check_int("position", graph.position, 0, T)
     _check_predictions("predictions", [graph.predictions], 1)
+    if graph.span is not None:
+        _check_span(graph.span, graph)
     _check_tensor("parallel", graph.parallel, torch.bool, L)
     for name, table in (("edges", graph.edges), ("head_edges", graph.head_edges)):
         n = len(table[0]) if table[0].ndim else 0
@@ -883,6 +938,21 @@ def _check_graph(graph: RouteGraph) -> None:
         _check_int("unattributed", node.position, 0, T)
         if node.kind not in (NodeKind.MID, NodeKind.POST):
             raise ValueError(f"unattributed: expected mid or post, got {node.kind}")
+
+
+def _check_span(span: Span, graph: RouteGraph) -> None:
+    positions, weights, predictions = span
+    for position in positions:
+        _check_int("span", position, 0, len(graph.tokens))
+    if len(positions) < 2 or any(b <= a for a, b in pairwise(positions)):
+        raise ValueError("span: expected two positions or more, ascending")
+    if not all(isinstance(w, float) and w >= 0 for w in weights) or len(weights) != len(positions):
+        raise ValueError("span: expected a weight of at least 0 for each position")
+    if not abs(sum(weights) - 1) < 1e-6:
+        raise ValueError("span: expected weights that sum to 1")
+    _check_predictions("span", predictions, len(positions))
+    if positions[-1] != graph.position or predictions[-1] != graph.predictions:
+        raise ValueError("span: its last position is not the graph's")
 
 
 def _check_routes(routes: Routes) -> None:

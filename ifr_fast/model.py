@@ -61,6 +61,10 @@ class Block(NamedTuple):
         """Whether attention and FFN both read `resid_pre` and are added at once."""
         return self.mid_site is None
 
+    def crossed_window(self, n_tokens: int) -> int | None:
+        """Its window, if a text of `n_tokens` crosses it."""
+        return None if self.window is None or self.window >= n_tokens else self.window
+
 
 class Decoder:
     """A causal language model, opened for recording and replay.
@@ -85,10 +89,13 @@ class Decoder:
         if decoder is model:  # get_decoder found none by name
             decoder = next((x for x in model.children() if isinstance(x, PreTrainedModel)), model)
         self._states: nn.Module = decoder  # what it returns, the head reads
-        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        takes = inspect.signature(model.forward).parameters
+        self._keeps_logits = "logits_to_keep" in takes
+        self._takes_positions = "position_ids" in takes
         self.vocab_size = int(model.get_input_embeddings().num_embeddings)
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.max_length: int | None = context if isinstance(context, int) else None
+        self.steps_checked = False  # that decode steps give what a whole pass does
         self.blocks: list[Block] = []
         # Forward-mode derivatives do not exist in inference mode.
         with (
@@ -117,6 +124,25 @@ class Decoder:
         """Of the residual stream."""
         return self.blocks[0].bias.dtype
 
+    def rotary_regime(self, n_tokens: int) -> list[int]:
+        """What the rotary frequencies depend on besides a position: the keys of two texts that
+        begin alike are the same only where this is the same for their lengths.
+        """
+        config = self.model.config.get_text_config()
+        parameters = getattr(config, "rope_parameters", None) or {}
+        of_each = list(parameters.values())
+        if not all(isinstance(of, dict) for of in of_each):
+            of_each = [parameters]
+        regime = []
+        for of in of_each:
+            kind = of.get("rope_type")
+            original = of.get("original_max_position_embeddings") or self.max_length or n_tokens
+            if kind == "longrope":  # one set of frequencies for short texts, another for long ones
+                regime.append(int(n_tokens > original))
+            elif kind == "dynamic":  # stretched to the text
+                regime.append(max(n_tokens, original))
+        return regime
+
     def forward(self, token_ids: Tensor, position: int = -1) -> tuple[Tensor, Tensor]:
         """Runs the model on `token_ids` [T].
 
@@ -139,6 +165,37 @@ class Decoder:
                 f"model: {type(self.model).__name__} has no decoder that its head reads from once"
             )
         return states[0][0], output.logits[0, 0 if self._keeps_logits else position]
+
+    def forward_batch(self, token_ids: Tensor) -> Tensor:
+        """Runs the model on `token_ids` [B, T]; returns the states that its head reads, [B, T, D].
+
+        No row is masked: padding belongs behind the texts.
+        """
+        states: list[Tensor] = []
+        ids = token_ids.to(self.device)
+        with capture.hooks(capture.on_output(self._states, states.append)):
+            self.model(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                use_cache=False,
+                **({"logits_to_keep": 1} if self._keeps_logits else {}),
+            )
+        return states[0]
+
+    def step(self, token_id: int, position: int) -> tuple[Tensor, Tensor]:
+        """Runs the model on one token of a text, at `position`. Its attention is to be answered by
+        a handler that knows the keys and values of those before.
+
+        Returns as `forward` does: states [1, D] and logits [vocab].
+        """
+        states: list[Tensor] = []
+        ids = torch.tensor([[token_id]], device=self.device)
+        placed = {"position_ids": torch.full_like(ids, position)} if self._takes_positions else {}
+        with capture.hooks(capture.on_output(self._states, states.append)):
+            output = self.model(
+                input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **placed
+            )
+        return states[0][0], output.logits[0, -1]
 
     @torch.inference_mode()
     def head(self, states: Tensor) -> Tensor:
@@ -191,7 +248,7 @@ def _unwrapped(model: Any) -> nn.Module:
 
 def _check_wrapper(wrapper: nn.Module, decoder: Decoder) -> None:
     """Refuses a wrapper that does more than its model alone, as soft prompts do."""
-    token_ids = _probe_tokens(decoder)
+    token_ids = probe_tokens(decoder)
     with evaluating(wrapper):
         whole = wrapper(input_ids=token_ids.to(decoder.device)[None], use_cache=False).logits[0]
     _, logits = decoder.forward(token_ids)
@@ -202,7 +259,8 @@ def _check_wrapper(wrapper: nn.Module, decoder: Decoder) -> None:
         )
 
 
-def _probe_tokens(decoder: Decoder) -> Tensor:
+def probe_tokens(decoder: Decoder) -> Tensor:
+    """A short text of random tokens [T]."""
     n_tokens = min(_PROBE_LENGTH, decoder.max_length or _PROBE_LENGTH)
     generator = torch.Generator().manual_seed(0)
     return torch.randint(decoder.vocab_size, (n_tokens,), generator=generator)
@@ -280,7 +338,7 @@ def _in_float32(layer: nn.Module) -> Iterator[None]:
 def _open_blocks(decoder: Decoder) -> tuple[AttentionThrough, list[Block]]:
     """How to answer the model's attention, and its layers."""
     model = decoder.model
-    token_ids = _probe_tokens(decoder)
+    token_ids = probe_tokens(decoder)
     n_tokens = len(token_ids)
 
     plain, logits = decoder.forward(token_ids)

@@ -127,7 +127,7 @@ def record(
     def answer(call: AttentionCall) -> Tensor:
         block = of_layer[call.module]
         # A mask that is a tensor shows its window only to texts that cross it.
-        window = _window(block, T) if call.mask.n_rows is None else call.mask.window(T)
+        window = block.crossed_window(T) if call.mask.n_rows is None else call.mask.window(T)
         windows[block.layer] = window
         if id(call.mask) not in causal:
             causal[id(call.mask)] = call.mask.is_causal(T, window)
@@ -213,11 +213,6 @@ def record(
         checked_rows=checked_rows,
         decoder=decoder,
     )
-
-
-def _window(block: Block, n_tokens: int) -> int | None:
-    """The block's window if a text of `n_tokens` crosses it."""
-    return None if block.window is None or block.window >= n_tokens else block.window
 
 
 def _own(x: Tensor) -> Tensor:

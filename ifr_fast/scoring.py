@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .errors import IfrError
 from .kernels.contract import AttentionScores, FFNScores, LayerInputs
+from .model import Block
 from .recording import Recording, layer_inputs
 
 IMPLEMENTATIONS = ("auto", "reference", "eager", "cpu", "triton")
@@ -187,8 +188,23 @@ def score_layer(
     recording: Recording, layer: int, rows: Tensor, keep: float, impl: str
 ) -> LayerScores:
     """Scores `rows` [R] (int64, CPU, strictly ascending) of a layer; edges above `keep`."""
-    kernel = load_kernel(impl)
     inputs, resid_post = layer_inputs(recording, layer, rows)
+    block = recording.decoder.blocks[layer]
+    return score_rows(block, inputs, resid_post, recording.sample(rows), keep, impl)
+
+
+def score_rows(
+    block: Block,
+    inputs: LayerInputs,
+    resid_post: Tensor | None,
+    sample: Tensor,
+    keep: float,
+    impl: str,
+) -> LayerScores:
+    """Scores the rows of a block. resid_post: [R, D], None in a parallel one; sample: which rows
+    are to be checked, indices on the CPU.
+    """
+    kernel = load_kernel(impl)
     _check_shapes(inputs)
     scores = kernel.score_attention(inputs, keep)
     if resid_post is None:
@@ -199,8 +215,8 @@ def score_layer(
         ffn, ffn_residual = of_ffn.ffn, of_ffn.residual.float()
         ffn_unattributed = of_ffn.unattributed
     return LayerScores(
-        layer,
-        rows,
+        block.layer,
+        inputs.rows,
         keep,
         scores.residual.float(),
         ffn.float(),
@@ -209,9 +225,7 @@ def score_layer(
         scores.unattributed,
         ffn_unattributed,
         scores,
-        closure(
-            inputs, scores.linear, recording.decoder.blocks[layer].bias, recording.sample(rows)
-        ),
+        closure(inputs, scores.linear, block.bias, sample),
     )
 
 

@@ -84,9 +84,14 @@ def save_tensors(
 
 
 def load_tensors(
-    path: str | os.PathLike[str], format_name: str, version: int
+    path: str | os.PathLike[str], format_name: str, version: int, *, oldest: int | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `save_tensors` saved. Raises FormatError for a truncated or foreign file."""
+    """What `save_tensors` saved, in `version` or one from `oldest` on.
+
+    Raises FormatError for a truncated or foreign file.
+    """
+    oldest = version if oldest is None else oldest
+    readable = f"version {version}" if oldest == version else f"versions {oldest} to {version}"
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -95,10 +100,10 @@ def load_tensors(
                     f"{path}: expected a file of format {format_name!r}, "
                     f"got {metadata.get('format')!r}"
                 )
-            if metadata.get("version") != str(version):
+            if metadata.get("version") not in {str(v) for v in range(oldest, version + 1)}:
                 raise FormatError(
                     f"{path}: {format_name} has version {metadata.get('version')}, "
-                    f"this ifr_fast reads version {version}"
+                    f"this ifr_fast reads {readable}"
                 )
             fields = json.loads(metadata["fields"])
             return {key: file.get_tensor(key) for key in file.keys()}, fields  # noqa: SIM118

@@ -7,6 +7,8 @@
 4. Keep the edges above the threshold. Their sources are the rows to score in the layer below.
 5. What is left at the bottom is the prediction's route graph.
 
+Several positions are so many nodes to start at.
+
 For all positions at once, every row of a layer is scored, and a position's graph is what its node
 reaches over the edges kept.
 """
@@ -14,16 +16,28 @@ reaches over the edges kept.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    NamedTuple,
+    NoReturn,
+    SupportsIndex,
+    TypeAlias,
+    TypeVar,
+    overload,
+)
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import capture
+from .batching import Batch, as_texts, batches, is_batch, record_together
 from .errors import MemoryBudgetError
 from .graph import (
     Granularity,
@@ -31,6 +45,7 @@ from .graph import (
     Prediction,
     RouteGraph,
     Routes,
+    Span,
     as_index,
     assemble,
     check_threshold,
@@ -45,6 +60,15 @@ from .tokens import Text, encode, token_strings
 
 if TYPE_CHECKING:
     import os
+
+    from transformers import LogitsProcessorList
+
+    from .generation import GenerationStep
+
+# One position, negative from the end, or several.
+Position: TypeAlias = "SupportsIndex | slice | Iterable[SupportsIndex]"
+
+Result = TypeVar("Result")
 
 _PREDICTIONS = 5
 _HEAD_ROWS = 64  # whose logits are formed at once
@@ -113,14 +137,45 @@ class Tracer:
         model, tokenizer = load(name, **kwargs)
         return cls(model, tokenizer, impl=impl)
 
+    @overload
+    def record(  # type: ignore[overload-overlap]  # a tensor may be an index, says its type
+        self,
+        text: Batch,
+        *,
+        mode: RecordingMode | str | None = ...,
+        add_special_tokens: bool | None = ...,
+        batch_size: int | None = ...,
+    ) -> list[Recording]: ...
+    @overload
     def record(
         self,
         text: Text | Recording,
         *,
+        mode: RecordingMode | str | None = ...,
+        add_special_tokens: bool | None = ...,
+    ) -> Recording: ...
+    def record(
+        self,
+        text: Text | Recording | Batch,
+        *,
+        mode: RecordingMode | str | None = None,
+        add_special_tokens: bool | None = None,
+        batch_size: int | None = None,
+    ) -> Recording | list[Recording]:
+        """One forward pass over a text. `mode` is chosen by `plan` unless given.
+
+        Of several texts (see `trace`), a list of recordings, which share memory.
+        """
+        if is_batch(text):
+            return self._each(text, self._own, batch_size, -1, add_special_tokens, mode)
+        return self._record_one(text, mode, add_special_tokens)
+
+    def _record_one(
+        self,
+        text: Text | Recording,
         mode: RecordingMode | str | None = None,
         add_special_tokens: bool | None = None,
     ) -> Recording:
-        """One forward pass over a text. `mode` is chosen by `plan` unless given."""
         if isinstance(text, Recording):
             return self._own(text)
         return self._record(self._encode(text, add_special_tokens), -1, mode)
@@ -178,35 +233,125 @@ class Tracer:
             available_bytes=available,
         )
 
-    @torch.inference_mode()
+    def _each(
+        self,
+        batch: Batch,
+        use: Callable[[Recording], Result],
+        batch_size: int | None,
+        position: Position,
+        add_special_tokens: bool | None,
+        mode: RecordingMode | str | None = None,
+    ) -> list[Result]:
+        """What `use` makes of the recording of each text of a batch, in order. position: one at
+        which it will look, of each text.
+        """
+        if batch_size is not None and as_index("batch_size", batch_size) < 1:
+            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+        texts = []
+        for i, text in enumerate(as_texts(batch)):
+            try:
+                texts.append(self._encode(text, add_special_tokens))
+            except ValueError as error:
+                raise ValueError(f"text {i}: {error}") from error
+        positions = [max(spanned(position, None, len(text))) for text in texts]
+        found: dict[int, Result] = {}
+        for together in batches(self.decoder, [len(text) for text in texts], batch_size):
+            recordings = self._record_together(
+                [texts[i] for i in together], [positions[i] for i in together], mode
+            )
+            for i, recording in zip(together, recordings, strict=True):
+                found[i] = use(recording)
+        return [found[i] for i in range(len(texts))]
+
+    def _record_together(
+        self, texts: list[Tensor], positions: list[int], mode: RecordingMode | str | None
+    ) -> list[Recording]:
+        if len(texts) == 1:
+            return [self._record(texts[0], positions[0], mode)]
+        if mode is None:
+            mode = self.plan(len(texts) * len(texts[0])).mode
+        elif mode not in list(RecordingMode):
+            raise ValueError(f"mode: expected 'full' or 'lean', got {mode!r}")
+        strings = [token_strings(text, self.tokenizer) for text in texts]
+        return record_together(self.decoder, texts, strings, RecordingMode(mode), positions)
+
+    @overload
+    def trace(  # type: ignore[overload-overlap]
+        self,
+        text: Batch,
+        *,
+        position: Position = ...,
+        position_weights: Sequence[float] | Tensor | None = ...,
+        threshold: float = ...,
+        granularity: Granularity = ...,
+        add_special_tokens: bool | None = ...,
+        batch_size: int | None = ...,
+    ) -> list[RouteGraph]: ...
+    @overload
     def trace(
         self,
         text: Text | Recording,
         *,
-        position: int = -1,
+        position: Position = ...,
+        position_weights: Sequence[float] | Tensor | None = ...,
+        threshold: float = ...,
+        granularity: Granularity = ...,
+        add_special_tokens: bool | None = ...,
+    ) -> RouteGraph: ...
+    @torch.inference_mode()
+    def trace(
+        self,
+        text: Text | Recording | Batch,
+        *,
+        position: Position = -1,
+        position_weights: Sequence[float] | Tensor | None = None,
         threshold: float = 0.04,
         granularity: Granularity = "token",
         add_special_tokens: bool | None = None,
-    ) -> RouteGraph:
+        batch_size: int | None = None,
+    ) -> RouteGraph | list[RouteGraph]:
         """The route graph of the prediction made at `position` (negative from the end).
 
+        Several texts give a list of graphs, in order: a list of strings, of token-id lists or
+        tensors, or of conversations, or what a tokenizer returns for several texts, padded on
+        either side. (A list of ints is one text, and so is a list of chat messages.) They run
+        `batch_size` at a time, by default as many as make a pass worth it, those of like
+        length together; models outside transformers' attention interface run them one by one.
+
+        position: also a slice or several positions, whose predictions are explained by one graph,
+        the union of theirs. Importances in it are their mean, or their mean by
+        `position_weights`, one number of at least 0 for each (a position given twice adds up).
         threshold: edges of at most this importance are dropped. granularity: "token" compares
         an attention edge summed over heads, "head" each head's by itself.
         """
         threshold = _check_options(threshold, granularity)
+        if is_batch(text):
+
+            def one(recording: Recording) -> RouteGraph:
+                return self.trace(
+                    recording,
+                    position=position,
+                    position_weights=position_weights,
+                    threshold=threshold,
+                    granularity=granularity,
+                )
+
+            return self._each(text, one, batch_size, position, add_special_tokens)
         if isinstance(text, Recording):
-            recording, position = self._own(text), _index("position", position, len(text))
+            recording = self._own(text)
+            starts = spanned(position, position_weights, len(text))
         else:
             token_ids = self._encode(text, add_special_tokens)
-            position = _index("position", position, len(token_ids))
-            recording = self._record(token_ids, position)
-        T = len(recording)
+            starts = spanned(position, position_weights, len(token_ids))
+            recording = self._record(token_ids, max(starts))
+        T, positions = len(recording), list(starts)
+        n_layers = self.decoder.n_layers
 
         reached = torch.zeros(T, dtype=torch.bool, device=recording.resid_final.device)
-        reached[position] = True
+        reached[positions] = True
         grown, closures = [], {}
         with self._replaying(recording):
-            for layer in reversed(range(self.decoder.n_layers)):
+            for layer in reversed(range(n_layers)):
                 rows = reached.cpu().nonzero().squeeze(1)  # the layer's one read by the host
                 if len(rows) == 0:
                     break
@@ -216,31 +361,67 @@ class Tracer:
                 step, reached = grow_layer(layer, table, reached, threshold, granularity)
                 grown.append(step)
         check_closure(closures)
+        predictions = self._predict(recording, positions)
+        single = len(positions) == 1
         return assemble(
             grown,
             [block.parallel for block in self.decoder.blocks],
             tokens=recording.tokens,
             token_ids=recording.token_ids,
-            position=position,
+            position=positions[-1],
             threshold=threshold,
             granularity=granularity,
-            n_layers=self.decoder.n_layers,
+            n_layers=n_layers,
             n_heads=self.decoder.n_heads,
-            predictions=self._predict(recording, [position])[0],
+            predictions=predictions[-1],
+            span=None if single else Span(positions, list(starts.values()), predictions),
         )
 
-    @torch.inference_mode()
+    @overload
+    def trace_all(  # type: ignore[overload-overlap]
+        self,
+        text: Batch,
+        *,
+        threshold: float = ...,
+        granularity: Granularity = ...,
+        add_special_tokens: bool | None = ...,
+        batch_size: int | None = ...,
+    ) -> list[Routes]: ...
+    @overload
     def trace_all(
         self,
         text: Text | Recording,
         *,
+        threshold: float = ...,
+        granularity: Granularity = ...,
+        add_special_tokens: bool | None = ...,
+    ) -> Routes: ...
+    @torch.inference_mode()
+    def trace_all(
+        self,
+        text: Text | Recording | Batch,
+        *,
         threshold: float = 0.04,
         granularity: Granularity = "token",
         add_special_tokens: bool | None = None,
-    ) -> Routes:
-        """The route graphs of every position's prediction: every layer scored once, for all."""
+        batch_size: int | None = None,
+    ) -> Routes | list[Routes]:
+        """The route graphs of every position's prediction: every layer scored once, for all.
+
+        Of several texts (see `trace`), a list of them.
+        """
         threshold = _check_options(threshold, granularity)
-        recording = self.record(text, add_special_tokens=add_special_tokens)
+        if is_batch(text):
+            return self._each(
+                text,
+                lambda recording: self.trace_all(
+                    recording, threshold=threshold, granularity=granularity
+                ),
+                batch_size,
+                -1,
+                add_special_tokens,
+            )
+        recording = self._record_one(text, None, add_special_tokens)
         rows = torch.arange(len(recording))
         tables, closures = [], {}
         with self._replaying(recording):
@@ -259,6 +440,55 @@ class Tracer:
             scored_threshold=threshold,
         )
 
+    def generate(
+        self,
+        prompt: Text | Recording,
+        *,
+        max_new_tokens: int = 32,
+        threshold: float = 0.04,
+        granularity: Granularity = "token",
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        generator: torch.Generator | None = None,
+        eos_token_id: int | Iterable[int] | None = None,
+        add_special_tokens: bool | None = None,
+    ) -> Iterator[GenerationStep]:
+        """Continues a text: yields each new token with the graph of the prediction that chose it.
+
+        The prompt's keys and values are reused, so a token costs a decode step and no second
+        forward pass; its graph is that of `trace` of the same text. Between two tokens, and when
+        the iterator is dropped, the model is as it was.
+
+        Without `do_sample` the most probable token is taken. Sampling is that of transformers:
+        `logits_processor`, then temperature, top_k, top_p; the model's own generation_config is
+        not asked for them. generator: of the random numbers, else torch's own (`manual_seed`).
+        It ends after `max_new_tokens`, where the model's context ends, or with one of
+        `eos_token_id` (default: the model's own; an empty list: never), which is yielded too.
+        """
+        from .generation import chooser, steps, stop_tokens
+
+        threshold = _check_options(threshold, granularity)
+        if as_index("max_new_tokens", max_new_tokens) < 1:
+            raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
+        choose = chooser(
+            do_sample=do_sample,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            logits_processor=logits_processor,
+            generator=generator,
+        )
+        stop = stop_tokens(self.model, eos_token_id)
+        text = (
+            self._own(prompt)
+            if isinstance(prompt, Recording)
+            else self._encode(prompt, add_special_tokens)
+        )
+        return steps(self, text, choose, stop, max_new_tokens, threshold, granularity)
+
     def contributions(
         self,
         text: Text | Recording,
@@ -276,7 +506,7 @@ class Tracer:
             raise ValueError(f"keep: expected a number from 0 to 1, got {keep}")
         L = self.decoder.n_layers
         wanted = range(L) if layers is None else [_index("layers", i, L) for i in layers]
-        recording = self.record(text, add_special_tokens=add_special_tokens)
+        recording = self._record_one(text, None, add_special_tokens)
         T = len(recording)
         if rows is None:
             chosen = torch.arange(T)
@@ -330,10 +560,16 @@ class Tracer:
                 logits = recording.logits[None]
             else:
                 logits = self.decoder.head(recording.states[positions[begin : begin + _HEAD_ROWS]])
-            top = logits.float().softmax(-1).topk(min(_PREDICTIONS, logits.shape[-1]))
-            for ids, values in zip(top.indices.cpu(), top.values.tolist(), strict=True):
-                entries = zip(token_strings(ids, self.tokenizer), ids.tolist(), values, strict=True)
-                found.append([Prediction(*entry) for entry in entries])
+            found += self.likeliest(logits)
+        return found
+
+    def likeliest(self, logits: Tensor) -> list[list[Prediction]]:
+        """The tokens that each row of `logits` [R, vocab] makes most probable."""
+        found = []
+        top = logits.float().softmax(-1).topk(min(_PREDICTIONS, logits.shape[-1]))
+        for ids, values in zip(top.indices.cpu(), top.values.tolist(), strict=True):
+            entries = zip(token_strings(ids, self.tokenizer), ids.tolist(), values, strict=True)
+            found.append([Prediction(*entry) for entry in entries])
         return found
 
 
@@ -372,7 +608,37 @@ def _check_options(threshold: float, granularity: str) -> float:
     return check_threshold(threshold)
 
 
-def _index(name: str, i: int, n: int) -> int:
+def spanned(
+    position: Position, weights: Sequence[float] | Tensor | None, n_tokens: int
+) -> dict[int, float]:
+    """The positions that `position` names in a text of `n_tokens`, ascending, and their weights,
+    which sum to 1. Raises ValueError where there is none, or the weights are no such thing.
+    """
+    if isinstance(position, slice):
+        chosen = list(range(n_tokens)[position])
+    elif isinstance(position, Iterable) and not (
+        isinstance(position, Tensor | np.ndarray) and position.ndim == 0
+    ):
+        chosen = [_index("position", i, n_tokens) for i in position]
+    else:
+        chosen = [_index("position", position, n_tokens)]
+    if not chosen:
+        raise ValueError(f"position: {position!r} names none of {n_tokens} tokens")
+    given = [1.0] * len(chosen) if weights is None else [float(w) for w in weights]
+    if len(given) != len(chosen):
+        raise ValueError(
+            f"position_weights: expected one for each of {len(chosen)} positions, got {len(given)}"
+        )
+    total = math.fsum(given)
+    if min(given) < 0 or not 0 < total < math.inf:
+        raise ValueError("position_weights: expected numbers of at least 0, and not all of them 0")
+    starts = dict.fromkeys(sorted(chosen), 0.0)
+    for i, weight in zip(chosen, given, strict=True):
+        starts[i] += weight / total
+    return starts
+
+
+def _index(name: str, i: SupportsIndex, n: int) -> int:
     try:
         index = as_index(name, i)
     except ValueError:

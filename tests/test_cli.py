@@ -595,3 +595,72 @@ def test_options_that_are_no_numbers(trace: Any) -> None:
         assert ran.out == ""
         assert option in ran.err
         assert "Traceback" not in ran.err
+
+
+# generate, and several positions
+
+
+def test_generate_prints_and_writes_each_token(
+    ifr: Any, tiny_dir: Path, tiny_tracer: Tracer, tmp_path: Path
+) -> None:
+    out = tmp_path / "steps.jsonl"
+    options = ("-m", tiny_dir, "-n", 4, "-t", 0.05, "--json", out)
+    ran = ifr("generate", "some words here", *options)
+    assert ran.code == 0, ran.err
+    steps = list(tiny_tracer.generate("some words here", max_new_tokens=4, threshold=0.05))
+    printed = ran.out.splitlines()
+    documents = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(printed) == len(documents) == len(steps)
+    for line, document, step in zip(printed, documents, steps, strict=True):
+        assert line.startswith(
+            f"“{ifr_fast.cli.printable(step.token)}” ({step.probability:.2f})  from “"
+        )
+        best = int(step.graph.token_importance().argmax())
+        assert f"@{best} {float(step.graph.token_importance()[best]):.2f}" in line
+        assert document["token_id"] == step.token_id
+        assert document["graph"] == json.loads(step.graph.to_json())
+
+
+def test_generate_draws_by_seed(ifr: Any, tiny_dir: Path) -> None:
+    def drawn(seed: int) -> str:
+        ran = ifr("generate", "words", "-m", tiny_dir, "--temperature", 2, "--seed", seed, "-n", 6)
+        assert ran.code == 0, ran.err
+        return ran.out
+
+    assert drawn(1) == drawn(1)
+    assert len({drawn(seed) for seed in range(4)}) > 1
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (("-n", 0), "max_new_tokens"),
+        (("--temperature", -1), "--temperature"),
+        (("-k", 0), "--sources"),
+        (("-t", 2), "threshold"),
+    ],
+)
+def test_generate_refuses_bad_options(ifr: Any, tiny_dir: Path, options: Any, word: str) -> None:
+    assert_one_error(ifr("generate", "words", "-m", tiny_dir, *options), word)
+
+
+@pytest.mark.parametrize(
+    ("given", "position"), [("1,3", [1, 3]), ("-3:", slice(-3, None)), ("0:9:4", slice(0, 9, 4))]
+)
+def test_several_positions(
+    trace: Any, tiny_tracer: Tracer, tmp_path: Path, given: str, position: Any
+) -> None:
+    out = tmp_path / "span.json"
+    ran = trace("some words here", "--position", given, "--json", out, "--html", tmp_path / "h")
+    assert ran.code == 0, ran.err
+    expected = tiny_tracer.trace("some words here", position=position)
+    assert json.loads(out.read_text()) == json.loads(expected.to_json())
+    assert expected.span is not None
+    assert f"{len(expected.span.positions)} predictions" in ran.out
+    for i in expected.span.positions:
+        assert f"@{i} " in ran.out
+
+
+@pytest.mark.parametrize("given", ["", "x", "1,", ":::", "1:2:0", "1.5", "99,1", "50:60"])
+def test_positions_that_are_none(trace: Any, given: str) -> None:
+    assert_one_error(trace("some words", "--position", given), "position")

@@ -123,7 +123,8 @@ def test_json_reproduces_the_tables(graph: RouteGraph) -> None:
     assert [Prediction(**p) for p in document["predictions"]] == graph.predictions
     assert document["token_importance"] == graph.token_importance().tolist()
     assert document["format"] == "ifr_fast.route_graph.json"
-    assert document["version"] == 1
+    assert document["version"] == 2
+    assert document["span"] is None
 
 
 def test_json_of_hostile_tokens_is_ascii_and_reads_back(hostile: RouteGraph) -> None:
@@ -336,6 +337,26 @@ def test_page_prunes_as_the_graph_does(browser: Any, tmp_path: Path, graph: Rout
     assert len(set(counts)) > 4
     assert counts[-2] == 0
     assert counts[-1] == len(graph.edges.layer)
+    opened.check()
+
+
+def test_page_of_a_span(browser: Any, tmp_path: Path, parallel: bool) -> None:
+    ids = torch.randint(VOCABULARY, (N_TOKENS,), generator=torch.Generator().manual_seed(5))
+    graph = tracer(parallel, 4).trace(
+        ids, position=[3, 8, N_TOKENS - 1], position_weights=[1, 2, 5], threshold=0.01
+    )
+    opened = Opened(browser, graph.to_html(), tmp_path)
+    assert opened.edges() == edges_of(graph)
+    for step in (350, 800):
+        assert opened.edges() == edges_of(graph.prune(opened.slide(step)))
+    opened.slide(0)
+    labels = opened.page.eval_on_selector_all(
+        "#tokens li", "items => items.map((item) => item.getAttribute('aria-label'))"
+    )
+    shown = [float(label.rpartition(" ")[2]) for label in labels]
+    assert shown == pytest.approx(graph.token_importance().tolist(), abs=6e-4)
+    assert opened.page.locator("line.stub").count() == 3
+    assert opened.page.inner_text("#facts").startswith("3 predictions, after ")
     opened.check()
 
 

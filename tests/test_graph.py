@@ -424,9 +424,13 @@ def test_each_kind_refuses_the_other(saved: Path) -> None:
 
 
 def test_other_versions_are_refused(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(RouteGraph, "_VERSION", 2)
-    with pytest.raises(FormatError, match=r"version 1.*version 2"):
-        RouteGraph.load(saved)
+    for monkeypatched, words in ((1, "version 2.*version 1"), (3, "version 2.*version 3")):
+        monkeypatch.setattr(RouteGraph, "_VERSION", monkeypatched)
+        monkeypatch.setattr(RouteGraph, "_OLDEST", monkeypatched)
+        with pytest.raises(FormatError, match=words):
+            RouteGraph.load(saved)
+    monkeypatch.setattr(RouteGraph, "_OLDEST", 1)
+    RouteGraph.load(saved)
 
 
 def rewrite(path: Path, drop: str | None = None, fields: Any = ..., **tensors: Any) -> None:

@@ -79,17 +79,18 @@
       below: (2 * layer + (intoPost && !parallel ? 1 : 0)) * T + source,
     });
   });
-  const top = 2 * L * T + graph.position;
+  const span = graph.span ?? { positions: [graph.position], weights: [1], predictions: [graph.predictions] };
+  const tops = span.positions.map((position, i) => [2 * L * T + position, span.weights[i]]);
   const unattributed = new Set(graph.unattributed.map(
     (n) => (2 * n.layer + (n.kind === "post" ? 2 : 1)) * T + n.position));
   const total = graph.edges.layer.length;
 
   /* The edges kept at a threshold, with their weights there, and the flow into every node reached:
-     the weight of all paths from the prediction to it. Weights are float32 and are compared to
+     the weight of all paths from the prediction to it, in a span times the prediction's. Weights are float32 and are compared to
      the threshold as float32. */
   function prune(threshold) {
     const limit = Math.fround(threshold), byHead = graph.granularity === "head";
-    const flow = new Map([[top, 1]]), kept = [];
+    const flow = new Map(tops), kept = [];
     const take = (edge) => {
       if (!flow.has(edge.above)) return;
       let { weight, heads } = edge;
@@ -203,8 +204,9 @@
       const middle = column.left + column.width / 2;
       parts.push(draw("line", column.gap ? "gap" : "guide", { x1: middle, x2: middle, y1: y[2 * L], y2: y[0] }));
     }
-    const topX = x[graph.position];
-    parts.push(draw("line", "stub", { x1: topX, x2: topX, y1: y[2 * L], y2: 0 }));
+    for (const position of span.positions) {
+      parts.push(draw("line", "stub", { x1: x[position], x2: x[position], y1: y[2 * L], y2: 0 }));
+    }
 
     const order = { residual: 0, attention: 1, ffn: 2 };
     const sorted = [...kept].sort((a, b) => order[a.looks] - order[b.looks] || a.weight - b.weight);
@@ -241,7 +243,7 @@
     Object.assign(shown, { threshold, kept, flow, columns, x, y, height, nodes, layers: null, links: null });
 
     drawAxis(y, height, down);
-    drawOutcome(topX, across);
+    drawOutcome(x[graph.position], across);
     drawTokens(columns, across, labels, flow);
     document.querySelector(".corner.bottom").style.height = `${labels + 13}px`;
     // The prediction is mostly at the right: that end stays in place when columns come and go.
@@ -517,10 +519,15 @@
   }
   $("listing").addEventListener("toggle", () => { if ($("listing").open) list(); });
 
+  const several = span.positions.length > 1;
   const first = graph.predictions[0];
-  fillToken($("predicted"), first ? first.token : "?");
-  $("probability").textContent = first ? percent(first.probability) : "";
-  $("facts").append("after ", tokenText(graph.position), at(graph.position),
+  fillToken($("predicted"), span.predictions.map(([best]) => best?.token ?? "?").join(""));
+  $("probability").textContent = first && !several ? percent(first.probability) : "";
+  if (several) {
+    const last = span.positions.length - 1;
+    $("facts").append(`${last + 1} predictions, after `, tokenText(span.positions[0]), at(span.positions[0]), " to ");
+  } else $("facts").append("after ");
+  $("facts").append(tokenText(graph.position), at(graph.position),
     ` · ${T.toLocaleString("en")} tokens, ${L} layers, ${graph.n_heads} heads · edges ${graph.granularity === "head" ? "by head" : "summed over heads"}`);
   if (!unattributed.size) document.querySelector(".key.unattributed").hidden = true;
 

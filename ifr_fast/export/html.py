@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 def to_html(graph: RouteGraph) -> str:
     """The page, as text to write to a .html file."""
     here = resources.files(__package__)
-    predicted = visible(graph.predictions[0].token) if graph.predictions else "?"
+    of_each = [graph.predictions] if graph.span is None else graph.span.predictions
+    predicted = visible("".join(of[0].token if of else "?" for of in of_each))
     fields = {
         "title": escape(f"{predicted} – information flow routes"),
         "style": here.joinpath("graph.css").read_text("utf-8"),

@@ -7,15 +7,15 @@ no token, not even a lone surrogate, can break the file that holds it.
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..graph import EdgeKind
 
 if TYPE_CHECKING:
-    from ..graph import RouteGraph
+    from ..graph import RouteGraph, Span
 
 FORMAT = "ifr_fast.route_graph.json"
-VERSION = 1
+VERSION = 2  # 1 knew no spans
 
 
 def to_json(graph: RouteGraph) -> str:
@@ -35,9 +35,15 @@ def to_json(graph: RouteGraph) -> str:
         "n_heads": graph.n_heads,
         "parallel": graph.parallel.tolist(),
         "predictions": [prediction._asdict() for prediction in graph.predictions],
+        "span": None if graph.span is None else _span(graph.span),
         "edges": edges,
         "head_edges": {k: column.tolist() for k, column in graph.head_edges._asdict().items()},
         "unattributed": [node._asdict() for node in graph.unattributed],
         "token_importance": graph.token_importance().tolist(),
     }
     return json.dumps(document, allow_nan=False, separators=(",", ":"))
+
+
+def _span(span: Span) -> dict[str, Any]:
+    of_each = [[prediction._asdict() for prediction in of] for of in span.predictions]
+    return {**span._asdict(), "predictions": of_each}

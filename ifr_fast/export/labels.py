@@ -44,7 +44,7 @@ def columns(graph: RouteGraph) -> list[Column]:
     """Left to right: a column for each token, or in a long text for each that is reached."""
     T = len(graph.tokens)
     reached = torch.zeros(T, dtype=torch.bool)
-    reached[graph.position] = True
+    reached[list(graph.starts)] = True
     reached[graph.edges.target] = True
     reached[graph.edges.source] = True
     if T <= SHOW_ALL:

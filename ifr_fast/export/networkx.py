@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 
 def to_networkx(graph: RouteGraph) -> nx.MultiDiGraph:
-    """Nodes carry token, layer, kind, position; edges weight, kind, layer, and attention heads."""
+    """Nodes carry token, layer, kind, position; edges weight, kind, layer, and attention heads.
+
+    The graph's `starts` are the positions explained and their weights.
+    """
     try:
         import networkx as nx
     except ImportError as error:
@@ -62,11 +65,12 @@ def to_networkx(graph: RouteGraph) -> nx.MultiDiGraph:
     out = nx.MultiDiGraph(
         tokens=graph.tokens,
         position=graph.position,
+        starts=graph.starts,
         threshold=graph.threshold,
         granularity=graph.granularity,
     )
-    top = node(NodeKind.POST, graph.n_layers - 1, graph.position)
-    nodes = dict.fromkeys([top, *(end for link in links for end in link[:2])])
+    tops = [node(NodeKind.POST, graph.n_layers - 1, position) for position in graph.starts]
+    nodes = dict.fromkeys([*tops, *(end for link in links for end in link[:2])])
     out.add_nodes_from(
         (
             (kind, layer, position),

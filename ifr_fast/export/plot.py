@@ -163,7 +163,7 @@ def _thickness(line: _Line) -> float:
 
 
 def _draw_nodes(axes: Axes, graph: RouteGraph, place: _Place) -> None:
-    marks = {place.pre(graph.n_layers, graph.position)}
+    marks = {place.pre(graph.n_layers, position) for position in graph.starts}
     for layer, kind, target, source, _ in zip(*(c.tolist() for c in graph.edges), strict=True):
         into_post = place.parallel[layer] or kind in (EdgeKind.FFN, EdgeKind.RESIDUAL_POST)
         marks.add(place.pre(layer + 1, target) if into_post else place.mid(layer, target))
@@ -194,7 +194,7 @@ def _draw_tokens(
 
     importance = graph.token_importance().tolist()
     most = max(importance) or 1.0
-    reached = {*graph.edges.source.tolist(), *graph.edges.target.tolist(), graph.position}
+    reached = {*graph.edges.source.tolist(), *graph.edges.target.tolist(), *graph.starts}
     for column in place.columns:
         if column.gap:
             continue
@@ -240,8 +240,9 @@ def _draw_tokens(
 
 
 def _draw_outcome(axes: Axes, graph: RouteGraph, place: _Place, labels: _Labels) -> None:
-    x, y = place.pre(graph.n_layers, graph.position)
-    axes.plot([x, x], [y, y + 0.35], color=_INK, linewidth=1.4, clip_on=False)
+    for position in graph.starts:
+        x, y = place.pre(graph.n_layers, position)
+        axes.plot([x, x], [y, y + 0.35], color=_INK, linewidth=1.4, clip_on=False)
     if not graph.predictions:
         return
     on_right = x > place.width / 2

@@ -1,0 +1,79 @@
+"""What a generated token's route costs, beside transformers' own decode step.
+
+    python bench/generation.py --context 2048 --tokens 24
+
+A plain decode step (sdpa, DynamicCache, inference mode) and a step of `Tracer.generate` of the same
+token are run in turn; the first two of each are not counted, and figures are medians. The rows
+scored in a step are those of the new token, one a layer, and rows of the prompt that no step
+reached before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+
+import torch
+from transformers import DynamicCache
+
+import ifr_fast.generation
+import ifr_fast.scoring
+from ifr_fast import Tracer
+from ifr_fast.benchmark import first_tokens, prose
+
+WARM_UP = 2
+
+
+def main() -> None:
+    """Prints one line a figure."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="Hub name or directory; default SmolLM2")
+    parser.add_argument("--context", type=int, default=2048, help="tokens of the prompt")
+    parser.add_argument("--tokens", type=int, default=24, help="tokens to generate")
+    parser.add_argument("--threshold", type=float, default=0.04)
+    options = parser.parse_args()
+
+    tracer = Tracer.from_pretrained(options.model)
+    prompt = first_tokens(prose(), tracer.tokenizer, options.context)
+    scored = 0
+    score_rows = ifr_fast.scoring.score_rows
+
+    def counting(block, inputs, *args):
+        nonlocal scored
+        scored += len(inputs.rows)
+        return score_rows(block, inputs, *args)
+
+    ifr_fast.scoring.score_rows = ifr_fast.generation.score_rows = counting
+    cache = DynamicCache(config=tracer.model.config)
+    with torch.inference_mode():
+        tracer.model(prompt[None], past_key_values=cache, logits_to_keep=1)
+    steps = tracer.generate(
+        tracer.record(prompt),
+        max_new_tokens=options.tokens + 1,
+        threshold=options.threshold,
+        eos_token_id=[],
+    )
+    token_id = next(steps).token_id  # needs no decode step
+    rows, plain, routed = [], [], []
+    first, scored = scored, 0
+    for _ in range(options.tokens):
+        began = time.perf_counter()
+        with torch.inference_mode():
+            tracer.model(torch.tensor([[token_id]]), past_key_values=cache)
+        plain.append(time.perf_counter() - began)
+        began = time.perf_counter()
+        token_id = next(steps).token_id
+        routed.append(time.perf_counter() - began)
+        rows.append(scored)
+        scored = 0
+    decode, with_route = (1e3 * statistics.median(x[WARM_UP:]) for x in (plain, routed))
+    print(f"{options.context} tokens of context, {torch.get_num_threads()} threads, {tracer.impl}")
+    print(f"rows scored for the prompt's first route: {first}")
+    print(f"rows scored in each step after it: {', '.join(map(str, rows))}")
+    print(f"transformers' decode step: {decode:.1f} ms")
+    print(f"a step with its route: {with_route:.1f} ms, {with_route / decode - 1:+.0%}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""Several texts at once against the same texts one by one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from oracle import TOLERANCE, assert_graph_agrees, importances
+from tiny import FAMILIES, VOCAB, WINDOW, account, tiny_model, tiny_text
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ifr_fast import Tracer
+from ifr_fast.batching import batches, can_batch, is_batch
+from ifr_fast.scoring import LayerScores
+
+LENGTHS = [9, 1, 21, 2, 14]  # some cross the window, some do not
+THRESHOLD = 0.02
+FEW = ["llama", "gpt2", "mistral", "gpt_neox", "gemma3", "qwen3_next", "bloom"]
+
+
+def texts() -> list[torch.Tensor]:
+    return [tiny_text(n, seed=i) for i, n in enumerate(LENGTHS)]
+
+
+def padded(side: str) -> dict[str, torch.Tensor]:
+    """As a tokenizer would give them, with padding that would matter if it were read."""
+    ids = torch.full((len(LENGTHS), max(LENGTHS)), 13)
+    mask = torch.zeros_like(ids)
+    for row, keep, text in zip(ids, mask, texts(), strict=True):
+        place = slice(0, len(text)) if side == "right" else slice(len(row) - len(text), None)
+        row[place], keep[place] = text, 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def assert_same_scores(got: LayerScores, expected: LayerScores) -> None:
+    T, H = len(got.rows), got.head_total.shape[1]
+    for name in ("residual", "ffn", "head_total", "ffn_residual"):
+        mine, theirs = getattr(got, name), getattr(expected, name)
+        if theirs is not None:
+            torch.testing.assert_close(mine, theirs, atol=TOLERANCE, rtol=0)
+    dense = []
+    for scores in (got, expected):
+        head, target, source, weight = scores.head_edges
+        heads = torch.zeros(H, T, T)
+        heads[head, target, source] = weight
+        dense.append(heads)
+    torch.testing.assert_close(*dense, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_scores_are_those_of_one_by_one(family):
+    tracer = Tracer(tiny_model(family))
+    for mode in ("full", "lean"):
+        together = tracer.record(texts(), mode=mode)
+        for recording, text in zip(together, texts(), strict=True):
+            assert torch.equal(recording.token_ids, text)
+            alone = tracer.record(text, mode=mode)
+            torch.testing.assert_close(recording.logits, alone.logits, atol=1e-4, rtol=1e-4)
+            of_alone = tracer.contributions(alone, keep=0.0)
+            for got, expected in zip(
+                tracer.contributions(recording, keep=0.0), of_alone, strict=True
+            ):
+                assert_same_scores(got, expected)
+
+
+@pytest.mark.parametrize("family", FEW)
+def test_graphs_match_the_models_own_account_on_either_side(family):
+    model = tiny_model(family)
+    tracer = Tracer(model)
+    accounts = [[importances(layer) for layer in account(model, text)] for text in texts()]
+    for batch in (padded("left"), padded("right"), texts()):
+        graphs = tracer.trace(batch, threshold=THRESHOLD)
+        routes = tracer.trace_all(batch, threshold=THRESHOLD)
+        assert len(graphs) == len(routes) == len(LENGTHS)
+        for graph, of_all, layers, text in zip(graphs, routes, accounts, texts(), strict=True):
+            assert torch.equal(graph.token_ids, text)
+            assert_graph_agrees(graph, layers)
+            assert_graph_agrees(of_all[-1], layers)
+            assert_graph_agrees(of_all[len(text) // 2], layers)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_a_value_changes_its_own_source_alone(family, side, monkeypatch):
+    """Replacing v at one position of one text changes exactly what reads it, in that text."""
+    # The closure check would see the change, rightly.
+    monkeypatch.setattr("ifr_fast.tracer.check_closure", lambda _: None)
+    tracer = Tracer(tiny_model(family))
+    layer, of, changed = tracer.decoder.n_layers - 1, 2, 8
+
+    def weights(scale: float) -> list[torch.Tensor]:
+        recordings = tracer.record(padded(side), mode="full")
+        with torch.inference_mode():
+            recordings[of].layers[layer].v[changed] *= scale  # in the batch's own tensor
+        found = []
+        for recording in recordings:
+            (scores,) = tracer.contributions(recording, layers=[layer], keep=0.0)
+            dense = torch.zeros(len(recording), len(recording))
+            target, source, weight = scores.token_edges
+            dense[target, source] = weight
+            found.append(dense)
+        return found
+
+    before, after = weights(1), weights(-3)
+    for b, (mine, theirs) in enumerate(zip(before, after, strict=True)):
+        rows = (mine != theirs).any(-1).nonzero().squeeze(1).tolist()
+        end = LENGTHS[of] if family == "llama" else changed + WINDOW
+        assert rows == (list(range(changed, end)) if b == of else [])
+
+
+def test_one_pass_for_each_batch(monkeypatch):
+    tracer = Tracer(tiny_model("llama"))
+    shapes = []
+    forward = tracer.decoder.forward_batch
+    monkeypatch.setattr(
+        tracer.decoder, "forward_batch", lambda x: shapes.append(tuple(x.shape)) or forward(x)
+    )
+    recordings = tracer.record(texts(), mode="full")
+    assert shapes == [(5, 21)]
+    storages = {r.layers[0].v.untyped_storage().data_ptr() for r in recordings}
+    assert len(storages) == 1  # views, not copies
+    shapes.clear()
+    tracer.trace(texts(), batch_size=2)
+    assert shapes == [(2, 21), (2, 9)]  # by length; the last alone
+
+
+def test_batches_hold_every_text_once_and_keep_to_their_size():
+    decoder = Tracer(tiny_model("llama")).decoder
+    for size in (None, 1, 2, 3, 100):
+        found = list(batches(decoder, LENGTHS, size))
+        assert sorted(i for of in found for i in of) == list(range(len(LENGTHS)))
+        assert max(map(len, found)) <= (size or 5)
+    assert [len(of) for of in batches(decoder, [4096] * 5, None)] == [2, 2, 1]
+
+
+def test_families_outside_the_interface_run_one_by_one():
+    alone = {name for name in FAMILIES if not can_batch(Tracer(tiny_model(name)).decoder)}
+    assert alone == {"bloom", "codegen", "falcon", "falcon-new", "gpt_neo", "gptj", "mpt"}
+
+
+def test_texts_of_other_rotary_frequencies_are_kept_apart():
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=36,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        intermediate_size=50,
+        max_position_embeddings=12,
+        rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 100.0},
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    tracer = Tracer(model)
+    assert list(batches(tracer.decoder, LENGTHS, None)) == [[2], [4], [0, 3, 1]]
+
+
+def test_what_is_a_batch():
+    for text in ("text", [1, 2], tiny_text(3), list(tiny_text(3)), np.array([1, 2]), [], None,
+                 [{"role": "user", "content": "x"}], [1, "a"], b"ab", range(3)):  # fmt: skip
+        assert not is_batch(text), text
+    for batch in (["a"], ["a", "b"], [[1], [2, 3]], [tiny_text(3)], ([1], [2]), [np.array([1])],
+                  [[{"role": "user", "content": "x"}]], {"input_ids": [[1]]}):  # fmt: skip
+        assert is_batch(batch), batch
+
+
+def test_positions_and_options_reach_every_text():
+    tracer = Tracer(tiny_model("llama"))
+    batch = [tiny_text(5), tiny_text(9)]
+    for graph, text in zip(
+        tracer.trace(batch, position=[1, -1], threshold=0.1, granularity="head"), batch, strict=True
+    ):
+        alone = tracer.trace(text, position=[1, -1], threshold=0.1, granularity="head")
+        assert graph.starts == alone.starts
+        assert graph.granularity == "head"
+        torch.testing.assert_close(
+            graph.token_importance(), alone.token_importance(), atol=1e-5, rtol=0
+        )
+
+
+@pytest.mark.parametrize(
+    ("batch", "options", "words"),
+    [
+        ([[1, 2], []], {}, "text 1: .*empty"),
+        ([[1, 2], [VOCAB]], {}, "text 1: .*token ids"),
+        (["a", "b"], {}, "text 0: .*no tokenizer"),
+        ([[1, 2]], {"position": 2}, "position: expected -2 to 1"),
+        ([[1, 2]], {"batch_size": 0}, "batch_size"),
+        ({"ids": [[1]]}, {}, "input_ids"),
+        ({"input_ids": [1, 2]}, {}, "text: "),
+        ({"input_ids": [[1, 2]], "attention_mask": [[0, 0]]}, {}, "attention_mask"),
+        ({"input_ids": [[1, 2, 3]], "attention_mask": [[1, 0, 1]]}, {}, "between others"),
+        ({"input_ids": [[1, 2]], "attention_mask": [[1]]}, {}, "attention_mask"),
+        ({"input_ids": [[1, 2]], "attention_mask": []}, {}, "text: "),
+    ],
+)
+def test_bad_batches_are_refused(batch, options, words):
+    with pytest.raises(ValueError, match=words):
+        Tracer(tiny_model("llama")).trace(batch, **options)
