@@ -669,11 +669,17 @@ def _check_rows(probe: _Probe, block: Block, resid_mid: Tensor) -> None:
 
 
 def replay_rows(
-    block: Block, layer_call: LayerCall, resid_pre: Tensor, recorded: AttentionCall, rows: Tensor
+    block: Block,
+    layer_call: LayerCall,
+    resid_pre: Tensor,
+    recorded: AttentionCall,
+    rows: Tensor,
+    window: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Runs one layer again on some rows alone, its attention reading recorded keys and values.
 
-    resid_pre [T, D]; of `recorded`, its keys, values, mask and slopes; rows [R]. Returns q
+    resid_pre [T, D]; of `recorded`, its keys, values, mask and slopes; rows [R] ascending, on the
+    CPU; window: keys visible to a row. Returns q
     [R, H, K], `resid_mid` [R, D] (in a parallel block: resid_pre plus the attention module's
     output) and the attention output z [R, H, V]. The caller has the model's attention answered,
     by `Decoder.attention_through`.
@@ -684,7 +690,7 @@ def replay_rows(
     def answer(call: AttentionCall) -> Tensor:
         queries.append(call.q)
         past = recorded._replace(q=call.q)
-        attended.append(capture.attend_rows(past, call.q, rows.to(call.q.device)))
+        attended.append(capture.attend_rows(past, call.q, rows, window))
         return attended[0]
 
     site, on = (

@@ -258,7 +258,9 @@ def layer_inputs(
             recorded.sinks,
             recorded.alibi_slopes,
         )
-        q, mid, z = replay_rows(block, recorded.call, recorded.resid_pre, past, rows)
+        q, mid, z = replay_rows(
+            block, recorded.call, recorded.resid_pre, past, rows, recorded.window
+        )
         if recorded.checked_mid is not None:  # where there is one, not the replay's own word
             among = torch.isin(rows, recording.checked_rows)
             known = torch.isin(recording.checked_rows, rows)

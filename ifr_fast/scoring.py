@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from .errors import IfrError
-from .kernels.contract import AttentionScores, FFNScores, LayerInputs
+from .kernels.contract import AttentionScores, EdgeList, FFNScores, LayerInputs
 from .recording import Recording, layer_inputs
 
 IMPLEMENTATIONS = ("auto", "reference", "eager", "cpu", "triton")
+BLOCK_ROWS = 512  # that are replayed and scored at once
 
 
 class Kernel(Protocol):
@@ -160,8 +162,26 @@ def _lexicographic(first: Tensor, second: Tensor) -> Tensor:
 def score_layer(
     recording: Recording, layer: int, rows: Tensor, keep: float, impl: str
 ) -> LayerScores:
-    """Scores `rows` [R] (int64, CPU, strictly ascending) of a layer; edges above `keep`."""
+    """Scores `rows` [R] (int64, CPU, strictly ascending) of a layer; edges above `keep`.
+
+    What a recording does not hold is replayed, and then scored, in row blocks.
+    """
     kernel = load_kernel(impl)
+    sample = recording.sample(rows)
+    if not recording.is_replayed or len(rows) <= BLOCK_ROWS:
+        return _score_rows(recording, layer, rows, keep, kernel, sample)
+    blocks = []
+    for start in range(0, len(rows), BLOCK_ROWS):
+        among = sample[(sample >= start) & (sample < start + BLOCK_ROWS)] - start
+        block = rows[start : start + BLOCK_ROWS]
+        blocks.append(_score_rows(recording, layer, block, keep, kernel, among))
+    return _joined(blocks, rows)
+
+
+def _score_rows(
+    recording: Recording, layer: int, rows: Tensor, keep: float, kernel: Kernel, sample: Tensor
+) -> LayerScores:
+    """`score_layer` in one go. sample: indices of the rows whose parts are checked."""
     inputs, resid_post = layer_inputs(recording, layer, rows)
     _check_shapes(inputs)
     scores = kernel.score_attention(inputs, keep)
@@ -183,8 +203,54 @@ def score_layer(
         scores.unattributed,
         ffn_unattributed,
         scores,
-        closure(
-            inputs, scores.linear, recording.decoder.blocks[layer].bias, recording.sample(rows)
+        closure(inputs, scores.linear, recording.decoder.blocks[layer].bias, sample),
+    )
+
+
+def _joined(blocks: list[LayerScores], rows: Tensor) -> LayerScores:
+    """The scores of consecutive blocks of `rows` as one."""
+    edges = [block.attention.edges for block in blocks]
+    start, shifted = 0, []
+    for block, of_block in zip(blocks, edges, strict=True):
+        shifted.append(of_block.row + start)
+        start += len(block.rows)
+
+    def cat(of: Callable[[LayerScores], Tensor | None]) -> Any:
+        found = [of(block) for block in blocks]
+        return None if found[0] is None else torch.cat(found)  # type: ignore[arg-type]
+
+    residual, ffn, head_total = (
+        cat(lambda b: b.residual),
+        cat(lambda b: b.ffn),
+        cat(lambda b: b.head_total),
+    )
+    unattributed = cat(lambda b: b.unattributed)
+    return LayerScores(
+        blocks[0].layer,
+        rows,
+        blocks[0].keep,
+        residual,
+        ffn,
+        cat(lambda b: b.ffn_residual),
+        head_total,
+        unattributed,
+        cat(lambda b: b.ffn_unattributed),
+        AttentionScores(
+            residual,
+            cat(lambda b: b.attention.ffn),
+            head_total,
+            EdgeList(
+                torch.cat(shifted),
+                cat(lambda b: b.attention.edges.source),
+                cat(lambda b: b.attention.edges.weight),
+                cat(lambda b: b.attention.edges.head_weight),
+            ),
+            unattributed,
+            cat(lambda b: b.attention.linear),
+        ),
+        Closure(
+            *(torch.cat(x) for x in zip(*(b.closure[:4] for b in blocks), strict=True)),
+            blocks[0].closure.eps,
         ),
     )
 
