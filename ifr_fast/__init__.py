@@ -13,9 +13,10 @@ from ._version import __version__
 if TYPE_CHECKING:
     from .errors import FormatError, IfrError, MemoryBudgetError, UnsupportedArchitectureError
     from .graph import EdgeKind, NodeKind, RouteGraph, Routes
+    from .plan import Plan
     from .recording import Recording
     from .scoring import LayerScores
-    from .tracer import Plan, Tracer
+    from .tracer import Tracer
 
 _HOME = {
     "EdgeKind": "graph",
@@ -24,7 +25,7 @@ _HOME = {
     "LayerScores": "scoring",
     "MemoryBudgetError": "errors",
     "NodeKind": "graph",
-    "Plan": "tracer",
+    "Plan": "plan",
     "Recording": "recording",
     "RouteGraph": "graph",
     "Routes": "graph",

@@ -83,6 +83,16 @@ class LazyMask:
         return fine.all()
 
 
+def causal_mask(window: int | None, device: torch.device) -> LazyMask:
+    """All past keys and the row's own, or the last `window` of them."""
+
+    def function(_: Any, __: Any, rows: Tensor, keys: Tensor) -> Tensor:
+        past = keys <= rows
+        return past if window is None else past & (keys > rows - window)
+
+    return LazyMask(function, device)
+
+
 class AttentionCall(NamedTuple):
     """What an attention module asks of its attention function."""
 
@@ -267,6 +277,12 @@ class LayerCall(NamedTuple):
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
+    @staticmethod
+    def of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, LayerCall]:
+        """The hidden states [1, T, D] among the arguments of a layer, and the others."""
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return hidden, LayerCall(hidden.shape[1], args[1:], kwargs)
+
     def at(self, rows: Tensor) -> LayerCall:
         """The same call for some rows: whatever has a row dimension is cut to them.
 
@@ -318,8 +334,7 @@ def on_layer_call(
     """Hands `keep` the hidden states [1, T, D] and the other arguments of each call of `layer`."""
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        keep(hidden, LayerCall(hidden.shape[1], args[1:], kwargs))
+        keep(*LayerCall.of(args, kwargs))
 
     return layer.register_forward_pre_hook(hook, with_kwargs=True)
 

@@ -20,7 +20,9 @@ Whatever fails is refused: a wrong graph is worse than none.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, NoReturn
@@ -38,6 +40,7 @@ from .errors import UnsupportedArchitectureError
 _PROBE_LENGTH = 11  # a prime, so that it collides with no other dimension
 _PROBE_ROWS = 512  # of the identity pushed through a layer at once
 _FAR = 1 << 17  # keys beyond which a sliding window is none, where a model states no context
+_SAMPLED = 16  # numbers of each tensor in a fingerprint
 _HALF = (torch.bfloat16, torch.float16)
 _TOLERANCE = 1e-4  # relative error that rounding explains in float32
 
@@ -55,6 +58,10 @@ class Block(NamedTuple):
     window: int | None  # keys visible to a row, itself included
     row_scaled: bool  # attention is scaled by a number that depends on the row: a post-norm
     gate_site: nn.Module | None  # the module whose input is the attention output times a gate
+    kv_heads: int
+    d_key: int
+    width: int  # numbers a row of the widest tensor that its submodules return
+    n_outputs: int | None  # length of the tuple that it returns; None where it returns a tensor
 
     @property
     def parallel(self) -> bool:
@@ -117,6 +124,27 @@ class Decoder:
         """Of the residual stream."""
         return self.blocks[0].bias.dtype
 
+    @torch.inference_mode()
+    def fingerprint(self) -> str:
+        """What tells this model from others: its architecture, and a sample of its weights."""
+        config = self.model.config.to_diff_dict()
+        for name in ("_name_or_path", "transformers_version"):
+            config.pop(name, None)
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+
+        def sample(x: Tensor) -> None:
+            flat = x.detach().reshape(-1)
+            some = flat[:: max(1, flat.numel() // _SAMPLED)][:_SAMPLED]
+            digest.update(some.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+
+        for name, parameter in self.model.named_parameters():
+            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+            if _is_plain(parameter) and not parameter.is_meta:
+                sample(parameter)
+        for block in self.blocks:  # of weights that are offloaded or quantized too
+            sample(block.W_O.transpose(1, 2))
+        return digest.hexdigest()
+
     def forward(self, token_ids: Tensor, position: int = -1) -> tuple[Tensor, Tensor]:
         """Runs the model on `token_ids` [T].
 
@@ -161,6 +189,34 @@ class Decoder:
         ):
             logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
         return logits[0]
+
+
+@contextmanager
+def answering_layers(
+    decoder: Decoder, answer: Callable[[Block, Tensor, LayerCall], Tensor]
+) -> Iterator[None]:
+    """Within, no layer runs: its output [1, T, D] is what `answer` makes of its input [1, T, D] and
+    its other arguments.
+    """
+
+    def replace(block: Block) -> None:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            call = LayerCall.of(args, kwargs)
+            hidden = answer(block, *call)
+            return hidden if block.n_outputs is None else (hidden,) + (None,) * (block.n_outputs - 1)
+
+        block.module.forward = forward  # type: ignore[method-assign]
+
+    own = [block.module.__dict__.get("forward") for block in decoder.blocks]
+    try:
+        for block in decoder.blocks:
+            replace(block)
+        yield
+    finally:
+        for block, forward in zip(decoder.blocks, own, strict=True):
+            block.module.__dict__.pop("forward", None)
+            if forward is not None:  # offloading has put its own there
+                block.module.__dict__["forward"] = forward
 
 
 @contextmanager
@@ -219,6 +275,7 @@ class _Probe(NamedTuple):
     layer_call: LayerCall
     resid_pre: Tensor  # [T, D]
     resid_post: Tensor  # [T, D]
+    n_outputs: int | None  # of the layer, where it returns a tuple
 
     def float(self) -> _Probe:
         """The same with all tensors in float32."""
@@ -325,6 +382,7 @@ def _open_blocks(decoder: Decoder) -> tuple[AttentionThrough, list[Block]]:
             capture.on_layer_call(layer, lambda x, c, i=i: seen[i].update(pre=x, call=c))  # type: ignore[misc]
         )
         handles.append(capture.on_output(layer, lambda x, i=i: seen[i].update(post=x[0])))  # type: ignore[misc]
+        handles.append(layer.register_forward_hook(lambda _, __, x, i=i: seen[i].update(raw=x)))  # type: ignore[misc]
     with attention_through(model, watch), capture.hooks(*handles):
         watched, _ = decoder.forward(token_ids)
     if _error(watched, plain) > _tolerance(plain.dtype):
@@ -351,6 +409,7 @@ def _open_blocks(decoder: Decoder) -> tuple[AttentionThrough, list[Block]]:
                 seen[i]["call"],
                 pre[0],
                 seen[i]["post"],
+                len(seen[i]["raw"]) if isinstance(seen[i]["raw"], tuple) else None,
             )
             blocks.append(_open_block(i, probe, decoder.max_length or _FAR))
     heads = [block.W_O.shape[0] for block in blocks]
@@ -411,6 +470,7 @@ class _Run(NamedTuple):
     inputs: list[tuple[nn.Module, Tensor]]  # [T, D] of submodules called after attention
     outputs: list[Tensor]  # [T, D] of all submodules outside attention
     emits_output: bool  # a submodule's output *is* the layer's
+    width: int  # numbers a row of the widest tensor that a submodule returns
 
 
 def _run(probe: _Probe, hidden: Tensor, z: Tensor) -> _Run:
@@ -448,7 +508,8 @@ def _run(probe: _Probe, hidden: Tensor, z: Tensor) -> _Run:
     with capture.answering(answer), capture.hooks(*handles):
         output = probe.layer_call(probe.module, hidden[None])
     emits = any(x.data_ptr() == output.data_ptr() and x.shape == output.shape for x in raw)
-    return _Run(output[0], attention_output[0][0], inputs, outputs, emits)
+    width = max((x.numel() for x in raw), default=hidden.numel()) // len(hidden)
+    return _Run(output[0], attention_output[0][0], inputs, outputs, emits, width)
 
 
 class _Parts(NamedTuple):
@@ -460,6 +521,7 @@ class _Parts(NamedTuple):
     W_O: Tensor  # [H, V, D]
     row_scaled: bool = False
     gate_site: nn.Module | None = None
+    width: int = 0
 
 
 def _open_block(index: int, probe: _Probe, n_far: int) -> Block:
@@ -480,6 +542,10 @@ def _open_block(index: int, probe: _Probe, n_far: int) -> Block:
         probe.call.mask.window(n_far),
         parts.row_scaled,
         parts.gate_site,
+        probe.call.k.shape[1],
+        probe.call.k.shape[-1],
+        parts.width,
+        probe.n_outputs,
     )
     _check_rows(probe, block, parts.resid_mid)
     return block
@@ -531,7 +597,7 @@ def _decompose(index: int, probe: _Probe, tolerance: float) -> _Parts:
     error = _error(whole.output, probe.resid_post)
     if error > tolerance:
         _refuse(probe, f"a replay does not give its output back (relative error {error:.1e})")
-    return parts
+    return parts._replace(width=whole.width)
 
 
 def _close(probe: _Probe, parts: _Parts, attended: Tensor, beside: Tensor) -> _Parts:
@@ -698,7 +764,7 @@ def replay_rows(
         if block.mid_site is None
         else (block.mid_site, capture.on_input)
     )
-    hidden = resid_pre[rows.to(resid_pre.device)]
+    hidden = resid_pre[rows.to(resid_pre.device)].to(block.W_O.device)
     found = _stopped(block.module, layer_call.at(rows), hidden, answer, lambda stop: on(site, stop))
     mid = found.reshape(hidden.shape)
     return (
@@ -729,7 +795,7 @@ def gate_rows(block: Block, layer_call: LayerCall, resid_pre: Tensor, rows: Tens
     """
     assert block.gate_site is not None
     H, V, _ = block.W_O.shape
-    hidden = resid_pre[rows.to(resid_pre.device)]
+    hidden = resid_pre[rows.to(resid_pre.device)].to(block.W_O.device)
     shape = torch.Size((len(rows), H, V))
     return _gate_rows(block.module, block.gate_site, layer_call.at(rows), hidden, shape)
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
@@ -24,7 +24,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import capture
-from .errors import MemoryBudgetError
 from .graph import (
     Granularity,
     LayerTable,
@@ -37,9 +36,10 @@ from .graph import (
     grow_layer,
 )
 from .kernels.contract import EdgeList
-from .memory import available_memory, describe_bytes
 from .model import Decoder, evaluating
-from .recording import Recording, RecordingMode, record
+from .plan import Place, Plan, Sizes, Speed, make_plan, measure_speed, parse_bytes, room_now
+from .prefill import is_chunkable
+from .recording import Recording, RecordingMode, load, record, record_in_chunks
 from .scoring import LayerScores, check_closure, choose_impl, score_layer
 from .tokens import Text, encode, token_strings
 
@@ -50,39 +50,13 @@ _PREDICTIONS = 5
 _HEAD_ROWS = 64  # whose logits are formed at once
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What recording a text of `n_tokens` will hold, in bytes, and whether that fits."""
-
-    n_tokens: int
-    mode: RecordingMode
-    weights_bytes: int
-    lean_bytes: int  # residual stream, keys, values
-    full_bytes: int  # and q, resid_mid
-    scoring_bytes: int  # work space of the kernels, at most
-    available_bytes: int | None  # of the model's device, now; None where unknown
-
-    @property
-    def recording_bytes(self) -> int:
-        """Of the mode chosen."""
-        return self.full_bytes if self.mode is RecordingMode.FULL else self.lean_bytes
-
-    def __str__(self) -> str:
-        return (
-            f"{self.n_tokens} tokens: {self.mode.value} recording "
-            f"{describe_bytes(self.recording_bytes)} (lean {describe_bytes(self.lean_bytes)}, "
-            f"full {describe_bytes(self.full_bytes)}), "
-            f"scoring {describe_bytes(self.scoring_bytes)}, "
-            f"weights {describe_bytes(self.weights_bytes)}"
-        )
-
-
 class Tracer:
     """Explains the predictions of one model.
 
     model: any Hugging Face decoder in memory, inside PEFT or not. tokenizer: its own, or None to
     work on token ids.
     impl: "auto", "reference", "eager", "cpu" or "triton"; also by $IFR_FAST_IMPL.
+    max_memory: of the model's device, its weights included, as in "8GB"; default: what is free.
 
     Raises `UnsupportedArchitectureError` where the model's parts cannot be shown to add up.
     """
@@ -93,7 +67,9 @@ class Tracer:
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
         impl: str = "auto",
+        max_memory: int | str | None = None,
     ) -> None:
+        self.max_memory = None if max_memory is None else parse_bytes(max_memory)
         self.decoder = Decoder(model)
         self.impl = choose_impl(impl, self.decoder.device, self.decoder.dtype)
         self.model = model
@@ -101,7 +77,12 @@ class Tracer:
 
     @classmethod
     def from_pretrained(
-        cls, name: str | os.PathLike[str] | None = None, *, impl: str = "auto", **kwargs: Any
+        cls,
+        name: str | os.PathLike[str] | None = None,
+        *,
+        impl: str = "auto",
+        max_memory: int | str | None = None,
+        **kwargs: Any,
     ) -> Tracer:
         """Opens a Hub name or a local directory; without one, the default model.
 
@@ -111,19 +92,35 @@ class Tracer:
         from .pretrained import load
 
         model, tokenizer = load(name, **kwargs)
-        return cls(model, tokenizer, impl=impl)
+        return cls(model, tokenizer, impl=impl, max_memory=max_memory)
 
     def record(
         self,
         text: Text | Recording,
         *,
         mode: RecordingMode | str | None = None,
+        path: str | os.PathLike[str] | None = None,
         add_special_tokens: bool | None = None,
     ) -> Recording:
-        """One forward pass over a text. `mode` is chosen by `plan` unless given."""
+        """One forward pass over a text. `mode` is chosen by `plan` unless given.
+
+        path: a lean recording is made in this file, mapped into memory. Where the file is there, of
+        the same text, it is read, or gone on with if it is unfinished: an interrupted run is
+        resumed by the same call.
+
+        Raises MemoryBudgetError where it would not fit, and FormatError where the file holds
+        something else.
+        """
         if isinstance(text, Recording):
             return self._own(text)
-        return self._record(self._encode(text, add_special_tokens), -1, mode)
+        return self._record(self._encode(text, add_special_tokens), -1, mode, path)
+
+    def load_recording(self, path: str | os.PathLike[str]) -> Recording:
+        """What `Recording.save`, or `record` with a path, has left: mapped into memory, no copy.
+
+        Raises FormatError for a file that is truncated, foreign, unfinished, or of another model.
+        """
+        return load(path, self.decoder)
 
     def _own(self, recording: Recording) -> Recording:
         if recording.decoder is not self.decoder:
@@ -136,47 +133,71 @@ class Tracer:
         return token_ids
 
     def _record(
-        self, token_ids: Tensor, position: int, mode: RecordingMode | str | None = None
+        self,
+        token_ids: Tensor,
+        position: int,
+        mode: RecordingMode | str | None = None,
+        path: str | os.PathLike[str] | None = None,
     ) -> Recording:
-        if mode is None:
-            mode = self.plan(len(token_ids)).mode
-        elif mode not in list(RecordingMode):
+        if mode is not None and mode not in list(RecordingMode):
             raise ValueError(f"mode: expected 'full' or 'lean', got {mode!r}")
+        if path is not None and mode == RecordingMode.FULL:
+            raise ValueError("path: only lean recordings are made in a file; save a full one")
         strings = token_strings(token_ids, self.tokenizer)
-        return record(self.decoder, token_ids, strings, RecordingMode(mode), position)
-
-    def plan(self, n_tokens: int) -> Plan:
-        """The memory that recording `n_tokens` takes: full where it fits, else lean.
-
-        Raises MemoryBudgetError where neither fits.
-        """
-        if n_tokens < 1:
-            raise ValueError(f"n_tokens: expected at least 1, got {n_tokens}")
-        decoder, config = self.decoder, self.decoder.model.config.get_text_config()
-        H, V, D = decoder.n_heads, decoder.d_head, decoder.d_model
-        H_kv = getattr(config, "num_key_value_heads", None) or H
-        per_token = torch.finfo(decoder.dtype).bits // 8 * decoder.n_layers
-        lean = n_tokens * per_token * (D + 2 * H_kv * V)
-        full = n_tokens * per_token * (2 * D + H * V + 2 * H_kv * V)
-        n_scaled = sum(block.row_scaled for block in decoder.blocks)
-        full += n_tokens * per_token // decoder.n_layers * n_scaled * H * V  # and z
-        scoring = 4 * (8 << 21) + 8 * n_tokens * D
-        available = available_memory(decoder.device)
-        fits = available is None or full + scoring < 0.8 * available
-        if available is not None and lean + scoring > 0.9 * available:
-            raise MemoryBudgetError(
-                f"text: recording {n_tokens} tokens takes {describe_bytes(lean + scoring)}, "
-                f"{describe_bytes(available)} are available"
-            )
-        return Plan(
-            n_tokens=n_tokens,
-            mode=RecordingMode.FULL if fits else RecordingMode.LEAN,
-            weights_bytes=sum(p.nbytes for p in self.model.parameters()),
-            lean_bytes=lean,
-            full_bytes=full,
-            scoring_bytes=scoring,
-            available_bytes=available,
+        decoder = self.decoder
+        if path is not None and not is_chunkable(decoder):
+            mode = RecordingMode.LEAN if mode is None else mode
+            recording = record(decoder, token_ids, strings, RecordingMode(mode), position)
+            recording.save(path)
+            return self.load_recording(path)
+        plan = self._plan(
+            len(token_ids),
+            mode=None if mode is None else RecordingMode(mode),
+            place=None if path is None else Place.FILE,
         )
+        if plan.chunk_rows is None:
+            return record(decoder, token_ids, strings, plan.mode, position)
+        place = {Place.DEVICE: decoder.device, Place.HOST: torch.device("cpu"), Place.FILE: None}
+        return record_in_chunks(
+            decoder, token_ids, strings, position, place=place[plan.place], path=path
+        )
+
+    def plan(self, n_tokens: int, *, max_memory: int | str | None = None) -> Plan:
+        """Memory and time to expect of recording `n_tokens`: full where that fits, else lean, in
+        chunks where it is long; else in host memory, or in a file mapped into memory.
+
+        max_memory: in place of the tracer's. The time is from one layer, measured once.
+
+        Raises MemoryBudgetError where nothing fits.
+        """
+        plan = self._plan(
+            n_tokens, max_memory=None if max_memory is None else parse_bytes(max_memory)
+        )
+        return replace(plan, seconds=self._speed.seconds(self.decoder, n_tokens))
+
+    @functools.cached_property
+    def _speed(self) -> Speed:
+        return measure_speed(self.decoder)
+
+    @functools.cached_property
+    def _sizes(self) -> Sizes:
+        return Sizes.of(self.decoder)
+
+    def _plan(
+        self,
+        n_tokens: int,
+        *,
+        mode: RecordingMode | None = None,
+        place: Place | None = None,
+        max_memory: int | None = None,
+    ) -> Plan:
+        sizes = self._sizes
+        room = room_now(
+            sizes.device,
+            sizes.weights_bytes + sizes.maps_bytes,
+            self.max_memory if max_memory is None else max_memory,
+        )
+        return make_plan(sizes, n_tokens, room, mode=mode, place=place)
 
     @torch.inference_mode()
     def trace(
@@ -329,7 +350,8 @@ class Tracer:
             if positions == [recording.position]:
                 logits = recording.logits[None]
             else:
-                logits = self.decoder.head(recording.states[positions[begin : begin + _HEAD_ROWS]])
+                states = recording.states[positions[begin : begin + _HEAD_ROWS]]
+                logits = self.decoder.head(states.to(self.decoder.device))
             top = logits.float().softmax(-1).topk(min(_PREDICTIONS, logits.shape[-1]))
             for ids, values in zip(top.indices.cpu(), top.values.tolist(), strict=True):
                 entries = zip(token_strings(ids, self.tokenizer), ids.tolist(), values, strict=True)
