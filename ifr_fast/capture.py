@@ -217,9 +217,7 @@ def attend(call: AttentionCall, window: int | None) -> Tensor:
     return attend_rows(call, call.q, torch.arange(call.q.shape[2]), window)
 
 
-def attend_rows(
-    call: AttentionCall, q: Tensor, rows: Tensor, window: int | None = None
-) -> Tensor:
+def attend_rows(call: AttentionCall, q: Tensor, rows: Tensor, window: int | None = None) -> Tensor:
     """Attention output [B, R, H, V] of queries `q` [B, H, R, K] at ascending positions `rows` [R],
     in row blocks, with the model's own mask.
 

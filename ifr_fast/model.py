@@ -203,9 +203,11 @@ def answering_layers(
         def forward(*args: Any, **kwargs: Any) -> Any:
             call = LayerCall.of(args, kwargs)
             hidden = answer(block, *call)
-            return hidden if block.n_outputs is None else (hidden,) + (None,) * (block.n_outputs - 1)
+            return (
+                hidden if block.n_outputs is None else (hidden,) + (None,) * (block.n_outputs - 1)
+            )
 
-        block.module.forward = forward  # type: ignore[method-assign]
+        block.module.forward = forward
 
     own = [block.module.__dict__.get("forward") for block in decoder.blocks]
     try:
@@ -382,7 +384,7 @@ def _open_blocks(decoder: Decoder) -> tuple[AttentionThrough, list[Block]]:
             capture.on_layer_call(layer, lambda x, c, i=i: seen[i].update(pre=x, call=c))  # type: ignore[misc]
         )
         handles.append(capture.on_output(layer, lambda x, i=i: seen[i].update(post=x[0])))  # type: ignore[misc]
-        handles.append(layer.register_forward_hook(lambda _, __, x, i=i: seen[i].update(raw=x)))  # type: ignore[misc]
+        handles.append(layer.register_forward_hook(lambda _, __, x, i=i: seen[i].update(raw=x)))
     with attention_through(model, watch), capture.hooks(*handles):
         watched, _ = decoder.forward(token_ids)
     if _error(watched, plain) > _tolerance(plain.dtype):

@@ -6,14 +6,14 @@ without weights. Nothing is allocated.
 
 from __future__ import annotations
 
-import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,10 +24,11 @@ from .errors import MemoryBudgetError, UnsupportedArchitectureError
 from .memory import available_memory, describe_bytes
 from .model import Block, Decoder
 from .recording import RecordingMode
+from .scoring import BLOCK_ROWS
 
 LONG = 2048  # tokens beyond which a lean recording is made in chunks
-_SCORING = 96 << 20  # of a kernel's row blocks, at most
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_SCORING = 64 << 20  # of a kernel's row blocks, at most
+_SCORED = 2048  # of what is said of a row: totals of heads, and edges
 
 
 class Place(StrEnum):
@@ -101,11 +102,20 @@ class Sizes(NamedTuple):
         """Activations of a layer on all rows or on a chunk of them, at most."""
         rows = n_tokens if chunk_rows is None else min(chunk_rows, n_tokens)
         activations = rows * self.itemsize * (3 * self.width + 6 * self.d_model)
-        if chunk_rows is None:
+        if chunk_rows is None or self.device.type == "cuda":
             return activations
-        embeddings = n_tokens * self.itemsize * self.d_model
-        mask = 0 if self.device.type == "cuda" else rows * (rows + n_tokens) * self.itemsize
-        return embeddings + activations + mask
+        return activations + rows * (rows + n_tokens) * self.itemsize  # and a mask
+
+    def scoring_bytes(self, n_tokens: int, mode: RecordingMode) -> int:
+        """Of scoring all rows of a layer, at most: the kernel's blocks, what it takes in float32,
+        and what it says of each row. Lean recordings are scored in row blocks.
+        """
+        rows = n_tokens if mode is RecordingMode.FULL else min(BLOCK_ROWS, n_tokens)
+        taken = 0
+        if self.itemsize < 4:
+            taken = 4 * n_tokens * max(x.k + x.v for x in self.layers)
+            taken += 4 * rows * max(2 * self.d_model + x.q for x in self.layers)
+        return _SCORING + taken + n_tokens * _SCORED
 
 
 @dataclass(frozen=True)
@@ -182,7 +192,7 @@ def make_plan(
         raise ValueError(f"n_tokens: expected at least 1, got {n_tokens}")
     rows = prefill.chunk_rows(sizes.device)
     host = room.device if sizes.device.type == "cpu" else room.host
-    refused = []
+    refused: tuple[str, int, int] | None = None
     for chosen, where in _choices(sizes):
         if (mode is not None and chosen is not mode) or (place is not None and where is not place):
             continue
@@ -198,7 +208,7 @@ def make_plan(
             lean_bytes=sizes.lean_bytes(n_tokens),
             full_bytes=sizes.full_bytes(n_tokens),
             working_bytes=sizes.working_bytes(n_tokens, rows if chunked else None),
-            scoring_bytes=_SCORING + 8 * n_tokens * sizes.d_model,
+            scoring_bytes=sizes.scoring_bytes(n_tokens, chosen),
             available_bytes=room.device,
         )
         share = 0.8 if chosen is RecordingMode.FULL else 0.9
@@ -207,13 +217,17 @@ def make_plan(
             needs.append(("host memory", plan.recording_bytes, host))
         if where is Place.FILE:
             needs.append(("disk", plan.recording_bytes, room.disk))
-        lacking = [x for x in needs if x[2] is not None and x[1] > share * x[2]]
+        lacking = [
+            (what, needed, there)
+            for what, needed, there in needs
+            if there is not None and needed > share * there
+        ]
         if not lacking:
             return plan
-        refused = [plan, *lacking[0]]
-    if not refused:
-        raise ValueError(f"mode: {mode} cannot be recorded to place {place}")
-    _, what, needed, there = refused
+        refused = lacking[0]
+    if refused is None:
+        raise ValueError(f"mode: a {mode} recording is not made in {place}")
+    what, needed, there = refused
     raise MemoryBudgetError(
         f"text: recording {n_tokens} tokens takes {describe_bytes(needed)} of {what} and a "
         f"margin, {describe_bytes(there)} are available"
@@ -229,8 +243,12 @@ def _choices(sizes: Sizes) -> Iterable[tuple[RecordingMode, Place]]:
         yield RecordingMode.LEAN, Place.FILE
 
 
-def room_now(device: torch.device, model_bytes: int, max_memory: int | None) -> Room:
-    """What there is. max_memory: of the device, with the model's own `model_bytes`."""
+def room_now(
+    device: torch.device, model_bytes: int, max_memory: int | None, folder: str | None = None
+) -> Room:
+    """What there is. max_memory: of the device, with the model's own `model_bytes`; folder: where a
+    file would be.
+    """
     there = available_memory(device)
     if max_memory is not None:
         granted = max(0, max_memory - model_bytes)
@@ -238,22 +256,8 @@ def room_now(device: torch.device, model_bytes: int, max_memory: int | None) -> 
     return Room(
         there,
         available_memory(torch.device("cpu")),
-        shutil.disk_usage(tempfile.gettempdir()).free,
+        shutil.disk_usage(folder or tempfile.gettempdir()).free,
     )
-
-
-def parse_bytes(text: str | int, name: str = "max_memory") -> int:
-    """'8GB', '500 MB', '1.5g' or a number of bytes; units are powers of 1000, of 1024 with an i."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", str(text).lower())
-    if found is None or (found[3] and not found[2]):
-        raise ValueError(f"{name}: expected a size such as 8GB or 500MB, got {text!r}")
-    unit = _UNITS[found[2]]
-    if found[3]:
-        unit = 1024 ** (len(str(unit)) // 3)
-    n = int(float(found[1]) * unit)
-    if n < 1:
-        raise ValueError(f"{name}: expected a size such as 8GB or 500MB, got {text!r}")
-    return n
 
 
 def describe_seconds(seconds: float) -> str:
@@ -313,11 +317,11 @@ def measure_speed(decoder: Decoder) -> Speed:
     return Speed(per_row, attention / (n_rows * n_keys))
 
 
-def _best(job: object) -> float:
+def _best(job: Callable[[], object]) -> float:
     times = []
     for _ in range(4):
         start = _now()
-        job()  # type: ignore[operator]
+        job()
         times.append(_now() - start)
     return min(times[1:])
 
@@ -326,6 +330,19 @@ def _now() -> float:
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def _end_at_attention(layer: torch.nn.Module) -> None:
+    """Has a layer return its input once its attention has been asked: experts need numbers."""
+    own = layer.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        hidden, _ = capture.LayerCall.of(args, kwargs)
+        with suppress(capture.StopForward):
+            own(*args, **kwargs)
+        return hidden
+
+    layer.forward = forward
 
 
 def plan_for(
@@ -345,34 +362,41 @@ def plan_for(
     with torch.device("meta"), torch.no_grad():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     layers: list[LayerSizes] = []
-    widths: list[int] = []
+    text_config = model.config.get_text_config()
+    D = text_config.hidden_size
     maps = 0
 
     def answer(call: capture.AttentionCall) -> Tensor:
         nonlocal maps
-        (_, H, T, K), (_, H_kv, _, V) = call.q.shape, call.v.shape
+        (_, H, _, K), (_, H_kv, _, V) = call.q.shape, call.v.shape
         layers.append(LayerSizes(H_kv * K, H_kv * V, H * K, 0))
-        maps += H * V * model.config.get_text_config().hidden_size * dtype.itemsize
-        return call.q.new_empty(1, T, H, V)
+        maps += H * V * D * dtype.itemsize
+        raise capture.StopForward
 
+    stacks = [x for x in model.modules() if isinstance(x, torch.nn.ModuleList)]
+    stack = next((x for x in stacks if len(x) == text_config.num_hidden_layers), stacks[0])
+    for layer in stack:
+        _end_at_attention(layer)
     ids = torch.zeros(1, 7, dtype=torch.long, device="meta")
-    handles = [
-        capture.on_output(module, lambda x: widths.append(x.numel() // 7))
-        for name, module in model.named_modules()
-        if re.search(r"\.\d+\.", name)
-    ]
-    with torch.inference_mode(), capture.hooks(*handles):
+    why = ""
+    try:
         if capture.uses_interface(model):
-            with capture.attention_through(model, answer):
-                model.get_decoder()(input_ids=ids, use_cache=False)
-    if not layers:
+            with torch.inference_mode(), capture.attention_through(model, answer):
+                model.get_decoder()(
+                    input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
+                )
+    except (RuntimeError, IndexError, ValueError) as error:
+        why = f" ({error})"
+    if len(layers) != len(stack):
         raise UnsupportedArchitectureError(
             f"config: the attention of {type(model).__name__} cannot be seen without its weights"
+            + why
         )
+    widths = [max(x.shape[-2:]) for x in stack.parameters() if x.ndim > 1]
     weights = sum(p.nbytes for p in model.parameters())
     sizes = Sizes(
         tuple(layers),
-        model.config.get_text_config().hidden_size,
+        D,
         max(widths),
         dtype.itemsize,
         weights,

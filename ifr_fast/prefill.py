@@ -88,9 +88,8 @@ def frame(decoder: Decoder, token_ids: Tensor) -> Frame:
         return hidden
 
     with attended(decoder):
-        with answering_layers(decoder, skip):
-            with suppress(capture.StopForward):
-                decoder.forward(token_ids)
+        with answering_layers(decoder, skip), suppress(capture.StopForward):
+            decoder.forward(token_ids)
         facts = [
             _facts(block, call, embeddings[0])
             for block, call in zip(decoder.blocks, calls, strict=True)
@@ -150,14 +149,13 @@ def prefill(
     first_step: int = 0,
     on_step: Callable[[int], None] | None = None,
 ) -> None:
-    """Fills `tensors` (see `specs`) from step `first_step` on; `on_step` hears how many are done.
+    """Fills `tensors` (see `specs`), but for "resid.0", the embeddings, from step `first_step` on;
+    `on_step` hears how many are done.
 
     Raises IfrError where the model's states are not finite.
     """
     T = len(token_ids)
     chunks = [(begin, min(begin + n_rows, T)) for begin in range(0, T, n_rows)]
-    if first_step == 0:
-        tensors["resid.0"].copy_(surroundings.embeddings)
     bands = Bands(n_rows, T)
     with attended(decoder):
         for layer in range(first_step // len(chunks), decoder.n_layers):
@@ -317,9 +315,7 @@ def _read_out(
 
     within = begin <= position < end
     with answering_layers(decoder, answer):
-        states, logits = decoder.forward(
-            token_ids[begin:end], position - begin if within else -1
-        )
+        states, logits = decoder.forward(token_ids[begin:end], position - begin if within else -1)
     tensors["states"][begin:end] = states.to(final.device)
     if within:
         tensors["logits"].copy_(logits)

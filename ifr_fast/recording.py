@@ -228,6 +228,7 @@ def _checked_rows(n_tokens: int, position: int) -> Tensor:
     return torch.tensor(sorted({position % n_tokens, n_tokens // 2, n_tokens - 1}))
 
 
+@torch.inference_mode()
 def record_in_chunks(
     decoder: Decoder,
     token_ids: Tensor,
@@ -252,7 +253,7 @@ def record_in_chunks(
     specs = prefill.specs(around, len(checked_rows))
     specs["token_ids"], specs["checked_rows"] = Spec.of(token_ids), Spec.of(checked_rows)
     total = prefill.n_steps(decoder, T, n_rows)
-    fields = {
+    fields: dict[str, Any] = {
         "mode": RecordingMode.LEAN.value,
         "model": decoder.fingerprint(),
         "tokens": tokens,
@@ -265,12 +266,16 @@ def record_in_chunks(
         tensors = {
             name: torch.empty(spec.shape, dtype=spec.dtype, device=place)
             for name, spec in specs.items()
+            if name != "resid.0"
         }
+        tensors["resid.0"] = around.embeddings.to(place)
     else:
         if path is None:
             file = recording_file.create_nameless(specs, fields, total)
         elif os.path.lexists(path):
             file = _to_go_on_with(path, token_ids, fields)
+            if file.done == file.total:
+                return load(path, decoder)
         else:
             file = recording_file.create(path, specs, fields, total)
         tensors, fields = file.tensors, file.fields
@@ -278,6 +283,8 @@ def record_in_chunks(
     if done == 0:
         tensors["token_ids"].copy_(token_ids)
         tensors["checked_rows"].copy_(checked_rows)
+        tensors["resid.0"].copy_(around.embeddings)
+    around = around._replace(embeddings=tensors["resid.0"])
     first_step, n_chunks = done, -(-T // n_rows)
     try:
         with progress("recording", total, done) as show:
@@ -313,13 +320,31 @@ def _to_go_on_with(
     """The file of a recording of this text; the position of its logits is its own."""
     file = recording_file.open_file(path, writable=True)
     _check_model(path, file.fields, fields["model"])
-    same = file.fields | {"position": None} == fields | {"position": None}
-    if not same or not torch.equal(file.tensors["token_ids"], token_ids):
+    if file.done and not torch.equal(file.tensors["token_ids"], token_ids):
+        raise FormatError(f"{path}: holds a recording of another text; expected a new path")
+    started_so = file.fields | {"position": None} == fields | {"position": None}
+    if file.done < file.total and not started_so:
         raise FormatError(
-            f"{path}: holds a recording of another text, or one made in another way; expected a "
-            "new path, or one of this text"
+            f"{path}: is unfinished, and was begun in another way than this text would be now; "
+            "delete it, or expected a new path"
         )
     return file
+
+
+def record_to_file(
+    decoder: Decoder,
+    token_ids: Tensor,
+    tokens: list[str],
+    path: str | os.PathLike[str],
+    position: int = -1,
+) -> Recording:
+    """As `record_in_chunks`, in one pass: nothing is left of one that is interrupted."""
+    if not os.path.lexists(path):
+        record(decoder, token_ids, tokens, RecordingMode.LEAN, position).save(path)
+    recording = load(path, decoder)
+    if not torch.equal(recording.token_ids, token_ids):
+        raise FormatError(f"{path}: holds a recording of another text; expected a new path")
+    return recording
 
 
 def _check_model(path: str | os.PathLike[str], fields: dict[str, Any], model: str) -> None:

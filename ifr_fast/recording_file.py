@@ -100,9 +100,7 @@ def create(
     return _mapped(Path(os.path.realpath(path)), writable=True)
 
 
-def create_nameless(
-    specs: Mapping[str, Spec], fields: dict[str, Any], n_steps: int
-) -> MappedFile:
+def create_nameless(specs: Mapping[str, Spec], fields: dict[str, Any], n_steps: int) -> MappedFile:
     """The same in the folder for temporary files ($TMPDIR)."""
     with tempfile.TemporaryDirectory(prefix="ifr_fast.") as folder:
         made = create(Path(folder, "recording"), specs, fields, n_steps)

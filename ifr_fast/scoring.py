@@ -249,7 +249,10 @@ def _joined(blocks: list[LayerScores], rows: Tensor) -> LayerScores:
             cat(lambda b: b.attention.linear),
         ),
         Closure(
-            *(torch.cat(x) for x in zip(*(b.closure[:4] for b in blocks), strict=True)),
+            cat(lambda b: b.closure.y),
+            cat(lambda b: b.closure.resid_pre),
+            cat(lambda b: b.closure.moved),
+            cat(lambda b: b.closure.linear),
             blocks[0].closure.eps,
         ),
     )

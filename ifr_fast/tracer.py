@@ -14,16 +14,18 @@ reaches over the edges kept.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import capture
+from .checkpoint import Checkpoint
 from .graph import (
     Granularity,
     LayerTable,
@@ -36,15 +38,21 @@ from .graph import (
     grow_layer,
 )
 from .kernels.contract import EdgeList
+from .memory import parse_bytes
 from .model import Decoder, evaluating
-from .plan import Place, Plan, Sizes, Speed, make_plan, measure_speed, parse_bytes, room_now
+from .plan import LONG, Place, Plan, Sizes, Speed, make_plan, measure_speed, room_now
 from .prefill import is_chunkable
-from .recording import Recording, RecordingMode, load, record, record_in_chunks
+from .progress import progress
+from .recording import (
+    Recording,
+    RecordingMode,
+    load,
+    record,
+    record_in_chunks,
+    record_to_file,
+)
 from .scoring import LayerScores, check_closure, choose_impl, score_layer
 from .tokens import Text, encode, token_strings
-
-if TYPE_CHECKING:
-    import os
 
 _PREDICTIONS = 5
 _HEAD_ROWS = 64  # whose logits are formed at once
@@ -146,14 +154,12 @@ class Tracer:
         strings = token_strings(token_ids, self.tokenizer)
         decoder = self.decoder
         if path is not None and not is_chunkable(decoder):
-            mode = RecordingMode.LEAN if mode is None else mode
-            recording = record(decoder, token_ids, strings, RecordingMode(mode), position)
-            recording.save(path)
-            return self.load_recording(path)
+            return record_to_file(decoder, token_ids, strings, path, position)
         plan = self._plan(
             len(token_ids),
             mode=None if mode is None else RecordingMode(mode),
             place=None if path is None else Place.FILE,
+            path=path,
         )
         if plan.chunk_rows is None:
             return record(decoder, token_ids, strings, plan.mode, position)
@@ -190,13 +196,17 @@ class Tracer:
         mode: RecordingMode | None = None,
         place: Place | None = None,
         max_memory: int | None = None,
+        path: str | os.PathLike[str] | None = None,
     ) -> Plan:
         sizes = self._sizes
         room = room_now(
             sizes.device,
             sizes.weights_bytes + sizes.maps_bytes,
             self.max_memory if max_memory is None else max_memory,
+            None if path is None else os.path.dirname(os.path.abspath(path)),
         )
+        if path is not None and os.path.lexists(path):  # its blocks are its own already
+            room = room._replace(disk=None)
         return make_plan(sizes, n_tokens, room, mode=mode, place=place)
 
     @torch.inference_mode()
@@ -257,19 +267,37 @@ class Tracer:
         *,
         threshold: float = 0.04,
         granularity: Granularity = "token",
+        checkpoint: str | os.PathLike[str] | None = None,
         add_special_tokens: bool | None = None,
     ) -> Routes:
-        """The route graphs of every position's prediction: every layer scored once, for all."""
+        """The route graphs of every position's prediction: every layer scored once, for all.
+
+        checkpoint: a folder that keeps each layer's scores, and from which the same call goes on
+        after an interruption. Raises FormatError where it is another trace's.
+        """
         threshold = _check_options(threshold, granularity)
         recording = self.record(text, add_special_tokens=add_special_tokens)
         rows = torch.arange(len(recording))
-        tables, closures = [], {}
-        with self._replaying(recording):
-            for layer in range(self.decoder.n_layers):
-                scores = score_layer(recording, layer, rows, threshold, self.impl)
-                closures[layer] = scores.closure
-                tables.append(layer_table(scores, recording.resid_final.device))
-        check_closure(closures)
+        tables = []
+        kept = None if checkpoint is None else Checkpoint.of(checkpoint, recording, threshold)
+        closures = {}
+        L = self.decoder.n_layers
+        shown = progress("scoring", L) if len(recording) > LONG else nullcontext(lambda _: None)
+        with self._replaying(recording), shown as show:
+            for layer in range(L):
+                table = None if kept is None else kept.load(layer, recording.resid_final.device)
+                if table is None:
+                    scores = score_layer(recording, layer, rows, threshold, self.impl)
+                    table = layer_table(scores, recording.resid_final.device)
+                    if kept is None:
+                        closures[layer] = scores.closure
+                    else:
+                        check_closure({layer: scores.closure})
+                        kept.save(layer, table)
+                tables.append(table)
+                show(layer + 1)
+        if closures:
+            check_closure(closures)
         return Routes(
             tokens=recording.tokens,
             token_ids=recording.token_ids,
