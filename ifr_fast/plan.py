@@ -130,6 +130,7 @@ class Plan:
     maps_bytes: int  # effective W_O of the heads, beside the weights
     lean_bytes: int  # residual stream, what the head reads, keys, values
     full_bytes: int  # and q, resid_mid
+    kv_bytes: int  # of either
     working_bytes: int  # activations of the forward pass, at most
     scoring_bytes: int  # work space of the kernels, at most
     available_bytes: int | None  # of the model's device, now; None where unknown
@@ -158,6 +159,7 @@ class Plan:
             ("weights", self.weights_bytes),
             ("output maps of the heads", self.maps_bytes),
             (f"{self.mode.value} recording{elsewhere}", self.recording_bytes),
+            ("  of which keys and values", self.kv_bytes),
             ("forward pass, or scoring", max(self.working_bytes, self.scoring_bytes)),
             ("in all" + (", beside that" if elsewhere else ""), self.total_bytes),
         ]
@@ -207,6 +209,7 @@ def make_plan(
             maps_bytes=sizes.maps_bytes,
             lean_bytes=sizes.lean_bytes(n_tokens),
             full_bytes=sizes.full_bytes(n_tokens),
+            kv_bytes=n_tokens * sizes.itemsize * sum(x.k + x.v for x in sizes.layers),
             working_bytes=sizes.working_bytes(n_tokens, rows if chunked else None),
             scoring_bytes=sizes.scoring_bytes(n_tokens, chosen),
             available_bytes=room.device,

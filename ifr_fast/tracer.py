@@ -14,11 +14,11 @@ reaches over the edges kept.
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any, NamedTuple, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -53,6 +53,9 @@ from .recording import (
 )
 from .scoring import LayerScores, check_closure, choose_impl, score_layer
 from .tokens import Text, encode, token_strings
+
+if TYPE_CHECKING:
+    import os
 
 _PREDICTIONS = 5
 _HEAD_ROWS = 64  # whose logits are formed at once
@@ -203,9 +206,9 @@ class Tracer:
             sizes.device,
             sizes.weights_bytes + sizes.maps_bytes,
             self.max_memory if max_memory is None else max_memory,
-            None if path is None else os.path.dirname(os.path.abspath(path)),
+            None if path is None else str(Path(path).absolute().parent),
         )
-        if path is not None and os.path.lexists(path):  # its blocks are its own already
+        if path is not None and Path(path).exists():  # its blocks are its own already
             room = room._replace(disk=None)
         return make_plan(sizes, n_tokens, room, mode=mode, place=place)
 
