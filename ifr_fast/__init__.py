@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from .errors import FormatError, IfrError, MemoryBudgetError, UnsupportedArchitectureError
     from .generation import GenerationStep
     from .graph import EdgeKind, NodeKind, RouteGraph, Routes, Span
+    from .plan import Plan
     from .recording import Recording
     from .scoring import LayerScores
-    from .tracer import Plan, Tracer
+    from .tracer import Tracer
 
 _HOME = {
     "EdgeKind": "graph",
@@ -26,7 +27,7 @@ _HOME = {
     "LayerScores": "scoring",
     "MemoryBudgetError": "errors",
     "NodeKind": "graph",
-    "Plan": "tracer",
+    "Plan": "plan",
     "Recording": "recording",
     "RouteGraph": "graph",
     "Routes": "graph",

@@ -83,6 +83,16 @@ class LazyMask:
         return fine.all()
 
 
+def causal_mask(window: int | None, device: torch.device) -> LazyMask:
+    """All past keys and the row's own, or the last `window` of them."""
+
+    def function(_: Any, __: Any, rows: Tensor, keys: Tensor) -> Tensor:
+        past = keys <= rows
+        return past if window is None else past & (keys > rows - window)
+
+    return LazyMask(function, device)
+
+
 class AttentionCall(NamedTuple):
     """What an attention module asks of its attention function."""
 
@@ -204,36 +214,42 @@ def attend(call: AttentionCall, window: int | None) -> Tensor:
                 enable_gqa=heads != kv_heads,
             )
             return z.transpose(1, 2)
-    rows = torch.arange(call.q.shape[2], device=call.q.device)
-    return attend_rows(call, call.q, rows)
+    return attend_rows(call, call.q, torch.arange(call.q.shape[2]), window)
 
 
-def attend_rows(call: AttentionCall, q: Tensor, rows: Tensor) -> Tensor:
-    """Attention output [B, R, H, V] of queries `q` [B, H, R, K] at positions `rows` [R], in row
-    blocks, with the model's own mask.
+def attend_rows(call: AttentionCall, q: Tensor, rows: Tensor, window: int | None = None) -> Tensor:
+    """Attention output [B, R, H, V] of queries `q` [B, H, R, K] at ascending positions `rows` [R],
+    in row blocks, with the model's own mask.
+
+    window: keys visible to a row, itself included, so that no others are read.
     """
-    heads, kv_heads, n_keys = q.shape[1], call.k.shape[1], call.k.shape[2]
-    keys = torch.arange(n_keys, device=q.device)
-    k = call.k.repeat_interleave(heads // kv_heads, dim=1)
-    v = call.v.repeat_interleave(heads // kv_heads, dim=1)
-    step = max(1, _BLOCK_ELEMENTS // (heads * n_keys))
+    heads, kv_heads = q.shape[1], call.k.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
+    step = max(1, _BLOCK_ELEMENTS // (heads * call.k.shape[2]))
     out = []
     for i in range(0, len(rows), step):
-        scores = (q[:, :, i : i + step] @ k.transpose(-1, -2)).to(wide) * call.scale
+        block = rows[i : i + step]
+        begin = 0 if window is None else max(0, int(block[0]) - window + 1)
+        keys = torch.arange(begin, int(block[-1]) + 1, device=q.device)
+        k, v = (x[:, :, begin : int(block[-1]) + 1] for x in (call.k, call.v))
+        block = block.to(q.device)
+        # Heads that share keys are more rows of one head: nothing is repeated.
+        grouped = q[:, :, i : i + step].reshape(len(q), kv_heads, -1, q.shape[-1])
+        scores = (grouped @ k.transpose(-1, -2)).to(wide) * call.scale
+        scores = scores.view(len(q), heads, len(block), len(keys))
         if call.softcap is not None:
             scores = call.softcap * torch.tanh(scores / call.softcap)
         if call.alibi_slopes is not None:
-            distance = (keys - rows[i : i + step, None]).to(wide)
+            distance = (keys - block[:, None]).to(wide)
             scores = scores.addcmul(call.alibi_slopes.to(wide)[:, None, None], distance)
-        visible = call.mask.visible(rows[i : i + step], keys)
-        scores = scores.masked_fill_(~visible, float("-inf"))
+        scores = scores.masked_fill_(~call.mask.visible(block, keys), float("-inf"))
         if call.sinks is not None:
             sinks = call.sinks.to(wide)[:, None, None].expand(*scores.shape[:3], 1)
             weights = torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1]
         else:
             weights = scores.softmax(-1)
-        out.append((weights.to(v.dtype) @ v).transpose(1, 2))
+        z = weights.reshape(len(q), kv_heads, -1, len(keys)).to(v.dtype) @ v
+        out.append(z.view(len(q), heads, len(block), -1).transpose(1, 2))
     return torch.cat(out, dim=1)
 
 
@@ -258,6 +274,12 @@ class LayerCall(NamedTuple):
     n_rows: int
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+    @staticmethod
+    def of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, LayerCall]:
+        """The hidden states [1, T, D] among the arguments of a layer, and the others."""
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return hidden, LayerCall(hidden.shape[1], args[1:], kwargs)
 
     def at(self, rows: Tensor) -> LayerCall:
         """The same call for some rows: whatever has a row dimension is cut to them.
@@ -310,8 +332,7 @@ def on_layer_call(
     """Hands `keep` the hidden states [1, T, D] and the other arguments of each call of `layer`."""
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        keep(hidden, LayerCall(hidden.shape[1], args[1:], kwargs))
+        keep(*LayerCall.of(args, kwargs))
 
     return layer.register_forward_pre_hook(hook, with_kwargs=True)
 

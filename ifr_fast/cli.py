@@ -114,6 +114,19 @@ def trace(
         _Granularity, typer.Option(help="Compare summed attention edges, or single heads.")
     ] = _Granularity.TOKEN,
     impl: Annotated[str, typer.Option(help="auto, reference, eager, cpu or triton.")] = "auto",
+    recording_path: Annotated[
+        Path | None,
+        typer.Option(
+            "--recording",
+            "-r",
+            help="Keep the recording of the text in this file; it goes on where an interrupted run "
+            "has left it. A whole one is read: its own text, where none is given.",
+        ),
+    ] = None,
+    max_memory: Annotated[
+        str | None,
+        typer.Option("--max-memory", help="Memory to keep within, the model's included: 8GB."),
+    ] = None,
     top_paths: Annotated[
         int, typer.Option("--top-paths", "-k", help="How many routes to print.")
     ] = 5,
@@ -131,6 +144,7 @@ def trace(
     ] = None,
 ) -> None:
     """Explain one prediction: print its strongest routes, tokens and heads."""
+    given = not (text is None and file is None and chat is None)
     source = _read(text, file, chat)
     outputs = _check_outputs(
         {"--json": json_path, "--html": html_path, "--png": png_path, "--save": save_path}
@@ -138,10 +152,25 @@ def trace(
     if top_paths < 1:
         raise ValueError(f"--top-paths: expected at least 1, got {top_paths}")
     from .graph import check_threshold
+    from .memory import parse_bytes
 
+    if max_memory is not None:
+        parse_bytes(max_memory, "--max-memory")
     check_threshold(threshold)
     where = _position(position)
-    tracer = _open(model, impl)
+    tracer = _open(model, impl, max_memory)
+    if recording_path is not None:
+        if given or not recording_path.exists():
+            try:
+                source = tracer.record(source, path=recording_path)
+            except KeyboardInterrupt:
+                Console(stderr=True).print(
+                    Text(f"interrupted; what {printable(str(recording_path))} holds of the "
+                         "recording is gone on with by the same command"), soft_wrap=True
+                )  # fmt: skip
+                raise
+        else:
+            source = tracer.load_recording(recording_path)
     graph = tracer.trace(source, position=where, threshold=threshold, granularity=granularity.value)
     # Files first: whoever reads what is printed may stop reading.
     _write(graph, json_path, html_path, png_path, save_path)
@@ -354,6 +383,57 @@ def _print_throughput(document: dict[str, Any], results: list[Throughput]) -> No
 
 
 @app.command()
+def plan(
+    tokens: Annotated[int, typer.Argument(help="The length of the text.")],
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Hub name or directory; default SmolLM2.")
+    ] = None,
+    max_memory: Annotated[
+        str | None,
+        typer.Option("--max-memory", help="Memory to keep within, the model's included: 8GB."),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="A config.json, or its directory: on paper, without the weights."),
+    ] = None,
+    device_memory: Annotated[
+        str | None, typer.Option("--device-memory", help="With --config: what the GPU has, 80GB.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="With --config: of the weights.")] = "bfloat16",
+) -> None:
+    """State the memory and the time that a text of some length takes; fail where it cannot fit."""
+    from .memory import parse_bytes
+
+    console = Console(highlight=False, soft_wrap=True)
+    if max_memory is not None:
+        parse_bytes(max_memory, "--max-memory")
+    if config is None:
+        if device_memory is not None:
+            raise ValueError("--device-memory: goes with --config")
+        console.print(str(_open(model, "auto", max_memory).plan(tokens)))
+        return
+    if model is not None or max_memory is not None:
+        raise ValueError("--config: goes with --device-memory and --dtype alone")
+    import torch
+    from transformers import AutoConfig
+
+    from .plan import plan_for
+
+    chosen = getattr(torch, dtype, None)
+    if not isinstance(chosen, torch.dtype) or not chosen.is_floating_point:
+        raise ValueError(f"--dtype: expected bfloat16, float16 or float32, got {dtype!r}")
+    if not config.exists():
+        raise ValueError(f"--config: no file or directory {str(config)!r}")
+    room = None if device_memory is None else parse_bytes(device_memory, "--device-memory")
+    found = plan_for(AutoConfig.from_pretrained(config), tokens, device_memory=room, dtype=chosen)
+    console.print(str(found))
+    if room is not None:
+        from .memory import describe_bytes
+
+        console.print(f"  fits into {describe_bytes(room)}")
+
+
+@app.command()
 def doctor(
     impl: Annotated[str, typer.Option(help="An implementation to ask about.")] = "auto",
 ) -> None:
@@ -453,7 +533,7 @@ def _check_outputs(options: dict[str, Path | None]) -> list[Path]:
     return list(chosen.values())
 
 
-def _open(model: str | None, impl: str) -> Tracer:
+def _open(model: str | None, impl: str, max_memory: str | None = None) -> Tracer:
     console = Console(stderr=True)
     with console.status("loading the model") if console.is_terminal else nullcontext():
         from .tracer import Tracer
@@ -462,7 +542,7 @@ def _open(model: str | None, impl: str) -> Tracer:
     if model is None:
         default_model()  # prints its own progress
     with console.status("loading the model") if console.is_terminal else nullcontext():
-        return Tracer.from_pretrained(model, impl=impl)
+        return Tracer.from_pretrained(model, impl=impl, max_memory=max_memory)
 
 
 def _write(

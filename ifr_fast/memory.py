@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
 def available_memory(device: torch.device) -> int | None:
@@ -31,3 +34,17 @@ def describe_bytes(n: float) -> str:
             return f"{n:.3g} {unit}"
         n /= 1000
     return f"{n:.3g} TB"
+
+
+def parse_bytes(text: str | int, name: str = "max_memory") -> int:
+    """'8GB', '500 MB', '1.5g' or a number of bytes; units are powers of 1000, of 1024 with an i."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", str(text).lower())
+    if found is None or (found[3] and not found[2]):
+        raise ValueError(f"{name}: expected a size such as 8GB or 500MB, got {text!r}")
+    unit = _UNITS[found[2]]
+    if found[3]:
+        unit = 1024 ** (len(str(unit)) // 3)
+    n = int(float(found[1]) * unit)
+    if n < 1:
+        raise ValueError(f"{name}: expected a size such as 8GB or 500MB, got {text!r}")
+    return n

@@ -20,7 +20,9 @@ Whatever fails is refused: a wrong graph is worse than none.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, NoReturn
@@ -38,6 +40,7 @@ from .errors import UnsupportedArchitectureError
 _PROBE_LENGTH = 11  # a prime, so that it collides with no other dimension
 _PROBE_ROWS = 512  # of the identity pushed through a layer at once
 _FAR = 1 << 17  # keys beyond which a sliding window is none, where a model states no context
+_SAMPLED = 16  # numbers of each tensor in a fingerprint
 _HALF = (torch.bfloat16, torch.float16)
 _TOLERANCE = 1e-4  # relative error that rounding explains in float32
 
@@ -55,6 +58,10 @@ class Block(NamedTuple):
     window: int | None  # keys visible to a row, itself included
     row_scaled: bool  # attention is scaled by a number that depends on the row: a post-norm
     gate_site: nn.Module | None  # the module whose input is the attention output times a gate
+    kv_heads: int
+    d_key: int
+    width: int  # numbers a row of the widest tensor that its submodules return
+    n_outputs: int | None  # length of the tuple that it returns; None where it returns a tensor
 
     @property
     def parallel(self) -> bool:
@@ -143,6 +150,27 @@ class Decoder:
                 regime.append(max(n_tokens, original))
         return regime
 
+    @torch.inference_mode()
+    def fingerprint(self) -> str:
+        """What tells this model from others: its architecture, and a sample of its weights."""
+        config = self.model.config.to_diff_dict()
+        for name in ("_name_or_path", "transformers_version"):
+            config.pop(name, None)
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+
+        def sample(x: Tensor) -> None:
+            flat = x.detach().reshape(-1)
+            some = flat[:: max(1, flat.numel() // _SAMPLED)][:_SAMPLED]
+            digest.update(some.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+
+        for name, parameter in self.model.named_parameters():
+            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+            if _is_plain(parameter) and not parameter.is_meta:
+                sample(parameter)
+        for block in self.blocks:  # of weights that are offloaded or quantized too
+            sample(block.W_O.transpose(1, 2))
+        return digest.hexdigest()
+
     def forward(self, token_ids: Tensor, position: int = -1) -> tuple[Tensor, Tensor]:
         """Runs the model on `token_ids` [T].
 
@@ -221,6 +249,36 @@ class Decoder:
 
 
 @contextmanager
+def answering_layers(
+    decoder: Decoder, answer: Callable[[Block, Tensor, LayerCall], Tensor]
+) -> Iterator[None]:
+    """Within, no layer runs: its output [1, T, D] is what `answer` makes of its input [1, T, D] and
+    its other arguments.
+    """
+
+    def replace(block: Block) -> None:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            call = LayerCall.of(args, kwargs)
+            hidden = answer(block, *call)
+            return (
+                hidden if block.n_outputs is None else (hidden,) + (None,) * (block.n_outputs - 1)
+            )
+
+        block.module.forward = forward
+
+    own = [block.module.__dict__.get("forward") for block in decoder.blocks]
+    try:
+        for block in decoder.blocks:
+            replace(block)
+        yield
+    finally:
+        for block, forward in zip(decoder.blocks, own, strict=True):
+            block.module.__dict__.pop("forward", None)
+            if forward is not None:  # offloading has put its own there
+                block.module.__dict__["forward"] = forward
+
+
+@contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Within, the model is in eval mode; each module's own flag is restored after."""
     training = [module for module in model.modules() if module.training]
@@ -277,6 +335,7 @@ class _Probe(NamedTuple):
     layer_call: LayerCall
     resid_pre: Tensor  # [T, D]
     resid_post: Tensor  # [T, D]
+    n_outputs: int | None  # of the layer, where it returns a tuple
 
     def float(self) -> _Probe:
         """The same with all tensors in float32."""
@@ -383,6 +442,7 @@ def _open_blocks(decoder: Decoder) -> tuple[AttentionThrough, list[Block]]:
             capture.on_layer_call(layer, lambda x, c, i=i: seen[i].update(pre=x, call=c))  # type: ignore[misc]
         )
         handles.append(capture.on_output(layer, lambda x, i=i: seen[i].update(post=x[0])))  # type: ignore[misc]
+        handles.append(layer.register_forward_hook(lambda _, __, x, i=i: seen[i].update(raw=x)))
     with attention_through(model, watch), capture.hooks(*handles):
         watched, _ = decoder.forward(token_ids)
     if _error(watched, plain) > _tolerance(plain.dtype):
@@ -409,6 +469,7 @@ def _open_blocks(decoder: Decoder) -> tuple[AttentionThrough, list[Block]]:
                 seen[i]["call"],
                 pre[0],
                 seen[i]["post"],
+                len(seen[i]["raw"]) if isinstance(seen[i]["raw"], tuple) else None,
             )
             blocks.append(_open_block(i, probe, decoder.max_length or _FAR))
     heads = [block.W_O.shape[0] for block in blocks]
@@ -469,6 +530,7 @@ class _Run(NamedTuple):
     inputs: list[tuple[nn.Module, Tensor]]  # [T, D] of submodules called after attention
     outputs: list[Tensor]  # [T, D] of all submodules outside attention
     emits_output: bool  # a submodule's output *is* the layer's
+    width: int  # numbers a row of the widest tensor that a submodule returns
 
 
 def _run(probe: _Probe, hidden: Tensor, z: Tensor) -> _Run:
@@ -506,7 +568,8 @@ def _run(probe: _Probe, hidden: Tensor, z: Tensor) -> _Run:
     with capture.answering(answer), capture.hooks(*handles):
         output = probe.layer_call(probe.module, hidden[None])
     emits = any(x.data_ptr() == output.data_ptr() and x.shape == output.shape for x in raw)
-    return _Run(output[0], attention_output[0][0], inputs, outputs, emits)
+    width = max((x.numel() for x in raw), default=hidden.numel()) // len(hidden)
+    return _Run(output[0], attention_output[0][0], inputs, outputs, emits, width)
 
 
 class _Parts(NamedTuple):
@@ -518,6 +581,7 @@ class _Parts(NamedTuple):
     W_O: Tensor  # [H, V, D]
     row_scaled: bool = False
     gate_site: nn.Module | None = None
+    width: int = 0
 
 
 def _open_block(index: int, probe: _Probe, n_far: int) -> Block:
@@ -538,6 +602,10 @@ def _open_block(index: int, probe: _Probe, n_far: int) -> Block:
         probe.call.mask.window(n_far),
         parts.row_scaled,
         parts.gate_site,
+        probe.call.k.shape[1],
+        probe.call.k.shape[-1],
+        parts.width,
+        probe.n_outputs,
     )
     _check_rows(probe, block, parts.resid_mid)
     return block
@@ -589,7 +657,7 @@ def _decompose(index: int, probe: _Probe, tolerance: float) -> _Parts:
     error = _error(whole.output, probe.resid_post)
     if error > tolerance:
         _refuse(probe, f"a replay does not give its output back (relative error {error:.1e})")
-    return parts
+    return parts._replace(width=whole.width)
 
 
 def _close(probe: _Probe, parts: _Parts, attended: Tensor, beside: Tensor) -> _Parts:
@@ -727,11 +795,17 @@ def _check_rows(probe: _Probe, block: Block, resid_mid: Tensor) -> None:
 
 
 def replay_rows(
-    block: Block, layer_call: LayerCall, resid_pre: Tensor, recorded: AttentionCall, rows: Tensor
+    block: Block,
+    layer_call: LayerCall,
+    resid_pre: Tensor,
+    recorded: AttentionCall,
+    rows: Tensor,
+    window: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Runs one layer again on some rows alone, its attention reading recorded keys and values.
 
-    resid_pre [T, D]; of `recorded`, its keys, values, mask and slopes; rows [R]. Returns q
+    resid_pre [T, D]; of `recorded`, its keys, values, mask and slopes; rows [R] ascending, on the
+    CPU; window: keys visible to a row. Returns q
     [R, H, K], `resid_mid` [R, D] (in a parallel block: resid_pre plus the attention module's
     output) and the attention output z [R, H, V]. The caller has the model's attention answered,
     by `Decoder.attention_through`.
@@ -742,7 +816,7 @@ def replay_rows(
     def answer(call: AttentionCall) -> Tensor:
         queries.append(call.q)
         past = recorded._replace(q=call.q)
-        attended.append(capture.attend_rows(past, call.q, rows.to(call.q.device)))
+        attended.append(capture.attend_rows(past, call.q, rows, window))
         return attended[0]
 
     site, on = (
@@ -750,7 +824,7 @@ def replay_rows(
         if block.mid_site is None
         else (block.mid_site, capture.on_input)
     )
-    hidden = resid_pre[rows.to(resid_pre.device)]
+    hidden = resid_pre[rows.to(resid_pre.device)].to(block.W_O.device)
     found = _stopped(block.module, layer_call.at(rows), hidden, answer, lambda stop: on(site, stop))
     mid = found.reshape(hidden.shape)
     return (
@@ -781,7 +855,7 @@ def gate_rows(block: Block, layer_call: LayerCall, resid_pre: Tensor, rows: Tens
     """
     assert block.gate_site is not None
     H, V, _ = block.W_O.shape
-    hidden = resid_pre[rows.to(resid_pre.device)]
+    hidden = resid_pre[rows.to(resid_pre.device)].to(block.W_O.device)
     shape = torch.Size((len(rows), H, V))
     return _gate_rows(block.module, block.gate_site, layer_call.at(rows), hidden, shape)
 

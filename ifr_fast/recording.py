@@ -9,17 +9,22 @@ forward pass's own, held instead of freed.
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import capture
+from . import capture, prefill, recording_file
 from .capture import AttentionCall, LayerCall, LazyMask
-from .errors import IfrError, UnsupportedArchitectureError
+from .errors import FormatError, IfrError, UnsupportedArchitectureError
 from .kernels.contract import LayerInputs
 from .model import Block, Decoder, evaluating, gate_rows, replay_rows, row_scales
+from .progress import progress
+from .recording_file import MappedFile, Spec
 
 _CHECKED = 8  # rows of a layer whose parts must add up
 
@@ -90,6 +95,10 @@ class Recording:
             self.layers[layer + 1].resid_pre if layer + 1 < len(self.layers) else self.resid_final
         )
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Saves it (safetensors), for `Tracer.load_recording` of the same model."""
+        recording_file.write(path, _tensors(self), _fields(self))
+
     @property
     def nbytes(self) -> int:
         """Bytes held, a storage shared by several tensors counted once."""
@@ -113,7 +122,7 @@ def record(
     """
     n_layers = decoder.n_layers
     T = len(token_ids)
-    checked_rows = torch.tensor(sorted({position % T, T // 2, T - 1}))
+    checked_rows = _checked_rows(T, position)
     of_layer = {block.attention: block for block in decoder.blocks}
     calls: dict[int, AttentionCall] = {}
     attended: dict[int, Tensor] = {}
@@ -215,6 +224,236 @@ def record(
     )
 
 
+def _checked_rows(n_tokens: int, position: int) -> Tensor:
+    return torch.tensor(sorted({position % n_tokens, n_tokens // 2, n_tokens - 1}))
+
+
+@torch.inference_mode()
+def record_in_chunks(
+    decoder: Decoder,
+    token_ids: Tensor,
+    tokens: list[str],
+    position: int = -1,
+    *,
+    place: torch.device | None = None,
+    path: str | os.PathLike[str] | None = None,
+) -> Recording:
+    """A lean recording of `token_ids` [T], made chunk by chunk (prefill.py).
+
+    place: the device that it lies on; None: a file mapped into memory, at `path` or without a
+    name. A file that an interrupted run has left is gone on with, and a whole one is read.
+
+    Raises IfrError where the model's states are not finite or the file cannot be written, and
+    FormatError where the file holds something else.
+    """
+    T, n_rows = len(token_ids), prefill.chunk_rows(decoder.device)
+    position %= T
+    checked_rows = _checked_rows(T, position)
+    around = prefill.frame(decoder, token_ids)
+    specs = prefill.specs(around, len(checked_rows))
+    specs["token_ids"], specs["checked_rows"] = Spec.of(token_ids), Spec.of(checked_rows)
+    total = prefill.n_steps(decoder, T, n_rows)
+    fields: dict[str, Any] = {
+        "mode": RecordingMode.LEAN.value,
+        "model": decoder.fingerprint(),
+        "tokens": tokens,
+        "position": position,
+        "chunk_rows": n_rows,
+        "windows": [_window(block, T) for block in decoder.blocks],
+    }
+    file = None
+    if place is not None:
+        tensors = {
+            name: torch.empty(spec.shape, dtype=spec.dtype, device=place)
+            for name, spec in specs.items()
+            if name != "resid.0"
+        }
+        tensors["resid.0"] = around.embeddings.to(place)
+    else:
+        if path is None:
+            file = recording_file.create_nameless(specs, fields, total)
+        elif os.path.lexists(path):
+            file = _to_go_on_with(path, token_ids, fields)
+            if file.done == file.total:
+                return load(path, decoder)
+        else:
+            file = recording_file.create(path, specs, fields, total)
+        tensors, fields = file.tensors, file.fields
+    done = 0 if file is None else file.done
+    if done == 0:
+        tensors["token_ids"].copy_(token_ids)
+        tensors["checked_rows"].copy_(checked_rows)
+        tensors["resid.0"].copy_(around.embeddings)
+    around = around._replace(embeddings=tensors["resid.0"])
+    first_step, n_chunks = done, -(-T // n_rows)
+    try:
+        with progress("recording", total, done) as show:
+
+            def on_step(n: int) -> None:
+                nonlocal done
+                done = n
+                if file is not None and n % n_chunks == 0:
+                    file.commit(n)
+                show(n)
+
+            prefill.prefill(
+                decoder,
+                token_ids,
+                around,
+                fields["windows"],
+                tensors,
+                position=fields["position"],
+                checked_rows=tensors["checked_rows"].cpu(),
+                n_rows=n_rows,
+                first_step=first_step,
+                on_step=on_step,
+            )
+    finally:
+        if file is not None and done % n_chunks:
+            file.commit(done)
+    return _recording(decoder, tensors, fields, around)
+
+
+def _to_go_on_with(
+    path: str | os.PathLike[str], token_ids: Tensor, fields: dict[str, Any]
+) -> MappedFile:
+    """The file of a recording of this text; the position of its logits is its own."""
+    file = recording_file.open_file(path, writable=True)
+    _check_model(path, file.fields, fields["model"])
+    if file.done and not torch.equal(file.tensors["token_ids"], token_ids):
+        raise FormatError(f"{path}: holds a recording of another text; expected a new path")
+    started_so = file.fields | {"position": None} == fields | {"position": None}
+    if file.done < file.total and not started_so:
+        raise FormatError(
+            f"{path}: is unfinished, and was begun in another way than this text would be now; "
+            "delete it, or expected a new path"
+        )
+    return file
+
+
+def record_to_file(
+    decoder: Decoder,
+    token_ids: Tensor,
+    tokens: list[str],
+    path: str | os.PathLike[str],
+    position: int = -1,
+) -> Recording:
+    """As `record_in_chunks`, in one pass: nothing is left of one that is interrupted."""
+    if not os.path.lexists(path):
+        record(decoder, token_ids, tokens, RecordingMode.LEAN, position).save(path)
+    recording = load(path, decoder)
+    if not torch.equal(recording.token_ids, token_ids):
+        raise FormatError(f"{path}: holds a recording of another text; expected a new path")
+    return recording
+
+
+def _check_model(path: str | os.PathLike[str], fields: dict[str, Any], model: str) -> None:
+    if fields.get("model") != model:
+        raise FormatError(f"{path}: was recorded from another model, or with other weights")
+
+
+def load(path: str | os.PathLike[str], decoder: Decoder) -> Recording:
+    """The recording in a file, mapped into memory.
+
+    Raises FormatError for a file that is truncated, foreign, unfinished, or of another model.
+    """
+    file = recording_file.open_file(path)
+    _check_model(path, file.fields, decoder.fingerprint())
+    if file.done < file.total:
+        raise FormatError(
+            f"{path}: is unfinished, {file.done} of {file.total} steps are recorded; record the "
+            "same text with this path to go on"
+        )
+    try:
+        token_ids = file.tensors["token_ids"]
+        if not bool(((token_ids >= 0) & (token_ids < decoder.vocab_size)).all()):
+            raise ValueError("token ids")
+        return _recording(
+            decoder, file.tensors, file.fields, prefill.frame(decoder, token_ids.clone())
+        )
+    except (KeyError, ValueError, IndexError, TypeError) as error:
+        raise FormatError(f"{path}: not a whole recording ({error!r})") from error
+
+
+def _tensors(recording: Recording) -> dict[str, Tensor]:
+    """Its tensors by their names in a file."""
+    found: dict[str, Tensor | None] = {
+        "token_ids": recording.token_ids,
+        "checked_rows": recording.checked_rows,
+        "states": recording.states,
+        "logits": recording.logits,
+        f"resid.{len(recording.layers)}": recording.resid_final,
+    }
+    for i, layer in enumerate(recording.layers):
+        found |= {
+            f"resid.{i}": layer.resid_pre,
+            f"k.{i}": layer.k,
+            f"v.{i}": layer.v,
+            f"q.{i}": layer.q,
+            f"mid.{i}": layer.resid_mid,
+            f"z.{i}": layer.z,
+            f"checked_mid.{i}": layer.checked_mid,
+            f"alibi_slopes.{i}": layer.alibi_slopes,
+        }
+    return {name: x for name, x in found.items() if x is not None}
+
+
+def _fields(recording: Recording) -> dict[str, Any]:
+    return {
+        "mode": recording.mode.value,
+        "model": recording.decoder.fingerprint(),
+        "tokens": recording.tokens,
+        "position": recording.position,
+        "windows": [layer.window for layer in recording.layers],
+    }
+
+
+def _recording(
+    decoder: Decoder, tensors: Mapping[str, Tensor], fields: dict[str, Any], around: prefill.Frame
+) -> Recording:
+    """From tensors by name, and what only the model can say."""
+    layers = []
+    for i, (block, facts, call) in enumerate(
+        zip(decoder.blocks, around.facts, around.calls, strict=True)
+    ):
+        window = fields["windows"][i]
+        layers.append(
+            LayerRecording(
+                resid_pre=tensors[f"resid.{i}"],
+                k=tensors[f"k.{i}"],
+                v=tensors[f"v.{i}"],
+                scale=facts.scale,
+                window=window,
+                softcap=facts.softcap,
+                sinks=facts.sinks,
+                alibi_slopes=tensors.get(f"alibi_slopes.{i}"),
+                mask=capture.causal_mask(window, block.W_O.device),
+                call=call,
+                q=tensors.get(f"q.{i}"),
+                resid_mid=tensors.get(f"mid.{i}"),
+                z=tensors.get(f"z.{i}"),
+                checked_mid=tensors.get(f"checked_mid.{i}"),
+            )
+        )
+    return Recording(
+        token_ids=tensors["token_ids"].cpu(),
+        tokens=list(fields["tokens"]),
+        mode=RecordingMode(fields["mode"]),
+        layers=layers,
+        resid_final=tensors[f"resid.{decoder.n_layers}"],
+        states=tensors["states"],
+        position=int(fields["position"]),
+        logits=tensors["logits"],
+        checked_rows=tensors["checked_rows"].cpu(),
+        decoder=decoder,
+    )
+
+
+def _window(block: Block, n_tokens: int) -> int | None:
+    """The block's window if a text of `n_tokens` crosses it."""
+    return None if block.window is None or block.window >= n_tokens else block.window
+
+
 def _own(x: Tensor) -> Tensor:
     """X itself, or a copy where its storage is shared with something larger."""
     return x if x.untyped_storage().nbytes() <= 1.05 * x.nbytes else x.clone()
@@ -234,9 +473,12 @@ def layer_inputs(
     everything = len(rows) == len(recording)
     on_device = rows.to(recorded.resid_pre.device)
 
-    def take(x: Tensor) -> Tensor:
-        return x if everything else x[on_device]
+    device = block.W_O.device  # what was recorded may lie elsewhere
 
+    def take(x: Tensor) -> Tensor:
+        return (x if everything else x[on_device]).to(device)
+
+    k, v = recorded.k.to(device), recorded.v.to(device)
     z = None
     if recorded.q is not None and recorded.resid_mid is not None:
         q, mid = take(recorded.q), take(recorded.resid_mid)
@@ -245,28 +487,31 @@ def layer_inputs(
         past = AttentionCall(
             block.attention,
             recorded.resid_pre.new_empty(0),
-            recorded.k.transpose(0, 1)[None],
-            recorded.v.transpose(0, 1)[None],
+            k.transpose(0, 1)[None],
+            v.transpose(0, 1)[None],
             recorded.mask,
             recorded.scale,
             recorded.softcap,
             recorded.sinks,
             recorded.alibi_slopes,
         )
-        q, mid, z = replay_rows(block, recorded.call, recorded.resid_pre, past, rows)
+        q, mid, z = replay_rows(
+            block, recorded.call, recorded.resid_pre, past, rows, recorded.window
+        )
         if recorded.checked_mid is not None:  # where there is one, not the replay's own word
             among = torch.isin(rows, recording.checked_rows)
             known = torch.isin(recording.checked_rows, rows)
             mid = mid.index_copy(
                 0,
                 among.nonzero().squeeze(1).to(mid.device),
-                recorded.checked_mid[known.to(mid.device)],
+                recorded.checked_mid[known.to(recorded.checked_mid.device)].to(mid.device),
             )
     value_gate = None
     if block.gate_site is not None:
         value_gate = gate_rows(block, recorded.call, recorded.resid_pre, rows)
     resid_pre = take(recorded.resid_pre)
-    resid_post = take(recording.resid_post(layer)).to(resid_pre.device)
+    following = recording.resid_post(layer)
+    resid_post = (following if everything else following[rows.to(following.device)]).to(device)
     row_scale = None
     if block.row_scaled:
         assert z is not None
@@ -276,8 +521,8 @@ def layer_inputs(
         resid_pre=resid_pre,
         y=resid_post if block.parallel else mid,
         q=q,
-        k=recorded.k,
-        v=recorded.v,
+        k=k,
+        v=v,
         W_O=block.W_O,
         scale=recorded.scale,
         row_scale=row_scale,

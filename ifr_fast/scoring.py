@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from .errors import IfrError
-from .kernels.contract import AttentionScores, FFNScores, LayerInputs
+from .kernels.contract import AttentionScores, EdgeList, FFNScores, LayerInputs
 from .model import Block
 from .recording import Recording, layer_inputs
 
 IMPLEMENTATIONS = ("auto", "reference", "eager", "cpu", "triton")
+BLOCK_ROWS = 512  # that are replayed and scored at once
 
 
 class Kernel(Protocol):
@@ -187,10 +189,23 @@ def _lexicographic(first: Tensor, second: Tensor) -> Tensor:
 def score_layer(
     recording: Recording, layer: int, rows: Tensor, keep: float, impl: str
 ) -> LayerScores:
-    """Scores `rows` [R] (int64, CPU, strictly ascending) of a layer; edges above `keep`."""
-    inputs, resid_post = layer_inputs(recording, layer, rows)
-    block = recording.decoder.blocks[layer]
-    return score_rows(block, inputs, resid_post, recording.sample(rows), keep, impl)
+    """Scores `rows` [R] (int64, CPU, strictly ascending) of a layer; edges above `keep`.
+
+    What a recording does not hold is replayed, and then scored, in row blocks.
+    """
+    block, sample = recording.decoder.blocks[layer], recording.sample(rows)
+
+    def score(some: Tensor, checked: Tensor) -> LayerScores:
+        inputs, resid_post = layer_inputs(recording, layer, some)
+        return score_rows(block, inputs, resid_post, checked, keep, impl)
+
+    if not recording.is_replayed or len(rows) <= BLOCK_ROWS:
+        return score(rows, sample)
+    blocks = []
+    for start in range(0, len(rows), BLOCK_ROWS):
+        among = sample[(sample >= start) & (sample < start + BLOCK_ROWS)] - start
+        blocks.append(score(rows[start : start + BLOCK_ROWS], among))
+    return _joined(blocks, rows)
 
 
 def score_rows(
@@ -226,6 +241,57 @@ def score_rows(
         ffn_unattributed,
         scores,
         closure(inputs, scores.linear, block.bias, sample),
+    )
+
+
+def _joined(blocks: list[LayerScores], rows: Tensor) -> LayerScores:
+    """The scores of consecutive blocks of `rows` as one."""
+    edges = [block.attention.edges for block in blocks]
+    start, shifted = 0, []
+    for block, of_block in zip(blocks, edges, strict=True):
+        shifted.append(of_block.row + start)
+        start += len(block.rows)
+
+    def cat(of: Callable[[LayerScores], Tensor | None]) -> Any:
+        found = [of(block) for block in blocks]
+        return None if found[0] is None else torch.cat(found)  # type: ignore[arg-type]
+
+    residual, ffn, head_total = (
+        cat(lambda b: b.residual),
+        cat(lambda b: b.ffn),
+        cat(lambda b: b.head_total),
+    )
+    unattributed = cat(lambda b: b.unattributed)
+    return LayerScores(
+        blocks[0].layer,
+        rows,
+        blocks[0].keep,
+        residual,
+        ffn,
+        cat(lambda b: b.ffn_residual),
+        head_total,
+        unattributed,
+        cat(lambda b: b.ffn_unattributed),
+        AttentionScores(
+            residual,
+            cat(lambda b: b.attention.ffn),
+            head_total,
+            EdgeList(
+                torch.cat(shifted),
+                cat(lambda b: b.attention.edges.source),
+                cat(lambda b: b.attention.edges.weight),
+                cat(lambda b: b.attention.edges.head_weight),
+            ),
+            unattributed,
+            cat(lambda b: b.attention.linear),
+        ),
+        Closure(
+            cat(lambda b: b.closure.y),
+            cat(lambda b: b.closure.resid_pre),
+            cat(lambda b: b.closure.moved),
+            cat(lambda b: b.closure.linear),
+            blocks[0].closure.eps,
+        ),
     )
 
 

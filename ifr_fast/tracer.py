@@ -18,8 +18,9 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -38,7 +39,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import capture
 from .batching import Batch, as_texts, batches, is_batch, record_together
-from .errors import MemoryBudgetError
+from .checkpoint import Checkpoint
 from .graph import (
     Granularity,
     LayerTable,
@@ -52,10 +53,20 @@ from .graph import (
     grow_layer,
 )
 from .kernels.contract import EdgeList
-from .memory import available_memory, describe_bytes
+from .memory import parse_bytes
 from .model import Decoder, evaluating
-from .recording import Recording, RecordingMode, record
-from .scoring import LayerScores, check_closure, choose_impl, score_layer, work_bytes
+from .plan import LONG, Place, Plan, Sizes, Speed, make_plan, measure_speed, room_now
+from .prefill import is_chunkable
+from .progress import progress
+from .recording import (
+    Recording,
+    RecordingMode,
+    load,
+    record,
+    record_in_chunks,
+    record_to_file,
+)
+from .scoring import LayerScores, check_closure, choose_impl, score_layer
 from .tokens import Text, encode, token_strings
 
 if TYPE_CHECKING:
@@ -74,39 +85,13 @@ _PREDICTIONS = 5
 _HEAD_ROWS = 64  # whose logits are formed at once
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What recording a text of `n_tokens` will hold, in bytes, and whether that fits."""
-
-    n_tokens: int
-    mode: RecordingMode
-    weights_bytes: int
-    lean_bytes: int  # residual stream, keys, values
-    full_bytes: int  # and q, resid_mid
-    scoring_bytes: int  # work space of the kernels, at most
-    available_bytes: int | None  # of the model's device, now; None where unknown
-
-    @property
-    def recording_bytes(self) -> int:
-        """Of the mode chosen."""
-        return self.full_bytes if self.mode is RecordingMode.FULL else self.lean_bytes
-
-    def __str__(self) -> str:
-        return (
-            f"{self.n_tokens} tokens: {self.mode.value} recording "
-            f"{describe_bytes(self.recording_bytes)} (lean {describe_bytes(self.lean_bytes)}, "
-            f"full {describe_bytes(self.full_bytes)}), "
-            f"scoring {describe_bytes(self.scoring_bytes)}, "
-            f"weights {describe_bytes(self.weights_bytes)}"
-        )
-
-
 class Tracer:
     """Explains the predictions of one model.
 
     model: any Hugging Face decoder in memory, inside PEFT or not. tokenizer: its own, or None to
     work on token ids.
     impl: "auto", "reference", "eager", "cpu" or "triton"; also by $IFR_FAST_IMPL.
+    max_memory: of the model's device, its weights included, as in "8GB"; default: what is free.
 
     Raises `UnsupportedArchitectureError` where the model's parts cannot be shown to add up.
     """
@@ -117,7 +102,9 @@ class Tracer:
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
         impl: str = "auto",
+        max_memory: int | str | None = None,
     ) -> None:
+        self.max_memory = None if max_memory is None else parse_bytes(max_memory)
         self.decoder = Decoder(model)
         self.impl = choose_impl(impl, self.decoder.device, self.decoder.dtype)
         self.model = model
@@ -125,7 +112,12 @@ class Tracer:
 
     @classmethod
     def from_pretrained(
-        cls, name: str | os.PathLike[str] | None = None, *, impl: str = "auto", **kwargs: Any
+        cls,
+        name: str | os.PathLike[str] | None = None,
+        *,
+        impl: str = "auto",
+        max_memory: int | str | None = None,
+        **kwargs: Any,
     ) -> Tracer:
         """Opens a Hub name or a local directory; without one, the default model.
 
@@ -135,7 +127,7 @@ class Tracer:
         from .pretrained import load
 
         model, tokenizer = load(name, **kwargs)
-        return cls(model, tokenizer, impl=impl)
+        return cls(model, tokenizer, impl=impl, max_memory=max_memory)
 
     @overload
     def record(  # type: ignore[overload-overlap]  # a tensor may be an index, says its type
@@ -152,6 +144,7 @@ class Tracer:
         text: Text | Recording,
         *,
         mode: RecordingMode | str | None = ...,
+        path: str | os.PathLike[str] | None = ...,
         add_special_tokens: bool | None = ...,
     ) -> Recording: ...
     def record(
@@ -159,26 +152,44 @@ class Tracer:
         text: Text | Recording | Batch,
         *,
         mode: RecordingMode | str | None = None,
+        path: str | os.PathLike[str] | None = None,
         add_special_tokens: bool | None = None,
         batch_size: int | None = None,
     ) -> Recording | list[Recording]:
         """One forward pass over a text. `mode` is chosen by `plan` unless given.
 
+        path: a lean recording is made in this file, mapped into memory. Where the file is there, of
+        the same text, it is read, or gone on with if it is unfinished: an interrupted run is
+        resumed by the same call.
+
         Of several texts (see `trace`), a list of recordings, which share memory.
+
+        Raises MemoryBudgetError where it would not fit, and FormatError where the file holds
+        something else.
         """
         if is_batch(text):
+            if path is not None:
+                raise ValueError("path: expected a single text, got several")
             return self._each(text, self._own, batch_size, -1, add_special_tokens, mode)
-        return self._record_one(text, mode, add_special_tokens)
+        return self._record_one(text, mode, path, add_special_tokens)
 
     def _record_one(
         self,
         text: Text | Recording,
         mode: RecordingMode | str | None = None,
+        path: str | os.PathLike[str] | None = None,
         add_special_tokens: bool | None = None,
     ) -> Recording:
         if isinstance(text, Recording):
             return self._own(text)
-        return self._record(self._encode(text, add_special_tokens), -1, mode)
+        return self._record(self._encode(text, add_special_tokens), -1, mode, path)
+
+    def load_recording(self, path: str | os.PathLike[str]) -> Recording:
+        """What `Recording.save`, or `record` with a path, has left: mapped into memory, no copy.
+
+        Raises FormatError for a file that is truncated, foreign, unfinished, or of another model.
+        """
+        return load(path, self.decoder)
 
     def _own(self, recording: Recording) -> Recording:
         if recording.decoder is not self.decoder:
@@ -191,47 +202,73 @@ class Tracer:
         return token_ids
 
     def _record(
-        self, token_ids: Tensor, position: int, mode: RecordingMode | str | None = None
+        self,
+        token_ids: Tensor,
+        position: int,
+        mode: RecordingMode | str | None = None,
+        path: str | os.PathLike[str] | None = None,
     ) -> Recording:
-        if mode is None:
-            mode = self.plan(len(token_ids)).mode
-        elif mode not in list(RecordingMode):
+        if mode is not None and mode not in list(RecordingMode):
             raise ValueError(f"mode: expected 'full' or 'lean', got {mode!r}")
+        if path is not None and mode == RecordingMode.FULL:
+            raise ValueError("path: only lean recordings are made in a file; save a full one")
         strings = token_strings(token_ids, self.tokenizer)
-        return record(self.decoder, token_ids, strings, RecordingMode(mode), position)
-
-    def plan(self, n_tokens: int) -> Plan:
-        """The memory that recording `n_tokens` takes: full where it fits, else lean.
-
-        Raises MemoryBudgetError where neither fits.
-        """
-        if n_tokens < 1:
-            raise ValueError(f"n_tokens: expected at least 1, got {n_tokens}")
-        decoder, config = self.decoder, self.decoder.model.config.get_text_config()
-        H, V, D = decoder.n_heads, decoder.d_head, decoder.d_model
-        H_kv = getattr(config, "num_key_value_heads", None) or H
-        per_token = torch.finfo(decoder.dtype).bits // 8 * decoder.n_layers
-        lean = n_tokens * per_token * (D + 2 * H_kv * V)
-        full = n_tokens * per_token * (2 * D + H * V + 2 * H_kv * V)
-        n_scaled = sum(block.row_scaled for block in decoder.blocks)
-        full += n_tokens * per_token // decoder.n_layers * n_scaled * H * V  # and z
-        scoring = work_bytes(self.impl, H, n_tokens) + 8 * n_tokens * D
-        available = available_memory(decoder.device)
-        fits = available is None or full + scoring < 0.8 * available
-        if available is not None and lean + scoring > 0.9 * available:
-            raise MemoryBudgetError(
-                f"text: recording {n_tokens} tokens takes {describe_bytes(lean + scoring)}, "
-                f"{describe_bytes(available)} are available"
-            )
-        return Plan(
-            n_tokens=n_tokens,
-            mode=RecordingMode.FULL if fits else RecordingMode.LEAN,
-            weights_bytes=sum(p.nbytes for p in self.model.parameters()),
-            lean_bytes=lean,
-            full_bytes=full,
-            scoring_bytes=scoring,
-            available_bytes=available,
+        decoder = self.decoder
+        if path is not None and not is_chunkable(decoder):
+            return record_to_file(decoder, token_ids, strings, path, position)
+        plan = self._plan(
+            len(token_ids),
+            mode=None if mode is None else RecordingMode(mode),
+            place=None if path is None else Place.FILE,
+            path=path,
         )
+        if plan.chunk_rows is None:
+            return record(decoder, token_ids, strings, plan.mode, position)
+        place = {Place.DEVICE: decoder.device, Place.HOST: torch.device("cpu"), Place.FILE: None}
+        return record_in_chunks(
+            decoder, token_ids, strings, position, place=place[plan.place], path=path
+        )
+
+    def plan(self, n_tokens: int, *, max_memory: int | str | None = None) -> Plan:
+        """Memory and time to expect of recording `n_tokens`: full where that fits, else lean, in
+        chunks where it is long; else in host memory, or in a file mapped into memory.
+
+        max_memory: in place of the tracer's. The time is from one layer, measured once.
+
+        Raises MemoryBudgetError where nothing fits.
+        """
+        plan = self._plan(
+            n_tokens, max_memory=None if max_memory is None else parse_bytes(max_memory)
+        )
+        return replace(plan, seconds=self._speed.seconds(self.decoder, n_tokens))
+
+    @functools.cached_property
+    def _speed(self) -> Speed:
+        return measure_speed(self.decoder)
+
+    @functools.cached_property
+    def _sizes(self) -> Sizes:
+        return Sizes.of(self.decoder)
+
+    def _plan(
+        self,
+        n_tokens: int,
+        *,
+        mode: RecordingMode | None = None,
+        place: Place | None = None,
+        max_memory: int | None = None,
+        path: str | os.PathLike[str] | None = None,
+    ) -> Plan:
+        sizes = self._sizes
+        room = room_now(
+            sizes.device,
+            sizes.weights_bytes + sizes.maps_bytes,
+            self.max_memory if max_memory is None else max_memory,
+            None if path is None else str(Path(path).absolute().parent),
+        )
+        if path is not None and Path(path).exists():  # its blocks are its own already
+            room = room._replace(disk=None)
+        return make_plan(sizes, n_tokens, room, mode=mode, place=place)
 
     def _each(
         self,
@@ -394,6 +431,7 @@ class Tracer:
         *,
         threshold: float = ...,
         granularity: Granularity = ...,
+        checkpoint: str | os.PathLike[str] | None = ...,
         add_special_tokens: bool | None = ...,
     ) -> Routes: ...
     @torch.inference_mode()
@@ -403,15 +441,21 @@ class Tracer:
         *,
         threshold: float = 0.04,
         granularity: Granularity = "token",
+        checkpoint: str | os.PathLike[str] | None = None,
         add_special_tokens: bool | None = None,
         batch_size: int | None = None,
     ) -> Routes | list[Routes]:
         """The route graphs of every position's prediction: every layer scored once, for all.
 
+        checkpoint: a folder that keeps each layer's scores, and from which the same call goes on
+        after an interruption. Raises FormatError where it is another trace's.
+
         Of several texts (see `trace`), a list of them.
         """
         threshold = _check_options(threshold, granularity)
         if is_batch(text):
+            if checkpoint is not None:
+                raise ValueError("checkpoint: expected a single text, got several")
             return self._each(
                 text,
                 lambda recording: self.trace_all(
@@ -421,15 +465,28 @@ class Tracer:
                 -1,
                 add_special_tokens,
             )
-        recording = self._record_one(text, None, add_special_tokens)
+        recording = self._record_one(text, add_special_tokens=add_special_tokens)
         rows = torch.arange(len(recording))
-        tables, closures = [], {}
-        with self._replaying(recording):
-            for layer in range(self.decoder.n_layers):
-                scores = score_layer(recording, layer, rows, threshold, self.impl)
-                closures[layer] = scores.closure
-                tables.append(layer_table(scores, recording.resid_final.device))
-        check_closure(closures)
+        tables = []
+        kept = None if checkpoint is None else Checkpoint.of(checkpoint, recording, threshold)
+        closures = {}
+        L = self.decoder.n_layers
+        shown = progress("scoring", L) if len(recording) > LONG else nullcontext(lambda _: None)
+        with self._replaying(recording), shown as show:
+            for layer in range(L):
+                table = None if kept is None else kept.load(layer, recording.resid_final.device)
+                if table is None:
+                    scores = score_layer(recording, layer, rows, threshold, self.impl)
+                    table = layer_table(scores, recording.resid_final.device)
+                    if kept is None:
+                        closures[layer] = scores.closure
+                    else:
+                        check_closure({layer: scores.closure})
+                        kept.save(layer, table)
+                tables.append(table)
+                show(layer + 1)
+        if closures:
+            check_closure(closures)
         return Routes(
             tokens=recording.tokens,
             token_ids=recording.token_ids,
@@ -506,7 +563,7 @@ class Tracer:
             raise ValueError(f"keep: expected a number from 0 to 1, got {keep}")
         L = self.decoder.n_layers
         wanted = range(L) if layers is None else [_index("layers", i, L) for i in layers]
-        recording = self._record_one(text, None, add_special_tokens)
+        recording = self._record_one(text, add_special_tokens=add_special_tokens)
         T = len(recording)
         if rows is None:
             chosen = torch.arange(T)
@@ -559,7 +616,8 @@ class Tracer:
             if positions == [recording.position]:
                 logits = recording.logits[None]
             else:
-                logits = self.decoder.head(recording.states[positions[begin : begin + _HEAD_ROWS]])
+                states = recording.states[positions[begin : begin + _HEAD_ROWS]]
+                logits = self.decoder.head(states.to(self.decoder.device))
             found += self.likeliest(logits)
         return found
 

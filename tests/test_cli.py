@@ -664,3 +664,77 @@ def test_several_positions(
 @pytest.mark.parametrize("given", ["", "x", "1,", ":::", "1:2:0", "1.5", "99,1", "50:60"])
 def test_positions_that_are_none(trace: Any, given: str) -> None:
     assert_one_error(trace("some words", "--position", given), "position")
+
+
+# Long texts
+
+
+def test_a_recording_is_kept_and_read(
+    ifr: Any, tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "text.safetensors"
+    options = ("--model", tiny_dir, "--recording", path)
+    first = ifr("trace", "abc abc abd", *options)
+    assert first.code == 0, first.err
+    assert path.is_file()
+
+    def recorded(*_: Any, **__: Any) -> None:
+        raise AssertionError("recorded again")
+
+    monkeypatch.setattr("ifr_fast.prefill.prefill", recorded)
+    monkeypatch.setattr("ifr_fast.tracer.record", recorded)
+    again = ifr("trace", *options)
+    assert (again.code, again.out) == (0, first.out)
+    other = ifr("trace", *options, "--position", 3)
+    assert other.code == 0
+    assert other.out != first.out
+    wrong = ifr("trace", "another text", *options)
+    assert wrong.code == 2
+    assert "another text" in wrong.err
+
+
+def test_an_interrupted_recording_says_how_to_go_on(
+    ifr: Any, tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "text.safetensors"
+    command = ("trace", "abc abc abd", "--model", tiny_dir, "--recording", path)
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("ifr_fast.prefill.prefill", interrupted)
+        stopped = ifr(*command)
+    assert stopped.code != 0
+    assert "is gone on with by the same command" in stopped.err.replace("\n", " ")
+    assert ifr(*command).code == 0
+
+
+def test_budgets_are_kept_or_refused(ifr: Any, tiny_dir: Path) -> None:
+    refused = ifr("trace", "abc", "--model", tiny_dir, "--max-memory", "1MB")
+    assert refused.code == 2
+    assert "recording 3 tokens takes" in refused.err
+    wrong = ifr("trace", "abc", "--model", tiny_dir, "--max-memory", "much")
+    assert wrong.code == 2
+    assert "--max-memory: expected a size such as 8GB" in wrong.err
+    assert ifr("trace", "abc", "--model", tiny_dir, "--max-memory", "1GB").code == 0
+
+
+def test_plans_are_printed(ifr: Any, tiny_dir: Path) -> None:
+    here = ifr("plan", 96, "--model", tiny_dir)
+    assert here.code == 0, here.err
+    assert "96 tokens, in one pass" in here.out
+    assert "recording takes about" in here.out
+    assert ifr("plan", 96, "--model", tiny_dir, "--max-memory", "1MB").code == 2
+    on_paper = ifr("plan", 4096, "--config", tiny_dir, "--device-memory", "1GB")
+    assert on_paper.code == 0, on_paper.err
+    assert "fits into 1 GB" in on_paper.out
+    refused = ifr("plan", 4096, "--config", tiny_dir, "--device-memory", "10MB")
+    assert refused.code == 2
+    for options in (
+        ("--device-memory", "1GB"),
+        ("--config", tiny_dir, "--max-memory", "1GB"),
+        ("--config", tiny_dir / "none"),
+        ("--config", tiny_dir, "--dtype", "int8"),
+    ):
+        assert ifr("plan", 96, *options).code == 2

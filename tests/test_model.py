@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-import ifr_fast.tracer
+import ifr_fast.plan
 from ifr_fast import (
     IfrError,
     MemoryBudgetError,
@@ -795,22 +795,23 @@ def test_the_implementation_chosen_is_the_one_that_scores(monkeypatch: pytest.Mo
 def test_memory_decides_what_is_recorded(llama: Tracer, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = llama.plan(96)
     assert plan.lean_bytes < plan.full_bytes
-    # One layer, one token: resid_pre and k, v; q and resid_mid besides.
-    assert plan.lean_bytes == 96 * 3 * 4 * (36 + 2 * 2 * 6)
+    # Of a token: resid_pre and k, v of each layer, the last's output and what the head reads; q and
+    # resid_mid besides.
+    assert plan.lean_bytes == 96 * 4 * (3 * (36 + 2 * 2 * 6) + 2 * 36)
     assert plan.full_bytes - plan.lean_bytes == 96 * 3 * 4 * (36 + 36)
 
     def with_memory(n_bytes: float | None) -> None:
         available = None if n_bytes is None else int(n_bytes)
-        monkeypatch.setattr(ifr_fast.tracer, "available_memory", lambda _: available)
+        monkeypatch.setattr(ifr_fast.plan, "available_memory", lambda _: available)
 
     text = tiny_text(96)
     expected = llama.trace(text)
     with_memory(None)
     assert llama.record(text).mode == "full"
     assert llama.plan(96).available_bytes is None
-    with_memory(2 * (plan.full_bytes + plan.scoring_bytes))
+    with_memory(2 * plan.added_bytes)
     assert llama.record(text).mode == "full"
-    with_memory((plan.full_bytes + plan.scoring_bytes) / 0.85)
+    with_memory(plan.added_bytes / 0.85)
     assert llama.plan(96).mode == "lean"
     assert llama.plan(96).recording_bytes == plan.lean_bytes
     assert llama.record(text).mode == "lean"

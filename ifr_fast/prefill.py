@@ -1,0 +1,321 @@
+"""A long text's lean recording, layer by layer and chunk by chunk, into tensors made beforehand.
+
+1. The model is run once with its layers left out: that gives the embeddings, and what each layer
+   would be called with, rotary tables of the whole text among it.
+2. Each layer is called on one chunk of rows after another. Its attention puts the chunk's keys and
+   values behind those of the chunks before and reads them there: the recording is the cache.
+   A layer is done with the whole text before the next begins, so that only its own keys are needed,
+   and offloaded weights are fetched once.
+3. The model is run on the last layer's output, again without its layers: what its head reads.
+
+Activations are those of a chunk. A row's values are those of one pass, up to the order of sums.
+Any step can be the last one before an interruption: the next run goes on behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
+
+from . import capture
+from .capture import AttentionCall, LayerCall
+from .errors import IfrError, UnsupportedArchitectureError
+from .model import Block, Decoder, answering_layers, evaluating
+from .recording_file import Spec
+
+CHUNK_ROWS = {"cpu": 512}  # that a layer is called on at once, by device
+_CHUNK_ROWS = 2048
+
+
+def chunk_rows(device: torch.device) -> int:
+    """Rows of a chunk on a device."""
+    return CHUNK_ROWS.get(device.type, _CHUNK_ROWS)
+
+
+def is_chunkable(decoder: Decoder) -> bool:
+    """Whether a text can be recorded in chunks: attention outside of transformers' interface builds
+    masks of its own from all rows.
+    """
+    return decoder.attention_through is capture.attention_through
+
+
+class LayerFacts(NamedTuple):
+    """What a layer's attention asks for, whatever the text."""
+
+    k: Spec  # of one row: [H_kv, K]
+    v: Spec  # [H_kv, V]
+    scale: float
+    softcap: float | None
+    sinks: Tensor | None
+
+
+class Frame(NamedTuple):
+    """What surrounds the layers when a text is read."""
+
+    embeddings: Tensor  # [T, D] what the first layer reads
+    calls: list[LayerCall]
+    facts: list[LayerFacts]
+    states: Spec  # of one row of what the head reads
+    logits: Spec  # of one row
+
+
+@contextmanager
+def attended(decoder: Decoder) -> Iterator[None]:
+    def outside(_: AttentionCall) -> Tensor:
+        raise AssertionError("attention asked outside of a layer that is run")
+
+    with evaluating(decoder.model), decoder.attention_through(decoder.model, outside):
+        yield
+
+
+@torch.inference_mode()
+def frame(decoder: Decoder, token_ids: Tensor) -> Frame:
+    """Embeddings of `token_ids` [T] and the arguments of each layer, without running any."""
+    calls: list[LayerCall] = []
+    embeddings: list[Tensor] = []
+
+    def skip(_: Block, hidden: Tensor, call: LayerCall) -> Tensor:
+        calls.append(call)
+        if not embeddings:
+            embeddings.append(hidden[0])
+        if len(calls) == decoder.n_layers:
+            raise capture.StopForward
+        return hidden
+
+    with attended(decoder):
+        with answering_layers(decoder, skip), suppress(capture.StopForward):
+            decoder.forward(token_ids)
+        facts = [
+            _facts(block, call, embeddings[0])
+            for block, call in zip(decoder.blocks, calls, strict=True)
+        ]
+        with answering_layers(decoder, lambda _, hidden, __: hidden):
+            states, logits = decoder.forward(token_ids[:1])
+    return Frame(embeddings[0], calls, facts, Spec.of(states[0]), Spec.of(logits))
+
+
+def _facts(block: Block, call: LayerCall, hidden: Tensor) -> LayerFacts:
+    """From the layer's attention on the last row alone."""
+    asked: list[AttentionCall] = []
+
+    def stop(call: AttentionCall) -> Tensor:
+        asked.append(call)
+        raise capture.StopForward
+
+    rows = torch.tensor([call.n_rows - 1])
+    with capture.answering(stop), suppress(capture.StopForward):
+        call.at(rows)(block.module, hidden[-1:][None].to(block.W_O.device))
+    of = asked[0]
+    k, v = (Spec(x.dtype, (x.shape[1], x.shape[3])) for x in (of.k, of.v))
+    return LayerFacts(k, v, of.scale, of.softcap, of.sinks)
+
+
+def specs(surroundings: Frame, n_checked: int) -> dict[str, Spec]:
+    """The tensors of a lean recording, by name. n_checked: rows whose resid_mid is kept."""
+    hidden = Spec.of(surroundings.embeddings)
+    T, D = hidden.shape
+    states, logits = surroundings.states, surroundings.logits
+    found = {"states": Spec(states.dtype, (T, *states.shape)), "logits": logits}
+    found[f"resid.{len(surroundings.calls)}"] = hidden
+    for i, facts in enumerate(surroundings.facts):
+        found[f"resid.{i}"] = hidden
+        found[f"checked_mid.{i}"] = Spec(hidden.dtype, (n_checked, D))
+        found[f"k.{i}"] = Spec(facts.k.dtype, (T, *facts.k.shape))
+        found[f"v.{i}"] = Spec(facts.v.dtype, (T, *facts.v.shape))
+    return found
+
+
+def n_steps(decoder: Decoder, n_tokens: int, n_rows: int) -> int:
+    """Of `prefill`, in chunks of `n_rows`: each layer's and the head's."""
+    return (decoder.n_layers + 1) * -(-n_tokens // n_rows)
+
+
+@torch.inference_mode()
+def prefill(
+    decoder: Decoder,
+    token_ids: Tensor,
+    surroundings: Frame,
+    windows: list[int | None],
+    tensors: Mapping[str, Tensor],
+    *,
+    position: int,
+    checked_rows: Tensor,
+    n_rows: int,
+    first_step: int = 0,
+    on_step: Callable[[int], None] | None = None,
+) -> None:
+    """Fills `tensors` (see `specs`), but for "resid.0", the embeddings, from step `first_step` on;
+    `on_step` hears how many are done.
+
+    Raises IfrError where the model's states are not finite.
+    """
+    T = len(token_ids)
+    chunks = [(begin, min(begin + n_rows, T)) for begin in range(0, T, n_rows)]
+    bands = Bands(n_rows, T)
+    with attended(decoder):
+        for layer in range(first_step // len(chunks), decoder.n_layers):
+            run = _LayerRun(decoder, layer, surroundings, windows[layer], tensors, bands, T)
+            for i, (begin, end) in enumerate(chunks):
+                step = layer * len(chunks) + i
+                if step < first_step:
+                    continue
+                run(begin, end, checked_rows)
+                if on_step is not None:
+                    on_step(step + 1)
+        final = tensors[f"resid.{decoder.n_layers}"]
+        for i, (begin, end) in enumerate(chunks):
+            step = decoder.n_layers * len(chunks) + i
+            if step < first_step:
+                continue
+            _read_out(decoder, token_ids, final, tensors, begin, end, position)
+            if on_step is not None:
+                on_step(step + 1)
+
+
+class _LayerRun:
+    """One layer, called on one chunk after another."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        layer: int,
+        surroundings: Frame,
+        window: int | None,
+        tensors: Mapping[str, Tensor],
+        bands: Bands,
+        n_tokens: int,
+    ) -> None:
+        self.block = decoder.blocks[layer]
+        self.call = surroundings.calls[layer]
+        self.window, self.bands, self.n_tokens = window, bands, n_tokens
+        self.pre, self.post = tensors[f"resid.{layer}"], tensors[f"resid.{layer + 1}"]
+        self.checked = tensors[f"checked_mid.{layer}"]
+        self.kept = tensors[f"k.{layer}"], tensors[f"v.{layer}"]
+        self.device = self.block.W_O.device
+        # The same tensors, or where they lie elsewhere a copy for as long as the layer is run.
+        self.past = tuple(x.to(self.device) for x in self.kept)
+        self.mask: object = None
+
+    def __call__(self, begin: int, end: int, checked_rows: Tensor) -> None:
+        rows = torch.arange(begin, end)
+        hidden = self.pre[begin:end].to(self.device)
+        found: list[Tensor] = []
+
+        def answer(call: AttentionCall) -> Tensor:
+            self._check(call)
+            for kept, past, new in zip(self.kept, self.past, (call.k, call.v), strict=True):
+                past[begin:end] = new[0].transpose(0, 1)
+                if kept is not past:
+                    kept[begin:end] = past[begin:end]
+            k, v = (past[:end].transpose(0, 1)[None] for past in self.past)
+            return attend(call._replace(k=k, v=v), begin, self.window, self.bands)
+
+        block = self.block
+        site, on = (
+            (block.attention, capture.on_output)
+            if block.mid_site is None
+            else (block.mid_site, capture.on_input)
+        )
+        with capture.answering(answer), capture.hooks(on(site, found.append)):
+            output = self.call.at(rows)(block.module, hidden[None])[0]
+        if not bool(torch.isfinite(output).all()):
+            raise IfrError(
+                f"text: the model's states are not finite after layer {block.layer} in "
+                f"{output.dtype}; try a wider torch_dtype"
+            )
+        within = ((checked_rows >= begin) & (checked_rows < end)).nonzero().squeeze(1)
+        if len(within):
+            at = (checked_rows[within] - begin).to(self.device)
+            mid = found[0].reshape(hidden.shape)[at]
+            self.checked[within.to(self.checked.device)] = (
+                hidden[at] + mid if block.parallel else mid
+            ).to(self.checked.device)
+        self.post[begin:end] = output.to(self.post.device)
+
+    def _check(self, call: AttentionCall) -> None:
+        """Whether the mask is the one that the layer was opened with, at every row of the text."""
+        if call.mask is self.mask:
+            return
+        if not bool(call.mask.is_causal(self.n_tokens, self.window)):
+            raise UnsupportedArchitectureError(
+                f"model: at {self.n_tokens} tokens its attention reads other keys than on the "
+                "probe it was opened with: neither all past ones, nor those of one sliding window"
+            )
+        self.mask = call.mask
+
+
+class Bands:
+    """Masks to add to the scores of a chunk. Which keys a row sees depends on their distance alone,
+    so that the masks of all chunks are windows of one band.
+    """
+
+    def __init__(self, n_rows: int, n_tokens: int) -> None:
+        self.n_rows, self.n_tokens = n_rows, n_tokens
+        self._bands: dict[tuple[int | None, torch.dtype, torch.device], Tensor] = {}
+
+    def of(self, q: Tensor, window: int | None, n_before: int) -> Tensor:
+        """[R, n_before + R] for R rows, `n_before` keys before the first of them."""
+        farthest = self.n_tokens if window is None else window - 1
+        key = (window, q.dtype, q.device)
+        if key not in self._bands:
+            distance = torch.arange(-farthest, self.n_rows, device=q.device)
+            distance = distance - torch.arange(self.n_rows, device=q.device)[:, None]
+            hidden = distance > 0
+            if window is not None:
+                hidden |= distance <= -window
+            band = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device)
+            self._bands[key] = band.masked_fill_(hidden, float("-inf"))
+        R = q.shape[2]
+        return self._bands[key][:R, farthest - n_before : farthest + R]
+
+
+def attend(call: AttentionCall, begin: int, window: int | None, bands: Bands) -> Tensor:
+    """Attention output [1, R, H, V] of the rows from `begin` on, over keys up to the last row."""
+    R, end = call.q.shape[2], call.k.shape[2]
+    if not (call.softcap is None and call.sinks is None and call.alibi_slopes is None):
+        return capture.attend_rows(call, call.q, torch.arange(begin, end), window)
+    n_before = begin if window is None else min(begin, window - 1)
+    k, v = (x[:, :, begin - n_before :] for x in (call.k, call.v))
+    # A GPU's kernels know the mask of plain causal attention by its shape.
+    mask = (
+        causal_lower_right(R, n_before + R)
+        if window is None and call.q.is_cuda
+        else bands.of(call.q, window, n_before)
+    )
+    z = nn.functional.scaled_dot_product_attention(
+        call.q,
+        k,
+        v,
+        attn_mask=mask,
+        scale=call.scale,
+        enable_gqa=call.q.shape[1] != k.shape[1],
+    )
+    return z.transpose(1, 2)
+
+
+def _read_out(
+    decoder: Decoder,
+    token_ids: Tensor,
+    final: Tensor,
+    tensors: Mapping[str, Tensor],
+    begin: int,
+    end: int,
+    position: int,
+) -> None:
+    """What the head reads of a chunk's last states, and its logits where `position` is in it."""
+    last = decoder.blocks[-1]
+
+    def answer(block: Block, hidden: Tensor, _: LayerCall) -> Tensor:
+        return final[begin:end][None].to(last.W_O.device) if block is last else hidden
+
+    within = begin <= position < end
+    with answering_layers(decoder, answer):
+        states, logits = decoder.forward(token_ids[begin:end], position - begin if within else -1)
+    tensors["states"][begin:end] = states.to(final.device)
+    if within:
+        tensors["logits"].copy_(logits)
