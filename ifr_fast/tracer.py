@@ -289,7 +289,7 @@ class Tracer:
             try:
                 texts.append(self._encode(text, add_special_tokens))
             except ValueError as error:
-                raise ValueError(f"text {i}: {error}") from error
+                raise ValueError(f"text {i}: {str(error).removeprefix('text: ')}") from error
         positions = [max(spanned(position, None, len(text))) for text in texts]
         found: dict[int, Result] = {}
         for together in batches(self.decoder, [len(text) for text in texts], batch_size):

@@ -348,7 +348,8 @@ def test_page_of_a_span(browser: Any, tmp_path: Path, parallel: bool) -> None:
     opened = Opened(browser, graph.to_html(), tmp_path)
     assert opened.edges() == edges_of(graph)
     for step in (350, 800):
-        assert opened.edges() == edges_of(graph.prune(opened.slide(step)))
+        pruned = graph.prune(opened.slide(step))
+        assert opened.edges() == edges_of(pruned)
     opened.slide(0)
     labels = opened.page.eval_on_selector_all(
         "#tokens li", "items => items.map((item) => item.getAttribute('aria-label'))"
