@@ -233,6 +233,17 @@ def attend_rows(call: AttentionCall, q: Tensor, rows: Tensor, window: int | None
         keys = torch.arange(begin, int(block[-1]) + 1, device=q.device)
         k, v = (x[:, :, begin : int(block[-1]) + 1] for x in (call.k, call.v))
         block = block.to(q.device)
+        if call.softcap is None and call.sinks is None and call.alibi_slopes is None:
+            z = nn.functional.scaled_dot_product_attention(
+                q[:, :, i : i + step],
+                k,
+                v,
+                attn_mask=call.mask.visible(block, keys),
+                scale=call.scale,
+                enable_gqa=heads != kv_heads,
+            )
+            out.append(z.transpose(1, 2))
+            continue
         # Heads that share keys are more rows of one head: nothing is repeated.
         grouped = q[:, :, i : i + step].reshape(len(q), kv_heads, -1, q.shape[-1])
         scores = (grouped @ k.transpose(-1, -2)).to(wide) * call.scale
