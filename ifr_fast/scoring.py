@@ -290,7 +290,7 @@ def _joined(blocks: list[LayerScores], rows: Tensor) -> LayerScores:
             cat(lambda b: b.closure.resid_pre),
             cat(lambda b: b.closure.moved),
             cat(lambda b: b.closure.linear),
-            blocks[0].closure.eps,
+            cat(lambda b: b.closure.eps),
         ),
     )
 
@@ -302,7 +302,7 @@ class Closure(NamedTuple):
     resid_pre: Tensor  # [C, D]
     moved: Tensor  # [C, D] what attention has to have added, as the model computed it
     linear: Tensor  # [C] `AttentionScores.linear`
-    eps: float  # of the model's dtype
+    eps: Tensor  # [C] of the model's dtype
 
 
 def closure(inputs: LayerInputs, linear: Tensor, bias: Tensor, sample: Tensor) -> Closure:
@@ -316,7 +316,8 @@ def closure(inputs: LayerInputs, linear: Tensor, bias: Tensor, sample: Tensor) -
     moved = y - resid_pre - bias
     if inputs.ffn is not None:
         moved = moved - take(inputs.ffn)
-    return Closure(y, resid_pre, moved, take(linear), torch.finfo(inputs.y.dtype).eps)
+    eps = torch.full_like(y[:, 0], torch.finfo(inputs.y.dtype).eps)
+    return Closure(y, resid_pre, moved, take(linear), eps)
 
 
 def closure_errors(rows: Closure) -> Tensor:
@@ -324,9 +325,9 @@ def closure_errors(rows: Closure) -> Tensor:
     explains (docs/design.md, section 3.4).
 
     The signs s of a node say nothing of what its parts are, so an error e of their sum shows in
-    s . e as large as it is, |e|_2, on average; s . (sum of parts) is what the kernel knows as
-    `linear`. It sees what a probe cannot: windows, and weights that changed since the model was
-    opened.
+    s . e as large as it is, |e|_2, in the mean square: one row may miss what a few do not.
+    s . (sum of parts) is what the kernel knows as `linear`. It sees what a probe cannot: windows,
+    and weights that changed since the model was opened.
     """
     from .kernels.breakpoints import signs
 
@@ -334,8 +335,8 @@ def closure_errors(rows: Closure) -> Tensor:
     gap = linear - (signs(y) * moved).sum(-1)
     norm = torch.linalg.vector_norm
     granted = 8 * eps * (norm(y, dim=-1) + norm(resid_pre, dim=-1))
-    granted += max(1e-3, 8 * eps) * norm(moved, dim=-1)
-    return gap.abs() / (4 * granted).clamp(min=1e-30)
+    granted += (8 * eps).clamp(min=1e-3) * norm(moved, dim=-1)
+    return gap.abs() / granted.clamp(min=1e-30)
 
 
 def check_closure(of_layer: dict[int, Closure]) -> None:
@@ -346,14 +347,14 @@ def check_closure(of_layer: dict[int, Closure]) -> None:
     def joined(parts: tuple[Tensor, ...]) -> Tensor:
         return torch.cat([x.to(device) for x in parts])
 
-    rows = Closure(joined(y), joined(resid_pre), joined(moved), joined(linear), max(eps))
+    rows = Closure(joined(y), joined(resid_pre), joined(moved), joined(linear), joined(eps))
     layers = [layer for layer, of in of_layer.items() for _ in range(len(of.linear))]
     for layer, error in zip(layers, closure_errors(rows).tolist(), strict=True):
         if not error <= 1:
             raise IfrError(
                 f"text: at layer {layer} the parts that were scored do not add up to what the "
                 f"model computed ({error:.1f} times what rounding explains); were its weights "
-                "changed after it was opened?"
+                "changed after it was opened, or are they not finite?"
             )
 
 

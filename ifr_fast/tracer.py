@@ -562,12 +562,18 @@ class Tracer:
         if not 0 <= keep <= 1:
             raise ValueError(f"keep: expected a number from 0 to 1, got {keep}")
         L = self.decoder.n_layers
+        if layers is not None and not isinstance(layers, Iterable):
+            raise ValueError(f"layers: expected indices, several, got {layers!r}")
         wanted = range(L) if layers is None else [_index("layers", i, L) for i in layers]
+        if not wanted:
+            raise ValueError("layers: is empty; expected at least one layer")
         recording = self._record_one(text, add_special_tokens=add_special_tokens)
         T = len(recording)
         if rows is None:
             chosen = torch.arange(T)
         else:
+            if not isinstance(rows, Iterable):
+                raise ValueError(f"rows: expected positions, several, got {rows!r}")
             given = rows.tolist() if isinstance(rows, Tensor) else list(rows)
             chosen = torch.tensor(sorted({_index("rows", i, T) for i in given}), dtype=torch.int64)
             if len(chosen) == 0:

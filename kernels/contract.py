@@ -71,7 +71,7 @@ class AttentionScores(NamedTuple):
     head_total: Tensor  # [R, H] summed over all keys, kept or not
     edges: EdgeList
     unattributed: Tensor  # [R] bool: every proximity is 0, each of the n parts got 1/n
-    linear: Tensor  # [R] sum of lin over all pairs: s . (sum of p[h, j]), what closure is judged by
+    linear: Tensor  # [R] sum of lin over all pairs: s . (sum of p[h, j])
 
 
 class FFNScores(NamedTuple):

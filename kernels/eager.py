@@ -10,8 +10,8 @@ For a block of rows:
 4. denominators, sums over heads, edges above `keep`.
 
 Shapes: R rows, S keys, H heads, D model width, V value width; P listed pairs, C visited
-coordinates. Largest intermediates: [H, R, S] a block, [P, V], [C]. Sums are in float32
-(float64 for float64 inputs).
+coordinates. Largest intermediates: [H, R, S] and [H, R, D] a block, [P, V], [C]. Sums are in
+float32 (float64 for float64 inputs).
 """
 
 from __future__ import annotations
@@ -25,9 +25,15 @@ from .breakpoints import ROUND_UP, breakpoints, column_norms, signs, value_space
 from .contract import AttentionScores, EdgeList, FFNScores, LayerInputs, visible
 
 BLOCK_ROWS = 128  # in a row block, at most
-BLOCK_ELEMENTS = 1 << 21  # of [H, R, S] in a row block
+BLOCK_ELEMENTS = 1 << 21  # of [H, R, S] and of [H, R, D] in a row block
 VISIT_ELEMENTS = 1 << 20  # coordinates visited in one go
 SPARSE_PRODUCTS = ("cpu", "cuda")  # devices that have torch.sparse.sampled_addmm
+
+# Torch says once a process that sparse CSR is in beta. Said here, to nobody: filters are the
+# process's own, and cannot be changed while threads score.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    torch.sparse_csr_tensor([0, 0], [], torch.empty(0), (1, 1))
 
 
 def score_attention(inputs: LayerInputs, keep: float) -> AttentionScores:
@@ -44,7 +50,8 @@ def score_attention(inputs: LayerInputs, keep: float) -> AttentionScores:
     start = 0
     while start < R:
         n_keys = int(inputs.rows[min(start + BLOCK_ROWS, R) - 1]) + 1
-        stop = min(R, start + max(1, min(BLOCK_ROWS, BLOCK_ELEMENTS // (H * n_keys))))
+        widest = H * max(n_keys, inputs.y.shape[1])
+        stop = min(R, start + max(1, min(BLOCK_ROWS, BLOCK_ELEMENTS // widest)))
         parts.append(_score_block(block_of(inputs, slice(start, stop)), rho, v_norm, keep, start))
         start = stop
     residual, ffn, head_total, edges, unattributed, linear = zip(*parts, strict=True)
@@ -158,7 +165,7 @@ def _score_block(
     linear = lin.sum((0, 2))
 
     y_points = breakpoints(inputs.y, rho)  # [H, R, D]
-    a.mul_(ROUND_UP).mul_(lin > 0)
+    a.mul_(ROUND_UP).masked_fill_(lin <= 0, 0)
     listed = (a > y_points.amin(-1, keepdim=True)).flatten().nonzero().squeeze(1)  # [P]
     if len(listed):
         correction = _corrections(inputs, listed, weight, a, y_points)
@@ -245,9 +252,7 @@ def _sampled_product(x: Tensor, W: Tensor, ends: Tensor, column: Tensor, y: Tens
     if x.device.type not in SPARSE_PRODUCTS:
         row = torch.arange(len(x), device=x.device).repeat_interleave(ends.diff())
         return (x.index_select(0, row) * W.T.index_select(0, column)).sum(-1) - y
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own, that sparse CSR is in beta
-        places = torch.sparse_csr_tensor(ends, column, y, (len(x), W.shape[1]))
+    places = torch.sparse_csr_tensor(ends, column, y, (len(x), W.shape[1]))
     return torch.sparse.sampled_addmm(places, x, W, beta=-1).values()
 
 

@@ -1,9 +1,11 @@
 """What must not go unnoticed: wrong decompositions, other masks, changed weights, hidden reads."""
 
 import threading
+import warnings
 
 import pytest
 import torch
+from random_inputs import random_inputs
 from tiny import tiny_model, tiny_text
 from torch import Tensor
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
@@ -11,8 +13,10 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 from ifr_fast import IfrError, Tracer, UnsupportedArchitectureError, graph
 from ifr_fast.capture import LazyMask
 from ifr_fast.graph import LayerTable
+from ifr_fast.kernels import eager
 from ifr_fast.kernels.contract import EdgeList
 from ifr_fast.pretrained import load
+from ifr_fast.scoring import closure_errors
 
 
 def _with_forward(model, change):
@@ -105,6 +109,40 @@ def test_weights_changed_after_opening_are_noticed(mode):
         with pytest.raises(IfrError, match="at layer 1 the parts"):
             tracer.trace(tracer.record(tiny_text(20), mode=mode), position=position, threshold=0.0)
     Tracer(model).trace(tiny_text(20))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_closure_check_is_tight_from_both_sides(dtype):
+    """What rounding leaves open is far below the limit; a layer that moves nothing is above it."""
+    for family in ("llama", "mistral", "gpt2", "gpt_neox", "gemma2"):
+        model = tiny_model(family, dtype=dtype)
+        tracer = Tracer(model)
+        for mode in ("full", "lean"):
+            recording = tracer.record(tiny_text(40), mode=mode)
+            for scores in tracer.contributions(recording):
+                assert float(closure_errors(scores.closure).max()) < 0.3, family
+    model = tiny_model("llama", dtype=dtype)
+    tracer = Tracer(model)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.o_proj.weight.zero_()
+    with pytest.raises(IfrError, match="at layer 1 the parts"):
+        tracer.trace_all(tiny_text(20))
+
+
+def test_threads_that_score_leave_the_warnings_alone():
+    inputs = random_inputs(9, 41, 4, 2, 8, 6, 19)
+    before = list(warnings.filters)
+
+    def work():
+        for _ in range(30):
+            eager.score_attention(inputs, 0.01)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert warnings.filters == before
 
 
 def test_a_recording_of_another_model_is_refused():
