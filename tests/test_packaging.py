@@ -40,8 +40,10 @@ RANKS = {
     "pretrained": 5,
     "scoring": 6,
     "graph": 6,
+    "batching": 6,
     "checkpoint": 7,
     "plan": 7,
+    "generation": 7,
     "tracer": 8,
 }
 TOP = 9
