@@ -243,7 +243,7 @@ def linear_pass(x: _Arguments, of: Lists) -> Asked:
     tiles, lines = int(seen.sum()), x.H * int((seen * rows).sum())
     keys = int(np.minimum(seen * x.BS, x.S).sum())
     words = int((rows * np.minimum(seen * (x.BS // WORD.value), x.n_words)).sum())
-    out = 4 * lines + 8 * x.H * words + 4 * WORD.value * words + 4 * lines // x.H
+    out = 4 * lines + 8 * x.H * words + 4 * WORD.value * words + 4 * lines
     return Asked(
         products=tiles * x.H * x.BT * x.BS * (x.BK + x.HALVES * x.BV),
         loaded=8 * x.grid[1] * (x.R + x.grid[0])
@@ -345,7 +345,7 @@ def fold(x: _Arguments, of: Lists) -> Asked:
 
 def totals(x: _Arguments, of: Lists) -> Asked:
     folded = 4 * x.H * int((x.rows // x.BF + 1).sum())
-    lin = 4 * int((x.rows // x.BS + 1).sum())
+    lin = 4 * x.H * int((x.rows // x.BS + 1).sum())
     out = x.R * (4 * x.H + 13)
     return Asked(
         loaded=12 * x.R + folded + lin,

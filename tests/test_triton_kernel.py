@@ -473,7 +473,7 @@ def test_fold_and_totals_alone(window: int | None) -> None:
     x["p_token"].copy_(token)
     n_blocks = -(-S // BS)
     x["p_partial"] = torch.full((n_blocks, 3, H), math.nan, device=DEVICE)
-    x["p_partial_lin"] = torch.full((n_blocks, 3), math.nan, device=DEVICE)
+    x["p_partial_lin"] = torch.full((n_blocks, 3, H), math.nan, device=DEVICE)
     seen = mask[:, 0].nonzero()
     partial = torch.zeros(n_blocks, 3, H)
     for r, j in {(int(r), int(j) // BS) for r, j in seen.tolist()}:
@@ -490,7 +490,7 @@ def test_fold_and_totals_alone(window: int | None) -> None:
     heads = listed.sum(-1) + partial.sum(0)
     total = 1 + heads.sum(-1)
     assert torch.equal(x["p_total"].cpu(), total)
-    assert torch.equal(x["p_linear"].cpu(), -partial[..., 0].sum(0))
+    assert torch.equal(x["p_linear"].cpu(), -partial.sum((0, 2)))
     torch.testing.assert_close(x["p_head_total"].cpu(), heads / total[:, None])
     torch.testing.assert_close(x["p_residual"].cpu(), 1 / total)
     expected = torch.where(mask[:, 0], token[:, :S] + listed.sum(1), 0)

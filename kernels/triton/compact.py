@@ -8,7 +8,7 @@
 4. head_weights: of those, each head's importance: a listed pair's from its place, any other's is
    its lin, formed anew.
 
-Shapes: token [R, 32 W], partial [S / BS, R, H], partial_lin [S / BS, R], marks [2, R, H, W],
+Shapes: token [R, 32 W], partial [S / BS, R, H], partial_lin [S / BS, R, H], marks [2, R, H, W],
 proximity [R, H, 32 W], folded [S / BF, R, H], total, residual, ffn, linear, unattributed, n_edges
 [R], head_total [R, H], source and weight [R, slots], head_weight [R, slots, H]; W words of 32
 keys. Tiles: BF keys, BE slots.
@@ -73,10 +73,11 @@ def totals_kernel(
     for i_f in range(first // BF, t // BF + 1):
         o_folded = (i_f * R.to(tl.int64) + i_r) * H + o_h
         b_heads += tl.load(p_folded + o_folded, mask=m_h, other=0.0)
-    linear = 0.0
+    b_linear = tl.zeros([BH], tl.float32)
     for i_s in range(first // BS, t // BS + 1):
-        linear += tl.load(p_partial_lin + i_s * R.to(tl.int64) + i_r)
-    tl.store(p_linear + i_r, linear)
+        o_partial = (i_s * R.to(tl.int64) + i_r) * H + o_h
+        b_linear += tl.load(p_partial_lin + o_partial, mask=m_h, other=0.0)
+    tl.store(p_linear + i_r, tl.sum(b_linear))
     residual = tl.load(p_residual + i_r)
     total = residual + tl.sum(b_heads)
     n_keys = (t - first + 1).to(tl.float32)

@@ -18,8 +18,8 @@ The log-sum-exp, where the forward pass gave none, is taken by programs that sha
 keys, and combined in their order.
 
 Shapes: q [R, H, K], k [S, H_kv, K], v [S, H_kv, V], g [R, H, HALVES, V], lines [4, R, H],
-v_norm [H_kv, S], token [R, 32 W], partial [S / BS, R, H], partial_lin [S / BS, R], marks
-[2, R, H, W]; W words of 32 keys.
+v_norm [H_kv, S], token [R, 32 W], partial [S / BS, R, H], partial_lin
+[S / BS, R, H], marks [2, R, H, W]; W words of 32 keys.
 """
 
 from __future__ import annotations
@@ -169,6 +169,7 @@ def linear_kernel(
     p_g += i_line * (HALVES * V)
     p_lines += i_line
     p_partial += i_s.to(tl.int64) * plane + i_line
+    p_partial_lin += i_s.to(tl.int64) * plane + i_line
     p_marks += i_line * n_words + i_s * (BS // WORD)
     o_q = o_t[:, None] * stride_qr + o_k[None, :]
     o_ks, o_vs = o_j[:, None] * stride_ks + o_k[None, :], o_j[:, None] * stride_vs + o_v[None, :]
@@ -180,7 +181,6 @@ def linear_kernel(
         o_gate = o_t[:, None] * stride_gate_r + o_v[None, :]
 
     b_token = tl.zeros([BT, BS], tl.float32)
-    b_lin_sum = tl.zeros([BT], tl.float32)
     for i_kv in range(H_kv):
         b_k = tl.load(p_k + i_kv * stride_kh + o_ks, mask=m_ks, other=0.0)  # [BS, BK]
         b_v = tl.load(p_v + i_kv * stride_vh + o_vs, mask=m_vs, other=0.0)  # [BS, BV]
@@ -208,7 +208,7 @@ def linear_kernel(
                                   SOFTCAP, ALIBI, WINDOW)  # fmt: skip
             b_alpha = tl.exp2(b_score - b_lse[:, None])
             b_lin *= b_alpha * b_g_scale[:, None]
-            b_lin_sum += tl.sum(b_lin, 1)
+            tl.store(p_partial_lin + i_h + o_t * H, tl.sum(b_lin, 1), mask=m_r)
             if GATED:
                 b_gate = tl.load(
                     p_gate + i_h * stride_gate_h.to(tl.int64) + o_gate, mask=m_g, other=0.0
@@ -235,7 +235,6 @@ def linear_kernel(
             tl.store(p_mark + plane * n_words, b_heavy, mask=m_words)
     o_token = o_r.to(tl.int64)[:, None] * (n_words * WORD) + o_s[None, :]
     tl.store(p_token + o_token, b_token, mask=m_r[:, None] & (o_s < n_words * WORD)[None, :])
-    tl.store(p_partial_lin + i_s.to(tl.int64) * R + o_r, b_lin_sum, mask=m_r)
 
 
 def log_sum_exp(x: Names) -> None:
@@ -264,6 +263,7 @@ class Tiles(NamedTuple):
 
 
 FEW = Tiles(16, 64, 4, 2)
+FEW_90 = Tiles(16, 64, 4, 1)  # two stages spill
 SMALL = Tiles(32, 64, 4, 2)
 LARGE = {
     80: Tiles(64, 128, 8, 2),
@@ -278,11 +278,12 @@ FLOAT32 = Tiles(32, 32, 4, 1)
 
 def tiles(x: Names) -> Tiles:
     """For what the kernel is compiled for, on the GPU at hand."""
+    arch = None if INTERPRETED else driver.active.get_current_target().arch
     if x["few"]:
-        return FEW
+        return FEW_90 if arch == 90 else FEW
     if x["HALVES"] == 1:
         return FLOAT32
-    return SMALL if INTERPRETED else LARGE.get(driver.active.get_current_target().arch, SMALL)
+    return LARGE.get(arch, SMALL)
 
 
 def linear(x: Names) -> None:
@@ -290,7 +291,7 @@ def linear(x: Names) -> None:
     BT, BS, num_warps, num_stages = tiles(x)
     grid = (blocks(x["R"], BT), blocks(x["n_keys"], BS))
     x["p_partial"] = x["p_lines"].new_empty(grid[1], x["R"], x["H"])
-    x["p_partial_lin"] = x["p_lines"].new_empty(grid[1], x["R"])
+    x["p_partial_lin"] = x["p_lines"].new_empty(grid[1], x["R"], x["H"])
     x["BS"] = BS
     launch(
         linear_kernel,
