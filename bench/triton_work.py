@@ -350,7 +350,7 @@ def totals(x: _Arguments, of: Lists) -> Asked:
     return Asked(
         loaded=12 * x.R + folded + lin,
         stored=out,
-        vector=(folded + lin) / 4 + 5 * x.R * x.BH,
+        vector=(folded + lin) / 4 + 9 * x.R * x.BH,
         special=x.R * x.BH,
         read=12 * x.R + folded + lin,
         written=out,
