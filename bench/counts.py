@@ -189,7 +189,7 @@ def count_layers(tracer: Tracer, token_ids: Tensor, n_rows: int, layers: list[in
     recording = tracer.record(token_ids, mode=RecordingMode.LEAN)
     rows = some_rows(len(token_ids), n_rows)
     found = []
-    with tracer._replaying():
+    with tracer._replaying(recording):
         for layer in layers:
             found.append(count(layer_inputs(recording, layer, rows)[0]))
     return found
