@@ -37,7 +37,11 @@ from .storage import load_tensors, save_tensors
 
 if TYPE_CHECKING:
     import networkx as nx
+    import pandas as pd
+    import pyarrow as pa
     from matplotlib.figure import Figure
+
+    from .export.tables import TableName
 
 Granularity = Literal["token", "head"]
 
@@ -161,6 +165,14 @@ class Steps(NamedTuple):
     source: Tensor  # [N]
     weight: Tensor  # [N]
     kept: Tensor  # [N] bool
+
+
+class NodeImportance(NamedTuple):
+    """Weight of all paths between a graph's predictions, or a token, and each node."""
+
+    embed: Tensor  # [T] float32
+    mid: Tensor  # [L, T] float32; in a parallel block what `post` has
+    post: Tensor  # [L, T] float32
 
 
 class Grown(NamedTuple):
@@ -403,6 +415,14 @@ class RouteGraph:
         """
         return self._flow[2].float()
 
+    def node_importance(self) -> NodeImportance:
+        """Weight of all paths from the prediction to every node; 0 where there is none.
+
+        Of a span: the mean of its predictions', by its weights.
+        """
+        post, mid, embed = self._flow
+        return NodeImportance(embed.float(), mid.float(), post.float())
+
     def head_importance(self) -> Tensor:
         """[L, H] float32: sum over head_edges of weight times the flow into their targets."""
         layer, head, target, _, weight = self.head_edges
@@ -553,6 +573,50 @@ class RouteGraph:
         from .export.networkx import to_networkx
 
         return to_networkx(self)
+
+    def to_graphml(self) -> str:
+        """The graph in GraphML, for Gephi, yEd, Cytoscape and others."""
+        from .export.graphml import to_graphml
+
+        return to_graphml(self)
+
+    def to_dot(self) -> str:
+        """The graph in DOT, for Graphviz."""
+        from .export.dot import to_dot
+
+        return to_dot(self)
+
+    def to_neuronpedia(
+        self, *, slug: str | None = None, scan: str = "unknown", max_links: int = 10_000
+    ) -> str:
+        """The graph as an attribution graph of Neuronpedia and circuit-tracer, in JSON.
+
+        slug: the graph's name, by default made of its text. scan: the model's, as Neuronpedia
+        calls it. max_links: how many links to keep at most, those that most flows through.
+        """
+        from .export.neuronpedia import to_neuronpedia
+
+        return to_neuronpedia(self, slug, scan, max_links)
+
+    def to_pandas(self, table: TableName = "edges") -> pd.DataFrame:
+        """The graph's edges, a row each; or its "parts", with a row a head, or its "tokens"
+        (export/tables.py).
+        """
+        from .export.tables import to_pandas
+
+        return to_pandas(self, table)
+
+    def to_arrow(self, table: TableName = "edges") -> pa.Table:
+        """The same as an Arrow table, which also knows what the graph says of itself."""
+        from .export.tables import to_arrow
+
+        return to_arrow(self, table)
+
+    def to_parquet(self, path: str | os.PathLike[str], table: TableName = "parts") -> None:
+        """Writes one of the same tables to a Parquet file; "parts" holds the whole graph."""
+        from .export.tables import to_parquet
+
+        to_parquet(self, path, table)
 
     def to_html(self) -> str:
         """A standalone page that draws the graph; needs no network."""
