@@ -55,6 +55,7 @@ TOP = 9
 # Names of the public face that lead upwards are imported when they are called, and only there.
 CALLED_UPWARDS = {
     ("graph", "export"),
+    ("comparison", "export"),
     ("graph", "comparison"),
     ("graph", "reach"),
     ("tracer", "pretrained"),
