@@ -254,6 +254,8 @@ def _try(run: _Replay, candidate: _Candidate, mid: Tensor, post: Tensor) -> Neur
     if relative_error(at_zero - bias, torch.zeros_like(mid), mid) > 0:
         return None
     added = post - mid - bias
+    if relative_error(added, torch.zeros_like(mid), post) == 0:
+        return None
     at_half = with_input(candidate.values / 2) - mid - bias
     errors = [relative_error(x, added, post) for x in (2 * at_half, at_half)]
     if min(errors) > TOLERANCE:
