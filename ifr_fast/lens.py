@@ -26,8 +26,8 @@ _TOLERANCE = 1e-3  # relative error that rounding explains in float32
 
 def lens_logits(decoder: Decoder, resid: Tensor) -> Tensor:
     """Logits [R, vocab] of residual streams [R, D], in the model's dtype."""
-    with torch.inference_mode(), evaluating(decoder.model), capture.exclusively(decoder.model):
-        return torch.cat([_run(decoder, rows)[1] for rows in resid.split(_ROWS)])
+    with torch.inference_mode(), capture.exclusively(decoder.model), evaluating(decoder.model):
+        return torch.cat([_run(decoder, rows)[1] for rows in resid.split(_rows(decoder))])
 
 
 def direct_logits(decoder: Decoder, parts: Tensor, resid: Tensor) -> Tensor:
@@ -39,11 +39,17 @@ def direct_logits(decoder: Decoder, parts: Tensor, resid: Tensor) -> Tensor:
     with (
         torch.inference_mode(False),
         torch.no_grad(),
-        evaluating(decoder.model),
         capture.exclusively(decoder.model),
+        evaluating(decoder.model),
     ):
-        pairs = zip(parts.clone().split(_ROWS), resid.clone().split(_ROWS), strict=True)
+        n = max(1, _rows(decoder) // 2)  # a run has both
+        pairs = zip(parts.clone().split(n), resid.clone().split(n), strict=True)
         return torch.cat([_direct(decoder, part, row) for part, row in pairs])
+
+
+def _rows(decoder: Decoder) -> int:
+    """Rows of a run, which is a text to the model."""
+    return min(_ROWS, decoder.max_length or _ROWS)
 
 
 def _direct(decoder: Decoder, parts: Tensor, resid: Tensor) -> Tensor:

@@ -288,6 +288,18 @@ def test_threshold(graph: Graph) -> None:
     n = int(graph.real_edge_mask.sum())
     with pytest.raises(ValueError, match=f"n: expected 0 to {n} edges, got {n + 1}"):
         graph.apply_topn(n + 1)
+    with pytest.raises(ValueError, match="level: expected 'edge', got 'node'"):
+        graph.apply_topn(1, True, "node")
+
+
+def test_nodes_can_be_left_alone(graph: Graph) -> None:
+    before = graph.nodes_in_graph.clone()
+    graph.apply_topn(20, reset=False, prune=False)
+    assert torch.equal(graph.nodes_in_graph, before)
+    assert graph.nodes["logits"].in_graph
+    assert not graph.nodes["m0"].in_graph
+    graph.apply_threshold(0.0)
+    assert all(node.in_graph for node in graph.nodes.values())
 
 
 # JSON

@@ -36,6 +36,7 @@ from __future__ import annotations
 
 import heapq
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -61,6 +62,14 @@ if TYPE_CHECKING:
 
 METHOD = "information-flow-routes"
 _ELEMENTS = 1 << 22  # of all nodes' outputs at some positions
+
+
+class Node(NamedTuple):
+    """One node of a component graph."""
+
+    name: str
+    score: float | None
+    in_graph: bool
 
 
 class Edge(NamedTuple):
@@ -147,6 +156,15 @@ class Graph:
         return torch.arange(self.n_forward)[:, None] < before
 
     @property
+    def nodes(self) -> dict[str, Node]:
+        """All nodes by their names; the logits are always in the circuit."""
+        found = {}
+        for i, name in enumerate(self.sources):
+            score = None if self.nodes_scores is None else float(self.nodes_scores[i])
+            found[name] = Node(name, score, bool(self.nodes_in_graph[i]))
+        return {**found, "logits": Node("logits", None, True)}
+
+    @property
     def edges(self) -> dict[str, Edge]:
         """All edges by their names."""
         found = {}
@@ -163,12 +181,35 @@ class Graph:
         """Nodes in the circuit, the logits not counted."""
         return int(self.nodes_in_graph.sum())
 
-    def apply_threshold(self, threshold: float, absolute: bool = True, prune: bool = True) -> None:
-        """Puts the edges into the circuit that score at least `threshold`."""
-        self._choose((self._ranked(absolute) >= threshold) & self.real_edge_mask, prune)
+    def apply_threshold(
+        self,
+        threshold: float,
+        absolute: bool = True,
+        reset: bool = True,
+        level: str = "edge",
+        prune: bool = True,
+    ) -> None:
+        """Makes the circuit of the edges that score at least `threshold`.
 
-    def apply_topn(self, n: int, absolute: bool = True, prune: bool = True) -> None:
-        """Puts the n edges into the circuit that score highest; the first of those that tie."""
+        absolute: rank by absolute scores. reset: take the nodes that these edges join, else leave
+        the nodes as they are. level: "edge". prune: keep only what is on a path.
+        """
+        _check_level(level)
+        self._choose((self._ranked(absolute) >= threshold) & self.real_edge_mask, reset, prune)
+
+    def apply_topn(
+        self,
+        n: int,
+        absolute: bool = True,
+        level: str = "edge",
+        reset: bool = True,
+        prune: bool = True,
+    ) -> None:
+        """Makes the circuit of the n edges that score highest; the first of those that tie.
+
+        Arguments as in `apply_threshold`.
+        """
+        _check_level(level)
         n_edges = int(self.real_edge_mask.sum())
         if not 0 <= as_index("n", n) <= n_edges:
             raise ValueError(f"n: expected 0 to {n_edges} edges, got {n}")
@@ -176,11 +217,13 @@ class Graph:
         best = ranked.argsort(descending=True, stable=True)[:n]
         chosen = torch.zeros(self.scores.numel(), dtype=torch.bool)
         chosen[best] = True
-        self._choose(chosen.view_as(self.scores), prune)
+        self._choose(chosen.view_as(self.scores), reset, prune)
 
-    def apply_greedy(self, n_edges: int, absolute: bool = True, prune: bool = True) -> None:
-        """Puts n edges into the circuit from the logits down, each time the one that scores highest
-        among those into nodes that are in it.
+    def apply_greedy(
+        self, n_edges: int, absolute: bool = True, reset: bool = True, prune: bool = True
+    ) -> None:
+        """Makes the circuit of n edges from the logits down, each time the one that scores highest
+        among those into nodes that are in it. Arguments as in `apply_threshold`.
         """
         total = int(self.real_edge_mask.sum())
         if not 0 <= as_index("n_edges", n_edges) <= total:
@@ -204,7 +247,7 @@ class Graph:
             n_edges -= 1
             if i not in reached:
                 reach(i)
-        self._choose(chosen, prune)
+        self._choose(chosen, reset, prune)
 
     def prune(self) -> None:
         """Keeps of the circuit what lies on a path from `input` to `logits`."""
@@ -227,11 +270,10 @@ class Graph:
     def to_json(self, filename: str | os.PathLike[str]) -> None:
         """Writes the JSON that EAP-IG's `Graph.from_json` and the MIB benchmark read."""
         nodes: dict[str, dict[str, Any]] = {}
-        for i, name in enumerate(self.sources):
-            nodes[name] = {"in_graph": bool(self.nodes_in_graph[i])}
-            if self.nodes_scores is not None and not self.nodes_scores[i].isnan():
-                nodes[name]["score"] = float(self.nodes_scores[i])
-        nodes["logits"] = {"in_graph": True}
+        for node in self.nodes.values():
+            nodes[node.name] = {"in_graph": node.in_graph}
+            if node.score is not None and not math.isnan(node.score):
+                nodes[node.name]["score"] = node.score
         edges = {
             edge.name: {"score": edge.score, "in_graph": edge.in_graph}
             for edge in self.edges.values()
@@ -308,13 +350,13 @@ class Graph:
     def _ranked(self, absolute: bool) -> Tensor:
         return self.scores.abs() if absolute else self.scores
 
-    def _choose(self, chosen: Tensor, prune: bool) -> None:
+    def _choose(self, chosen: Tensor, reset: bool, prune: bool) -> None:
         self.in_graph = chosen
-        children = self._children
-        read = torch.zeros(self.n_forward + 1, dtype=torch.bool)
-        read[0] = True
-        read[children[chosen.any(0)]] = True
-        self.nodes_in_graph = chosen.any(1) & read[:-1]
+        if reset:
+            read = torch.zeros(self.n_forward + 1, dtype=torch.bool)
+            read[0] = True
+            read[self._children[chosen.any(0)]] = True
+            self.nodes_in_graph = chosen.any(1) & read[:-1]
         if prune:
             self.prune()
 
@@ -518,6 +560,11 @@ def _check_config(cfg: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"cfg: expected {name} to be a positive int, got {cfg.get(name)!r}")
     _flag("cfg: parallel_attn_mlp", cfg.get("parallel_attn_mlp"))
     return dict(cfg)
+
+
+def _check_level(level: str) -> None:
+    if level != "edge":
+        raise ValueError(f"level: expected 'edge', got {level!r}; nodes are not scored here")
 
 
 def _flag(name: str, value: Any) -> bool:
