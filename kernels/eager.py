@@ -111,9 +111,7 @@ def block_of(inputs: LayerInputs, chosen: slice | Tensor) -> LayerInputs:
     )
 
 
-def _proximity(
-    part: Tensor, y: Tensor, offset: Tensor | float = 0.0, floor: float = 0.0
-) -> Tensor:
+def _proximity(part: Tensor, y: Tensor, offset: Tensor | float = 0.0, floor: float = 0.0) -> Tensor:
     """max(|y|_1 - |y - part|_1 + offset, floor), coordinate by coordinate: [R, D], [R, D] -> [R].
 
     offset: [R]

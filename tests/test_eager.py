@@ -10,9 +10,8 @@ from tiny import tiny_model, tiny_text
 from ifr_fast import Tracer
 from ifr_fast.kernels import eager, reference
 
-FLAGS = [
-    "row_scale", "value_gate", "window", "softcap", "sinks", "alibi_slopes", "ffn", "offset", "floor"
-]  # fmt: skip
+FLAGS = ["row_scale", "value_gate", "window", "softcap", "sinks", "alibi_slopes", "ffn"]
+FLAGS += ["offset", "floor"]
 SHAPES = [  # R, S, H, H_kv, K, V, D
     (1, 1, 1, 1, 1, 1, 1),
     (1, 1, 3, 1, 4, 4, 5),

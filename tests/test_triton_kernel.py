@@ -22,9 +22,8 @@ from ifr_fast.kernels.triton import compact, correct, kernel, linear, lists, pre
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-3, torch.float16: 1e-3}  # of importances
-FLAGS = [
-    "window", "softcap", "sinks", "alibi_slopes", "row_scale", "value_gate", "ffn", "offset", "floor"
-]  # fmt: skip
+FLAGS = ["window", "softcap", "sinks", "alibi_slopes", "row_scale", "value_gate", "ffn"]
+FLAGS += ["offset", "floor"]
 SHAPES = [  # R, S, H, H_kv, K, V, D
     (1, 1, 1, 1, 4, 4, 5),
     (2, 2, 6, 3, 8, 10, 33),

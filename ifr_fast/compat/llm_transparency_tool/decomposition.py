@@ -37,7 +37,7 @@ class DecomposedAttention(torch.Tensor):
         form: Callable[[], Tensor],
         score: Contributions,
     ) -> DecomposedAttention:
-        made: DecomposedAttention = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: DecomposedAttention = torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=dtype, device=device
         )
         made._form, made._score = form, score
@@ -66,7 +66,7 @@ class DecomposedAttention(torch.Tensor):
         return of_parts.view(self.shape[:-1]), residual.view(shape)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls,
         func: Any,
         types: Any,

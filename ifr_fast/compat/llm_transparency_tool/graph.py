@@ -13,7 +13,9 @@ denominator, all edges run from I{l-1} into I{l}, and no A{l} is on a path.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -25,6 +27,8 @@ from . import contributions
 
 if TYPE_CHECKING:
     import networkx as nx
+
+_Edge = tuple[str, str, dict[str, Any]]
 
 _BLOCKS = 3  # of nodes to a layer: A, M, I; one block, X0, comes before them
 
@@ -69,10 +73,11 @@ def build_full_graph(
         )
     )
     graph = nx.DiGraph()
-    graph.add_nodes_from(names)
-    graph.add_weighted_edges_from(
-        zip(names[source].tolist(), names[target].tolist(), weight.tolist(), strict=True)
-    )
+    with _uncollected():
+        graph.add_nodes_from(names.tolist())
+        graph.add_weighted_edges_from(
+            zip(names[source].tolist(), names[target].tolist(), weight.tolist(), strict=True)
+        )
     return graph
 
 
@@ -87,36 +92,57 @@ def build_paths_to_predictions(
     weight above `threshold`: graphs of those edges and their nodes.
     """
     nx = _networkx()
-    edges_into: dict[str, list[tuple[str, str, dict[str, Any]]]] = {}
-    into, trees = graph.pred, []
-    for start in starting_tokens:
-        if not 0 <= start < n_tokens:
-            raise ValueError(
-                f"starting_tokens: expected positions from 0 to {n_tokens - 1}, got {start}"
-            )
-        output = f"I{n_layers - 1}_{start}"
-        if output not in into:
-            raise ValueError(f"n_layers: the graph has no node {output}")
-        reached, waiting, found = {output}, [output], []
-        while waiting:
-            node = waiting.pop()
-            edges = edges_into.get(node)
-            if edges is None:
-                edges = [
-                    (below, node, data)
-                    for below, data in into[node].items()
-                    if data["weight"] > threshold
-                ]
-                edges_into[node] = edges
-            found += edges
-            for below, _, _ in edges:
-                if below not in reached:
-                    reached.add(below)
-                    waiting.append(below)
-        tree = nx.DiGraph()
-        tree.add_edges_from(found)
-        trees.append(tree)
+    trees = []
+    known: dict[str, list[_Edge]] = {}
+    with _uncollected():
+        for start in starting_tokens:
+            if not 0 <= start < n_tokens:
+                raise ValueError(
+                    f"starting_tokens: expected positions from 0 to {n_tokens - 1}, got {start}"
+                )
+            output = f"I{n_layers - 1}_{start}"
+            if output not in graph:
+                raise ValueError(f"n_layers: the graph has no node {output}")
+            tree = nx.DiGraph()
+            tree.add_edges_from(_edges_to(graph, output, threshold, known))
+            trees.append(tree)
     return trees
+
+
+def _edges_to(
+    graph: nx.DiGraph, output: str, threshold: float, known: dict[str, list[_Edge]]
+) -> list[_Edge]:
+    """All edges above the threshold on the way to a node. known: those into a node, of any seen."""
+    reached, waiting, found = {output}, [output], []
+    while waiting:
+        node = waiting.pop()
+        edges = known.get(node)
+        if edges is None:
+            edges = known[node] = [
+                (below, node, data)
+                for below, data in graph.pred[node].items()
+                if data["weight"] > threshold
+            ]
+        found += edges
+        for below, _, _ in edges:
+            if below not in reached:
+                reached.add(below)
+                waiting.append(below)
+    return found
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Within, Python does not look for cycles: a graph is a dict for each edge, none of them
+    garbage, for whose sake it would go through all objects of the process again and again.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _networkx() -> Any:

@@ -91,7 +91,7 @@ class TransparentLlm:
             hf_model, own = load(model_name if path is None else path, **options)
             tokenizer = own if tokenizer is None else tokenizer
             if place is not None:
-                hf_model = hf_model.to(place)  # type: ignore[arg-type]
+                hf_model = hf_model.to(place)
         elif dtype not in (None, hf_model.dtype) or place not in (None, hf_model.device):
             hf_model = copy.deepcopy(hf_model).to(device=place, dtype=dtype)
         self._open(Tracer(hf_model, tokenizer, impl=impl), model_name, parity)
@@ -333,8 +333,9 @@ class TransparentLlm:
                 attention = score_attention(shifted, keep, impl)
                 bias = block.bias.to(inputs.y.device)
                 if self._value_bias is not None:
-                    # y is shifted by EPSILON, and so is what is left of it.
-                    bias = bias + self._moved_by_bias(inputs, block.layer, sample) - EPSILON
+                    if bool(self._value_bias[block.layer].any()):
+                        bias = bias + self._moved_by_bias(inputs, block.layer, sample)
+                    bias = bias - EPSILON  # as y is shifted
                 closures[block.layer] = closure(shifted, attention.linear, bias, sample)
                 if threshold is not None:
                     attention = attention.renormalized(threshold, self.parity)
@@ -367,13 +368,12 @@ class TransparentLlm:
     def _moved_by_bias(self, inputs: LayerInputs, layer: int, sample: Tensor) -> Tensor:
         """What a layer's value bias adds to the residual stream at some rows, [C, D]."""
         assert self._value_bias is not None
-        H, _, _ = inputs.W_O.shape
-        bias = self._value_bias[layer]
-        z = bias.repeat_interleave(H // len(bias), 0).expand(len(sample), -1, -1)
+        z = self._value_bias[layer]
+        z = z.repeat_interleave(len(inputs.W_O) // len(z), 0)[None]  # [1, H, V]
         some = sample.to(z.device)
         if inputs.value_gate is not None:
             z = z * inputs.value_gate[some]
-        moved = torch.einsum("chv,hvd->cd", z, inputs.W_O.to(z.dtype))
+        moved = z.flatten(1) @ inputs.W_O.to(z.dtype).flatten(0, 1)
         return moved if inputs.row_scale is None else inputs.row_scale[some, None] * moved
 
     def _ran(self) -> list[Recording]:
@@ -415,7 +415,7 @@ class TransparentLlm:
     def _inputs(self, recording: Recording, layer: int) -> tuple[LayerInputs, Tensor | None]:
         """A layer's nodes and what they are made of; in parity, values without their bias."""
         inputs, resid_post = layer_inputs(recording, layer, torch.arange(len(recording)))
-        if self._value_bias is not None:
+        if self._value_bias is not None and bool(self._value_bias[layer].any()):
             inputs = inputs._replace(v=inputs.v - self._value_bias[layer])
         return inputs, resid_post
 

@@ -65,13 +65,13 @@ def find_neurons(
     hidden = recorded.resid_pre[row.to(recorded.resid_pre.device)].to(block.W_O.device)
     calls: list[_Call] = []
 
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if len(args) == 1 and not kwargs and all(isinstance(x, Tensor) for x in (*args, output)):
             calls.append(_Call(module, args[0].reshape(-1, args[0].shape[-1])[0], output))
 
     within_attention = set(block.attention.modules())
     handles = [
-        module.register_forward_hook(hook)
+        module.register_forward_hook(hook, with_kwargs=True)
         for module in block.module.modules()
         if module not in within_attention and module is not block.module
     ]
