@@ -7,7 +7,8 @@
 
 Edges run as information does and carry a `weight`. An FFN's is on both of its edges, A to M and
 M to I. The residual edge and the attention to the token itself run between the same nodes: they
-are one edge here, with the sum of their weights. In a parallel block, whose parts have one
+are one edge, with the sum of their weights, and the residual stream's own as `residual`. In a
+parallel block, whose parts have one
 denominator, all edges run from I{l-1} into I{l}, and no A{l} is on a path.
 """
 
@@ -66,18 +67,13 @@ def build_full_graph(
         else of_layers(batch_i, renormalizing_threshold)
     )
     names = np.array(_node_names(n_layers, n_tokens), dtype=object)
-    source, target, weight = (
-        np.concatenate(column)
-        for column in zip(
-            *(_layer_edges(i, n_tokens, layer) for i, layer in enumerate(layers)), strict=True
-        )
-    )
+    of_layer = [_layer_edges(i, n_tokens, layer) for i, layer in enumerate(layers)]
+    edges, residual = (_joined(parts) for parts in zip(*of_layer, strict=True))
     graph = nx.DiGraph()
     with _uncollected():
         graph.add_nodes_from(names.tolist())
-        graph.add_weighted_edges_from(
-            zip(names[source].tolist(), names[target].tolist(), weight.tolist(), strict=True)
-        )
+        graph.add_weighted_edges_from(_rows(names, edges))
+        graph.add_weighted_edges_from(_rows(names, residual), weight="residual")
     return graph
 
 
@@ -162,32 +158,52 @@ def _node_names(n_layers: int, n_tokens: int) -> list[str]:
     return [f"{kind}{token}" for kind in ["X0_", *kinds] for token in range(n_tokens)]
 
 
-def _layer_edges(
-    layer: int, n_tokens: int, weights: LayerWeights
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Source and target, as indices of `_node_names`, and weight of a layer's edges."""
+class _Edges(NamedTuple):
+    """Edges among the nodes of `_node_names`, by index."""
+
+    source: np.ndarray
+    target: np.ndarray
+    weight: np.ndarray
+
+    def nonzero(self) -> _Edges:
+        some = self.weight != 0
+        return _Edges(self.source[some], self.target[some], self.weight[some])
+
+
+def _joined(parts: Iterable[_Edges]) -> _Edges:
+    return _Edges(*map(np.concatenate, zip(*parts, strict=True)))
+
+
+def _rows(names: np.ndarray, edges: _Edges) -> Iterator[tuple[str, str, float]]:
+    source, target, weight = edges
+    return zip(names[source].tolist(), names[target].tolist(), weight.tolist(), strict=True)
+
+
+def _layer_edges(layer: int, n_tokens: int, weights: LayerWeights) -> tuple[_Edges, _Edges]:
+    """A layer's edges; and those that its residual stream has a share in, with that."""
     below, mid, ffn, post = (n_tokens * (_BLOCKS * layer + i) for i in range(_BLOCKS + 1))
     target, source, weight = (
         x.cpu().numpy() for x in (weights.target, weights.source, weights.weight.double())
     )
-    residual = weights.residual.cpu().double().numpy().copy()
+    residual, of_ffn = (x.cpu().double().numpy() for x in (weights.residual, weights.ffn))
     itself = target == source
-    residual[target[itself]] += weight[itself]
+    through = residual.copy()
+    through[target[itself]] += weight[itself]
     others = ~itself
-    of_ffn = weights.ffn.cpu().double().numpy()
     token = np.arange(len(residual))
-    after_attention, before_ffn = (post, below) if weights.ffn_residual is None else (mid, mid)
+    parallel = weights.ffn_residual is None
+    after_attention, before_ffn = (post, below) if parallel else (mid, mid)
     edges = [
-        (below + source[others], after_attention + target[others], weight[others]),
-        (below + token, after_attention + token, residual),
-        (before_ffn + token, ffn + token, of_ffn),
-        (ffn + token, post + token, of_ffn),
+        _Edges(below + source[others], after_attention + target[others], weight[others]),
+        _Edges(below + token, after_attention + token, through),
+        _Edges(before_ffn + token, ffn + token, of_ffn),
+        _Edges(ffn + token, post + token, of_ffn),
     ]
     if weights.ffn_residual is not None:
-        edges.append((mid + token, post + token, weights.ffn_residual.cpu().double().numpy()))
-    sources, targets, all_weights = (np.concatenate(column) for column in zip(*edges, strict=True))
-    some = all_weights != 0
-    return sources[some], targets[some], all_weights[some]
+        passed = weights.ffn_residual.cpu().double().numpy()
+        edges.append(_Edges(mid + token, post + token, passed))
+    shared = _Edges(below + token, after_attention + token, residual)
+    return _joined(edges).nonzero(), shared.nonzero()
 
 
 def _formed_weights(
