@@ -52,19 +52,16 @@ def shares(layer: Layer) -> Shares:
     """Of attention's parts and resid_pre; of the FFN's output and resid_mid."""
     T, H = layer.pattern.shape[1], len(layer.pattern)
     parts = decomposed(layer).permute(1, 2, 0, 3).flatten(0, 1)  # [key, head] as one, T, D
-    heads, residual = _shares([parts, layer.resid_pre[None]], layer.resid_mid)
-    ffn, passed = _shares([layer.ffn[None], layer.resid_mid[None]], layer.resid_post)
-    return Shares(heads.view(T, H, T).permute(2, 0, 1), residual[0], ffn[0], passed[0])
+    into_mid = _shares(torch.cat([parts, layer.resid_pre[None]]), layer.resid_mid)
+    ffn, passed = _shares(torch.stack([layer.ffn, layer.resid_mid]), layer.resid_post)
+    return Shares(into_mid[:-1].view(T, H, T).permute(2, 0, 1), into_mid[-1], ffn, passed)
 
 
-def _shares(groups: list[Tensor], whole: Tensor) -> list[Tensor]:
-    """Of groups of parts [n, T, D] to a whole [T, D]: each [n, T]."""
-    scores = []
-    for parts in groups:
-        gap = torch.nn.functional.pairwise_distance(parts, whole.expand_as(parts), p=1)
-        scores.append((whole.abs().sum(-1) - gap).clamp(min=1e-5))
-    total = torch.stack([x.sum(0) for x in scores]).sum(0)
-    return [x / total for x in scores]
+def _shares(parts: Tensor, whole: Tensor) -> Tensor:
+    """Of parts [n, T, D] to a whole [T, D]: [n, T]."""
+    gap = torch.nn.functional.pairwise_distance(parts, whole.expand_as(parts), p=1)
+    scores = (whole.abs().sum(-1) - gap).clamp(min=1e-5)
+    return scores / scores.sum(0)
 
 
 def cut(threshold: float, x: Shares) -> Shares:
@@ -110,12 +107,13 @@ def full_graph(layers: Iterable[Shares], threshold: float | None = None) -> nx.D
 def paths(
     graph: nx.DiGraph, n_layers: int, starts: Iterable[int], threshold: float
 ) -> list[nx.DiGraph]:
-    """What leads to each start's prediction over edges above the threshold: networkx's search of a
-    filtered view.
+    """What leads to each start's prediction over edges above the threshold: networkx's search,
+    downwards, of a filtered view of the graph turned around.
     """
-    above = nx.subgraph_view(graph, filter_edge=lambda u, v: graph.adj[u][v]["weight"] > threshold)
+    down = graph.reverse()
+    above = nx.subgraph_view(down, filter_edge=lambda u, v: down.adj[u][v]["weight"] > threshold)
     found = []
     for start in starts:
-        walk = nx.edge_dfs(above, f"I{n_layers - 1}_{start}", orientation="reverse")
-        found.append(graph.edge_subgraph([(u, v) for u, v, _ in walk]).copy())
+        walk = list(nx.edge_dfs(above, f"I{n_layers - 1}_{start}"))
+        found.append(graph.edge_subgraph([(v, u) for u, v in walk]).copy())
     return found
