@@ -622,7 +622,31 @@ def test_copies_have_their_own_state() -> None:
     assert other.tokens().shape == (1, 5)
 
 
-def test_lean_recordings_are_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_precision_leaves_the_given_model_alone() -> None:
+    made = tiny_model("llama").eval()
+    ours = TransparentLlm("tiny", made, None, "cpu", torch.float64)
+    assert ours.tracer.model.dtype == torch.float64
+    assert made.dtype == torch.float32
+    assert TransparentLlm("tiny", made, None, "cpu", torch.float32).tracer.model is made
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype: torch.dtype) -> None:
+    """Scored as float32 would score what the model computed."""
+    ours = TransparentLlm(hf_model=tiny_model("qwen2", dtype=dtype).eval(), parity=True)
+    ours.run([tiny_text(20)])
+    formed = tool.get_attention_contributions(
+        ours.residual_in(1),
+        ours.residual_after_attn(1),
+        ours.decomposed_attn(0, 1)[None] + 0.0,
+        parity=True,
+    )
+    for mine, theirs in zip(attention_contributions(ours, 1), formed, strict=True):
+        torch.testing.assert_close(mine, theirs[0], atol=TOLERANCE, rtol=0)
+    build_full_graph(ours, 0, 0.04)
+
+
+def test_lean_recordings_are_replayed() -> None:
     ours = TransparentLlm(hf_model=tiny_model("qwen2").eval(), parity=True)
     ours.run([tiny_text(20)])
     full = build_full_graph(ours, 0, 0.04)

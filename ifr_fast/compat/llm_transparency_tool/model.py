@@ -92,8 +92,10 @@ class TransparentLlm:
             tokenizer = own if tokenizer is None else tokenizer
             if place is not None:
                 hf_model = hf_model.to(place)
-        elif dtype not in (None, hf_model.dtype) or place not in (None, hf_model.device):
-            hf_model = copy.deepcopy(hf_model).to(device=place, dtype=dtype)
+        else:
+            moves = place is not None and place.type != hf_model.device.type
+            if moves or dtype not in (None, hf_model.dtype):
+                hf_model = copy.deepcopy(hf_model).to(device=place, dtype=dtype)
         self._open(Tracer(hf_model, tokenizer, impl=impl), model_name, parity)
 
     @classmethod
