@@ -21,7 +21,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ... import capture
 from ...errors import IfrError
 from ...kernels.contract import LayerInputs, visible
-from ...kernels.eager import attention_pattern, block_of
 from ...model import answering_layers, evaluating, probe_tokens
 from ...recording import Recording, layer_inputs
 from ...scoring import check_closure, closure, load_kernel
@@ -338,7 +337,10 @@ class TransparentLlm:
                     if bool(self._value_bias[block.layer].any()):
                         bias = bias + self._moved_by_bias(inputs, block.layer, sample)
                     bias = bias - EPSILON  # as y is shifted
-                closures[block.layer] = closure(shifted, attention.linear, bias, sample)
+                parts = closure(shifted, attention.linear, bias, sample)
+                # The model's own rounding, in however wide a y it was scored.
+                eps = torch.full_like(parts.eps, torch.finfo(inputs.resid_pre.dtype).eps)
+                closures[block.layer] = parts._replace(eps=eps)
                 if threshold is not None:
                     attention = attention.renormalized(threshold, self.parity)
                 ffn, ffn_residual = attention.ffn, None
@@ -448,12 +450,16 @@ def _wide(inputs: LayerInputs) -> LayerInputs:
 @torch.inference_mode()
 def _pattern(inputs: LayerInputs) -> Tensor:
     """Attention weights [H, R, S]."""
+    from ...kernels.eager import attention_pattern
+
     seen = visible(inputs.rows, len(inputs.k), inputs.window).to(inputs.k.device)
     return attention_pattern(_wide(inputs), seen)
 
 
 def _attention_output(inputs: LayerInputs, pos: int) -> Tensor:
     """[H, V] of one row, before gates and output projection."""
+    from ...kernels.eager import block_of
+
     pattern = _pattern(block_of(inputs, slice(pos, pos + 1)))[:, 0]  # [H, S]
     v = inputs.v[: pattern.shape[1]].to(pattern.dtype)
     v = v.repeat_interleave(len(pattern) // v.shape[1], 1)
