@@ -535,10 +535,12 @@ class Scorer {
                 const int64_t first = std::max(s.line_first[m], chunk);
                 const int64_t last = std::min(s.line_last[m], stop);
                 if (first >= last) continue;
-                const auto chunk_of = shifted() ? l_.value_gate.data ? &Scorer::linear_chunk<true, true>
-                                                                     : &Scorer::linear_chunk<false, true>
-                                      : l_.value_gate.data ? &Scorer::linear_chunk<true, false>
-                                                           : &Scorer::linear_chunk<false, false>;
+                const auto chunk_of =
+                    l_.value_gate.data
+                        ? (shifted() ? &Scorer::linear_chunk<true, true>
+                                     : &Scorer::linear_chunk<true, false>)
+                        : (shifted() ? &Scorer::linear_chunk<false, true>
+                                     : &Scorer::linear_chunk<false, false>);
                 (this->*chunk_of)(b, hk, m, chunk, first, last, tile, s);
             }
         }
