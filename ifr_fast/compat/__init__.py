@@ -1,1 +1,1 @@
-"""Faces of other tools on this engine: a file or a package a tool, imported by its name."""
+"""Other tools' faces on this engine: change an import, keep the code. One module a tool."""
