@@ -1,6 +1,6 @@
 """FlashTrace's face (PyPI flashtrace 0.1.1) on this engine: which prompt tokens shaped an answer.
 
-    from ifr_fast.compat.flashtrace import FlashTrace  # instead of: from flashtrace import FlashTrace
+    from ifr_fast.compat.flashtrace import FlashTrace  # in place of flashtrace's own
 
 A token's score is the sum over layers of the importances of the attention edges that read it: no
 routes are followed. By `method`:
@@ -157,8 +157,11 @@ class FlashTrace:
         about: dict[str, Any] = {"type": "all_positions_output_only"}
         matrix = _unscored(text)
         if len(matrix) == 0:
-            nothing = {"sink_span_generation": None, "sink_indices": [], "note": "no generation"}
-            return matrix, about | nothing
+            return matrix, about | {
+                "sink_span_generation": None,
+                "sink_indices": [],
+                "note": "no generation",
+            }
         first, last = _checked("output_span", span, len(matrix) - 1)
         begin, end = text.at(first), text.at(last)
         recording = self.tracer.record(text.token_ids)
@@ -240,7 +243,9 @@ class FlashTrace:
                     None if unweighted else weights,
                 )
             else:  # nothing is left on generated tokens
-                found = IFRAggregate.zero(len(kept), recording.decoder.n_layers, recording.decoder.n_heads)
+                found = IFRAggregate.zero(
+                    len(kept), recording.decoder.n_layers, recording.decoder.n_heads
+                )
             found.token_importance_total *= kept
             hops.append(found)
             seen.append(found.token_importance_total * observed * ratio)

@@ -1,6 +1,6 @@
 """FlashTrace's arithmetic on our kernels: importances of token edges, summed over layers.
 
-In each layer, of a row (or of a sum of rows, which is scored as one: ../../summed.py) with node y,
+In each layer, of a row (or of a sum of rows, which is scored as one: ../../given.py) with node y,
 
     proximity(p, y) = max(|y|_1 - |y - p|_1, 0), 0 where below the threshold given,
     e[j] = sum over heads h of proximity(p[h, j], y) / (all of them + that of resid_pre + 1e-12),
@@ -17,11 +17,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...given import given_closure, summed_row
 from ...kernels.contract import LayerInputs
 from ...model import Block
 from ...recording import Recording, layer_inputs
 from ...scoring import Closure, Kernel, check_closure, load_kernel
-from ...summed import summed_closure, summed_row
 from ...tracer import Tracer
 
 _EPS = 1e-12  # added to every denominator
@@ -124,9 +124,7 @@ class _Layer(NamedTuple):
     resid_post: Tensor | None  # [R, D]; None in a parallel block
 
 
-def _layers(
-    tracer: Tracer, recording: Recording, rows: Tensor, parity: bool
-) -> Iterator[_Layer]:
+def _layers(tracer: Tracer, recording: Recording, rows: Tensor, parity: bool) -> Iterator[_Layer]:
     """What scores `rows` [R] of each layer, from the bottom. Raises IfrError in the end where a
     layer's parts do not add up to what the model computed.
     """
@@ -134,13 +132,13 @@ def _layers(
 
     closures: dict[int, Closure] = {}
     sample = recording.sample(rows).sort().values
-    weights = torch.ones(len(sample))
     for block in tracer.decoder.blocks:
         with tracer._replaying(recording):
             inputs, resid_post = layer_inputs(recording, block.layer, rows)
         dtype = inputs.y.dtype
-        checked = summed_row(block_of(inputs, sample), weights)
-        closures[block.layer] = summed_closure(checked, block.bias, weights, dtype)
+        checked = summed_row(block_of(inputs, sample), torch.ones(len(sample)))
+        bias = block.bias.to(checked.y) * len(sample)
+        closures[block.layer] = given_closure(checked, bias, dtype)
         if parity:
             resid_pre = recording.layers[block.layer].resid_pre.to(inputs.v.device)
             inputs = inputs._replace(v=_values(block, resid_pre, inputs.v))
