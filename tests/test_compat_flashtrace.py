@@ -101,21 +101,23 @@ def assert_same(got: TraceResult, expected: Any) -> None:
     for name in ("output_span", "reasoning_span", "method"):
         assert getattr(got, name) == getattr(expected, name)
     assert got.metadata.keys() == expected.metadata.keys()
-    mine, their = got.metadata["ifr"], expected.metadata["ifr"]
-    assert mine.keys() == their.keys()
-    for name, value in their.items():
-        if isinstance(value, int | float | tuple | None) or name in ("type", "sink_indices"):
-            assert mine[name] == value, name
-    assert shape_of(got.to_dict()) == shape_of(expected.to_dict())
+    assert_alike(got.to_dict()["metadata"], expected.to_dict()["metadata"])
 
 
-def shape_of(value: Any) -> Any:
-    """Keys and lengths, for values that agree within rounding alone."""
-    if isinstance(value, dict):
-        return {name: shape_of(x) for name, x in value.items() if name not in ("note", "token")}
-    if isinstance(value, list):
-        return [shape_of(x) for x in value]
-    return type(value).__name__ if not isinstance(value, str) else value
+def assert_alike(got: Any, expected: Any) -> None:
+    """The same keys, lengths, strings and ints; floats within rounding. Notes are our own."""
+    if isinstance(expected, dict):
+        assert got.keys() == expected.keys()
+        for name in got.keys() - {"note"}:
+            assert_alike(got[name], expected[name])
+    elif isinstance(expected, list):
+        assert len(got) == len(expected)
+        for mine, their in zip(got, expected, strict=True):
+            assert_alike(mine, their)
+    elif isinstance(expected, float):
+        assert got == pytest.approx(expected, rel=1e-3, abs=2e-4)
+    else:
+        assert got == expected
 
 
 # Against the package, on the default model
@@ -150,13 +152,13 @@ def test_a_chat_template_and_a_generation_as_the_package(package: ModuleType, sm
 
 
 @pytest.mark.default_model
-@pytest.mark.parametrize("method", ["ifr-span", "ifr-matrix"])
+@pytest.mark.parametrize(("method", "threshold"), [("ifr-span", 1.0), ("ifr-matrix", 0.05)])
 def test_a_renorm_threshold_as_the_package(
-    package: ModuleType, smol_trace: FlashTrace, method: str
+    package: ModuleType, smol_trace: FlashTrace, method: str, threshold: float
 ) -> None:
     """Proximities within rounding of it fall on either side: a hundred times what else differs."""
     prompt, target = PROMPTS[0]
-    call = {"prompt": prompt, "target": target, "method": method, "renorm_threshold": 0.05}
+    call = {"prompt": prompt, "target": target, "method": method, "renorm_threshold": threshold}
     got, expected = smol_trace.trace(**call), traced_by(package, smol_trace, **call)
     without = smol_trace.trace(**call | {"renorm_threshold": None})
     largest = max(expected.scores)
@@ -266,8 +268,8 @@ def test_other_implementations_give_the_same(impl: str) -> None:
     if impl == "triton":
         pytest.importorskip("triton")
     model, tokenizer = tiny("llama"), word_tokenizer()
-    for method in ("flashtrace", "ifr-matrix"):
-        call = {"prompt": PROMPT, "target": TARGET, "method": method}
+    for method in ("ifr-span", "ifr-matrix"):
+        call = {"prompt": "w5 w17 , w9", "target": " w8 w17", "method": method}
         got, expected = (
             FlashTrace(model, tokenizer, impl=of).trace(**call) for of in (impl, "eager")
         )

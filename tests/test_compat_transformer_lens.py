@@ -127,7 +127,11 @@ MODELS = {
     "hooked-alibi": hooked(positional_embedding_type="alibi"),
     "hooked-results": hooked(use_attn_result=True, use_split_qkv_input=True),
 }
-WITH_HUGGING_FACE = {"bridge-llama": "llama", "bridge-gpt-neox": "gpt_neox", "bridge-gemma2": "gemma2"}
+WITH_HUGGING_FACE = {
+    "bridge-llama": "llama",
+    "bridge-gpt-neox": "gpt_neox",
+    "bridge-gemma2": "gemma2",
+}
 
 _made: dict[str, nn.Module] = {}
 
@@ -154,7 +158,7 @@ def account(model: nn.Module, cache: Any) -> list[LayerAccount]:
 
         def of(name: str, i: int = i) -> Tensor | None:
             key = f"blocks.{i}.{name}"
-            return cache[key][0].double() if key in cache.keys() else None
+            return cache[key][0].double() if key in set(cache) else None
 
         attention = model.blocks[i].attn
         pattern, z, attn_out = of("attn.hook_pattern"), of("attn.hook_z"), of("hook_attn_out")
@@ -227,7 +231,10 @@ def test_scores_are_those_of_every_part(model: nn.Module, seed: int) -> None:
     # Token scores of the last position: relative to the largest, and the same top 10.
     got, wanted = total[-1], expected_total[-1]
     assert float((got - wanted).abs().max()) < RELATIVE * float(wanted.max())
-    assert got.topk(10).indices.tolist() == wanted.topk(10).indices.tolist()
+    top = wanted.topk(10)
+    if float((top.values[:-1] - top.values[1:]).min()) > 2 * TOLERANCE:  # no ties
+        assert got.topk(10).indices.tolist() == top.indices.tolist()
+    torch.testing.assert_close(got[got.topk(10).indices], top.values, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("granularity", ["token", "head"])
@@ -309,22 +316,45 @@ def test_a_pattern_that_a_hook_changed_is_what_is_explained(plain: nn.Module) ->
 
     with torch.no_grad(), plain.hooks(fwd_hooks=[("blocks.1.attn.hook_pattern", hide)]):
         logits, cache = plain.run_with_cache(ids[None])
-    if not bool(cache["blocks.1.attn.hook_pattern"][..., 4].any()):
+    pattern, v, z = (cache[f"blocks.1.attn.hook_{x}"][0] for x in ("pattern", "v", "z"))
+    assert not bool(pattern[..., 4].any())
+    if torch.allclose(torch.einsum("hts,shv->thv", pattern, v), z, atol=1e-5):
         run = CachedRun(plain, ids, cache, logits)
         found = {scores.layer: dense(scores) for scores in run.contributions(keep=0)}
         assert not bool(found[1][:, 4].any())
         assert bool(found[2][5:, 4].any())
-    else:  # cached before the hook: the parts are not what the model added
-        with pytest.raises(UnsupportedArchitectureError, match="blocks.1"):
+    else:  # in TransformerLens 3 it is cached, and not what the native model goes on with
+        with pytest.raises(UnsupportedArchitectureError, match=r"blocks\.1"):
             CachedRun(plain, ids, cache, logits)
 
 
-def test_a_place_that_a_hook_changed_is_refused(plain: nn.Module) -> None:
-    ids, logits, cache = ran(plain, 3)
+@pytest.mark.parametrize("name", ["native", "bridge-gpt-neox", "bridge-gemma2"])
+@pytest.mark.parametrize("entry", ["attn.hook_v", "hook_resid_mid", "hook_resid_post"])
+def test_what_does_not_add_up_is_refused(model: nn.Module, name: str, entry: str) -> None:
+    """As if values were scaled, or something was added to the residual stream."""
+    ids, logits, cache = ran(model, 3)
+    parallel = name == "bridge-gpt-neox"
     changed = dict(cache.items())
-    changed["blocks.1.attn.hook_v"] = 1.1 * changed["blocks.1.attn.hook_v"]
-    with pytest.raises(UnsupportedArchitectureError, match=r"blocks\.1: its parts add up neither"):
-        CachedRun(plain, ids, changed, logits)
+    if parallel and entry == "hook_resid_mid":
+        assert f"blocks.1.{entry}" not in changed
+        return
+    changed[f"blocks.1.{entry}"] = 1.1 * changed[f"blocks.1.{entry}"]
+    if entry == "hook_resid_post" and not parallel:
+        CachedRun(model, ids, changed, logits)  # what no sum of parts is asked to give
+        return
+    with pytest.raises(UnsupportedArchitectureError, match=r"blocks\.1: its parts do not add up"):
+        CachedRun(model, ids, changed, logits)
+
+
+def test_a_residual_multiplier(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Granite's attention enters the residual stream times a number."""
+    lens()
+    model = bridged("granite")(tmp_path_factory)
+    ids, logits, cache = ran(model, 3)
+    assert tiny_model("granite").config.residual_multiplier != 1
+    expected = Tracer(tiny_model("granite")).trace(ids, threshold=0.02)
+    graph = CachedRun(model, ids, cache, logits).trace(threshold=0.02)
+    torch.testing.assert_close(graph.edges.weight, expected.edges.weight, rtol=0, atol=2e-5)
 
 
 def test_arguments_that_are_wrong(plain: nn.Module) -> None:

@@ -6,15 +6,16 @@
 
 For a TransformerBridge (TransformerLens 3 and later) or a HookedTransformer (before 4), whatever
 was done to its weights: folded norms, centred weights, moved value biases. Of each layer, the cache
-gives `hook_resid_pre`, `attn.hook_pattern`, `attn.hook_v`, `hook_resid_mid`, `hook_mlp_out` and
-`hook_resid_post`, the model `attn.W_O` and `attn.b_O`; where a norm follows attention, the cache
-gives `ln1_post.hook_scale` and `hook_attn_out` too.
+gives `hook_resid_pre`, `attn.hook_pattern`, `attn.hook_v`, `hook_resid_mid` (in parallel blocks
+`hook_mlp_out`) and `hook_resid_post`, the model `attn.W_O` and `attn.b_O`. Where a norm or a number
+is between W_O and the residual stream, what the cache has of `ln1_post.hook_scale`, `hook_attn_out`
+and `attn.hook_out` tells it.
 
 1. A head's parts are pattern * (v @ W_O). The pattern is taken as it is and not computed of q and
    k, so what a hook made of it is what is explained (../given.py).
-2. Which place of the residual stream is the node is found by adding up: `hook_resid_mid`, where
-   resid_pre, the parts and b_O give it; `hook_resid_post`, where they and the MLP's output give
-   that: a parallel block, or one without an MLP. Neither: `UnsupportedArchitectureError`.
+2. The node is `hook_resid_mid`; in a parallel block, where the MLP's output is one of its parts,
+   and in one without an MLP it is `hook_resid_post`. resid_pre, the parts and b_O must add up to
+   it, or `UnsupportedArchitectureError` is raised.
 3. Scores and graphs are then those that `Tracer` makes of a text, with the same checks.
 """
 
@@ -63,6 +64,7 @@ _OF_LAYER = (
     "hook_resid_pre",
     "attn.hook_pattern",
     "attn.hook_v",
+    "attn.hook_out",
     "hook_attn_out",
     "ln1_post.hook_scale",
     "hook_resid_mid",
@@ -321,12 +323,16 @@ class _Entries(NamedTuple):
 
 
 def _open_layer(model: nn.Module, entries: _Entries) -> _Layer:
-    """Finds what of a layer's cache adds up."""
+    """Finds the map by which a layer's cache adds up, and that it does."""
     layer, T = entries.layer, entries.n_tokens
     name = f"model: blocks.{layer}"
     pre, post = entries.need("hook_resid_pre", 2), entries.need("hook_resid_post", 2)
     pattern, v = entries.need("attn.hook_pattern", 3), entries.need("attn.hook_v", 3)
-    mid, mlp_out = entries.get("hook_resid_mid", 2), entries.get("hook_mlp_out", 2)
+    y, ffn, mid = post, None, None
+    if getattr(model.cfg, "parallel_attn_mlp", False):
+        ffn = entries.need("hook_mlp_out", 2)
+    elif not getattr(model.cfg, "attn_only", False):
+        y = mid = entries.need("hook_resid_mid", 2)
     if pattern.shape[1:] != (T, T) or bool(pattern.triu(1).any()):
         raise UnsupportedArchitectureError(
             f"{name}: its attention pattern of shape {tuple(pattern.shape)} is not causal from the "
@@ -348,49 +354,47 @@ def _open_layer(model: nn.Module, entries: _Entries) -> _Layer:
     b_O = pre.new_zeros(D) if b_O is None else b_O.detach().to(pre)
     attended = torch.einsum("hts,shv,hvd->td", pattern, v, W_O) + b_O
 
-    # Each: what it comes to, W_O, bias, row_scale.
+    # What attention adds, by W_O, bias, row_scale: its output; that behind a norm; that times a
+    # number. Factors are fitted only where the cache says that they are of this very output.
+    dtype = entries.cache[f"blocks.{layer}.hook_resid_pre"].dtype
+    eps = torch.finfo(dtype).eps
     outputs: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = [(attended, W_O, b_O, None)]
     scale, attn_out = entries.get("ln1_post.hook_scale", 2), entries.get("hook_attn_out", 2)
+    raw = entries.get("attn.hook_out", 2)
     if scale is not None and attn_out is not None:
-        row_scale = 1 / scale[:, 0]
-        normed = attended * row_scale[:, None]
-        weight = _fit(normed, attn_out, 0)
-        bias = b_O * row_scale[:, None] * weight
-        outputs.append((normed * weight, W_O * weight, bias, row_scale))
-    elif mid is not None:
-        multiplier = _fit(attended, mid - pre, (0, 1))
-        outputs.append((attended * multiplier, W_O * multiplier, b_O * multiplier, None))
+        if _is_rms(scale[:, 0], attended, eps):
+            row_scale = 1 / scale[:, 0]
+            normed = attended * row_scale[:, None]
+            weight = _fit(normed, attn_out, 0)
+            bias = b_O * row_scale[:, None] * weight
+            outputs.append((normed * weight, W_O * weight, bias, row_scale))
+    elif mid is not None and raw is not None and _error(raw, attended, eps) <= 1:
+        number = _fit(attended, mid - pre, (0, 1))
+        outputs.append((attended * number, W_O * number, b_O * number, None))
 
-    nodes: list[tuple[Tensor, Tensor | None]] = [] if mid is None else [(mid, None)]
-    nodes.append((post, mlp_out))
-    eps = torch.finfo(entries.cache[f"blocks.{layer}.hook_resid_pre"].dtype).eps
+    rest = y - pre if ffn is None else y - pre - ffn
     errors = []
     for output, effective, bias, by_row in outputs:
-        for y, ffn in nodes:
-            rest = y - pre if ffn is None else y - pre - ffn
-            errors.append(_error(rest, output, eps, y, pre))
-            if errors[-1] <= 1:
-                return _Layer(
-                    pre,
-                    y,
-                    post,
-                    ffn,
-                    pattern,
-                    v,
-                    effective.transpose(1, 2).contiguous().transpose(1, 2),
-                    by_row,
-                    bias,
-                    entries.cache[f"blocks.{layer}.hook_resid_pre"].dtype,
-                )
+        errors.append(_error(rest, output, eps, y, pre))
+        if errors[-1] <= 1:
+            W_O = effective.transpose(1, 2).contiguous().transpose(1, 2)
+            return _Layer(pre, y, post, ffn, pattern, v, W_O, by_row, bias, dtype)
     raise UnsupportedArchitectureError(
-        f"{name}: its parts add up neither to resid_mid nor to resid_post ({min(errors):.1f} times "
-        "what rounding explains); were activations changed by a hook, or weights after the run?"
+        f"{name}: its parts do not add up ({min(errors):.1f} times what rounding explains); were "
+        "activations changed by a hook, or weights after the run?"
     )
 
 
 def _fit(x: Tensor, to: Tensor, dim: int | tuple[int, ...]) -> Tensor:
     """The factor, one for all along `dim`, by which x is nearest to `to`."""
     return (x * to).sum(dim) / x.square().sum(dim).clamp(min=torch.finfo(x.dtype).tiny)
+
+
+def _is_rms(scale: Tensor, x: Tensor, eps: float) -> bool:
+    """Whether scale [T]² is the mean square of the rows of x [T, D] and a number, a norm's own."""
+    number = scale.square() - x.square().mean(-1)
+    strays = (number - number.median()).abs() / scale.square()
+    return bool((strays <= max(_TOLERANCE, 8 * eps)).all())
 
 
 def _error(got: Tensor, expected: Tensor, eps: float, *beside: Tensor) -> float:
