@@ -41,6 +41,7 @@ RANKS = {
     "scoring": 6,
     "graph": 6,
     "batching": 6,
+    "given": 7,
     "checkpoint": 7,
     "plan": 7,
     "generation": 7,

@@ -22,8 +22,8 @@ and `attn.hook_out` tells it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 # Rows of a kernel call, each of which lies beside its own keys: more would only fill tiles that
-# are masked, fewer would prepare W_O more often. Fastest at 128 and 512 tokens of SmolLM2's shape.
+# are masked, fewer would prepare W_O more often (measured at 512 tokens of SmolLM2's shape).
 _BLOCK_ROWS = 4
 _BLOCK_VALUES = 1 << 25  # weighted values of such a block, off the CPU
 _CHECKED = 8  # rows of a layer that are checked again after a kernel has scored them
@@ -73,12 +73,18 @@ _OF_LAYER = (
 )
 
 
+class Cache(Protocol):
+    """An ActivationCache, or a dict of its entries."""
+
+    def items(self) -> Iterable[tuple[str, Tensor]]: ...
+
+
 class CachedRun:
     """A TransformerLens model's run on a text, ready to be traced at any position and threshold.
 
     model: a TransformerBridge or HookedTransformer, with the weights that it ran with.
     tokens: what it ran on, token ids [T] or [B, T], or the text. cache: what `run_with_cache`
-    gave, of all positions, with or without its batch dimension; only entries named above are read.
+    gave, of all positions, with or without its batch dimension; no entries but those named above are read.
     logits: [T, vocab] or [B, T, vocab], for the graphs' predictions; without them there are none.
     batch_item: which text of several. impl: as in `Tracer`.
 
@@ -90,7 +96,7 @@ class CachedRun:
         self,
         model: nn.Module,
         tokens: str | Tensor,
-        cache: Mapping[str, Tensor],
+        cache: Cache,
         logits: Tensor | None = None,
         *,
         batch_item: int = 0,
@@ -101,7 +107,7 @@ class CachedRun:
         self.token_ids = ids.cpu()
         self.tokens = token_strings(self.token_ids, getattr(model, "tokenizer", None))
         T = len(ids)
-        entries = dict(cache.items())  # an ActivationCache is no Mapping
+        entries = dict(cache.items())
         n_layers = int(model.cfg.n_layers)  # type: ignore[arg-type, union-attr]
         with torch.no_grad():
             self._layers = [
