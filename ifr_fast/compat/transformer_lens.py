@@ -84,7 +84,7 @@ class CachedRun:
 
     model: a TransformerBridge or HookedTransformer, with the weights that it ran with.
     tokens: what it ran on, token ids [T] or [B, T], or the text. cache: what `run_with_cache`
-    gave, of all positions, with or without its batch dimension; no entries but those named above are read.
+    gave, of all positions, with or without its batch dimension; what is read is named above.
     logits: [T, vocab] or [B, T, vocab], for the graphs' predictions; without them there are none.
     batch_item: which text of several. impl: as in `Tracer`.
 

@@ -111,6 +111,9 @@ class FlashTrace:
         Raises ValueError for an unknown method, for a span that leaves what was generated, and for
         a prompt that is not found in what the chat template made of it.
         """
+        if method not in get_args(TraceMethod):
+            expected = ", ".join(get_args(TraceMethod))
+            raise ValueError(f"method: expected one of {expected}, got {method!r}")
         text = read(
             self.model,
             self.tokenizer,
@@ -127,9 +130,6 @@ class FlashTrace:
                 matrix, about = self._span(text, output_span, options)
             case "flashtrace":
                 matrix, about = self._hops(text, output_span, reasoning_span, int(hops), options)
-            case _:
-                expected = ", ".join(get_args(TraceMethod))
-                raise ValueError(f"method: expected one of {expected}, got {method!r}")
         n_prompt = len(text.user_prompt_tokens)
         if "observation_projected" in about:
             scores = about["observation_projected"]["sum"][:n_prompt]
