@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Callable
+from importlib import metadata
 from types import ModuleType
 from typing import Any
 
@@ -74,7 +75,7 @@ def hooked(**options: Any) -> Callable[..., nn.Module]:
 
     def make(_: Any) -> nn.Module:
         package = lens()
-        if int(importlib.metadata.version("transformer-lens").split(".")[0]) >= 4:
+        if int(metadata.version("transformer-lens").split(".")[0]) >= 4:
             pytest.skip("expected: HookedTransformer is gone from TransformerLens 4")
         fields = {
             "d_model": 36, "d_head": 6, "n_layers": 3, "n_ctx": 32, "n_heads": 6, "d_mlp": 52,
