@@ -83,6 +83,7 @@ def _jsonable(value: Any) -> Any:
     return repr(value)
 
 
+_SPANS = ("sink_span", "thinking_span", "all_gen_span")  # metadata that are pairs of ints
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; }
 .tokens { font-family: ui-monospace, monospace; line-height: 2; }
@@ -113,7 +114,7 @@ def _page(result: TraceResult) -> str:
     scalars = {
         name: x
         for name, x in dict(result.metadata.get("ifr", {})).items()
-        if isinstance(x, str | int | float | tuple | None)
+        if isinstance(x, str | int | float | None) or name.startswith(_SPANS)
     }
     sections.append(("Metadata", f"<pre>{escape(json.dumps(scalars, indent=1))}</pre>"))
     body = "".join(f"<section><h2>{title}</h2>{of}</section>" for title, of in sections)
