@@ -28,7 +28,7 @@ def test_flashtrace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: obj
     monkeypatch.chdir(tmp_path)
     names = run_page("compat-flashtrace.md")
     result = names["result"]
-    assert "".join(result.generation_tokens[7:11]) == " The answer is Paris"
+    assert "".join(result.generation_tokens[6:10]) == " The answer is Paris"
     assert result.topk_inputs(1)[0].score > 0
     assert json.loads((tmp_path / "trace.json").read_text())["scores"] == result.scores
     assert (tmp_path / "trace.html").read_text().startswith("<!doctype html>")
