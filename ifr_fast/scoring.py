@@ -205,7 +205,7 @@ def score_layer(
     for start in range(0, len(rows), BLOCK_ROWS):
         among = sample[(sample >= start) & (sample < start + BLOCK_ROWS)] - start
         blocks.append(score(rows[start : start + BLOCK_ROWS], among))
-    return _joined(blocks, rows)
+    return joined(blocks, rows)
 
 
 def score_rows(
@@ -244,7 +244,7 @@ def score_rows(
     )
 
 
-def _joined(blocks: list[LayerScores], rows: Tensor) -> LayerScores:
+def joined(blocks: list[LayerScores], rows: Tensor) -> LayerScores:
     """The scores of consecutive blocks of `rows` as one."""
     edges = [block.attention.edges for block in blocks]
     start, shifted = 0, []

@@ -786,12 +786,17 @@ class Tracer:
 
     def likeliest(self, logits: Tensor) -> list[list[Prediction]]:
         """The tokens that each row of `logits` [R, vocab] makes most probable."""
-        found = []
-        top = logits.float().softmax(-1).topk(min(_PREDICTIONS, logits.shape[-1]))
-        for ids, values in zip(top.indices.cpu(), top.values.tolist(), strict=True):
-            entries = zip(token_strings(ids, self.tokenizer), ids.tolist(), values, strict=True)
-            found.append([Prediction(*entry) for entry in entries])
-        return found
+        return likeliest(logits, self.tokenizer)
+
+
+def likeliest(logits: Tensor, tokenizer: PreTrainedTokenizerBase | None) -> list[list[Prediction]]:
+    """The tokens that each row of `logits` [R, vocab] makes most probable."""
+    found = []
+    top = logits.float().softmax(-1).topk(min(_PREDICTIONS, logits.shape[-1]))
+    for ids, values in zip(top.indices.cpu(), top.values.tolist(), strict=True):
+        entries = zip(token_strings(ids, tokenizer), ids.tolist(), values, strict=True)
+        found.append([Prediction(*entry) for entry in entries])
+    return found
 
 
 class _HeadOnly(NamedTuple):

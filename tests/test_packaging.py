@@ -43,6 +43,7 @@ RANKS = {
     "scoring": 6,
     "graph": 6,
     "batching": 6,
+    "given": 7,
     "checkpoint": 7,
     "comparison": 7,
     "drilldown": 7,

@@ -1,0 +1,226 @@
+"""FlashTrace's arithmetic on our kernels: importances of token edges, summed over layers.
+
+In each layer, of a row (or of a sum of rows, which is scored as one: ../../given.py) with node y,
+
+    proximity(p, y) = max(|y|_1 - |y - p|_1, 0), 0 where below the threshold given,
+    e[j] = sum over heads h of proximity(p[h, j], y) / (all of them + that of resid_pre + 1e-12),
+
+where FlashTrace does not floor, flag or share out: a row without proximities scores 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...given import given_closure, summed_row
+from ...kernels.contract import LayerInputs
+from ...model import Block
+from ...recording import Recording, layer_inputs
+from ...scoring import Closure, Kernel, check_closure, load_kernel
+from ...tracer import Tracer
+
+_EPS = 1e-12  # added to every denominator
+_NORM_EPS = 1e-6  # FlashTrace takes it for every norm's that is not named `eps`
+_BLOCK_PAIRS = 1 << 22  # of rows and keys whose edges are listed at once
+
+
+@dataclass
+class IFRLayerResult:
+    """One layer's importances at a row. Tensors are float32, on the CPU."""
+
+    e_attn_tokens: Tensor  # [T]
+    e_resid_attn: float
+    head_importance: Tensor  # [H]
+    e_ffn: float
+    e_resid_ffn: float
+
+
+@dataclass
+class IFRAggregate:
+    """A row's importances summed over layers. Tensors are float32, on the CPU."""
+
+    per_layer: list[IFRLayerResult]
+    token_importance_total: Tensor  # [T]
+    head_importance_total: Tensor  # [H]
+    ffn_importance_per_layer: Tensor  # [L]
+    resid_ffn_importance_per_layer: Tensor  # [L]
+
+    @staticmethod
+    def zero(n_tokens: int, n_layers: int, n_heads: int) -> IFRAggregate:
+        """Of a row that nothing flowed to."""
+        L, T, H = n_layers, n_tokens, n_heads
+        return IFRAggregate([], torch.zeros(T), torch.zeros(H), torch.zeros(L), torch.zeros(L))
+
+
+class Options(NamedTuple):
+    """How parts are formed and counted."""
+
+    threshold: float = 0.0  # proximities below it count as 0
+    parity: bool = True  # values as FlashTrace forms them, not as attention read them
+
+
+@torch.no_grad()
+def token_matrix(
+    tracer: Tracer, recording: Recording, begin: int, end: int, options: Options
+) -> Tensor:
+    """Token importances [R, T] of the rows from `begin` to before `end`, summed over layers;
+    float32, on the CPU.
+    """
+    T, kernel = len(recording), load_kernel(tracer.impl)
+    blocks = []
+    step = max(1, _BLOCK_PAIRS // T)
+    for first in range(begin, end, step):
+        rows = torch.arange(first, min(first + step, end))
+        block = torch.zeros(len(rows), T, device=recording.resid_final.device)
+        for layer in _layers(tracer, recording, rows, options.parity):
+            found = _proximities(kernel, layer.inputs, options.threshold)
+            total = found.beside.index_add(0, found.row, found.weight) + _EPS
+            weight = (found.weight / total[found.row]).to(block)
+            # Of the entries at one place all but one are padding, of weight 0.
+            at = (found.row.to(block.device), found.source.to(block.device))
+            block.index_put_(at, weight, accumulate=True)
+        blocks.append(block.cpu())
+    return torch.cat(blocks)
+
+
+@torch.no_grad()
+def aggregate(
+    tracer: Tracer,
+    recording: Recording,
+    begin: int,
+    end: int,
+    options: Options,
+    weights: Tensor | None = None,
+) -> IFRAggregate:
+    """Of the sum of the rows from `begin` to before `end`.
+
+    weights: [R] of the rows, brought to a sum of 1; None: 1 each.
+    """
+    rows, kernel = torch.arange(begin, end), load_kernel(tracer.impl)
+    of_rows = torch.ones(len(rows))
+    if weights is not None:
+        of_rows = weights.float() / (weights.float().sum() + _EPS)
+    n_tokens = len(recording)
+    found = [
+        _layer_result(kernel, layer, of_rows, n_tokens, options.threshold)
+        for layer in _layers(tracer, recording, rows, options.parity)
+    ]
+    return IFRAggregate(
+        found,
+        torch.stack([x.e_attn_tokens for x in found]).sum(0),
+        torch.stack([x.head_importance for x in found]).sum(0),
+        torch.tensor([x.e_ffn for x in found]),
+        torch.tensor([x.e_resid_ffn for x in found]),
+    )
+
+
+class _Layer(NamedTuple):
+    inputs: LayerInputs
+    resid_post: Tensor | None  # [R, D]; None in a parallel block
+
+
+def _layers(tracer: Tracer, recording: Recording, rows: Tensor, parity: bool) -> Iterator[_Layer]:
+    """What scores `rows` [R] of each layer, from the bottom. Raises IfrError in the end where a
+    layer's parts do not add up to what the model computed.
+    """
+    from ...kernels.eager import block_of
+
+    closures: dict[int, Closure] = {}
+    sample = recording.sample(rows).sort().values
+    for block in tracer.decoder.blocks:
+        with tracer._replaying(recording):
+            inputs, resid_post = layer_inputs(recording, block.layer, rows)
+        dtype = inputs.y.dtype
+        checked = summed_row(block_of(inputs, sample), torch.ones(len(sample)))
+        bias = block.bias.to(checked.y) * len(sample)
+        closures[block.layer] = given_closure(checked, bias, dtype)
+        if parity:
+            resid_pre = recording.layers[block.layer].resid_pre.to(inputs.v.device)
+            inputs = inputs._replace(v=_values(block, resid_pre, inputs.v))
+        yield _Layer(inputs, resid_post)
+    check_closure(closures)
+
+
+def _values(block: Block, resid_pre: Tensor, v: Tensor) -> Tensor:
+    """V [S, H_kv, V] as FlashTrace forms it of `resid_pre` [S, D]: without the bias of a v_proj,
+    and behind a norm with an epsilon of its own.
+
+    It opens no model whose layers have other names; of those v stays as it is.
+    """
+    projection = getattr(block.attention, "v_proj", None)
+    norm = getattr(block.module, "input_layernorm", None)
+    if projection is None or norm is None:
+        return v
+    bias = getattr(projection, "bias", None)
+    if bias is not None:
+        v = v - bias.detach().to(v).view(v.shape[1:])
+    eps = getattr(norm, "variance_epsilon", _NORM_EPS)
+    if type(norm).__name__.lower().endswith("rmsnorm") and not hasattr(norm, "eps"):
+        wide = torch.promote_types(v.dtype, torch.float32)
+        mean_square = resid_pre.to(wide).square().mean(-1)
+        factor = ((mean_square + eps) / (mean_square + _NORM_EPS)).sqrt()
+        v = v.to(wide) * factor[:, None, None]
+    return v
+
+
+class _Proximities(NamedTuple):
+    """Of a layer's pairs that have any, and of what is beside them, in float32 or wider."""
+
+    row: Tensor  # [N]
+    source: Tensor  # [N]
+    weight: Tensor  # [N] summed over heads
+    head_weight: Tensor  # [N, H]
+    residual: Tensor  # [R]
+    beside: Tensor  # [R] residual, in parallel blocks and that of the FFN
+
+
+def _proximities(kernel: Kernel, inputs: LayerInputs, threshold: float) -> _Proximities:
+    """The kernel gives shares of a total. With y itself for `resid_pre`, whose proximity is
+    |y|_1, the total is known from the share that it gets.
+    """
+    wide = torch.promote_types(inputs.y.dtype, torch.float32)
+    y = inputs.y.to(wide)
+    scores = kernel.score_attention(inputs._replace(resid_pre=inputs.y), 0.0)
+    scale = y.abs().sum(-1) / scores.residual
+    row, source, weight, head_weight = scores.edges
+    head_weight = head_weight * scale[row, None]
+    weight = weight * scale[row]
+    ffn = None if scores.ffn is None else scores.ffn * scale
+    if threshold > 0:
+        head_weight = head_weight.where(head_weight >= threshold, 0)
+        weight = head_weight.sum(-1)
+        ffn = None if ffn is None else ffn.where(ffn >= threshold, 0)
+    residual = _proximity(inputs.resid_pre.to(wide), y)
+    beside = residual if ffn is None else residual + ffn
+    return _Proximities(row, source, weight, head_weight, residual, beside)
+
+
+def _layer_result(
+    kernel: Kernel, layer: _Layer, weights: Tensor, n_tokens: int, threshold: float
+) -> IFRLayerResult:
+    row = summed_row(layer.inputs, weights)
+    found = _proximities(kernel, row, threshold)
+    total = found.beside.sum() + found.weight.sum() + _EPS
+    tokens = torch.zeros(n_tokens)
+    tokens.index_put_((found.source.cpu(),), (found.weight / total).float().cpu(), accumulate=True)
+    heads = (found.head_weight.sum(0) / total).float().cpu()
+    of_residual = float(found.residual / total)
+    if layer.resid_post is None:
+        of_ffn = float((found.beside - found.residual) / total)
+        return IFRLayerResult(tokens, of_residual, heads, of_ffn, of_residual)
+    # FlashTrace weighs a span's rows for attention alone: its FFN is that of their plain sum.
+    mid, post = (x.to(row.y).sum(0) for x in (layer.inputs.y, layer.resid_post))
+    ffn, passed = _proximity(post - mid, post), _proximity(mid, post)
+    ffn, passed = (x.where(x >= threshold, 0) for x in (ffn, passed))
+    both = ffn + passed + _EPS
+    return IFRLayerResult(tokens, of_residual, heads, float(ffn / both), float(passed / both))
+
+
+def _proximity(part: Tensor, y: Tensor) -> Tensor:
+    """max(|y|_1 - |y - part|_1, 0) over the last dimension."""
+    return (y.abs() - (y - part).abs()).sum(-1).clamp(min=0)

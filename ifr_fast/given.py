@@ -1,0 +1,136 @@
+"""Rows whose attention weights are given, not computed of q and k, and weighted sums of rows.
+
+A part p[h, j] = alpha (gate * v[j]) @ W_O[h] = u[h, j] @ W_O[h] depends on weights and values
+through u [S, H, V] alone. To a kernel, u are the values of heads that have keys of their own, all
+of which are read alike: q k^T = 0, so alpha = 1 / S, and row_scale = S. Several rows, each with its
+own u, lie end to end, [R * S, H, V], and a window of S keys keeps each to its own. So every kernel
+scores them as they are, and what is exact for a row (docs/design.md, section 3.1) is exact here.
+
+A sum of rows by weights w_t is one such row: its parts are added up in value space, where they
+have V numbers instead of D,
+
+    sum_t w_t y_t = sum_t w_t resid_pre_t + sum over h and j of u[h, j] @ W_O[h]  (+ ...),
+    u[h, j] = sum_t w_t row_scale_t alpha[h, t, j] (value_gate[t, h] * v[j]).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .kernels.contract import AttentionScores, EdgeList, LayerInputs, visible
+from .scoring import Closure, Kernel, closure
+
+
+def given_rows(
+    u: Tensor, W_O: Tensor, resid_pre: Tensor, y: Tensor, ffn: Tensor | None = None
+) -> LayerInputs:
+    """Rows with weighted values u [R, S, H, V]; W_O [H, V, D]; resid_pre, y, ffn [R, D].
+
+    In a kernel's answer row r is r, and key j of it is r * S + j.
+    """
+    R, S, H, V = u.shape
+    return LayerInputs(
+        rows=torch.arange(1, R + 1) * S - 1,
+        resid_pre=resid_pre,
+        y=y,
+        q=u.new_zeros(R, H, 1),
+        k=u.new_zeros(R * S, H, 1),
+        v=u.reshape(R * S, H, V),
+        W_O=W_O,
+        scale=1.0,
+        row_scale=u.new_full((R,), S),
+        window=S,
+        ffn=ffn,
+    )
+
+
+def score_given(
+    kernel: Kernel, inputs: LayerInputs, positions: Tensor, keep: float
+) -> AttentionScores:
+    """Scores of `given_rows` at `positions` [R], ascending; edges by positions of their keys.
+
+    A row reads no key behind it: its u is 0 there.
+    """
+    R, H = len(positions), inputs.v.shape[1]
+    S = len(inputs.v) // R
+    scores = kernel.score_attention(inputs, keep)
+    flat = scores.unattributed
+    positions = positions.to(flat.device)
+    row, source, weight, head_weight = scores.edges
+    source = source % S
+    real = (source <= positions[row]) & (weight > 0)
+    row, source, weight, head_weight = (x[real] for x in (row, source, weight, head_weight))
+    residual, ffn, head_total = scores.residual, scores.ffn, scores.head_total
+    if bool(flat.any()):
+        # 1/n each was of S keys; a row has fewer.
+        n_keys = (positions + 1).to(residual.dtype)
+        share = 1 / (1 + H * n_keys + (ffn is not None))
+        residual = residual.where(~flat, share)
+        ffn = None if ffn is None else ffn.where(~flat, share)
+        head_total = head_total.where(~flat[:, None], (share * n_keys)[:, None])
+        row, source, weight, head_weight = _without(flat, row, source, weight, head_weight)
+        among = flat & (H * share > keep)
+        keys = torch.arange(S, device=flat.device)
+        its, key = ((keys <= positions[:, None]) & among[:, None]).nonzero(as_tuple=True)
+        row, source = torch.cat([row, its]), torch.cat([source, key])
+        weight = torch.cat([weight, H * share[its]])
+        head_weight = torch.cat([head_weight, share[its, None].expand(-1, H)])
+    edges = EdgeList(row, source, weight, head_weight)
+    return AttentionScores(residual, ffn, head_total, edges, flat, scores.linear)
+
+
+def _without(flat: Tensor, row: Tensor, *columns: Tensor) -> tuple[Tensor, ...]:
+    stays = ~flat[row]
+    return tuple(x[stays] for x in (row, *columns))
+
+
+def summed_row(inputs: LayerInputs, weights: Tensor) -> LayerInputs:
+    """The sum of the rows of `inputs` by `weights` [R], as one row that reads the keys up to the
+    last one's, in float32 or wider. [H, R, S] is formed in row blocks.
+    """
+    from .kernels import eager
+
+    dtype = torch.promote_types(inputs.y.dtype, torch.float32)
+    inputs, device = inputs.to(dtype), inputs.y.device
+    weights = weights.to(device, dtype)
+    of_rows = weights if inputs.row_scale is None else weights * inputs.row_scale
+    H, V, _ = inputs.W_O.shape
+    R, n_keys = len(inputs.rows), int(inputs.rows[-1]) + 1
+    by_key = inputs.v.new_zeros(H, n_keys, 1 if inputs.value_gate is None else V)
+    step = max(1, eager.BLOCK_ELEMENTS // (H * n_keys))
+    for start in range(0, R, step):
+        block = eager.block_of(inputs, slice(start, start + step))
+        S = len(block.v)
+        mask = visible(block.rows, S, block.window).to(device)
+        pattern = eager.attention_pattern(block, mask)  # [H, r, S]
+        moved = of_rows[start : start + step].expand(H, 1, -1).transpose(1, 2)  # [H, r, 1]
+        if block.value_gate is not None:
+            moved = moved * block.value_gate.transpose(0, 1)  # [H, r, V]
+        by_key[:, :S] += pattern.transpose(1, 2) @ moved
+    v = inputs.v[:n_keys].repeat_interleave(H // inputs.v.shape[1], dim=1)  # [S, H, V]
+
+    def total(x: Tensor) -> Tensor:
+        return (weights @ x)[None]
+
+    return given_rows(
+        (v * by_key.transpose(0, 1))[None],
+        inputs.W_O,
+        total(inputs.resid_pre),
+        total(inputs.y),
+        None if inputs.ffn is None else total(inputs.ffn),
+    )
+
+
+def given_closure(inputs: LayerInputs, bias: Tensor, dtype: torch.dtype) -> Closure:
+    """Of rows that `given_rows` made, what `check_closure` takes: their parts and `bias` [D] must
+    add up to them. The parts are added up here, whatever a kernel makes of them. dtype: the
+    model's, whose rounding is granted.
+    """
+    from .kernels.breakpoints import signs
+
+    (H, V, _), R = inputs.W_O.shape, len(inputs.rows)
+    z = inputs.v.view(R, -1, H, V).sum(1)
+    linear = (signs(inputs.y) * torch.einsum("rhv,hvd->rd", z, inputs.W_O)).sum(-1)
+    found = closure(inputs, linear, bias, torch.arange(R))
+    return found._replace(eps=torch.full_like(found.eps, torch.finfo(dtype).eps))
