@@ -348,6 +348,7 @@ class Counts:
 STEPS = {
     "column_norms_kernel": "a",
     "value_norms_kernel": "a",
+    "reach_kernel": "a",
     "value_space_signs_kernel": "a",
     "breakpoints_kernel": "a",
     "log_sum_exp_kernel": "b",
@@ -355,6 +356,7 @@ STEPS = {
     "linear_kernel": "b",
     "lists_kernel": "c",
     "light_kernel": "c",
+    "heavy_cosines_kernel": "c",
     "heavy_kernel": "c",
     "parts_kernel": "d",
     "ffn_kernel": "d",

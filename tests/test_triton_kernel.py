@@ -18,7 +18,16 @@ from ifr_fast.kernels.contract import AttentionScores, LayerInputs, visible
 
 pytest.importorskip("triton")
 
-from ifr_fast.kernels.triton import compact, correct, kernel, linear, lists, prepare, proximity
+from ifr_fast.kernels.triton import (
+    compact,
+    correct,
+    kernel,
+    linear,
+    lists,
+    prepare,
+    proximity,
+    reach,
+)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-3, torch.float16: 1e-3}  # of importances

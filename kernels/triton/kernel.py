@@ -4,12 +4,13 @@ For a block of rows, a kernel or two a step:
 
 (a) prepare.py: column norms of W_O; norms of values; of lines, that is (row, head)s, g = W_O s in
     value space, the smallest breakpoint, and a short list of the coordinates that come first, the
-    line's candidates;
+    line's candidates; reach.py: where rows are many, a tighter bound than values' norms;
 (b) linear.py: alpha from the log-sum-exp (taken here where the forward pass gave none), lin as a
     second attention-shaped product; pairs that lin is exact for are summed at once, the others
     marked, a bit each: light where the candidates hold all coordinates that can flip, else heavy;
 (c) lists.py, correct.py: marks to lists, and the corrections: light pairs at their line's
-    candidates alone, heavy ones at all coordinates on matrix units, u never leaving the chip;
+    candidates alone, heavy ones at all coordinates, u read where reach.py has kept it, else formed
+    on matrix units, never leaving the chip;
 (d) proximity.py: the residual stream's and the FFN's proximities;
 (e) compact.py: sums in fixed order, denominators, token edges above `keep`, their heads.
 
@@ -34,11 +35,13 @@ import torch
 from torch import Tensor
 
 from ..contract import AttentionScores, EdgeList, FFNScores, LayerInputs
-from . import compact, correct, linear, lists, prepare, proximity
+from . import compact, correct, linear, lists, prepare, proximity, reach
 from .common import LOG2_E, LOG_SUM_EXP, WORD
 from .launch import Names, blocks
 
 WORK_BYTES = 1 << 30  # of a block of rows, unless 16 rows take more
+TABLE_BYTES = 1 << 32  # of all heads' cosines, or there are none
+ROWS_PER_KEY = 1 / 4  # from which on values' reach is taken
 PAIR_BYTES = 9  # list, proximity and marks
 ALIGNMENT = 16  # of tensors in bytes, as Triton's launcher looks at it
 ROWS = 16  # a block's are a multiple: what is cut off an aligned tensor stays aligned
@@ -75,6 +78,8 @@ def score_attention(inputs: LayerInputs, keep: float) -> AttentionScores:
     }
     prepare.weights(layer)
     prepare.values(layer)
+    if layer["REACH"]:
+        reach.reach(layer)
     for cut, n_keys in _row_blocks(inputs.rows, H):
         block = layer | {name: None if x is None else x[cut] for name, x in of_rows.items()}
         block |= {"R": len(block["p_rows"]), "n_keys": n_keys, "n_slots": n_slots}
@@ -176,6 +181,14 @@ def _prepared(inputs: LayerInputs) -> tuple[Names, Names]:
     gate = read.get("value_gate")
     gate = None if gate is None else _strided(gate)
     unit_k, unit_v = _unit(K), _unit(V)
+
+    def floats(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=device)
+
+    v_norm = floats(H_kv, S)
+    of_table = torch.float32 if dtype == torch.float32 else torch.float16
+    is_reach = gate is None and len(inputs.rows) >= ROWS_PER_KEY * S
+    is_table = is_reach and H * S * D * of_table.itemsize <= TABLE_BYTES
     layer = TILES | {
         "S": S, "H": H, "H_kv": H_kv, "GROUP": H // H_kv, "K": K, "V": V, "D": D,
         "UNIT_K": unit_k, "UNIT_V": unit_v, "HALVES": 1 if dtype == torch.float32 else 2,
@@ -187,8 +200,10 @@ def _prepared(inputs: LayerInputs) -> tuple[Names, Names]:
         "window": inputs.window or 0,
         "p_k": k, "p_v": v, "p_w": W_T,
         "p_slopes": read.get("alibi_slopes"), "p_sinks": read.get("sinks"),
-        "p_rho_inv": torch.empty(H, D, dtype=torch.float32, device=device),
-        "p_v_norm": torch.empty(H_kv, S, dtype=torch.float32, device=device),
+        "p_rho": floats(H, D), "p_rho_inv": floats(H, D), "p_v_norm": v_norm,
+        "REACH": is_reach, "TABLE": is_table,
+        "p_reach": floats(H, S) if is_reach else v_norm,
+        "p_cosines": torch.empty(H, S, D, dtype=of_table, device=device) if is_table else None,
         "stride_qr": _stride(q, 0) // unit_k, "stride_qh": _stride(q, 1) // unit_k,
         "stride_ks": _stride(k, 0) // unit_k, "stride_kh": _stride(k, 1) // unit_k,
         "stride_vs": _stride(v, 0) // unit_v, "stride_vh": _stride(v, 1) // unit_v,

@@ -13,8 +13,8 @@ A line's *candidates* are its coordinates with bp below LIGHT_LIMIT, at most N o
 is searched for by counting. All coordinates that can flip for a pair with a <= LIGHT_LIMIT are
 among them: such a pair is light.
 
-Shapes: W_T [H, D, V] (W_O transposed, V contiguous), rho_inv [H, D] (0 where rho is), v_norm
-[H_kv, S], g [R, H, 1 or 2, V], lines [4, R, H], counts [3, R, H], candidates [R, H, N].
+Shapes: W_T [H, D, V] (W_O transposed, V contiguous), rho and rho_inv [H, D] (0 where rho is),
+v_norm [H_kv, S], g [R, H, 1 or 2, V], lines [4, R, H], counts [3, R, H], candidates [R, H, N].
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SEARCH_STEPS = tl.constexpr(4)
 
 @triton.jit
 def column_norms_kernel(
-    p_w, p_rho_inv, stride_wh, stride_wd,
+    p_w, p_rho, p_rho_inv, stride_wh, stride_wd,
     D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     i_h = tl.program_id(1).to(tl.int64)
@@ -42,6 +42,7 @@ def column_norms_kernel(
     b_squares = tl.sum(b_w * b_w, 1)
     m_some = b_squares > 0
     b_rho_inv = tl.where(m_some, tl.rsqrt(tl.where(m_some, b_squares, 1.0)), 0.0)
+    tl.store(p_rho + i_h * D + o_d, tl.sqrt_rn(b_squares), mask=o_d < D)
     tl.store(p_rho_inv + i_h * D + o_d, b_rho_inv, mask=o_d < D)
 
 
@@ -153,7 +154,7 @@ def breakpoints_kernel(
 
 
 def weights(x: Names) -> None:
-    """rho_inv, of W_T."""
+    """rho and rho_inv, of W_T."""
     BD = 32
     grid = (blocks(x["D"], BD), x["H"])
     launch(column_norms_kernel, grid, x, BD=BD, BV=tile(x["V"]), num_warps=4)
@@ -168,8 +169,8 @@ def values(x: Names) -> None:
 
 def lines(x: Names) -> None:
     """Signs in value space and their scale, breakpoints and candidates, of y."""
-    BT = 16 if x["few"] else 64
-    tiles = {"BT": BT, "BD": 64, "BV": tile(x["V"]), "num_warps": 8, "num_stages": 2}
+    BT, num_warps = (16, 8) if x["few"] else (128, 16)
+    tiles = {"BT": BT, "BD": 64, "BV": tile(x["V"]), "num_warps": num_warps, "num_stages": 2}
     launch(value_space_signs_kernel, (blocks(x["R"], BT), x["H"]), x, **tiles)
     BD = tile(x["D"])
     BT = max(1, 1024 // BD)
