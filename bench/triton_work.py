@@ -290,8 +290,7 @@ def linear_pass(x: _Arguments, of: Lists) -> Asked:
             + x.H * x.BT * (0.6 * x.BK + 1.6 * x.BV)
         ),
         special=tiles * x.H * x.BT * x.BS,
-        read=x.R * x.H * (x.line_bytes + 16)
-        + x.n_keys_seen * (x.H_kv * x.key_bytes + 4 * bounds),
+        read=x.R * x.H * (x.line_bytes + 16) + x.n_keys_seen * (x.H_kv * x.key_bytes + 4 * bounds),
         written=out + SECTOR * listed,
     )
 

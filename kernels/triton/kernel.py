@@ -35,16 +35,11 @@ import torch
 from torch import Tensor
 
 from ..contract import AttentionScores, EdgeList, FFNScores, LayerInputs
-from . import compact, correct, linear, lists, prepare, proximity, reach
+from . import compact, correct, linear, lists, prepare, proximity, reach, room
 from .common import LOG2_E, LOG_SUM_EXP, WORD
 from .launch import Names, blocks
 
-WORK_BYTES = 1 << 30  # of a block of rows, unless 16 rows take more
-TABLE_BYTES = 1 << 32  # of all heads' cosines, or there are none
-ROWS_PER_KEY = 1 / 4  # from which on values' reach is taken
-PAIR_BYTES = 9  # list, proximity and marks
 ALIGNMENT = 16  # of tensors in bytes, as Triton's launcher looks at it
-ROWS = 16  # a block's are a multiple: what is cut off an aligned tensor stays aligned
 FEW_ROWS = 64
 TILES = {
     "N": 32,  # candidates
@@ -115,11 +110,6 @@ def score_ffn(resid_mid: Tensor, resid_post: Tensor) -> FFNScores:
     return scores
 
 
-def work_bytes(H: int, n_keys: int) -> int:
-    """What a block of rows takes of memory, at most, lists and marks alone."""
-    return max(WORK_BYTES, ROWS * PAIR_BYTES * H * n_keys)
-
-
 def _score_block(x: Names) -> None:
     """All steps for a block of rows, into its rows of the results."""
     x = x | _work(x)
@@ -187,8 +177,9 @@ def _prepared(inputs: LayerInputs) -> tuple[Names, Names]:
 
     v_norm = floats(H_kv, S)
     of_table = torch.float32 if dtype == torch.float32 else torch.float16
-    is_reach = gate is None and len(inputs.rows) >= ROWS_PER_KEY * S
-    is_table = is_reach and H * S * D * of_table.itemsize <= TABLE_BYTES
+    R = len(inputs.rows)
+    is_reach = gate is None and room.is_reach(R, S)
+    is_table = is_reach and room.table_bytes(R, S, H, D, of_table.itemsize) > 0
     layer = TILES | {
         "S": S, "H": H, "H_kv": H_kv, "GROUP": H // H_kv, "K": K, "V": V, "D": D,
         "UNIT_K": unit_k, "UNIT_V": unit_v, "HALVES": 1 if dtype == torch.float32 else 2,
@@ -265,12 +256,11 @@ def _dense(x: Tensor | None) -> Tensor | None:
 
 
 def _row_blocks(rows: Tensor, H: int) -> Iterator[tuple[slice, int]]:
-    """Slices of the rows, and how many keys each sees, so that WORK_BYTES suffice."""
+    """Slices of the rows, and how many keys each sees, so that room.WORK_BYTES suffice."""
     R = len(rows)
     if R == 0:
         return
-    n_keys = int(rows[-1]) + 1
-    size = work_bytes(H, n_keys) // (PAIR_BYTES * H * n_keys) // ROWS * ROWS
+    size = room.block_rows(H, int(rows[-1]) + 1)
     for start in range(0, R, size):
         stop = min(R, start + size)
         yield slice(start, stop), int(rows[stop - 1]) + 1

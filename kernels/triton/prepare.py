@@ -154,7 +154,7 @@ def breakpoints_kernel(
 
 
 def weights(x: Names) -> None:
-    """rho and rho_inv, of W_T."""
+    """Rho and rho_inv, of W_T."""
     BD = 32
     grid = (blocks(x["D"], BD), x["H"])
     launch(column_norms_kernel, grid, x, BD=BD, BV=tile(x["V"]), num_warps=4)

@@ -28,7 +28,8 @@ from .launch import Names, blocks, launch, tile
 
 @triton.jit(do_not_specialize=["S", "stride_vs", "stride_vh"])
 def reach_kernel(
-    p_v, p_w, p_v_norm, p_rho_inv, p_reach, p_cosines, S, stride_vs, stride_vh, stride_wh, stride_wd,
+    p_v, p_w, p_v_norm, p_rho_inv, p_reach, p_cosines,
+    S, stride_vs, stride_vh, stride_wh, stride_wd,
     GROUP: tl.constexpr, V: tl.constexpr, D: tl.constexpr, UNIT_V: tl.constexpr,
     TABLE: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
@@ -60,7 +61,7 @@ def reach_kernel(
 
 
 def reach(x: Names) -> None:
-    """reach and, where they are wanted, cosines."""
+    """Reach and, where they are wanted, cosines."""
     BS = 32 if x["HALVES"] == 1 else 64
     tiles = {"BS": BS, "BD": 64, "BV": tile(x["V"]), "num_warps": 8, "num_stages": 2}
     launch(reach_kernel, (blocks(x["S"], BS), x["H"]), x, **tiles)
