@@ -203,8 +203,8 @@ def values_reach(x: _Arguments, of: Lists) -> Asked:
         products=programs * chunks * x.BS * x.BD * x.BV,
         loaded=x.S * x.H * (x.V * x.b + 4) + x.grid[0] * (x.weight_bytes + 4 * x.H * x.D),
         stored=out,
-        vector=programs * chunks * x.BS * x.BD * (4.2 + 3.1 * x.TABLE),
-        masks=1.9 * programs * chunks * x.BD * x.BV,
+        vector=programs * chunks * x.BS * x.BD * (3 + 2.7 * x.TABLE),
+        masks=2.2 * programs * chunks * x.BD * x.BV,
         special=programs * x.BS,
         read=x.S * x.H_kv * (x.V * x.b + 4) + x.weight_bytes + 4 * x.H * x.D,
         written=out,
@@ -228,11 +228,12 @@ def value_space_signs(x: _Arguments, of: Lists) -> Asked:
 
 def breakpoints(x: _Arguments, of: Lists) -> Asked:
     out = 4 * of.candidates + 12 * x.R * x.H
-    searched = 20 if x.D > x.N else 0
+    searched = x.H + x.grid[1] if x.D > x.N else 0  # limits, a program's first twice
+    heads = max(x.H, searched)
     return Asked(
-        loaded=x.grid[1] * x.R * x.D * x.b + x.grid[0] * x.H * x.D * 4,
+        loaded=x.grid[1] * x.R * x.D * x.b + x.grid[0] * heads * x.D * 4,
         stored=out,
-        vector=x.grid[0] * x.H * x.BT * x.BD * (13 + searched),
+        vector=x.grid[0] * x.BT * x.BD * (13 * heads + 7 * searched),
         read=x.R * x.D * x.b + x.H * x.D * 4,
         written=out,
     )
@@ -248,8 +249,8 @@ def log_sum_exp(x: _Arguments, of: Lists) -> Asked:
         products=tiles * x.BT * x.BS * x.BK,
         loaded=x.H * x.n_splits * x.R * (8 + x.K * x.b) + 8 * programs + keys * x.K * x.b,
         stored=out,
-        vector=14.5 * tiles * x.BS * x.BT,
-        masks=1.8 * tiles * x.BS * x.BK + 3.3 * programs * x.BT * x.BK,
+        vector=8.5 * tiles * x.BS * x.BT,
+        masks=2.2 * tiles * x.BS * x.BK + 2.9 * programs * x.BT * x.BK,
         special=tiles * x.BT * (x.BS + 1),
         read=x.R * x.H * x.K * x.b + x.n_keys_seen * x.H_kv * x.K * x.b,
         written=out,
@@ -283,11 +284,11 @@ def linear_pass(x: _Arguments, of: Lists) -> Asked:
         + keys * (x.H_kv * x.key_bytes + x.H * 4)
         + lines * (x.line_bytes + 24),
         stored=out + 4 * listed,
-        vector=33 * tiles * x.H * x.BT * x.BS,
+        vector=26.8 * tiles * x.H * x.BT * x.BS,
         masks=tiles
         * (
-            (7.6 * (x.BT + x.BS) + x.H_kv * x.BS) * (x.BK + x.BV)
-            + x.H * x.BT * (0.6 * x.BK + 1.6 * x.BV)
+            (1.5 * (x.BT + x.BS) + 0.9 * x.H_kv * x.BS) * (x.BK + x.BV)
+            + 0.5 * x.H * x.BT * (x.BK + 2 * x.BV)
         ),
         special=tiles * x.H * x.BT * x.BS,
         read=x.R * x.H * (x.line_bytes + 16) + x.n_keys_seen * (x.H_kv * x.key_bytes + 4 * bounds),
@@ -303,7 +304,7 @@ def lists_of_marks(x: _Arguments, of: Lists) -> Asked:
     return Asked(
         loaded=16 * x.R * x.H + 4 * words,
         stored=out,
-        vector=x.BL * x.BW * (68 * chunks + 86.5 * of.steps),
+        vector=x.BL * x.BW * (25.7 * chunks + 26 * of.steps),
         read=4 * words,
         written=out,
     )
@@ -317,8 +318,8 @@ def light(x: _Arguments, of: Lists) -> Asked:
         products=of.light_tiles * x.BP * x.N * x.BV,
         loaded=4 * x.R * x.H + lines + of.light * (8 + values) + candidates,
         stored=4 * of.light,
-        vector=of.light_tiles * x.BP * (4.7 * x.BV + 8.4 * x.N),
-        masks=3.5 * of.light_lines * x.N * x.BV,
+        vector=of.light_tiles * x.BP * (4.9 * x.BV + 7.5 * x.N),
+        masks=3.4 * of.light_lines * x.N * x.BV,
         read=4 * x.R * x.H + lines + (4 + SECTOR) * of.light
         + min(of.light, x.n_keys_seen * x.H_kv) * values
         + min(of.light_candidates * values, x.weight_bytes) + x.R * x.D * x.b,
@@ -334,7 +335,8 @@ def heavy_cosines(x: _Arguments, of: Lists) -> Asked:
         loaded=4 * x.R * x.H + lines + of.heavy * (12 + values + cosines)
         + of.heavy_tiles * x.D * (x.b + 4),
         stored=4 * of.heavy,
-        vector=of.heavy_tiles * (x.BP * (9 * padded + 4.7 * x.BV) + 6 * padded),
+        vector=of.heavy_tiles * (x.BP * (6 * padded + 3.6 * x.BV) + 6 * padded),
+        masks=3 * of.heavy_tiles * x.BP * padded,
         read=4 * x.R * x.H + lines + (8 + SECTOR) * of.heavy
         + min(of.heavy, x.n_keys_seen * x.H_kv) * values
         + min(of.heavy, x.n_keys_seen * x.H) * cosines + x.R * x.D * x.b + 4 * x.H * x.D,
@@ -385,7 +387,7 @@ def fold(x: _Arguments, of: Lists) -> Asked:
     return Asked(
         loaded=8 * x.R * x.grid[1] + 4 * keys + 8 * x.H * words + 4 * listed + 4 * x.H * tiles,
         stored=4 * x.H * programs + 4 * keys,
-        vector=programs * x.BF * (6.5 * x.H + 14),
+        vector=programs * x.BF * (6.1 * x.H + 8.3),
         read=4 * keys + x.H * keys / 4 + SECTOR * listed + 4 * x.H * tiles,
         written=4 * x.H * programs + 4 * keys,
     )
@@ -411,7 +413,7 @@ def edges(x: _Arguments, of: Lists) -> Asked:
     return Asked(
         loaded=13 * x.R + 4 * keys,
         stored=12 * of.edges + 4 * x.R,
-        vector=34 * padded,
+        vector=16 * padded,
         special=padded,
         read=13 * x.R + 4 * keys,
         written=12 * of.edges + 4 * x.R,

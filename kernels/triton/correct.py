@@ -217,7 +217,7 @@ def light(x: Names) -> None:
 def heavy(x: Names) -> None:
     """Proximities of the heavy pairs."""
     if x["TABLE"]:
-        tiles = {"BP": 8, "BD": 256, "BV": tile(x["V"]), "num_warps": 4}
+        tiles = {"BP": 4, "BD": 512, "BV": tile(x["V"]), "num_warps": 4}
         launch(heavy_cosines_kernel, (x["R"], x["H"]), x, **tiles)
         return
     BT, BP, num_warps = (16, 16, 4) if x["few"] else (64, 64, 8)

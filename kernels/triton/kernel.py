@@ -42,7 +42,7 @@ from .launch import Names, blocks
 ALIGNMENT = 16  # of tensors in bytes, as Triton's launcher looks at it
 FEW_ROWS = 64
 TILES = {
-    "N": 32,  # candidates
+    "N": 64,  # candidates
     "BF": 1024,  # keys of a tile in sums over heads
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -25,7 +25,7 @@ import triton.language as tl
 from .common import CANDIDATES, FIRST_BREAKPOINT, G_SCALE, LIGHT_LIMIT, dot
 from .launch import Names, blocks, launch, tile
 
-SEARCH_STEPS = tl.constexpr(4)
+GUESSES = tl.constexpr(2)  # at a line's limit, of a head that follows another
 
 
 @triton.jit
@@ -105,6 +105,28 @@ def value_space_signs_kernel(
     tl.store(p_lines + G_SCALE * R.to(tl.int64) * H + o_line, b_scale, mask=m_r)
 
 
+@triton.jit
+def points(b_y, p_rho_inv, o_d, m_d):
+    """Breakpoints [BT, BD] of a head, and their mean [BT] times D; infinite ones aside."""
+    b_rho_inv = tl.load(p_rho_inv + o_d, mask=m_d, other=0.0)
+    b_point = tl.where(b_rho_inv[None, :] > 0, b_y * b_rho_inv[None, :], float("inf"))
+    return b_point, tl.sum(tl.where(b_point < float("inf"), b_point, 0.0), 1)
+
+
+@triton.jit
+def search(b_point, b_try, N: tl.constexpr, STEPS: tl.constexpr):
+    """The highest of the limits tried that at most N breakpoints are below, 0 where none is; and
+    the next to try, below which 3 / 4 N should be.
+    """
+    b_limit = tl.zeros_like(b_try)
+    for _ in tl.static_range(STEPS):
+        b_n = tl.sum((b_point < b_try[:, None]).to(tl.int32), 1)
+        b_limit = tl.where(b_n <= N, tl.maximum(b_limit, b_try), b_limit)
+        b_ratio = 0.75 * N / (b_n.to(tl.float32) + 0.5)
+        b_try *= tl.minimum(tl.maximum(b_ratio, 0.125), 8.0)
+    return b_limit, b_try
+
+
 @triton.jit(do_not_specialize=["R", "n_heads"])
 def breakpoints_kernel(
     p_y, p_rho_inv, p_row_scale, p_lines, p_counts, p_candidates, R, n_heads,
@@ -123,24 +145,21 @@ def breakpoints_kernel(
         b_y /= tl.where(m_zero, 1.0, tl.abs(b_row_scale))[:, None]
         b_y = tl.where(m_zero[:, None], float("inf"), b_y)
     plane = R.to(tl.int64) * H
-    i_last = tl.minimum((tl.program_id(1) + 1) * n_heads, H)
-    for i_h in range(tl.program_id(1) * n_heads, i_last):
-        b_rho_inv = tl.load(p_rho_inv + i_h * D + o_d, mask=m_d, other=0.0)
-        b_point = tl.where(b_rho_inv[None, :] > 0, b_y * b_rho_inv[None, :], float("inf"))
+    i_first = tl.program_id(1) * n_heads
+    if D > N:
+        # Breakpoints have a density near 0. A guess at where N / 2 of them end, in units of their
+        # sum; what comes of it is the next head's.
+        b_point, b_sum = points(b_y, p_rho_inv + i_first * D, o_d, m_d)
+        _, b_guess = search(b_point, b_sum * (N / (2.0 * D * D)), N, GUESSES)
+        b_guess /= tl.where(b_sum > 0, b_sum, 1.0)
+    for i_h in range(i_first, tl.minimum(i_first + n_heads, H)):
+        b_point, b_sum = points(b_y, p_rho_inv + i_h * D, o_d, m_d)
         b_first = tl.min(b_point, 1)  # [BT]
         if D <= N:
             b_limit = tl.full([BT], float("inf"), tl.float32)
         else:
-            # Breakpoints have a density near 0: from their mean, a guess at where N / 2 of them
-            # end; then in proportion to what was counted.
-            b_finite = tl.where(b_point < float("inf"), b_point, 0.0)
-            b_try = tl.sum(b_finite, 1) * (N / (2.0 * D * D))
-            b_limit = tl.zeros([BT], tl.float32)
-            for _ in tl.static_range(SEARCH_STEPS):
-                b_n = tl.sum((b_point < b_try[:, None]).to(tl.int32), 1)
-                b_limit = tl.where(b_n <= N, tl.maximum(b_limit, b_try), b_limit)
-                b_ratio = 0.75 * N / (b_n.to(tl.float32) + 0.5)
-                b_try *= tl.minimum(tl.maximum(b_ratio, 0.125), 8.0)
+            b_limit, b_guess = search(b_point, b_guess * b_sum, N, GUESSES)
+            b_guess /= tl.where(b_sum > 0, b_sum, 1.0)
         m_candidate = b_point < b_limit[:, None]
         b_place = tl.cumsum(m_candidate.to(tl.int32), 1) - 1
         b_n = tl.max(b_place, 1) + 1
