@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-WORK_BYTES = 1 << 30  # of a block of rows, unless ROWS rows take more
+WORK_BYTES = 1 << 31  # of a block of rows, unless ROWS rows take more
 TABLE_BYTES = 1 << 32  # of all heads' cosines, or there are none
 ROWS_PER_KEY = 1 / 8  # from which on taking values' reach pays
 PAIR_BYTES = 9  # list, proximity and marks
