@@ -204,7 +204,7 @@ def values_reach(x: _Arguments, of: Lists) -> Asked:
         loaded=x.S * x.H * (x.V * x.b + 4) + x.grid[0] * (x.weight_bytes + 4 * x.H * x.D),
         stored=out,
         vector=programs * chunks * x.BS * x.BD * (3 + 2.7 * x.TABLE),
-        masks=2.2 * programs * chunks * x.BD * x.BV,
+        masks=2.2 * programs * (chunks * x.BD + x.BS) * x.BV,
         special=programs * x.BS,
         read=x.S * x.H_kv * (x.V * x.b + 4) + x.weight_bytes + 4 * x.H * x.D,
         written=out,
