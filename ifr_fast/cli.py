@@ -142,13 +142,28 @@ def trace(
     save_path: Annotated[
         Path | None, typer.Option("--save", help="Save the graph (safetensors).")
     ] = None,
+    graphml_path: Annotated[
+        Path | None, typer.Option("--graphml", help="Write the graph as GraphML.")
+    ] = None,
+    dot_path: Annotated[
+        Path | None, typer.Option("--dot", help="Write the graph in DOT, for Graphviz.")
+    ] = None,
+    parquet_path: Annotated[
+        Path | None, typer.Option("--parquet", help="Write its edges, a row a head, as Parquet.")
+    ] = None,
+    neuronpedia_path: Annotated[
+        Path | None,
+        typer.Option("--neuronpedia", help="Write an attribution graph (Neuronpedia's JSON)."),
+    ] = None,
 ) -> None:
     """Explain one prediction: print its strongest routes, tokens and heads."""
     given = not (text is None and file is None and chat is None)
     source = _read(text, file, chat)
     outputs = _check_outputs(
-        {"--json": json_path, "--html": html_path, "--png": png_path, "--save": save_path}
-    )
+        {"--json": json_path, "--html": html_path, "--png": png_path, "--save": save_path,
+         "--graphml": graphml_path, "--dot": dot_path, "--parquet": parquet_path,
+         "--neuronpedia": neuronpedia_path}
+    )  # fmt: skip
     if top_paths < 1:
         raise ValueError(f"--top-paths: expected at least 1, got {top_paths}")
     from .graph import check_threshold
@@ -174,6 +189,7 @@ def trace(
     graph = tracer.trace(source, position=where, threshold=threshold, granularity=granularity.value)
     # Files first: whoever reads what is printed may stop reading.
     _write(graph, json_path, html_path, png_path, save_path)
+    _write_formats(graph, tracer, graphml_path, dot_path, parquet_path, neuronpedia_path)
     for path in outputs:
         Console(stderr=True).print(Text(f"wrote {printable(str(path))}"), soft_wrap=True)
     _print_graph(graph, top_paths)
@@ -452,6 +468,7 @@ def doctor(
         "default-model": ("gguf", "accelerate"),
         "plot": ("matplotlib",),
         "networkx": ("networkx",),
+        "tables": ("pandas", "pyarrow"),
     }.items():
         missing = [p for p in packages if find_spec(p) is None]
         state = f"missing {', '.join(missing)}: pip install 'ifr-fast[{extra}]'"
@@ -564,6 +581,27 @@ def _write(
         figure = graph.plot()
         with whole_file(png_path) as temporary:
             figure.savefig(temporary, format="png", dpi=150)
+
+
+def _write_formats(
+    graph: RouteGraph,
+    tracer: Tracer,
+    graphml_path: Path | None,
+    dot_path: Path | None,
+    parquet_path: Path | None,
+    neuronpedia_path: Path | None,
+) -> None:
+    from .storage import write_text
+
+    if graphml_path is not None:
+        write_text(graphml_path, graph.to_graphml())
+    if dot_path is not None:
+        write_text(dot_path, graph.to_dot())
+    if parquet_path is not None:
+        graph.to_parquet(parquet_path)
+    if neuronpedia_path is not None:
+        scan = Path(tracer.model.config.name_or_path).name.lower()
+        write_text(neuronpedia_path, graph.to_neuronpedia(scan=scan or "unknown"))
 
 
 def printable(text: str) -> str:

@@ -37,7 +37,13 @@ from .storage import load_tensors, save_tensors
 
 if TYPE_CHECKING:
     import networkx as nx
+    import pandas as pd
+    import pyarrow as pa
     from matplotlib.figure import Figure
+
+    from .comparison import GraphDifference
+    from .export.tables import TableName
+    from .reach import Reach
 
 Granularity = Literal["token", "head"]
 
@@ -161,6 +167,14 @@ class Steps(NamedTuple):
     source: Tensor  # [N]
     weight: Tensor  # [N]
     kept: Tensor  # [N] bool
+
+
+class NodeImportance(NamedTuple):
+    """Weight of all paths between a graph's predictions, or a token, and each node."""
+
+    embed: Tensor  # [T] float32
+    mid: Tensor  # [L, T] float32; in a parallel block what `post` has
+    post: Tensor  # [L, T] float32
 
 
 class Grown(NamedTuple):
@@ -377,7 +391,7 @@ class RouteGraph:
         posts, mids = [], []
         for layer in reversed(range(self.n_layers)):
             posts.append(flow)
-            for step in self._steps(layer):
+            for step in self.steps(layer):
                 mids.append(flow)
                 carried = flow[step.target] * step.weight.double()
                 flow = torch.zeros_like(flow).index_add_(0, step.source, carried)
@@ -385,7 +399,7 @@ class RouteGraph:
                 mids.pop(-2)
         return torch.stack(posts[::-1]), torch.stack(mids[::-1]), flow
 
-    def _steps(self, layer: int) -> list[EdgeTable]:
+    def steps(self, layer: int) -> list[EdgeTable]:
         """A layer's edges in the order in which a path takes them: one step, or post then mid."""
         edges = self._layer_edges[layer]
         if self.parallel[layer]:
@@ -403,6 +417,14 @@ class RouteGraph:
         """
         return self._flow[2].float()
 
+    def node_importance(self) -> NodeImportance:
+        """Weight of all paths from the prediction to every node; 0 where there is none.
+
+        Of a span: the mean of its predictions', by its weights.
+        """
+        post, mid, embed = self._flow
+        return NodeImportance(embed.float(), mid.float(), post.float())
+
     def head_importance(self) -> Tensor:
         """[L, H] float32: sum over head_edges of weight times the flow into their targets."""
         layer, head, target, _, weight = self.head_edges
@@ -418,6 +440,54 @@ class RouteGraph:
         carried = self._flow[0][layer, target] * self.edges.weight[of_ffn]
         out = torch.zeros(self.n_layers, dtype=torch.float64)
         return out.index_add_(0, layer, carried).float()
+
+    def reach(self, source: SupportsIndex) -> Reach:
+        """What a token's information reaches: the weight of all paths from its embedding up to
+        each node, along this graph's edges.
+        """
+        from .reach import reach_in_graph
+
+        return reach_in_graph(self, _position("source", source, len(self.tokens)))
+
+    def routes_from(self, source: SupportsIndex) -> RouteGraph:
+        """The part of this graph that one token's information takes: the edges on paths from its
+        embedding to the prediction, with the weights that they have here.
+        """
+        reached = self.reach(source)
+        position = reached.source
+        embed = torch.zeros(1, len(self.tokens))
+        embed[0, position] = 1
+        pre = torch.cat([embed, reached.post[:-1]])
+        below = torch.where(self.parallel[:, None], pre, reached.mid)
+
+        def kept(layer: Tensor, source: Tensor, into_post: Tensor) -> Tensor:
+            return torch.where(into_post, below[layer, source], pre[layer, source]) > 0
+
+        layer, kind, _, source_of, _ = self.edges
+        into_post = (kind == EdgeKind.FFN) | (kind == EdgeKind.RESIDUAL_POST)
+        edges = kept(layer, source_of, into_post)
+        layer, _, _, source_of, _ = self.head_edges
+        heads = kept(layer, source_of, torch.zeros_like(layer, dtype=torch.bool))
+        of_kind = {NodeKind.MID: reached.mid, NodeKind.POST: reached.post}
+        return dataclasses.replace(
+            self,
+            edges=EdgeTable(*(column[edges] for column in self.edges)),
+            head_edges=HeadEdgeTable(*(column[heads] for column in self.head_edges)),
+            unattributed=[n for n in self.unattributed if of_kind[n.kind][n.layer, n.position] > 0],
+        )
+
+    def compare(
+        self, other: RouteGraph, *, positions: Iterable[tuple[int, int]] | None = None
+    ) -> GraphDifference:
+        """How another graph differs from this one: of another prompt, or another model with as
+        many layers and heads.
+
+        positions: pairs of a position here and one there, ascending, that stand for each other.
+        Default: texts of equal length token by token, others as their tokens match.
+        """
+        from .comparison import compare
+
+        return compare(self, other, positions)
 
     def prune(self, threshold: float) -> RouteGraph:
         """The same prediction's graph at a threshold of at least the present one."""
@@ -488,7 +558,7 @@ class RouteGraph:
 
         A path from a prediction of a span starts with that prediction's weight.
         """
-        tables = [s for layer in reversed(range(self.n_layers)) for s in self._steps(layer)]
+        tables = [s for layer in reversed(range(self.n_layers)) for s in self.steps(layer)]
         weights = [table.weight.double() for table in tables]
         found = _best_paths(
             [(t.target, t.source, w) for t, w in zip(tables, weights, strict=True)],
@@ -513,7 +583,7 @@ class RouteGraph:
         T = len(self.tokens)
         tables = []
         for layer in reversed(range(self.n_layers)):
-            steps = self._steps(layer)
+            steps = self.steps(layer)
             through = torch.ones(T, dtype=torch.float64)
             if len(steps) == 2:
                 through = torch.zeros_like(through)
@@ -553,6 +623,50 @@ class RouteGraph:
         from .export.networkx import to_networkx
 
         return to_networkx(self)
+
+    def to_graphml(self) -> str:
+        """The graph in GraphML, for Gephi, yEd, Cytoscape and others."""
+        from .export.graphml import to_graphml
+
+        return to_graphml(self)
+
+    def to_dot(self) -> str:
+        """The graph in DOT, for Graphviz."""
+        from .export.dot import to_dot
+
+        return to_dot(self)
+
+    def to_neuronpedia(
+        self, *, slug: str | None = None, scan: str = "unknown", max_links: int = 10_000
+    ) -> str:
+        """The graph as an attribution graph of Neuronpedia and circuit-tracer, in JSON.
+
+        slug: the graph's name, by default made of its text. scan: the model's, as Neuronpedia
+        calls it. max_links: how many links to keep at most, those that most flows through.
+        """
+        from .export.neuronpedia import to_neuronpedia
+
+        return to_neuronpedia(self, slug, scan, max_links)
+
+    def to_pandas(self, table: TableName = "edges") -> pd.DataFrame:
+        """The graph's edges, a row each; or its "parts", with a row a head, or its "tokens"
+        (export/tables.py).
+        """
+        from .export.tables import to_pandas
+
+        return to_pandas(self, table)
+
+    def to_arrow(self, table: TableName = "edges") -> pa.Table:
+        """The same as an Arrow table, which also knows what the graph says of itself."""
+        from .export.tables import to_arrow
+
+        return to_arrow(self, table)
+
+    def to_parquet(self, path: str | os.PathLike[str], table: TableName = "parts") -> None:
+        """Writes one of the same tables to a Parquet file; "parts" holds the whole graph."""
+        from .export.tables import to_parquet
+
+        to_parquet(self, path, table)
 
     def to_html(self) -> str:
         """A standalone page that draws the graph; needs no network."""
@@ -679,6 +793,14 @@ def as_index(name: str, value: SupportsIndex) -> int:
         raise ValueError(f"{name}: expected an int, got {value!r}") from None
 
 
+def _position(name: str, value: SupportsIndex, n_tokens: int) -> int:
+    """A position from 0; negative ones count from the end."""
+    position = as_index(name, value)
+    if not -n_tokens <= position < n_tokens:
+        raise ValueError(f"{name}: expected {-n_tokens} to {n_tokens - 1}, got {position}")
+    return position % n_tokens
+
+
 def _normal(x: Tensor) -> Tensor:
     """A tensor that autograd takes: a copy where x was made in inference mode."""
     if not x.is_inference():
@@ -760,6 +882,14 @@ class Routes:
             predictions=self.predict([position])[0],
         )
 
+    def reach(self, source: SupportsIndex) -> Reach:
+        """What a token's information reaches, of all predictions and nodes: the weight of all paths
+        from its embedding up to them. `predictions[t]` is `self[t].token_importance()[source]`.
+        """
+        from .reach import reach_in_routes
+
+        return reach_in_routes(self, _position("source", source, len(self)))
+
     def head_frequency(self) -> Tensor:
         """[L, H] float32: share of predictions whose graph a head is in.
 
@@ -779,7 +909,7 @@ class Routes:
     def _aggregates(self) -> tuple[Tensor, Tensor, Tensor]:
         T, L, H = len(self), self.n_layers, self.n_heads
         device = self.layers[0].rows.device
-        steps = [_AllStep.of(table, self.threshold, self.granularity) for table in self.layers]
+        steps = [AllStep.of(table, self.threshold, self.granularity) for table in self.layers]
         frequency = torch.zeros(L, H, device=device)
         head_importance = torch.empty(T, L, H, device=device)
         ffn_importance = torch.empty(T, L, device=device)
@@ -853,7 +983,7 @@ class Routes:
             raise FormatError(f"{path}: not a whole {cls._FORMAT} file ({error})") from error
 
 
-class _AllStep(NamedTuple):
+class AllStep(NamedTuple):
     """One layer of all predictions' walks; T nodes."""
 
     ffn: Tensor  # [T] FFN edges kept
@@ -866,7 +996,7 @@ class _AllStep(NamedTuple):
     head_in: Tensor  # [T, H] 1 where a head's edge exceeds the threshold by itself
 
     @staticmethod
-    def of(table: LayerTable, threshold: float, granularity: Granularity) -> _AllStep:
+    def of(table: LayerTable, threshold: float, granularity: Granularity) -> AllStep:
         def above(x: Tensor) -> Tensor:
             return torch.where(x > threshold, x, 0)
 
@@ -879,7 +1009,7 @@ class _AllStep(NamedTuple):
         T, H = len(table.rows), head_weight.shape[1]
         ffn, residual = above(table.ffn), above(table.residual)
         parallel = table.ffn_residual is None
-        return _AllStep(
+        return AllStep(
             ffn,
             torch.ones_like(ffn) if parallel else ffn + above(table.ffn_residual),  # type: ignore[arg-type]
             ffn + residual if parallel else residual,

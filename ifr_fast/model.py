@@ -41,8 +41,8 @@ _PROBE_LENGTH = 11  # a prime, so that it collides with no other dimension
 _PROBE_ROWS = 512  # of the identity pushed through a layer at once
 _FAR = 1 << 17  # keys beyond which a sliding window is none, where a model states no context
 _SAMPLED = 16  # numbers of each tensor in a fingerprint
-_HALF = (torch.bfloat16, torch.float16)
-_TOLERANCE = 1e-4  # relative error that rounding explains in float32
+HALF = (torch.bfloat16, torch.float16)
+TOLERANCE = 1e-4  # relative error that rounding explains in float32
 
 
 class Block(NamedTuple):
@@ -225,6 +225,10 @@ class Decoder:
             )
         return states[0][0], output.logits[0, -1]
 
+    def on_states(self, keep: Callable[[Tensor], None]) -> torch.utils.hooks.RemovableHandle:
+        """Hands `keep` the states [B, T, D] that the head reads, of each run."""
+        return capture.on_output(self._states, keep)
+
     @torch.inference_mode()
     def head(self, states: Tensor) -> Tensor:
         """Logits [R, vocab] of any of the states that `forward` returned, [R, D].
@@ -310,7 +314,9 @@ def _check_wrapper(wrapper: nn.Module, decoder: Decoder) -> None:
     with evaluating(wrapper):
         whole = wrapper(input_ids=token_ids.to(decoder.device)[None], use_cache=False).logits[0]
     _, logits = decoder.forward(token_ids)
-    if len(whole) != len(token_ids) or _error(whole[-1], logits) > _tolerance(logits.dtype):
+    if len(whole) != len(token_ids) or relative_error(whole[-1], logits) > rounding_tolerance(
+        logits.dtype
+    ):
         raise UnsupportedArchitectureError(
             f"model: {type(wrapper).__name__} does more than the model that it wraps, by a soft "
             "prompt perhaps, and that model alone can be explained"
@@ -360,7 +366,7 @@ class _Upcast(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         def upcast(x: Any) -> Any:
-            if not isinstance(x, Tensor) or x.dtype not in _HALF:
+            if not isinstance(x, Tensor) or x.dtype not in HALF:
                 return x
             return x.float() if _is_plain(x) else x.dequantize().float()
 
@@ -374,11 +380,11 @@ def _is_plain(x: Tensor) -> bool:
 
 
 @contextmanager
-def _in_float32(layer: nn.Module) -> Iterator[None]:
+def in_float32(layer: nn.Module) -> Iterator[None]:
     """Within, a half-precision layer computes in float32: rounding would hide what the closure
     check is there to find.
     """
-    tensors = [x for x in (*layer.parameters(), *layer.buffers()) if x.dtype in _HALF]
+    tensors = [x for x in (*layer.parameters(), *layer.buffers()) if x.dtype in HALF]
     # Offloaded weights come when they are used; quantized ones cannot be cast.
     if any(x.is_meta or not _is_plain(x) for x in tensors):
         with _Upcast():
@@ -445,10 +451,10 @@ def _open_blocks(decoder: Decoder) -> tuple[AttentionThrough, list[Block]]:
         handles.append(layer.register_forward_hook(lambda _, __, x, i=i: seen[i].update(raw=x)))
     with attention_through(model, watch), capture.hooks(*handles):
         watched, _ = decoder.forward(token_ids)
-    if _error(watched, plain) > _tolerance(plain.dtype):
+    if relative_error(watched, plain) > rounding_tolerance(plain.dtype):
         raise UnsupportedArchitectureError(
             f"model: {type(model).__name__} gives other states when its attention is watched "
-            f"(relative error {_error(watched, plain):.1e})"
+            f"(relative error {relative_error(watched, plain):.1e})"
         )
 
     blocks = []
@@ -586,9 +592,9 @@ class _Parts(NamedTuple):
 
 def _open_block(index: int, probe: _Probe, n_far: int) -> Block:
     dtype = probe.resid_pre.dtype
-    exact = probe.float() if dtype in _HALF else probe
-    with _in_float32(probe.module):
-        parts = _decompose(index, exact, _tolerance(dtype))
+    exact = probe.float() if dtype in HALF else probe
+    with in_float32(probe.module):
+        parts = _decompose(index, exact, rounding_tolerance(dtype))
     narrow = parts.W_O.to(dtype)
     W_O = narrow if torch.equal(narrow.to(parts.W_O.dtype), parts.W_O) else parts.W_O
     block = Block(
@@ -628,7 +634,7 @@ def _decompose(index: int, probe: _Probe, tolerance: float) -> _Parts:
     for (module, at_zero), (_, at_moved), (_, at_whole) in zip(
         zero.inputs, moved.inputs, whole.inputs, strict=True
     ):
-        follows = _error(at_moved - at_zero, (x + d) - x, x) < _TOLERANCE
+        follows = relative_error(at_moved - at_zero, (x + d) - x, x) < TOLERANCE
         if follows and not torch.equal(at_whole, at_zero):
             mid_site, resid_mid = module, at_whole
             bias = at_zero - x
@@ -636,14 +642,14 @@ def _decompose(index: int, probe: _Probe, tolerance: float) -> _Parts:
     else:
         half = _run(probe, x, z / 2)
         step = whole.output - zero.output
-        additive = _error((half.output - zero.output) * 2, step, whole.output) < _TOLERANCE
+        additive = relative_error((half.output - zero.output) * 2, step, whole.output) < TOLERANCE
         if torch.equal(whole.output, zero.output) or not additive:
             _refuse(probe, "no place was found where its residual stream and attention meet")
         bias = zero.attention_output
         if not torch.equal(bias, moved.attention_output):
             _refuse(probe, "its attention module adds more than its heads' outputs")
     middle = bias.median(0).values
-    if _error(bias - middle, torch.zeros_like(bias), x) > 0:
+    if relative_error(bias - middle, torch.zeros_like(bias), x) > 0:
         _refuse(probe, "what it adds besides its heads' outputs is no constant bias")
 
     if resid_mid is None:
@@ -654,7 +660,7 @@ def _decompose(index: int, probe: _Probe, tolerance: float) -> _Parts:
     parts = _close(probe, _Parts(mid_site, resid_mid, middle, z), attended, beside)
     _check_ffn(probe, whole, resid_mid)
 
-    error = _error(whole.output, probe.resid_post)
+    error = relative_error(whole.output, probe.resid_post)
     if error > tolerance:
         _refuse(probe, f"a replay does not give its output back (relative error {error:.1e})")
     return parts._replace(width=whole.width)
@@ -678,14 +684,14 @@ def _close(probe: _Probe, parts: _Parts, attended: Tensor, beside: Tensor) -> _P
         if gate_site is not None:
             z = z * _gate_rows(probe.module, gate_site, probe.layer_call, probe.resid_pre, z.shape)
         moved = torch.einsum("thv,hvd->td", z, W_O)
-        errors.append(_error(moved + parts.bias, attended, beside))
-        if errors[-1] <= _TOLERANCE:
+        errors.append(relative_error(moved + parts.bias, attended, beside))
+        if errors[-1] <= TOLERANCE:
             return parts._replace(W_O=W_O, gate_site=gate_site)
-        scale = _fit_rows(moved, attended - parts.bias)
-        errors.append(_error(scale[:, None] * moved + parts.bias, attended, beside))
+        scale = fit_rows(moved, attended - parts.bias)
+        errors.append(relative_error(scale[:, None] * moved + parts.bias, attended, beside))
         # A number that is the same for all rows is no norm's, but a wrong W_O's.
-        varies = bool(scale.max() - scale.min() > _TOLERANCE * scale.abs().max())
-        if errors[-1] <= _TOLERANCE and varies:
+        varies = bool(scale.max() - scale.min() > TOLERANCE * scale.abs().max())
+        if errors[-1] <= TOLERANCE and varies:
             # At 0 a norm multiplies by 1 / sqrt(eps): brought to where its rows are.
             W_O = W_O * scale.median()
             return parts._replace(W_O=W_O, row_scaled=True, gate_site=gate_site)
@@ -693,7 +699,7 @@ def _close(probe: _Probe, parts: _Parts, attended: Tensor, beside: Tensor) -> _P
     return _refuse(probe, f"its parts do not add up to {what} (relative error {min(errors):.1e})")
 
 
-def _fit_rows(moved: Tensor, added: Tensor) -> Tensor:
+def fit_rows(moved: Tensor, added: Tensor) -> Tensor:
     """The number [R] for each row by which `moved` [R, D] is nearest to `added` [R, D]."""
     return (moved * added).sum(-1) / moved.square().sum(-1).clamp(min=torch.finfo(moved.dtype).tiny)
 
@@ -773,8 +779,8 @@ def _check_ffn(probe: _Probe, run: _Run, before: Tensor) -> None:
     best = float("inf")
     for x in run.outputs:
         scale = (left * x).sum() / x.square().sum().clamp(min=1e-30)
-        best = min(best, _error(scale * x, left, run.output))
-    if best <= _TOLERANCE:
+        best = min(best, relative_error(scale * x, left, run.output))
+    if best <= TOLERANCE:
         return
     if run.emits_output:
         _refuse(probe, "its output is the output of a submodule, not of a residual addition")
@@ -789,8 +795,8 @@ def _check_rows(probe: _Probe, block: Block, resid_mid: Tensor) -> None:
     q, mid, _ = replay_rows(block, probe.layer_call, probe.resid_pre, call, rows)
     recorded = call.q[0].transpose(0, 1)[rows]
     for got, expected in ((q.flatten(1), recorded.flatten(1)), (mid, resid_mid[rows])):
-        error = _error(got, expected)
-        if error > _tolerance(probe.resid_pre.dtype):
+        error = relative_error(got, expected)
+        if error > rounding_tolerance(probe.resid_pre.dtype):
             _refuse(probe, f"a replay of single rows gives others (relative error {error:.1e})")
 
 
@@ -846,7 +852,7 @@ def row_scales(
     moved = torch.zeros_like(resid_pre, dtype=wide)
     for of_head, W_O in zip(gated.unbind(1), block.W_O, strict=True):
         moved.addmm_(of_head, W_O.to(wide))
-    return _fit_rows(moved, resid_mid.to(wide) - resid_pre.to(wide) - block.bias.to(wide))
+    return fit_rows(moved, resid_mid.to(wide) - resid_pre.to(wide) - block.bias.to(wide))
 
 
 def gate_rows(block: Block, layer_call: LayerCall, resid_pre: Tensor, rows: Tensor) -> Tensor:
@@ -889,12 +895,12 @@ def _stopped(
     return found[0]
 
 
-def _tolerance(dtype: torch.dtype) -> float:
+def rounding_tolerance(dtype: torch.dtype) -> float:
     """Relative error that rounding explains between two runs of the same layer."""
-    return max(10 * _TOLERANCE, 8 * torch.finfo(dtype).eps)
+    return max(10 * TOLERANCE, 8 * torch.finfo(dtype).eps)
 
 
-def _error(got: Tensor, expected: Tensor, beside: Tensor | None = None) -> float:
+def relative_error(got: Tensor, expected: Tensor, beside: Tensor | None = None) -> float:
     """Largest relative error of a row, |got - expected|_2 / |expected|_2; where `expected` was
     taken from the difference of larger vectors `beside`, their rounding is granted.
     """

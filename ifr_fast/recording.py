@@ -459,6 +459,21 @@ def _own(x: Tensor) -> Tensor:
     return x if x.untyped_storage().nbytes() <= 1.05 * x.nbytes else x.clone()
 
 
+def past_of(block: Block, recorded: LayerRecording, k: Tensor, v: Tensor) -> AttentionCall:
+    """What a replay's attention reads: keys and values [S, H_kv, K or V], and how."""
+    return AttentionCall(
+        block.attention,
+        recorded.resid_pre.new_empty(0),
+        k.transpose(0, 1)[None],
+        v.transpose(0, 1)[None],
+        recorded.mask,
+        recorded.scale,
+        recorded.softcap,
+        recorded.sinks,
+        recorded.alibi_slopes,
+    )
+
+
 @torch.inference_mode()
 def layer_inputs(
     recording: Recording, layer: int, rows: Tensor
@@ -484,17 +499,7 @@ def layer_inputs(
         q, mid = take(recorded.q), take(recorded.resid_mid)
         z = None if recorded.z is None else take(recorded.z)
     else:
-        past = AttentionCall(
-            block.attention,
-            recorded.resid_pre.new_empty(0),
-            k.transpose(0, 1)[None],
-            v.transpose(0, 1)[None],
-            recorded.mask,
-            recorded.scale,
-            recorded.softcap,
-            recorded.sinks,
-            recorded.alibi_slopes,
-        )
+        past = past_of(block, recorded, k, v)
         q, mid, z = replay_rows(
             block, recorded.call, recorded.resid_pre, past, rows, recorded.window
         )

@@ -281,6 +281,7 @@ def _joined(blocks: list[LayerScores], rows: Tensor) -> LayerScores:
             ),
             unattributed,
             cat(lambda b: b.attention.linear),
+            cat(lambda b: b.attention.total),
         ),
         Closure(
             cat(lambda b: b.closure.y),
@@ -369,6 +370,7 @@ def _check_shapes(inputs: LayerInputs) -> None:
         "alibi_slopes": (H,),
         "log_sum_exp": (R, H),
         "ffn": (R, D),
+        "offset": (R,),
     }
     for name, shape in expected.items():
         x = getattr(inputs, name)

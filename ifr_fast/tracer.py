@@ -40,9 +40,23 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from . import capture
 from .batching import Batch, as_texts, batches, is_batch, record_together
 from .checkpoint import Checkpoint
+from .drilldown import (
+    NeuronScores,
+    NodeLens,
+    PromotedTokens,
+    contribution_map,
+    ffn_output,
+    head_output,
+    lenses,
+    neuron_output,
+    neuron_scores,
+    promoted_tokens,
+)
 from .graph import (
     Granularity,
     LayerTable,
+    Node,
+    NodeKind,
     Prediction,
     RouteGraph,
     Routes,
@@ -55,6 +69,7 @@ from .graph import (
 from .kernels.contract import EdgeList
 from .memory import parse_bytes
 from .model import Decoder, evaluating
+from .neurons import NeuronBases
 from .plan import LONG, Place, Plan, Sizes, Speed, make_plan, measure_speed, room_now
 from .prefill import is_chunkable
 from .progress import progress
@@ -588,6 +603,148 @@ class Tracer:
                 scores = score_layer(recording, layer, rows, keep, self.impl)
                 check_closure({layer: scores.closure})
             yield scores
+
+    def contribution_map(
+        self,
+        text: Text | Recording,
+        *,
+        layer: int,
+        head: int | None = None,
+        add_special_tokens: bool | None = None,
+    ) -> Tensor:
+        """[T, T] float32: what a head carries from each source (column) to each target (row), as
+        importance in the target; without `head`, all heads of the layer together.
+        """
+        layer = _index("layer", layer, self.decoder.n_layers)
+        if head is not None:
+            head = _index("head", head, self.decoder.n_heads)
+        recording = self._record_one(text, add_special_tokens=add_special_tokens)
+        return contribution_map(recording, layer, head, self.impl)
+
+    @overload
+    def logit_lens(
+        self,
+        text: Text | Recording,
+        nodes: Node,
+        *,
+        k: int = ...,
+        add_special_tokens: bool | None = ...,
+    ) -> NodeLens: ...
+    @overload
+    def logit_lens(
+        self,
+        text: Text | Recording,
+        nodes: Iterable[Node],
+        *,
+        k: int = ...,
+        add_special_tokens: bool | None = ...,
+    ) -> list[NodeLens]: ...
+    def logit_lens(
+        self,
+        text: Text | Recording,
+        nodes: Node | Iterable[Node],
+        *,
+        k: int = 10,
+        add_special_tokens: bool | None = None,
+    ) -> NodeLens | list[NodeLens]:
+        """What the model would predict if a node were its last: the k likeliest tokens, and every
+        token's logit and rank. Final norm and head are the model's own.
+
+        nodes: one `Node`, or several, which give a list; (layer, kind, position) will do, negative
+        from the end. Of an `ffn` node, what the FFN adds is read.
+        """
+        if as_index("k", k) < 1:
+            raise ValueError(f"k: expected at least 1, got {k}")
+        single = isinstance(nodes, tuple) and len(nodes) == 3 and isinstance(nodes[1], str)
+        given: list[Any] = [nodes] if single else list(nodes)
+        if not given:
+            raise ValueError("nodes: is empty; expected at least one node")
+        recording = self._record_one(text, add_special_tokens=add_special_tokens)
+        wanted = [self._node(node, len(recording)) for node in given]
+        found = lenses(recording, wanted, k, self.tokenizer)
+        return found[0] if single else found
+
+    def _node(self, given: Any, n_tokens: int) -> Node:
+        try:
+            layer, kind, position = given
+            kind = NodeKind(kind)
+        except (TypeError, ValueError):
+            raise ValueError(
+                "nodes: expected (layer, kind, position) with a kind of "
+                f"{', '.join(NodeKind)}, got {given!r}"
+            ) from None
+        layer = _index("nodes: layer", layer, self.decoder.n_layers)
+        if kind == NodeKind.EMBED and layer != 0:
+            raise ValueError(f"nodes: an embed is at layer 0, got {layer}")
+        return Node(layer, kind, _index("nodes: position", position, n_tokens))
+
+    def promoted_tokens(
+        self,
+        text: Text | Recording,
+        *,
+        layer: int,
+        position: SupportsIndex = -1,
+        head: int | None = None,
+        source: int | None = None,
+        neuron: int | None = None,
+        k: int = 10,
+        add_special_tokens: bool | None = None,
+    ) -> PromotedTokens:
+        """The tokens whose logits a part of the stream at `position` raises and lowers most: the
+        layer's FFN block, or one `neuron` of it, or one `head`, or only what a head brings from
+        position `source`.
+
+        The final norm is held at what it was there, so that the logits of all parts add up.
+        Raises UnsupportedArchitectureError for a neuron where the FFN has no basis of neurons.
+        """
+        if as_index("k", k) < 1:
+            raise ValueError(f"k: expected at least 1, got {k}")
+        if neuron is not None and head is not None:
+            raise ValueError("neuron: give it, or head, not both")
+        if source is not None and head is None:
+            raise ValueError("source: goes with head")
+        layer = _index("layer", layer, self.decoder.n_layers)
+        if head is not None:
+            head = _index("head", head, self.decoder.n_heads)
+        recording = self._record_one(text, add_special_tokens=add_special_tokens)
+        at = _index("position", position, len(recording))
+        if source is not None:
+            source = _index("source", source, len(recording))
+            if source > at:
+                raise ValueError(f"source: expected a position up to {at}, got {source}")
+        if head is not None:
+            part = head_output(recording, layer, head, at, source)
+        elif neuron is not None:
+            part = neuron_output(recording, layer, as_index("neuron", neuron), at, self._bases)
+        else:
+            part = ffn_output(recording, layer, at)
+        return promoted_tokens(recording, part, at, k, self.tokenizer)
+
+    def neurons(
+        self,
+        text: Text | Recording,
+        *,
+        layer: int,
+        position: Position = -1,
+        kind: NodeKind | str = NodeKind.POST,
+        add_special_tokens: bool | None = None,
+    ) -> NeuronScores:
+        """The importance of each neuron of a layer's FFN block, at one or several positions: as
+        parts of `post`, in place of the FFN's output, or (kind="ffn") of that output itself.
+
+        Raises UnsupportedArchitectureError where the FFN has no basis of neurons, as in a mixture
+        of experts.
+        """
+        if kind not in (NodeKind.POST, NodeKind.FFN):
+            raise ValueError(f"kind: expected 'post' or 'ffn', got {kind!r}")
+        layer = _index("layer", layer, self.decoder.n_layers)
+        recording = self._record_one(text, add_special_tokens=add_special_tokens)
+        rows = torch.tensor(list(spanned(position, None, len(recording))))
+        return neuron_scores(recording, layer, rows, NodeKind(kind), self._bases, self.impl)
+
+    @functools.cached_property
+    def _bases(self) -> NeuronBases:
+        return NeuronBases(self.decoder)
 
     @contextmanager
     def _replaying(self, recording: Recording) -> Iterator[None]:

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from tiny import VOCAB, tiny_model
@@ -249,6 +250,21 @@ def test_chat_messages_from_a_file_and_stdin(trace: Any, tmp_path: Path) -> None
     assert given.code == 0, given
     assert "".join(RouteGraph.load(tmp_path / "graph").tokens) == "u: a drink\na: no\n"
     assert trace("--chat", "-", stdin=file.read_bytes()).out == given.out
+
+
+def test_formats_are_written(
+    trace: Any, tiny_tracer: Tracer, tiny_dir: Path, tmp_path: Path
+) -> None:
+    files = {kind: tmp_path / kind for kind in ("graphml", "dot", "parquet", "neuronpedia")}
+    options = [x for kind, path in files.items() for x in (f"--{kind}", path)]
+    ran = trace("some words", *options)
+    assert ran.code == 0, ran
+    assert sorted(tmp_path.iterdir()) == sorted(files.values())
+    graph = tiny_tracer.trace("some words")
+    assert files["graphml"].read_text() == graph.to_graphml()
+    assert files["dot"].read_text() == graph.to_dot()
+    assert files["neuronpedia"].read_text() == graph.to_neuronpedia(scan=tiny_dir.name.lower())
+    assert pq.read_table(files["parquet"]).equals(graph.to_arrow("parts"))
 
 
 def test_options_reach_the_graph(trace: Any, tiny_tracer: Tracer, tmp_path: Path) -> None:
@@ -504,7 +520,7 @@ def test_bad_chat_files(trace: Any, tmp_path: Path, content: bytes, word: str) -
     assert_one_error(trace("--chat", "-", stdin=content), word)
 
 
-@pytest.mark.parametrize("option", ["--json", "--html", "--png", "--save"])
+@pytest.mark.parametrize("option", ["--json", "--html", "--png", "--save", "--parquet", "--dot"])
 def test_outputs_that_cannot_be_written(trace: Any, tmp_path: Path, option: str) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()

@@ -35,20 +35,31 @@ RANKS = {
     "own_attention": 2,
     "recording_file": 2,
     "model": 3,
+    "lens": 4,
     "prefill": 4,
     "recording": 5,
     "pretrained": 5,
+    "neurons": 6,
     "scoring": 6,
     "graph": 6,
     "batching": 6,
     "checkpoint": 7,
+    "comparison": 7,
+    "drilldown": 7,
+    "reach": 7,
     "plan": 7,
     "generation": 7,
     "tracer": 8,
 }
 TOP = 9
 # Names of the public face that lead upwards are imported when they are called, and only there.
-CALLED_UPWARDS = {("graph", "export"), ("tracer", "pretrained")}
+CALLED_UPWARDS = {
+    ("graph", "export"),
+    ("comparison", "export"),
+    ("graph", "comparison"),
+    ("graph", "reach"),
+    ("tracer", "pretrained"),
+}
 
 
 def python(*args: Any, cwd: Path, env: dict[str, str] | None = None) -> str:

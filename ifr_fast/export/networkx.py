@@ -7,18 +7,15 @@ with its own, so that the product of weights along a path stays that of the path
 
 from __future__ import annotations
 
-from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 from ..errors import IfrError
-from ..graph import EdgeKind, NodeKind
+from .links import Link, links_of, nodes_of
 
 if TYPE_CHECKING:
     import networkx as nx
 
-    from ..graph import RouteGraph
-
-    _Node = tuple[str, int, int]
+    from ..graph import Node, RouteGraph
 
 
 def to_networkx(graph: RouteGraph) -> nx.MultiDiGraph:
@@ -32,36 +29,7 @@ def to_networkx(graph: RouteGraph) -> nx.MultiDiGraph:
         raise IfrError(
             "to_networkx needs networkx, which is not installed: pip install 'ifr-fast[networkx]'"
         ) from error
-    parallel = graph.parallel.tolist()
-    heads: defaultdict[tuple[int, int, int], dict[int, float]] = defaultdict(dict)
-    for layer, head, target, source, weight in _rows(graph.head_edges):
-        heads[layer, target, source][head] = weight
-
-    def node(kind: NodeKind, layer: int, position: int) -> _Node:
-        return kind.value, layer, position
-
-    def pre(layer: int, position: int) -> _Node:
-        if layer == 0:
-            return node(NodeKind.EMBED, 0, position)
-        return node(NodeKind.POST, layer - 1, position)
-
-    links: list[tuple[_Node, _Node, dict[str, Any]]] = []
-    for layer, kind, target, source, weight in _rows(graph.edges):
-        post = node(NodeKind.POST, layer, target)
-        mid = node(NodeKind.MID, layer, target)
-        one_step = parallel[layer]
-        into_post = one_step or kind in (EdgeKind.FFN, EdgeKind.RESIDUAL_POST)
-        above = post if into_post else mid
-        below = mid if into_post and not one_step else pre(layer, source)
-        attributes = {"weight": weight, "kind": EdgeKind(kind).name.lower(), "layer": layer}
-        if kind == EdgeKind.FFN:
-            ffn = node(NodeKind.FFN, layer, target)
-            links.append((below, ffn, {**attributes, "weight": 1.0}))
-            below = ffn
-        elif kind == EdgeKind.ATTENTION:
-            attributes["heads"] = heads[layer, target, source]
-        links.append((below, above, attributes))
-
+    links = links_of(graph)
     out = nx.MultiDiGraph(
         tokens=graph.tokens,
         position=graph.position,
@@ -69,18 +37,18 @@ def to_networkx(graph: RouteGraph) -> nx.MultiDiGraph:
         threshold=graph.threshold,
         granularity=graph.granularity,
     )
-    tops = [node(NodeKind.POST, graph.n_layers - 1, position) for position in graph.starts]
-    nodes = dict.fromkeys([*tops, *(end for link in links for end in link[:2])])
-    out.add_nodes_from(
-        (
-            (kind, layer, position),
-            {"token": graph.tokens[position], "kind": kind, "layer": layer, "position": position},
-        )
-        for kind, layer, position in nodes
-    )
-    out.add_edges_from(links)
+    for node in nodes_of(graph, links):
+        token = graph.tokens[node.position]
+        kind, layer, position = key = _key(node)
+        out.add_node(key, token=token, kind=kind, layer=layer, position=position)
+    out.add_edges_from((_key(x.source), _key(x.target), _attributes(x)) for x in links)
     return out
 
 
-def _rows(table: Any) -> Any:
-    return zip(*(column.tolist() for column in table), strict=True)
+def _key(node: Node) -> tuple[str, int, int]:
+    return node.kind.value, node.layer, node.position
+
+
+def _attributes(link: Link) -> dict[str, Any]:
+    attributes = {"weight": link.weight, "kind": link.kind.name.lower(), "layer": link.layer}
+    return attributes if link.heads is None else {**attributes, "heads": link.heads}

@@ -81,7 +81,7 @@ def score_attention_counted(inputs: LayerInputs, keep: float) -> tuple[Attention
     ffn = None if x.ffn is None else _empty(R)
     head_total = _empty(R, H)
     unattributed = _empty(R, dtype=torch.bool)
-    linear = _empty(R)
+    linear, total = _empty(R), _empty(R)
     *edges, (pairs, listed, visited, seconds) = native.score_attention(
         **x._asdict(),
         keep=keep,
@@ -90,11 +90,18 @@ def score_attention_counted(inputs: LayerInputs, keep: float) -> tuple[Attention
         head_total=head_total,
         unattributed=unattributed,
         linear=linear,
+        total=total,
         isa=ISA or native.isas()[0],
         n_threads=torch.get_num_threads(),
     )
     scores = AttentionScores(
-        residual, ffn, head_total, EdgeList(*map(torch.from_numpy, edges)), unattributed, linear
+        residual,
+        ffn,
+        head_total,
+        EdgeList(*map(torch.from_numpy, edges)),
+        unattributed,
+        linear,
+        total,
     )
     return scores, Counters(pairs, listed, visited, dict(zip(STAGES, seconds, strict=True)))
 

@@ -2,7 +2,7 @@
 //
 // With s = sign(y), w = row_scale * alpha and g = gate * (W_O[h] @ s), for every visible pair
 //
-//     lin = w (v . g)                       proximity = max(lin - correction, 0)
+//     lin = w (v . g)                       proximity = max(lin + offset - correction, floor)
 //     a = |w| |gate * v| (rounded up)       correction = 2 sum_i max(s_i p_i - |y_i|, 0)
 //
 // over the coordinates i with |y_i| / rho_i < a, where rho_i = |W_O[h][:, i]| and
@@ -107,10 +107,11 @@ class Clock {
     std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
 };
 
-// max(|y|_1 - |y - part|_1, 0), subtracted coordinate by coordinate: a few huge coordinates of y
-// would swallow the rest of a difference of two norms.
-inline double proximity(int64_t D, const float* part, const float* y) {
-    double total = 0;
+// max(|y|_1 - |y - part|_1 + offset, floor), subtracted coordinate by coordinate: a few huge
+// coordinates of y would swallow the rest of a difference of two norms.
+inline double proximity(int64_t D, const float* part, const float* y, double offset = 0,
+                        double floor = 0) {
+    double total = offset;
     for (int64_t start = 0; start < D; start += CHUNK) {
         const int64_t stop = std::min(D, start + CHUNK);
         F lanes = set1(0.0f);
@@ -123,7 +124,7 @@ inline double proximity(int64_t D, const float* part, const float* y) {
         for (; i < stop; ++i) rest += std::fabs(y[i]) - std::fabs(y[i] - part[i]);
         total += static_cast<double>(sum(lanes)) + rest;
     }
-    return std::max(total, 0.0);
+    return std::max(total, floor);
 }
 
 // One thread's memory.
@@ -507,7 +508,8 @@ class Scorer {
         s.w_scale[m] = (l_.row_scale ? l_.row_scale[row] : 1.0f) / static_cast<float>(total);
     }
 
-    // e becomes max(lin, 0); pairs with lin > 0 and a above the smallest breakpoint are listed.
+    // e becomes max(lin + offset, floor); pairs where that is above the floor, and a above the
+    // smallest breakpoint, are listed.
     void linear(const Block& b, int64_t hk, float* tile, Scratch& s) {
         const int64_t lines = b.n_rows * group_;
         for (int64_t m = 0; m < lines; ++m) {
@@ -533,13 +535,21 @@ class Scorer {
                 const int64_t first = std::max(s.line_first[m], chunk);
                 const int64_t last = std::min(s.line_last[m], stop);
                 if (first >= last) continue;
-                if (l_.value_gate.data) linear_chunk<true>(b, hk, m, chunk, first, last, tile, s);
-                else linear_chunk<false>(b, hk, m, chunk, first, last, tile, s);
+                const auto chunk_of =
+                    l_.value_gate.data
+                        ? (shifted() ? &Scorer::linear_chunk<true, true>
+                                     : &Scorer::linear_chunk<true, false>)
+                        : (shifted() ? &Scorer::linear_chunk<false, true>
+                                     : &Scorer::linear_chunk<false, false>);
+                (this->*chunk_of)(b, hk, m, chunk, first, last, tile, s);
             }
         }
     }
 
-    template <bool gated>
+    // Whether a pair without weight has a proximity.
+    bool shifted() const { return l_.offset || l_.floor > 0; }
+
+    template <bool gated, bool shifted>
     void linear_chunk(const Block& b, int64_t hk, int64_t m, int64_t chunk, int64_t first,
                       int64_t last, float* tile, Scratch& s) {
         float* line = tile + m * b.stride - b.key;
@@ -550,6 +560,11 @@ class Scorer {
         const F a_scale = set1(std::fabs(s.w_scale[m]) * ROUND_UP);
         const F smallest = set1(s.smallest_breakpoint[m]);
         const F zero = set1(0.0f);
+        const int64_t row = b.row + m / group_;
+        const F offset = set1(l_.offset ? l_.offset[row] : 0.0f);
+        const F floor = set1(l_.floor);
+        const F first_seen = set1(static_cast<float>(first_visible(row)));
+        const F last_seen = set1(static_cast<float>(last_visible(row) - 1));
         Listed& list = s.listed[m];
         list.reserve(CHUNK + W);
         float *key = &list.key[list.n], *list_w = &list.w[list.n], *list_a = &list.a[list.n];
@@ -561,8 +576,15 @@ class Scorer {
             const F lin = w * load(dots + j);
             const F v_norm = gated ? sqrt(load(squares + j)) : load(norm + j);
             const F a = e * a_scale * v_norm;
-            const F positive = max(lin, zero);
-            const M listed = both(less(zero, lin), less(smallest, a));
+            F positive = max(lin, zero);
+            M listed = both(less(zero, lin), less(smallest, a));
+            if constexpr (shifted) {
+                const F keys = iota() + set1(static_cast<float>(j));
+                const F bound = lin + offset;
+                positive = unless(less(keys, first_seen),
+                                  unless(less(last_seen, keys), max(bound, floor)));
+                listed = both(less(floor, positive), less(smallest, a));
+            }
             store(line + j, positive);
             lanes = lanes + unless(listed, positive);
             linear_lanes = linear_lanes + lin;
@@ -639,8 +661,8 @@ class Scorer {
     // max(s p - |y|, 0)
     static F beyond(F p, F y) { return max(flip(p - y, sign_of(y)), set1(0.0f)); }
 
-    static float corrected(float& proximity, float over) {
-        return proximity = std::max(proximity - 2 * over, 0.0f);
+    float corrected(float& proximity, float over) const {
+        return proximity = std::max(proximity - 2 * over, l_.floor);
     }
 
     // The buckets of non-negative floats x; `top_bits` belong to the largest there can be.
@@ -750,8 +772,11 @@ class Scorer {
         const auto line_of = [&](int64_t h) {
             return h / group_ * lines + r * group_ + h % group_;
         };
-        const double residual = proximity(l_.D, l_.resid_pre.row(row), l_.y.row(row));
-        const double ffn = l_.ffn.data ? proximity(l_.D, l_.ffn.row(row), l_.y.row(row)) : 0;
+        const auto of = [&](const Matrix& part) {
+            return proximity(l_.D, part.row(row), l_.y.row(row), l_.offset ? l_.offset[row] : 0,
+                             l_.floor);
+        };
+        const double residual = of(l_.resid_pre), ffn = l_.ffn.data ? of(l_.ffn) : 0;
         double total = residual + ffn, linear = 0;
         for (int64_t h = 0; h < l_.H; ++h) {
             total += s.line_sum[line_of(h)];
@@ -764,6 +789,7 @@ class Scorer {
         if (total == 0) {
             // Each of the n parts gets 1 / n.
             const double n_parts = 1 + l_.H * (last - first) + (l_.ffn.data ? 1 : 0);
+            out_.total[row] = static_cast<float>(n_parts);
             const float share = static_cast<float>(1 / n_parts);
             out_.residual[row] = share;
             if (out_.ffn) out_.ffn[row] = share;
@@ -776,6 +802,7 @@ class Scorer {
             }
             return;
         }
+        out_.total[row] = static_cast<float>(total);
         out_.residual[row] = static_cast<float>(residual / total);
         if (out_.ffn) out_.ffn[row] = static_cast<float>(ffn / total);
         for (int64_t h = 0; h < l_.H; ++h)

@@ -1,6 +1,6 @@
 """(c) The correction pass: of each listed pair, p = w (gate * v) @ W_O[h] with w = row_scale alpha,
 
-    proximity = max(lin - 2 sum_i max(s_i p_i - |y_i|, 0), 0)
+    proximity = max(lin + offset - 2 sum_i max(s_i p_i - |y_i|, 0), floor)
 
 Light pairs, a line a program: all coordinates that can flip are among the line's candidates, whose
 columns of W_O are read once; u = v W_O is formed there alone. Heavy pairs visit all D coordinates.
@@ -21,7 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import CANDIDATES, G_SCALE, HEAVY, LIGHT, WORD, dot
+from .common import CANDIDATES, G_SCALE, HEAVY, LIGHT, WORD, dot, shifted
 from .launch import Names, blocks, launch, tile
 
 SHARES = 8  # programs to a block of rows and head, of the heavy pairs
@@ -60,10 +60,11 @@ def line_g(p_g, o_v, m_v, V: tl.constexpr, HALVES: tl.constexpr):
 )
 def light_kernel(
     p_v, p_g, p_gate, p_w, p_y, p_row_scale, p_lines, p_counts, p_candidates, p_list, p_proximity,
-    R, n_words, stride_vs, stride_vh, stride_gate_r, stride_gate_h, stride_wh, stride_wd,
+    p_offset, R, n_words, stride_vs, stride_vh, stride_gate_r, stride_gate_h, stride_wh, stride_wd,
+    floor,
     H: tl.constexpr, GROUP: tl.constexpr, V: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
     UNIT_V: tl.constexpr, HALVES: tl.constexpr, GATED: tl.constexpr, SCALED: tl.constexpr,
-    BP: tl.constexpr, BV: tl.constexpr,
+    SHIFTED: tl.constexpr, BP: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     i_r, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     i_line, plane = i_r * H + i_h, R.to(tl.int64) * H
@@ -100,15 +101,16 @@ def light_kernel(
             b_v = b_v.to(tl.float32) * b_gate[None, :]
         b_u = project(b_v, b_w, tl.zeros([BP, N], tl.float32))
         b_over = over(b_u, b_alpha * row_scale, b_y[None, :], m_c[None, :])
-        tl.store(p_proximity + b_s, tl.maximum(b_lin - 2 * b_over, 0.0), mask=m_p)
+        b_proximity = shifted(b_lin - 2 * b_over, p_offset, i_r, floor, SHIFTED)
+        tl.store(p_proximity + b_s, b_proximity, mask=m_p)
 
 
 @triton.jit(do_not_specialize=["R", "S", "n_words", "stride_vs", "stride_vh"])
 def heavy_cosines_kernel(
     p_v, p_v_norm, p_g, p_rho, p_cosines, p_y, p_row_scale, p_lines, p_counts, p_list, p_proximity,
-    R, S, n_words, stride_vs, stride_vh,
+    p_offset, R, S, n_words, stride_vs, stride_vh, floor,
     H: tl.constexpr, GROUP: tl.constexpr, V: tl.constexpr, D: tl.constexpr,
-    UNIT_V: tl.constexpr, HALVES: tl.constexpr, SCALED: tl.constexpr,
+    UNIT_V: tl.constexpr, HALVES: tl.constexpr, SCALED: tl.constexpr, SHIFTED: tl.constexpr,
     BP: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     i_r, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -149,7 +151,8 @@ def heavy_cosines_kernel(
             )
             b_beyond = b_cosine.to(tl.float32) * b_rho * b_a - tl.abs(b_y)[None, :]
             b_over += tl.sum(tl.maximum(b_beyond, 0.0), 1)
-        tl.store(p_proximity + b_s, tl.maximum(b_lin - 2 * b_over, 0.0), mask=m_p)
+        b_proximity = shifted(b_lin - 2 * b_over, p_offset, i_r, floor, SHIFTED)
+        tl.store(p_proximity + b_s, b_proximity, mask=m_p)
 
 
 @triton.jit(
@@ -157,10 +160,11 @@ def heavy_cosines_kernel(
 )
 def heavy_kernel(
     p_v, p_g, p_gate, p_w, p_y, p_row_scale, p_lines, p_counts, p_list, p_proximity,
-    R, n_words, stride_vs, stride_vh, stride_gate_r, stride_gate_h, stride_wh, stride_wd,
+    p_offset, R, n_words, stride_vs, stride_vh, stride_gate_r, stride_gate_h, stride_wh, stride_wd,
+    floor,
     H: tl.constexpr, GROUP: tl.constexpr, V: tl.constexpr, D: tl.constexpr,
     UNIT_V: tl.constexpr, HALVES: tl.constexpr, GATED: tl.constexpr, SCALED: tl.constexpr,
-    BT: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    SHIFTED: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Program (block of BT rows, head, share): every n-th tile of their pairs laid end to end."""
     i_h, plane = tl.program_id(1).to(tl.int64), R.to(tl.int64) * H
@@ -206,7 +210,8 @@ def heavy_kernel(
             b_y = tl.load(p_y + r64[:, None] * D + i_d + o_d[None, :], mask=m_y, other=0.0)
             b_u = project(b_v, b_w, tl.zeros([BP, BD], tl.float32))
             b_over += over(b_u, b_alpha, b_y.to(tl.float32), m_d[None, :])
-        tl.store(p_place, tl.maximum(b_lin - 2 * b_over, 0.0), mask=m_p)
+        b_proximity = shifted(b_lin - 2 * b_over, p_offset, r64, floor, SHIFTED)
+        tl.store(p_place, b_proximity, mask=m_p)
 
 
 def light(x: Names) -> None:

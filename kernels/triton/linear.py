@@ -44,6 +44,7 @@ from .common import (
     dot,
     first_key,
     log2_scores,
+    seen,
 )
 from .launch import Names, blocks, launch, tile
 
@@ -136,12 +137,13 @@ def pack(b_m, BT: tl.constexpr, BS: tl.constexpr):
 )  # fmt: skip
 def linear_kernel(
     p_q, p_k, p_v, p_g, p_gate, p_reach, p_rows, p_slopes, p_lines, p_token, p_partial,
-    p_partial_lin, p_marks, p_proximity,
+    p_partial_lin, p_marks, p_proximity, p_offset,
     R, S, n_words, stride_qr, stride_qh, stride_ks, stride_kh, stride_vs, stride_vh,
-    stride_gate_r, stride_gate_h, scale, softcap, window,
+    stride_gate_r, stride_gate_h, scale, softcap, window, floor,
     H: tl.constexpr, H_kv: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     UNIT_K: tl.constexpr, UNIT_V: tl.constexpr, HALVES: tl.constexpr, GATED: tl.constexpr,
     REACH: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr,
+    SHIFTED: tl.constexpr,
     BT: tl.constexpr, BS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     GROUP: tl.constexpr = H // H_kv
@@ -227,7 +229,12 @@ def linear_kernel(
                 i_bound = i_h if REACH else i_kv
                 b_reach = tl.load(p_reach + i_bound * S.to(tl.int64) + o_s, mask=m_s, other=0.0)
                 b_a = b_alpha * (b_reach * ROUND_UP)[None, :]
-            m_listed = (b_lin > 0) & (b_a > b_first[:, None])
+            if SHIFTED:
+                m_seen = seen(b_distance, window, WINDOW)
+                b_lin += tl.load(p_offset + o_r, mask=m_r, other=0.0).to(tl.float32)[:, None]
+                m_listed = m_seen & (b_lin > floor) & (b_a > b_first[:, None])
+            else:
+                m_listed = (b_lin > 0) & (b_a > b_first[:, None])
             b_heavy = pack(m_listed & (b_a > b_limit[:, None]), BT, BS)
             p_place = p_proximity + (i_h + o_t * H).to(tl.int64)[:, None] * (n_words * WORD)
             tl.store(p_place + o_j[None, :], b_alpha, mask=m_listed)
@@ -235,7 +242,10 @@ def linear_kernel(
             p_mark = p_marks + i_h * n_words + o_mark
             tl.store(p_mark, b_listed ^ b_heavy, mask=m_words)
             tl.store(p_mark + plane * n_words, b_heavy, mask=m_words)
-            b_linear = tl.where(m_listed, 0.0, tl.maximum(b_lin, 0.0))
+            if SHIFTED:
+                b_linear = tl.where(m_seen & ~m_listed, tl.maximum(b_lin, floor), 0.0)
+            else:
+                b_linear = tl.where(m_listed, 0.0, tl.maximum(b_lin, 0.0))
             b_token += b_linear
             tl.store(p_partial + i_h + o_t * H, tl.sum(b_linear, 1), mask=m_r)
     o_token = o_r.to(tl.int64)[:, None] * (n_words * WORD) + o_s[None, :]

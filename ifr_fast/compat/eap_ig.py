@@ -1,0 +1,573 @@
+"""EAP-IG's information flow routes: scores between components, without positions.
+
+A face of https://github.com/hannamw/EAP-IG (its method `information-flow-routes`), whose JSON the
+MIB benchmark reads too. The nodes are `input`, the heads `a{layer}.h{head}`, the FFN blocks
+`m{layer}` and `logits`; an edge leads from each node to every later one, into a head by its three
+inputs:
+
+    input->a0.h0<q>    a0.h1->m0    m0->a1.h0<v>    m1->logits
+
+Unlike in a RouteGraph, the residual stream is no node. The stream y that a node reads is taken as a
+sum of the outputs p_1 ... p_n of all nodes before it, and an edge's score is the importance
+
+    proximity(p, y) = max(|y|_1 - |y - p|_1, 0),    importance = proximity / sum of proximities
+
+at each position, averaged over a text's positions and then over texts. What is read:
+
+- a head: `resid_pre` of its layer, before the norm. So the scores of one source are equal for all
+  heads of a layer and for q, k and v: what they do with the stream does not enter, and neither does
+  where a head reads (a head's output at its own position is its part, whatever it was moved from);
+- an FFN block: `resid_mid` before the norm; in a parallel block `resid_pre`;
+- `logits`: the last layer's `resid_post`, before the final norm.
+
+What is written: a head writes its summed output through its effective W_O, so behind a norm after
+attention where there is one; an FFN block what it adds to the stream. Biases of attention's output
+projection are nobody's. `input` is the token's embedding alone, as there: learned positions are
+part of no node, unless `positions=True` gives them to it.
+
+Where this differs from EAP-IG: it reads a TransformerLens model, whose usual loading centers
+weights and folds value biases and norms, which changes the stream and so the scores (load it with
+`from_pretrained_no_processing` to compare); its heads write before a norm after attention; where
+all proximities are 0 it has NaN, here each of n parts gets 1/n. It holds all nodes' outputs at all
+positions, [T, n, D]; here that is done some positions at a time.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import capture
+from ..errors import FormatError, IfrError
+from ..graph import as_index
+from ..model import Decoder, answering_layers
+from ..prefill import attended
+from ..recording import Recording, layer_inputs
+from ..storage import write_text
+from ..tokens import Text, encode
+from ..tracer import Tracer
+
+if TYPE_CHECKING:
+    import networkx as nx
+
+METHOD = "information-flow-routes"
+_ELEMENTS = 1 << 22  # of all nodes' outputs at some positions
+
+
+class Node(NamedTuple):
+    """One node of a component graph."""
+
+    name: str
+    score: float | None
+    in_graph: bool
+
+
+class Edge(NamedTuple):
+    """One edge of a component graph."""
+
+    name: str
+    parent: str
+    child: str
+    qkv: str | None  # which of a head's inputs it leads into
+    score: float
+    in_graph: bool
+
+
+@dataclass(eq=False)
+class Graph:
+    """Scores between components, and which of them are in a circuit.
+
+    Rows are sources (`sources`), columns the inputs that nodes have (`inputs`): a layer's q of all
+    heads, then k, then v, then its FFN block; the logits at last. What is no edge scores 0.
+    """
+
+    cfg: dict[str, Any]  # n_layers, n_heads, parallel_attn_mlp, d_model
+    scores: Tensor  # [n_forward, n_backward] float32
+    in_graph: Tensor  # [n_forward, n_backward] bool
+    nodes_in_graph: Tensor  # [n_forward] bool
+    nodes_scores: Tensor | None = None  # [n_forward] float32, NaN where a node has none
+
+    @classmethod
+    def from_model(cls, model: Tracer | Decoder | dict[str, Any]) -> Graph:
+        """A graph of a model's components, with no scores and nothing in the circuit.
+
+        model: a Tracer, or a dict with n_layers, n_heads, parallel_attn_mlp and d_model.
+        """
+        if isinstance(model, dict):
+            cfg = _check_config(model)
+        else:
+            decoder = model.decoder if isinstance(model, Tracer) else model
+            parallel = {block.parallel for block in decoder.blocks}
+            if len(parallel) > 1:
+                raise ValueError("model: has parallel and sequential blocks; expected one kind")
+            cfg = {
+                "n_layers": decoder.n_layers,
+                "n_heads": decoder.n_heads,
+                "parallel_attn_mlp": parallel.pop(),
+                "d_model": decoder.d_model,
+            }
+        L, H = cfg["n_layers"], cfg["n_heads"]
+        shape = (1 + L * (H + 1), L * (3 * H + 1) + 1)
+        return cls(cfg, torch.zeros(shape), torch.zeros(shape).bool(), torch.zeros(shape[0]).bool())
+
+    @property
+    def n_forward(self) -> int:
+        """Nodes that write."""
+        return len(self.scores)
+
+    @property
+    def n_backward(self) -> int:
+        """Inputs that nodes read by."""
+        return self.scores.shape[1]
+
+    @property
+    def sources(self) -> list[str]:
+        """Names of the rows."""
+        found = ["input"]
+        for layer in range(self.cfg["n_layers"]):
+            found += [f"a{layer}.h{head}" for head in range(self.cfg["n_heads"])]
+            found.append(f"m{layer}")
+        return found
+
+    @property
+    def inputs(self) -> list[tuple[str, str | None]]:
+        """Of each column the node, and q, k or v where that is a head."""
+        found: list[tuple[str, str | None]] = []
+        for layer in range(self.cfg["n_layers"]):
+            for letter in "qkv":
+                found += [(f"a{layer}.h{head}", letter) for head in range(self.cfg["n_heads"])]
+            found.append((f"m{layer}", None))
+        return [*found, ("logits", None)]
+
+    @property
+    def real_edge_mask(self) -> Tensor:
+        """[n_forward, n_backward] bool: which pairs are edges."""
+        before = torch.tensor([self._sources_before(child) for child, _ in self.inputs])
+        return torch.arange(self.n_forward)[:, None] < before
+
+    @property
+    def nodes(self) -> dict[str, Node]:
+        """All nodes by their names; the logits are always in the circuit."""
+        found = {}
+        for i, name in enumerate(self.sources):
+            score = None if self.nodes_scores is None else float(self.nodes_scores[i])
+            found[name] = Node(name, score, bool(self.nodes_in_graph[i]))
+        return {**found, "logits": Node("logits", None, True)}
+
+    @property
+    def edges(self) -> dict[str, Edge]:
+        """All edges by their names."""
+        found = {}
+        scores, in_graph = self.scores.tolist(), self.in_graph.tolist()
+        for i, j, name, parent, child, letter in self._named():
+            found[name] = Edge(name, parent, child, letter, scores[i][j], in_graph[i][j])
+        return found
+
+    def count_included_edges(self) -> int:
+        """Edges in the circuit."""
+        return int(self.in_graph.sum())
+
+    def count_included_nodes(self) -> int:
+        """Nodes in the circuit, the logits not counted."""
+        return int(self.nodes_in_graph.sum())
+
+    def apply_threshold(
+        self,
+        threshold: float,
+        absolute: bool = True,
+        reset: bool = True,
+        level: str = "edge",
+        prune: bool = True,
+    ) -> None:
+        """Makes the circuit of the edges that score at least `threshold`.
+
+        absolute: rank by absolute scores. reset: take the nodes that these edges join, else leave
+        the nodes as they are. level: "edge". prune: keep only what is on a path.
+        """
+        _check_level(level)
+        self._choose((self._ranked(absolute) >= threshold) & self.real_edge_mask, reset, prune)
+
+    def apply_topn(
+        self,
+        n: int,
+        absolute: bool = True,
+        level: str = "edge",
+        reset: bool = True,
+        prune: bool = True,
+    ) -> None:
+        """Makes the circuit of the n edges that score highest; the first of those that tie.
+
+        Arguments as in `apply_threshold`.
+        """
+        _check_level(level)
+        n_edges = int(self.real_edge_mask.sum())
+        if not 0 <= as_index("n", n) <= n_edges:
+            raise ValueError(f"n: expected 0 to {n_edges} edges, got {n}")
+        ranked = self._ranked(absolute).masked_fill(~self.real_edge_mask, -torch.inf).flatten()
+        best = ranked.argsort(descending=True, stable=True)[:n]
+        chosen = torch.zeros(self.scores.numel(), dtype=torch.bool)
+        chosen[best] = True
+        self._choose(chosen.view_as(self.scores), reset, prune)
+
+    def apply_greedy(
+        self, n_edges: int, absolute: bool = True, reset: bool = True, prune: bool = True
+    ) -> None:
+        """Makes the circuit of n edges from the logits down, each time the one that scores highest
+        among those into nodes that are in it. Arguments as in `apply_threshold`.
+        """
+        total = int(self.real_edge_mask.sum())
+        if not 0 <= as_index("n_edges", n_edges) <= total:
+            raise ValueError(f"n_edges: expected 0 to {total} edges, got {n_edges}")
+        ranked, real = self._ranked(absolute), self.real_edge_mask
+        children, chosen = self._children, torch.zeros_like(self.in_graph)
+        waiting: list[tuple[float, int, int]] = []
+        reached: set[int] = set()
+
+        def reach(node: int) -> None:
+            reached.add(node)
+            columns = (children == node).nonzero().squeeze(1)
+            for i, j in real[:, columns].nonzero().tolist():
+                column = int(columns[j])
+                heapq.heappush(waiting, (-float(ranked[i, column]), i, column))
+
+        reach(self.n_forward)
+        while waiting and n_edges:
+            _, i, j = heapq.heappop(waiting)
+            chosen[i, j] = True
+            n_edges -= 1
+            if i not in reached:
+                reach(i)
+        self._choose(chosen, reset, prune)
+
+    def prune(self) -> None:
+        """Keeps of the circuit what lies on a path from `input` to `logits`."""
+        N, children = self.n_forward, self._children
+        joined = torch.zeros(N, N + 1, dtype=torch.int32)
+        joined.index_add_(1, children, self.in_graph.int())
+        linked = joined > 0
+        below = torch.zeros(N + 1, dtype=torch.bool)  # reached from the input
+        below[0] = True
+        for child in range(1, N + 1):
+            below[child] = bool((linked[:, child] & below[:N]).any())
+        above = torch.zeros(N + 1, dtype=torch.bool)  # leads to the logits
+        above[N] = True
+        for parent in reversed(range(N)):
+            above[parent] = bool((linked[parent] & above).any())
+        on_path = below & above
+        self.nodes_in_graph = on_path[:N]
+        self.in_graph &= on_path[:N, None] & above[children] & below[children]
+
+    def to_json(self, filename: str | os.PathLike[str]) -> None:
+        """Writes the JSON that EAP-IG's `Graph.from_json` and the MIB benchmark read."""
+        nodes: dict[str, dict[str, Any]] = {}
+        for node in self.nodes.values():
+            nodes[node.name] = {"in_graph": node.in_graph}
+            if node.score is not None and not math.isnan(node.score):
+                nodes[node.name]["score"] = node.score
+        edges = {
+            edge.name: {"score": edge.score, "in_graph": edge.in_graph}
+            for edge in self.edges.values()
+        }
+        document = {"cfg": self.cfg, "nodes": nodes, "edges": edges}
+        write_text(filename, json.dumps(document, allow_nan=False))
+
+    @classmethod
+    def from_json(cls, json_path: str | os.PathLike[str]) -> Graph:
+        """What `to_json`, here or in EAP-IG, has written.
+
+        Raises FormatError for another file, and for a circuit of single neurons.
+        """
+        try:
+            document = json.loads(Path(json_path).read_bytes())
+            graph = cls.from_model(document["cfg"])
+            graph._fill(document["nodes"], document["edges"])
+        except FileNotFoundError as error:
+            raise FormatError(f"{json_path}: no such file") from error
+        except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
+            raise FormatError(f"{json_path}: not a component graph in JSON ({error})") from error
+        return graph
+
+    def to_networkx(self) -> nx.MultiDiGraph:
+        """The circuit; edges have `score`, and by `key` q, k or v where they lead into a head."""
+        try:
+            import networkx as nx
+        except ImportError as error:
+            raise IfrError(
+                "to_networkx needs networkx, which is not installed: pip install "
+                "'ifr-fast[networkx]'"
+            ) from error
+        out = nx.MultiDiGraph(**self.cfg)
+        names = self.sources
+        out.add_nodes_from(names[i] for i in self.nodes_in_graph.nonzero().squeeze(1).tolist())
+        out.add_node("logits")
+        out.add_edges_from(
+            (edge.parent, edge.child, edge.qkv, {"score": edge.score})
+            for edge in self.edges.values()
+            if edge.in_graph
+        )
+        return out
+
+    @property
+    def _children(self) -> Tensor:
+        """[n_backward] the node that each column belongs to; n_forward for the logits."""
+        place = {name: i for i, name in enumerate([*self.sources, "logits"])}
+        return torch.tensor([place[child] for child, _ in self.inputs])
+
+    def _sources_before(self, child: str) -> int:
+        """How many nodes write into what `child` reads."""
+        H = self.cfg["n_heads"]
+        if child == "logits":
+            return self.n_forward
+        before: int = 1 + int(child[1:].partition(".")[0]) * (H + 1)
+        reads_mid = child[0] == "m" and not self.cfg["parallel_attn_mlp"]
+        return before + H if reads_mid else before
+
+    def _named(self) -> Iterator[tuple[int, int, str, str, str, str | None]]:
+        """Row, column, name, parent, child and letter of each edge, in EAP-IG's order."""
+        sources, inputs, H = self.sources, self.inputs, self.cfg["n_heads"]
+        for layer in range(self.cfg["n_layers"]):
+            first = layer * (3 * H + 1)
+            for i in range(self._sources_before(f"a{layer}.h0")):
+                for head in range(H):
+                    for j in range(first + head, first + 3 * H, H):
+                        child, letter = inputs[j]
+                        yield i, j, f"{sources[i]}->{child}<{letter}>", sources[i], child, letter
+            for i in range(self._sources_before(f"m{layer}")):
+                yield i, first + 3 * H, f"{sources[i]}->m{layer}", sources[i], f"m{layer}", None
+        for i, parent in enumerate(sources):
+            yield i, self.n_backward - 1, f"{parent}->logits", parent, "logits", None
+
+    def _ranked(self, absolute: bool) -> Tensor:
+        return self.scores.abs() if absolute else self.scores
+
+    def _choose(self, chosen: Tensor, reset: bool, prune: bool) -> None:
+        self.in_graph = chosen
+        if reset:
+            read = torch.zeros(self.n_forward + 1, dtype=torch.bool)
+            read[0] = True
+            read[self._children[chosen.any(0)]] = True
+            self.nodes_in_graph = chosen.any(1) & read[:-1]
+        if prune:
+            self.prune()
+
+    def _fill(self, nodes: dict[str, Any], edges: dict[str, Any]) -> None:
+        """From a document. Raises ValueError where it says other things than this graph could."""
+        sources = self.sources
+        if set(nodes) - {"logits"} != set(sources):
+            raise ValueError(f"nodes: expected {len(sources)} and logits, got {len(nodes)}")
+        scored = torch.full((len(sources),), torch.nan)
+        for i, name in enumerate(sources):
+            node = nodes[name]
+            if "neurons" in node or "neurons_scores" in node:
+                raise ValueError(f"nodes: {name} has neurons; whole components alone are read")
+            self.nodes_in_graph[i] = _flag(name, node["in_graph"])
+            if "score" in node:
+                scored[i] = float(node["score"])
+        if not bool(scored.isnan().all()):
+            self.nodes_scores = scored
+        scores, in_graph = self.scores.tolist(), self.in_graph.tolist()
+        n_edges = 0
+        for i, j, name, *_ in self._named():
+            edge = edges[name]
+            scores[i][j] = float(edge["score"])
+            in_graph[i][j] = _flag(name, edge["in_graph"])
+            n_edges += 1
+        if len(edges) != n_edges:
+            raise ValueError(f"edges: expected {n_edges}, got {len(edges)}")
+        self.scores, self.in_graph = torch.tensor(scores), torch.tensor(in_graph)
+
+
+def score_components(
+    tracer: Tracer,
+    texts: Iterable[Text | Recording],
+    *,
+    prepend_bos: bool = False,
+    positions: bool = False,
+    add_special_tokens: bool | None = None,
+) -> Graph:
+    """The component graph of a model on some texts: the mean of their scores; the circuit is empty.
+
+    prepend_bos: begin each text with the tokenizer's BOS token where it does not already.
+    positions: count learned position embeddings as part of `input`.
+    """
+    graph = Graph.from_model(tracer)
+    graph.scores.copy_(
+        _mean_scores(graph, tracer, texts, prepend_bos, positions, add_special_tokens)
+    )
+    return graph
+
+
+def attribute(
+    model: Tracer,
+    graph: Graph,
+    dataloader: Iterable[Any],
+    metric: Any = None,
+    method: str = METHOD,
+    intervention: str = "patching",
+    aggregation: str = "sum",
+    ig_steps: int | None = None,
+    intervention_dataloader: Any = None,
+    quiet: bool = False,
+) -> None:
+    """Fills `graph.scores`, as EAP-IG's `attribute` does with `information-flow-routes`.
+
+    model: a Tracer in place of a HookedTransformer. dataloader: gives (clean, corrupted, label),
+    clean a list of texts, which begin with BOS. aggregation: "mean" divides by d_model, as there.
+    What else there is to say of other methods is not asked for: metric, intervention, ig_steps,
+    intervention_dataloader, quiet.
+    """
+    if method != METHOD:
+        raise ValueError(f"method: expected {METHOD!r}, got {method!r}")
+    if aggregation not in ("sum", "mean"):
+        raise ValueError(f"aggregation: expected 'sum' or 'mean', got {aggregation!r}")
+    if graph.cfg != Graph.from_model(model).cfg:
+        raise ValueError("graph: was made of another model")
+    texts = (text for clean, *_ in dataloader for text in clean)
+    scores = _mean_scores(graph, model, texts, True, False, None)
+    graph.scores.copy_(scores / graph.cfg["d_model"] if aggregation == "mean" else scores)
+
+
+def _mean_scores(
+    graph: Graph,
+    tracer: Tracer,
+    texts: Iterable[Text | Recording],
+    prepend_bos: bool,
+    positions: bool,
+    add_special_tokens: bool | None,
+) -> Tensor:
+    """[n_forward, n_backward] float64."""
+    total, n_texts = torch.zeros(graph.scores.shape, dtype=torch.float64), 0
+    for text in texts:
+        if not isinstance(text, Recording):
+            text = encode(text, tracer.tokenizer, add_special_tokens)
+            bos = None if tracer.tokenizer is None else tracer.tokenizer.bos_token_id
+            if prepend_bos and bos is not None and int(text[0]) != bos:
+                text = torch.cat([torch.tensor([bos]), text])
+        total += _scores(graph, tracer.record(text), positions)
+        n_texts += 1
+    if n_texts == 0:
+        raise ValueError("texts: is empty; expected at least one text")
+    return total / n_texts
+
+
+@torch.inference_mode()
+def _scores(graph: Graph, recording: Recording, positions: bool) -> Tensor:
+    """[n_forward, n_backward] float64: the mean over a text's positions."""
+    decoder, T = recording.decoder, len(recording)
+    N, H, D = graph.n_forward, graph.cfg["n_heads"], graph.cfg["d_model"]
+    embedded = recording.layers[0].resid_pre
+    tokens = embedded if positions else embedded - _without_tokens(recording)
+    total = torch.zeros(graph.scores.shape, dtype=torch.float64)
+    device, wide = decoder.device, torch.promote_types(decoder.dtype, torch.float32)
+    with attended(decoder):
+        for rows in torch.arange(T).split(max(1, _ELEMENTS // (N * D))):
+            parts = torch.empty(len(rows), N, D, dtype=wide, device=device)
+            parts[:, 0] = tokens[rows.to(tokens.device)]
+            done = 1
+            for layer in range(decoder.n_layers):
+                column = layer * (3 * H + 1)
+                node = _layer(recording, layer, rows)
+                shares = _shares(parts[:, :done], node.pre.to(device))
+                total[:done, column : column + 3 * H] += shares[:, None]
+                parts[:, done : done + H] = node.heads
+                before = done if node.mid is None else done + H
+                if node.mid is not None:
+                    shares = _shares(parts[:, :before], node.mid.to(device))
+                total[:before, column + 3 * H] += shares
+                parts[:, done + H] = node.ffn
+                done += H + 1
+            total[:, -1] += _shares(parts, recording.resid_final[rows].to(device, wide))
+    return total / T
+
+
+class _Layer(NamedTuple):
+    """R rows of a layer, in float32 or wider."""
+
+    pre: Tensor  # [R, D]
+    heads: Tensor  # [R, H, D] what each adds
+    mid: Tensor | None  # [R, D]; None in a parallel block
+    ffn: Tensor  # [R, D] what it adds
+
+
+def _layer(recording: Recording, layer: int, rows: Tensor) -> _Layer:
+    from ..kernels.contract import visible
+    from ..kernels.eager import attention_pattern, block_of
+
+    inputs, resid_post = layer_inputs(recording, layer, rows)
+    wide = torch.promote_types(inputs.y.dtype, torch.float32)
+    inputs = block_of(inputs, slice(None)).to(wide)
+    mask = visible(rows, len(inputs.k), inputs.window).to(inputs.v.device)
+    alpha = attention_pattern(inputs, mask)  # [H, R, S]
+    H, H_kv = len(alpha), inputs.v.shape[1]
+    grouped = alpha.reshape(H_kv, H // H_kv * len(rows), -1)
+    z = (grouped @ inputs.v.transpose(0, 1)).view(H, len(rows), -1)  # [H, R, V]
+    if inputs.value_gate is not None:
+        z = z * inputs.value_gate.transpose(0, 1)
+    heads = torch.bmm(z, inputs.W_O).transpose(0, 1)
+    if inputs.row_scale is not None:
+        heads = heads * inputs.row_scale[:, None, None]
+    if resid_post is None:
+        assert inputs.ffn is not None
+        return _Layer(inputs.resid_pre, heads, None, inputs.ffn)
+    return _Layer(inputs.resid_pre, heads, inputs.y, resid_post.to(wide) - inputs.y)
+
+
+def _shares(parts: Tensor, y: Tensor) -> Tensor:
+    """Importances of parts [R, n, D] in y [R, D], summed over rows: [n] float64, on the CPU."""
+    y = y[:, None]
+    # In place, and coordinate by coordinate: a few huge ones would swallow the rest of two norms.
+    farther = torch.sub(parts, y).abs_().sub_(y.abs())
+    proximity = farther.sum(-1).neg_().clamp_(min=0).double()
+    total = proximity.sum(-1, keepdim=True)
+    shares = torch.where(total > 0, proximity / total, 1 / parts.shape[1])
+    return shares.sum(0).cpu()
+
+
+def _without_tokens(recording: Recording) -> Tensor:
+    """[T, D] what the first layer reads where every token's embedding is zero: its position's."""
+    decoder = recording.decoder
+    found: list[Tensor] = []
+
+    def stop(_: Any, hidden: Tensor, __: Any) -> Tensor:
+        found.append(hidden[0])
+        raise capture.StopForward
+
+    embedding = decoder.model.get_input_embeddings()
+    zero = embedding.register_forward_hook(lambda _, __, x: torch.zeros_like(x))
+    with (
+        attended(decoder),
+        answering_layers(decoder, stop),
+        capture.hooks(zero),
+        suppress(capture.StopForward),
+    ):
+        decoder.forward(recording.token_ids)
+    return found[0]
+
+
+def _check_config(cfg: dict[str, Any]) -> dict[str, Any]:
+    for name in ("n_layers", "n_heads", "d_model"):
+        if type(cfg.get(name)) is not int or cfg[name] < 1:
+            raise ValueError(f"cfg: expected {name} to be a positive int, got {cfg.get(name)!r}")
+    _flag("cfg: parallel_attn_mlp", cfg.get("parallel_attn_mlp"))
+    return dict(cfg)
+
+
+def _check_level(level: str) -> None:
+    if level != "edge":
+        raise ValueError(f"level: expected 'edge', got {level!r}; nodes are not scored here")
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}: expected true or false, got {value!r}")
+    return value

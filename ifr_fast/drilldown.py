@@ -1,0 +1,339 @@
+"""Looking closer at what a graph is made of: one head's map, a node in tokens, one node's neurons.
+
+Everything is read off a Recording; a graph's nodes and edges say where to look. Called through
+`Tracer`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from .graph import Node, NodeKind, Prediction
+from .kernels.contract import LayerInputs, visible
+from .lens import direct_logits, lens_logits
+from .neurons import NeuronBases, activations
+from .prefill import attended
+from .recording import Recording, layer_inputs
+from .scoring import check_closure, load_kernel, score_layer
+from .tokens import token_strings
+
+if TYPE_CHECKING:
+    pass
+
+_MAP_ELEMENTS = 1 << 22  # of [R, S, H] that are scored at once
+
+
+class TokenScore(NamedTuple):
+    """A token, and what is added to its logit."""
+
+    token: str
+    token_id: int
+    logit: float
+
+
+@dataclass(frozen=True, eq=False)
+class NodeLens:
+    """A node, read as if it were the last one (logit lens)."""
+
+    node: Node
+    logits: Tensor  # [vocab] float32
+    predictions: list[Prediction]  # most probable first
+
+    def rank(self, token_id: int) -> int:
+        """The token's place: 1 is the most probable; tokens that tie share the better place."""
+        return int((self.logits > self.logits[token_id]).sum()) + 1
+
+    def probability(self, token_id: int) -> float:
+        """What the softmax of the logits gives the token."""
+        return float(self.logits.double().softmax(-1)[token_id])
+
+
+@dataclass(frozen=True, eq=False)
+class PromotedTokens:
+    """What one part of a residual stream adds to the logits at its position."""
+
+    part: Tensor  # [D] float32
+    logits: Tensor  # [vocab] float32, to be added to those of all other parts
+    promoted: list[TokenScore]  # largest first
+    suppressed: list[TokenScore]  # most negative first
+
+
+class Neuron(NamedTuple):
+    """One neuron at one position."""
+
+    neuron: int
+    activation: float
+    importance: float
+
+
+@dataclass(frozen=True, eq=False)
+class NeuronScores:
+    """The neurons of one layer's FFN block at R positions, as parts of a node.
+
+    A row's importances, with `residual` and `attention` where they are parts too, sum to 1.
+    """
+
+    layer: int
+    kind: NodeKind  # of the node: `post` or `ffn`
+    rows: Tensor  # [R] int64, positions
+    activations: Tensor  # [R, F] float32, what the down projection reads
+    importance: Tensor  # [R, F] float32
+    residual: Tensor | None  # [R] of `post`: importance of what the stream held before the FFN
+    attention: Tensor | None  # [R] of a parallel block's `post`: of all heads together
+    unattributed: Tensor  # [R] bool: every proximity is 0, each of the n parts got 1/n
+
+    def top(self, k: int = 10) -> list[list[Neuron]]:
+        """The k most important neurons of each row, most important first."""
+        found = []
+        order = self.importance.argsort(dim=-1, descending=True, stable=True)[:, :k]
+        for chosen, activation, importance in zip(
+            order, self.activations, self.importance, strict=True
+        ):
+            columns = chosen.tolist(), activation[chosen].tolist(), importance[chosen].tolist()
+            found.append([Neuron(*row) for row in zip(*columns, strict=True)])
+        return found
+
+
+@torch.inference_mode()
+def contribution_map(recording: Recording, layer: int, head: int | None, impl: str) -> Tensor:
+    """[T, T] float32: importance of each source (column) in each target (row), of one head or of
+    all together. In row blocks.
+    """
+    T, H = len(recording), recording.decoder.n_heads
+    out = torch.zeros(T, T)
+    step = max(1, _MAP_ELEMENTS // (T * H))
+    with attended(recording.decoder):
+        for rows in torch.arange(T).split(step):
+            scores = score_layer(recording, layer, rows, 0.0, impl)
+            check_closure({layer: scores.closure})
+            row, source, weight, of_heads = (x.cpu() for x in scores.attention.edges)
+            values = weight if head is None else of_heads[:, head]
+            kept = weight > 0  # padding points anywhere
+            out[rows[row[kept]], source[kept]] = values[kept].float()
+    return _plain(out)
+
+
+def lenses(
+    recording: Recording, nodes: list[Node], k: int, tokenizer: PreTrainedTokenizerBase | None
+) -> list[NodeLens]:
+    """What the model's own norm and head make of each node."""
+    states = torch.stack([_state(recording, node) for node in nodes])
+    logits = lens_logits(recording.decoder, states.to(recording.decoder.device)).float().cpu()
+    found = []
+    for node, row in zip(nodes, _plain(logits), strict=True):
+        top = row.softmax(-1).topk(min(k, len(row)))
+        strings = token_strings(top.indices, tokenizer)
+        columns = strings, top.indices.tolist(), top.values.tolist()
+        found.append(NodeLens(node, row, [Prediction(*p) for p in zip(*columns, strict=True)]))
+    return found
+
+
+def promoted_tokens(
+    recording: Recording,
+    part: Tensor,
+    position: int,
+    k: int,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> PromotedTokens:
+    """What `part` [D] of the stream at a position adds to the logits there."""
+    final = recording.resid_final[position].to(part.device)
+    logits = _plain(direct_logits(recording.decoder, part[None], final[None])[0].float().cpu())
+
+    def scores(top: Any) -> list[TokenScore]:
+        strings = token_strings(top.indices, tokenizer)
+        columns = strings, top.indices.tolist(), top.values.tolist()
+        return [TokenScore(*row) for row in zip(*columns, strict=True)]
+
+    k = min(k, len(logits))
+    return PromotedTokens(
+        _plain(part.float().cpu()),
+        logits,
+        scores(logits.topk(k)),
+        scores(logits.topk(k, largest=False)),
+    )
+
+
+@torch.inference_mode()
+def head_output(
+    recording: Recording, layer: int, head: int, position: int, source: int | None = None
+) -> Tensor:
+    """[D] what a head adds to the stream at a position; with `source`, its part from there alone.
+
+    In float32 or wider.
+    """
+    from .kernels.eager import attention_pattern
+
+    with attended(recording.decoder):
+        inputs, _ = layer_inputs(recording, layer, torch.tensor([position]))
+    one = _one_head(inputs, head, position + 1)
+    mask = visible(one.rows, position + 1, one.window).to(one.v.device)
+    alpha = attention_pattern(one, mask)[0, 0]  # [S]
+    values = one.v[:, 0]
+    z = alpha @ values if source is None else alpha[source] * values[source]
+    if one.value_gate is not None:
+        z = z * one.value_gate[0, 0]
+    part = z @ one.W_O[0]
+    return part if one.row_scale is None else part * one.row_scale[0]
+
+
+def _one_head(inputs: LayerInputs, head: int, n_keys: int) -> LayerInputs:
+    """The inputs of a single head, in float32 or wider, of the keys before `n_keys`."""
+    of_kv = head // (inputs.q.shape[1] // inputs.k.shape[1])
+
+    def cut(x: Tensor | None, dim: int) -> Tensor | None:
+        return None if x is None else x.narrow(dim, head, 1)
+
+    one = inputs._replace(
+        q=inputs.q[:, head : head + 1],
+        k=inputs.k[:n_keys, of_kv : of_kv + 1],
+        v=inputs.v[:n_keys, of_kv : of_kv + 1],
+        W_O=inputs.W_O[head : head + 1],
+        value_gate=cut(inputs.value_gate, 1),
+        sinks=cut(inputs.sinks, 0),
+        alibi_slopes=cut(inputs.alibi_slopes, 0),
+        log_sum_exp=cut(inputs.log_sum_exp, 1),
+    )
+    return one.to(torch.promote_types(inputs.y.dtype, torch.float32))
+
+
+@torch.inference_mode()
+def ffn_output(recording: Recording, layer: int, position: int) -> Tensor:
+    """[D] what the FFN block adds to the stream at a position, in float32 or wider."""
+    return _ffn_rows(recording, layer, torch.tensor([position])).added[0]
+
+
+@torch.inference_mode()
+def neuron_output(
+    recording: Recording, layer: int, neuron: int, position: int, bases: NeuronBases
+) -> Tensor:
+    """[D] what one neuron adds to the stream at a position, in float32 or wider."""
+    basis, rows = bases[layer], torch.tensor([position])
+    if not 0 <= neuron < len(basis.W):
+        raise ValueError(f"neuron: expected 0 to {len(basis.W) - 1}, got {neuron}")
+    added = _ffn_rows(recording, layer, rows).added
+    values, scale = activations(recording, layer, rows, basis, added)
+    wide = added.dtype
+    part = values[0, neuron].to(wide) * basis.W[neuron].to(wide)
+    return part if scale is None else part * scale[0]
+
+
+@torch.inference_mode()
+def neuron_scores(
+    recording: Recording,
+    layer: int,
+    rows: Tensor,
+    kind: NodeKind,
+    bases: NeuronBases,
+    impl: str,
+) -> NeuronScores:
+    """The neurons as parts of `post`, beside the stream (and in a parallel block attention), or of
+    the `ffn` node, which is their sum. rows: [R] int64, CPU, ascending.
+    """
+    from .kernels.neurons import neuron_proximities
+
+    basis, ffn = bases[layer], _ffn_rows(recording, layer, rows)
+    values, scale = activations(recording, layer, rows, basis, ffn.added)
+    c = values.to(ffn.added.dtype)
+    if scale is not None:
+        c = c * scale[:, None]
+    y = ffn.added if kind == NodeKind.FFN else ffn.post
+    of_neurons = neuron_proximities(c, basis.W, y)
+    total = of_neurons.sum(-1)
+    n_parts = torch.full_like(total, of_neurons.shape[1])
+    of_residual = of_attention = None
+    if kind == NodeKind.POST:
+        of_residual = (y.abs() - (y - ffn.before).abs()).sum(-1).clamp(min=0)
+        total, n_parts = total + of_residual, n_parts + 1
+        if ffn.inputs.ffn is not None:
+            of_attention, n_pairs = _of_attention(ffn.inputs, y, of_residual, impl)
+            total, n_parts = total + of_attention, n_parts + n_pairs
+    unattributed = total == 0
+    total = torch.where(unattributed, n_parts, total)
+
+    def share(x: Tensor | None, n: Tensor | float = 1.0) -> Tensor | None:
+        if x is None:
+            return None
+        column = (-1, *(1 for _ in x.shape[1:]))
+        share = torch.where(unattributed.view(column), n, x) / total.view(column)
+        return _plain(share.float().cpu())
+
+    importance = share(of_neurons)
+    assert importance is not None
+    return NeuronScores(
+        layer,
+        kind,
+        rows,
+        _plain(values.float().cpu()),
+        importance,
+        share(of_residual),
+        None if of_attention is None else share(of_attention, n_pairs),
+        _plain(unattributed.cpu()),
+    )
+
+
+def _of_attention(
+    inputs: LayerInputs, y: Tensor, of_residual: Tensor, impl: str
+) -> tuple[Tensor, Tensor]:
+    """Summed proximity of all pairs of a parallel block's rows, [R], and how many there are, [R].
+
+    A kernel gives shares alone. With y itself as one more part, whose proximity is |y|_1, they
+    say what they are shares of.
+    """
+    scores = load_kernel(impl).score_attention(inputs._replace(ffn=inputs.y), 1.0)
+    assert scores.ffn is not None
+    whole = y.abs().sum(-1)
+    total = whole / scores.ffn.to(y.dtype)
+    n_keys = visible(inputs.rows, len(inputs.k), inputs.window).sum(-1).to(y)
+    return scores.head_total.to(y.dtype).sum(-1) * total, inputs.q.shape[1] * n_keys
+
+
+class _FFNRows(NamedTuple):
+    """R rows of an FFN block, in float32 or wider."""
+
+    before: Tensor  # [R, D] `resid_mid`; in a parallel block `resid_pre`
+    added: Tensor  # [R, D]
+    post: Tensor  # [R, D]
+    inputs: LayerInputs
+
+
+def _ffn_rows(recording: Recording, layer: int, rows: Tensor) -> _FFNRows:
+    with torch.inference_mode(), attended(recording.decoder):
+        inputs, resid_post = layer_inputs(recording, layer, rows)
+    wide = torch.promote_types(inputs.y.dtype, torch.float32)
+    if resid_post is None:
+        assert inputs.ffn is not None
+        return _FFNRows(inputs.resid_pre.to(wide), inputs.ffn.to(wide), inputs.y.to(wide), inputs)
+    mid, post = inputs.y.to(wide), resid_post.to(wide)
+    return _FFNRows(mid, post - mid, post, inputs)
+
+
+@torch.inference_mode()
+def _state(recording: Recording, node: Node) -> Tensor:
+    """[D] the node's representation."""
+    layer, kind, position = node
+    match kind:
+        case NodeKind.EMBED:
+            return recording.layers[0].resid_pre[position]
+        case NodeKind.POST:
+            return recording.resid_post(layer)[position]
+        case NodeKind.FFN:
+            return ffn_output(recording, layer, position).to(recording.decoder.dtype)
+        case NodeKind.MID:
+            with attended(recording.decoder):
+                inputs, resid_post = layer_inputs(recording, layer, torch.tensor([position]))
+            if resid_post is None:
+                raise ValueError(
+                    f"nodes: layer {layer} is a parallel block, which has no {kind.value}"
+                )
+            return inputs.y[0]
+
+
+def _plain(x: Tensor) -> Tensor:
+    """A tensor that autograd takes."""
+    with torch.inference_mode(False):
+        return x.clone() if x.is_inference() else x

@@ -1,0 +1,72 @@
+"""A RouteGraph in DOT, the language of Graphviz: `dot -Tsvg graph.dot -o graph.svg`.
+
+Bottom up, a row a level of nodes. Embeddings and the nodes explained are labelled with their
+tokens, other nodes are points whose tooltip says what they are. An edge is as wide as its weight
+and coloured by its kind; `importance`, `kind`, `layer` and `heads` are there for programs.
+"""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from ..graph import EdgeKind, Node, NodeKind
+from .labels import visible
+from .links import Link, level, links_of, name_of, nodes_of, tops_of
+
+if TYPE_CHECKING:
+    from ..graph import RouteGraph
+
+_COLOR = {
+    EdgeKind.ATTENTION: "#2b5fd9",
+    EdgeKind.RESIDUAL_MID: "#8a95a1",
+    EdgeKind.RESIDUAL_POST: "#8a95a1",
+    EdgeKind.FFN: "#c2560a",
+}
+_WIDTH = 6.0  # in points, of an edge of weight 1
+
+
+def to_dot(graph: RouteGraph) -> str:
+    """The document; whatever tokens hold, only printable characters come out."""
+    links = links_of(graph)
+    nodes = sorted(nodes_of(graph, links), key=lambda node: (level(node), node.position))
+    lines = [
+        "digraph routes {",
+        "  rankdir=BT; outputorder=edgesfirst;",
+        '  node [shape=point, width=0.08, color="#59636e"]; edge [arrowhead=none];',
+    ]
+    tops = dict.fromkeys(tops_of(graph))
+    for _, of_level in groupby(nodes, key=level):
+        row = [_node(graph, node, node in tops) for node in of_level]
+        lines.append("  { rank=same; " + " ".join(row) + " }")
+    lines += [_edge(link) for link in links]
+    return "\n".join([*lines, "}", ""])
+
+
+def _node(graph: RouteGraph, node: Node, explained: bool) -> str:
+    token = visible(graph.tokens[node.position])
+    where = f"{node.kind.value} of layer {node.layer}, {token} at {node.position}"
+    attributes = [f"group=p{node.position}", f"tooltip={_quoted(where)}"]
+    if explained or node.kind == NodeKind.EMBED:
+        attributes += ["shape=box", "style=rounded", f"label={_quoted(token)}"]
+    return f"{name_of(node)} [{', '.join(attributes)}];"
+
+
+def _edge(link: Link) -> str:
+    attributes = [
+        f'color="{_COLOR[link.kind]}"',
+        f"penwidth={_WIDTH * link.weight:.3f}",
+        f"importance={link.weight!r}",
+        f"kind={link.kind.name.lower()}",
+        f"layer={link.layer}",
+    ]
+    if link.heads is not None:
+        shares = " ".join(f"{head}:{weight!r}" for head, weight in link.heads.items())
+        attributes.append(f'heads="{shares}"')
+    return f"  {name_of(link.source)} -> {name_of(link.target)} [{', '.join(attributes)}];"
+
+
+def _quoted(text: str) -> str:
+    """A DOT string: no backslash in it begins an escape or a record field."""
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'

@@ -1,0 +1,96 @@
+"""The nodes and links that every format of a RouteGraph draws from.
+
+`resid_pre` of a layer is the `post` of the one below, or an `embed`, which is at layer 0. An FFN
+edge becomes two links, into the `ffn` node with weight 1 and out of it with its own, so that the
+product of weights along a path stays that of the path.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..graph import EdgeKind, Node, NodeKind
+
+if TYPE_CHECKING:
+    from ..graph import RouteGraph
+
+_RANK = {NodeKind.MID: 0, NodeKind.FFN: 1, NodeKind.POST: 2}
+
+
+class Link(NamedTuple):
+    """One step of information, from `source` up to `target`."""
+
+    source: Node
+    target: Node
+    kind: EdgeKind
+    layer: int
+    weight: float  # importance of the part in its target; 1 into an `ffn` node
+    heads: dict[int, float] | None  # each head's share, of attention alone
+
+
+def links_of(graph: RouteGraph) -> list[Link]:
+    """All links, in the order of the graph's edges."""
+    parallel = graph.parallel.tolist()
+    heads: defaultdict[tuple[int, int, int], dict[int, float]] = defaultdict(dict)
+    for layer, head, target, source, weight in rows(graph.head_edges):
+        heads[layer, target, source][head] = weight
+
+    found = []
+    for layer, number, target, source, weight in rows(graph.edges):
+        kind = EdgeKind(number)
+        post, mid = (Node(layer, of, target) for of in (NodeKind.POST, NodeKind.MID))
+        one_step = parallel[layer]
+        into_post = one_step or kind in (EdgeKind.FFN, EdgeKind.RESIDUAL_POST)
+        above = post if into_post else mid
+        below = mid if into_post and not one_step else _pre(layer, source)
+        if kind == EdgeKind.FFN:
+            ffn = Node(layer, NodeKind.FFN, target)
+            found.append(Link(below, ffn, kind, layer, 1.0, None))
+            below = ffn
+        of_heads = heads[layer, target, source] if kind == EdgeKind.ATTENTION else None
+        found.append(Link(below, above, kind, layer, weight, of_heads))
+    return found
+
+
+def nodes_of(graph: RouteGraph, links: list[Link]) -> list[Node]:
+    """The nodes explained, then those that the links join, each once."""
+    ends = (end for link in links for end in (link.source, link.target))
+    return list(dict.fromkeys([*tops_of(graph), *ends]))
+
+
+def tops_of(graph: RouteGraph) -> list[Node]:
+    """The nodes that are explained, by position."""
+    return [Node(graph.n_layers - 1, NodeKind.POST, position) for position in graph.starts]
+
+
+def flow_of(graph: RouteGraph, links: list[Link]) -> dict[Node, float]:
+    """Weight of all paths from the predictions down to each node; 0 is not listed."""
+    flow: defaultdict[Node, float] = defaultdict(float)
+    for top, weight in zip(tops_of(graph), graph.starts.values(), strict=True):
+        flow[top] = weight
+    for link in sorted(links, key=lambda link: level(link.target), reverse=True):
+        if flow[link.target]:
+            flow[link.source] += flow[link.target] * link.weight
+    return {node: weight for node, weight in flow.items() if weight}
+
+
+def level(node: Node) -> int:
+    """Higher for a link's target than for its source."""
+    return -1 if node.kind == NodeKind.EMBED else 3 * node.layer + _RANK[node.kind]
+
+
+def name_of(node: Node) -> str:
+    """What identifies a node in formats whose nodes have names."""
+    return f"{node.kind.value}_{node.layer}_{node.position}"
+
+
+def rows(table: Any) -> Any:
+    """A table's rows, as Python numbers."""
+    return zip(*(column.tolist() for column in table), strict=True)
+
+
+def _pre(layer: int, position: int) -> Node:
+    if layer == 0:
+        return Node(0, NodeKind.EMBED, position)
+    return Node(layer - 1, NodeKind.POST, position)

@@ -1,0 +1,225 @@
+"""A RouteGraph as an attribution graph, the JSON of Neuronpedia and circuit-tracer.
+
+The published schema asks for `metadata`, `qParams`, `nodes` and `links`. Here
+
+- an `embed` is an `embedding` node, `E_{token id}_{position}`;
+- `mid`, `ffn` and `post` nodes are `{layer}_{feature}_{position}`, where feature 0, 1, 2 says
+  which; their `feature_type` is "attention output", "mlp output" or "residual stream", and `clerp`
+  labels them;
+- each position explained has a `logit` node, `{L + 1}_{token id}_{position}`, for its likeliest
+  next token, linked with the position's weight (1 where it is the only one);
+- a link's weight is an importance, so positive. Two edges between the same nodes (the residual
+  and self-attention) are one link whose weight is their sum; `kinds` has each one's own.
+
+`influence` is what the sliders of these tools prune by, so it is theirs: nodes are sorted by the
+weight of all paths from the prediction (`flow`), and each has the share of the total that it and
+those before it make up. It is 0 for nothing, near 1 for what matters least, and null for logits.
+
+A cap keeps links from the logits down, each time the one with the most flow through it among those
+into a node that is there already: what is left hangs together, and no link hangs in the air.
+Only ASCII comes out.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import json
+import re
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .._version import __version__
+from ..graph import Node, NodeKind, as_index
+from .labels import visible
+from .links import flow_of, links_of, tops_of
+
+if TYPE_CHECKING:
+    from ..graph import RouteGraph
+
+_FEATURE = {
+    NodeKind.MID: (0, "attention output"),
+    NodeKind.FFN: (1, "mlp output"),
+    NodeKind.POST: (2, "residual stream"),
+}
+_SLUG = 60  # characters
+
+
+class _Link(NamedTuple):
+    source: Node
+    target: Node | None  # None: the logit at its source's position
+    weight: float
+    kinds: dict[str, float] | None  # of each edge that it stands for
+
+
+def to_neuronpedia(graph: RouteGraph, slug: str | None, scan: str, max_links: int) -> str:
+    """The document. Raises ValueError for a `max_links` below 1."""
+    if as_index("max_links", max_links) < 1:
+        raise ValueError(f"max_links: expected at least 1, got {max_links}")
+    prompt = "".join(graph.tokens)
+    links, flow = _strongest(graph, max_links)
+    nodes = list(dict.fromkeys(link.source for link in links))
+    influence = _influence(nodes, flow)
+    logits = {
+        link.source.position: _logit(graph, link.source.position)
+        for link in links
+        if link.target is None
+    }
+    document = {
+        "metadata": {
+            "slug": _slug(prompt) if slug is None else slug,
+            "scan": scan,
+            "transcoder_list": [],
+            "prompt_tokens": graph.tokens,
+            "prompt": prompt,
+            "schema_version": 1,
+            "info": {
+                "description": f"Information flow routes above {graph.threshold:g}",
+                "generator": {"name": "ifr_fast", "version": __version__},
+            },
+            "generation_settings": {
+                "threshold": graph.threshold,
+                "granularity": graph.granularity,
+                "max_links": max_links,
+            },
+        },
+        "qParams": {
+            "pinnedIds": [],
+            "supernodes": [],
+            "linkType": "both",
+            "clickedId": "",
+            "sg_pos": "",
+        },
+        "nodes": [
+            *(_node(graph, node, flow[node], influence[node]) for node in nodes),
+            *logits.values(),
+        ],
+        "links": [_link(graph, link, logits) for link in links],
+    }
+    return json.dumps(document, allow_nan=False, separators=(",", ":"))
+
+
+def _strongest(graph: RouteGraph, max_links: int) -> tuple[list[_Link], dict[Node, float]]:
+    """The links to keep, each after one out of its target, and the flow of all nodes."""
+    single = links_of(graph)
+    flow = flow_of(graph, single)
+    kinds: defaultdict[tuple[Node, Node], dict[str, float]] = defaultdict(dict)
+    for one in single:
+        kinds[one.source, one.target][one.kind.name.lower()] = one.weight
+    into: defaultdict[Node, list[_Link]] = defaultdict(list)
+    for (source, target), of in kinds.items():
+        into[target].append(_Link(source, target, sum(of.values()), of))
+
+    waiting: list[tuple[float, int, _Link]] = []  # strongest first; of equals, the first come
+    count = itertools.count()
+
+    def offer(link: _Link) -> None:
+        through = link.weight * (1.0 if link.target is None else flow.get(link.target, 0.0))
+        heapq.heappush(waiting, (-through, next(count), link))
+
+    for top, weight in zip(tops_of(graph), graph.starts.values(), strict=True):
+        offer(_Link(top, None, weight, None))
+    found: list[_Link] = []
+    reached: set[Node] = set()
+    while waiting and len(found) < max_links:
+        link = heapq.heappop(waiting)[2]
+        found.append(link)
+        if link.source not in reached:
+            reached.add(link.source)
+            for below in into[link.source]:
+                offer(below)
+    return found, defaultdict(float, flow)
+
+
+def _influence(nodes: list[Node], flow: dict[Node, float]) -> dict[Node, float]:
+    """Each node's share of all flow, together with those that have more."""
+    total = sum(flow[node] for node in nodes)
+    so_far, found = 0.0, {}
+    for node in sorted(nodes, key=lambda node: -flow[node]):
+        so_far += flow[node]
+        found[node] = so_far / total if total else 1.0
+    return found
+
+
+def _name(graph: RouteGraph, node: Node) -> str:
+    if node.kind == NodeKind.EMBED:
+        return f"E_{int(graph.token_ids[node.position])}_{node.position}"
+    return f"{node.layer}_{_FEATURE[node.kind][0]}_{node.position}"
+
+
+def _link(graph: RouteGraph, link: _Link, logits: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    target = (
+        logits[link.source.position]["node_id"]
+        if link.target is None
+        else _name(graph, link.target)
+    )
+    found = {"source": _name(graph, link.source), "target": target, "weight": link.weight}
+    return found if link.kinds is None else {**found, "kinds": link.kinds}
+
+
+def _node(graph: RouteGraph, node: Node, flow: float, influence: float) -> dict[str, Any]:
+    token = graph.tokens[node.position]
+    if node.kind == NodeKind.EMBED:
+        layer, feature, kind = "E", node.position, "embedding"
+        label = f"Emb: {_quoted(token)}"
+    else:
+        feature, kind = _FEATURE[node.kind]
+        layer, label = str(node.layer), f"{kind} of layer {node.layer} at {_quoted(token)}"
+    return _fields(
+        _name(graph, node),
+        feature=feature,
+        layer=layer,
+        ctx_idx=node.position,
+        feature_type=kind,
+        clerp=label,
+        influence=influence,
+        flow=flow,
+    )
+
+
+def _logit(graph: RouteGraph, position: int) -> dict[str, Any]:
+    """The node of the likeliest token after a position that is explained."""
+    predictions = graph.predictions
+    if graph.span is not None:
+        predictions = graph.span.predictions[graph.span.positions.index(position)]
+    layer = str(graph.n_layers + 1)
+    if predictions:
+        token, token_id, probability = predictions[0]
+        label = f"Output {_quoted(token)} (p={probability:.3f})"
+    else:
+        token_id, probability, label = -1, 0.0, "Output"
+    return _fields(
+        f"{layer}_{token_id}_{position}",
+        feature=token_id,
+        layer=layer,
+        ctx_idx=position,
+        feature_type="logit",
+        clerp=label,
+        influence=None,
+        token_prob=probability,
+        is_target_logit=True,
+    )
+
+
+def _fields(name: str, **own: Any) -> dict[str, Any]:
+    """A node with all fields that circuit-tracer's have."""
+    return {
+        "node_id": name,
+        "jsNodeId": name,
+        "token_prob": 0.0,
+        "is_target_logit": False,
+        "run_idx": 0,
+        "reverse_ctx_idx": 0,
+        "activation": None,
+        **own,
+    }
+
+
+def _quoted(token: str) -> str:
+    return f'"{visible(token)}"'
+
+
+def _slug(prompt: str) -> str:
+    """Words of a text that a URL can hold."""
+    words = re.sub("[^a-z0-9]+", "-", prompt.lower()).strip("-")[:_SLUG].rstrip("-")
+    return words or "routes"

@@ -1,0 +1,201 @@
+"""A RouteGraph as tidy tables: pandas data frames, Arrow tables, Parquet files.
+
+- `edges`: a row an edge. `layer`, `kind`, `target` and `source` (positions), `target_token`,
+  `source_token`, `weight`, and `flow`: the weight of all paths that take the edge, its share in
+  what the graph explains.
+- `parts`: the same, but an attention edge has a row a head (`head`; missing in other rows), with
+  that head's share of weight and flow. It holds the whole graph, and is what a Parquet file has
+  unless another is asked for.
+- `tokens`: a row a token. `position`, `token`, `token_id`, `importance`.
+
+A file's metadata, and that of an Arrow table, says under `ifr_fast.route_graph` in JSON what the
+graph says of itself: threshold, granularity, starts, predictions and so on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import IfrError
+from ..graph import EdgeKind
+from ..storage import whole_file
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import pyarrow as pa
+
+    from ..graph import RouteGraph
+
+TableName = Literal["edges", "parts", "tokens"]
+TABLES: tuple[TableName, ...] = ("edges", "parts", "tokens")
+METADATA = b"ifr_fast.route_graph"
+
+
+class _Column(NamedTuple):
+    """One column, before it is of any library."""
+
+    values: np.ndarray[Any, Any]  # numbers; of strings, indices of `names`
+    names: list[str] | None = None  # what a string column is made of
+    missing: np.ndarray[Any, Any] | None = None  # bool
+
+
+def to_pandas(graph: RouteGraph, table: TableName) -> pd.DataFrame:
+    """One of the tables; strings are categorical."""
+    try:
+        import pandas as pd
+    except ImportError as error:
+        raise _absent("to_pandas", "pandas") from error
+
+    def series(column: _Column) -> Any:
+        if column.names is not None:
+            named = pd.Categorical.from_codes(
+                _codes(column), categories=pd.Index(list(dict.fromkeys(column.names)), dtype=object)
+            )
+            return pd.Series(named)
+        if column.missing is not None:
+            return pd.Series(pd.arrays.IntegerArray(column.values, column.missing))
+        return pd.Series(column.values)
+
+    return pd.DataFrame({name: series(x) for name, x in _columns(graph, table).items()})
+
+
+def to_arrow(graph: RouteGraph, table: TableName) -> pa.Table:
+    """One of the tables; strings are dictionary-encoded."""
+    try:
+        import pyarrow as pa
+    except ImportError as error:
+        raise _absent("to_arrow", "pyarrow") from error
+
+    def array(column: _Column) -> Any:
+        if column.names is not None:
+            names = list(dict.fromkeys(_encodable(name) for name in column.names))
+            place = {name: i for i, name in enumerate(names)}
+            codes = np.array([place[_encodable(name)] for name in column.names], dtype=np.int32)
+            return pa.DictionaryArray.from_arrays(
+                pa.array(codes[column.values], pa.int32()), pa.array(names, pa.string())
+            )
+        return pa.array(column.values, mask=column.missing)
+
+    found = pa.table({name: array(x) for name, x in _columns(graph, table).items()})
+    return found.replace_schema_metadata({METADATA: json.dumps(_metadata(graph)).encode()})
+
+
+def to_parquet(graph: RouteGraph, path: str | os.PathLike[str], table: TableName) -> None:
+    """Writes one of the tables, whole or not at all."""
+    try:
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise _absent("to_parquet", "pyarrow") from error
+    found = to_arrow(graph, table)
+    with whole_file(path) as temporary:
+        pq.write_table(found, temporary)
+
+
+def _absent(what: str, package: str) -> IfrError:
+    return IfrError(
+        f"{what} needs {package}, which is not installed: pip install 'ifr-fast[tables]'"
+    )
+
+
+def _columns(graph: RouteGraph, table: TableName) -> dict[str, _Column]:
+    match table:
+        case "edges":
+            layer, kind, target, source, weight = graph.edges
+            return _of_edges(graph, layer, kind, target, source, weight, None)
+        case "parts":
+            return _of_parts(graph)
+        case "tokens":
+            T = len(graph.tokens)
+            return {
+                "position": _Column(np.arange(T, dtype=np.int32)),
+                "token": _Column(np.arange(T, dtype=np.int32), graph.tokens),
+                "token_id": _Column(graph.token_ids.numpy()),
+                "importance": _Column(graph.token_importance().numpy()),
+            }
+        case _:
+            raise ValueError(f"table: expected one of {', '.join(TABLES)}, got {table!r}")
+
+
+def _of_parts(graph: RouteGraph) -> dict[str, _Column]:
+    edges, heads = graph.edges, graph.head_edges
+    other = edges.kind != EdgeKind.ATTENTION
+    alone = [column[other] for column in edges]
+    none = torch.full_like(alone[0], -1)
+    layer, kind, target, source, weight, head = (
+        torch.cat(pair)
+        for pair in (
+            (alone[0], heads.layer),
+            (alone[1], torch.full_like(heads.layer, EdgeKind.ATTENTION)),
+            (alone[2], heads.target),
+            (alone[3], heads.source),
+            (alone[4], heads.weight),
+            (none, heads.head),
+        )
+    )
+    return _of_edges(graph, layer, kind, target, source, weight, head)
+
+
+def _of_edges(
+    graph: RouteGraph,
+    layer: Tensor,
+    kind: Tensor,
+    target: Tensor,
+    source: Tensor,
+    weight: Tensor,
+    head: Tensor | None,
+) -> dict[str, _Column]:
+    into_post = (kind == EdgeKind.FFN) | (kind == EdgeKind.RESIDUAL_POST)
+    reached = graph.node_importance()
+    flow = torch.where(into_post, reached.post[layer, target], reached.mid[layer, target]) * weight
+
+    def narrow(x: Tensor) -> np.ndarray[Any, Any]:
+        return x.to(torch.int32).numpy()
+
+    columns = {
+        "layer": _Column(narrow(layer)),
+        "kind": _Column(narrow(kind), [k.name.lower() for k in EdgeKind]),
+    }
+    if head is not None:
+        columns["head"] = _Column(narrow(head.clamp(min=0)), missing=(head < 0).numpy())
+    return columns | {
+        "target": _Column(narrow(target)),
+        "source": _Column(narrow(source)),
+        "target_token": _Column(narrow(target), graph.tokens),
+        "source_token": _Column(narrow(source), graph.tokens),
+        "weight": _Column(weight.numpy()),
+        "flow": _Column(flow.numpy()),
+    }
+
+
+def _codes(column: _Column) -> np.ndarray[Any, Any]:
+    """Indices of the different names."""
+    assert column.names is not None
+    place: dict[str, int] = {}
+    codes = np.array([place.setdefault(name, len(place)) for name in column.names], dtype=np.int32)
+    return codes[column.values]
+
+
+def _encodable(text: str) -> str:
+    """Arrow holds UTF-8: a lone surrogate becomes a replacement mark."""
+    return text.encode(errors="replace").decode()
+
+
+def _metadata(graph: RouteGraph) -> dict[str, Any]:
+    return {
+        "tokens": graph.tokens,
+        "token_ids": graph.token_ids.tolist(),
+        "position": graph.position,
+        "starts": graph.starts,
+        "threshold": graph.threshold,
+        "granularity": graph.granularity,
+        "n_layers": graph.n_layers,
+        "n_heads": graph.n_heads,
+        "parallel": graph.parallel.tolist(),
+        "predictions": [prediction._asdict() for prediction in graph.predictions],
+    }

@@ -1,0 +1,26 @@
+"""Everything that the pages under docs/ show is run."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).parent.parent / "docs"
+PAGES = ["drilling-down.md"]
+
+
+@pytest.mark.default_model
+@pytest.mark.parametrize("page", PAGES)
+def test_python_blocks_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
+    assert len(blocks) >= 3
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, page, "exec"), names)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_linked_exist(page):
+    for target in re.findall(r"\]\((?!http|#)([^)]+)\)", (DOCS / page).read_text()):
+        assert (DOCS / target).is_file(), target
