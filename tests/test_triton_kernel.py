@@ -542,7 +542,7 @@ def test_fold_and_totals_alone(window: int | None) -> None:
         x["p_partial_lin"][j, r] = -(j + 1)
     x |= {"p_residual": torch.ones(3, device=DEVICE), "p_of_ffn": None, "p_log_sum_exp": None}
     x |= {"p_head_total": torch.empty(3, H, device=DEVICE)}
-    x |= {"p_linear": torch.empty(3, device=DEVICE)}
+    x |= {"p_linear": torch.empty(3, device=DEVICE), "p_total": torch.empty(3, device=DEVICE)}
     x |= {"p_unattributed": torch.empty(3, dtype=torch.bool, device=DEVICE)}
     compact.fold(x)
     compact.totals(x)
