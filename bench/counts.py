@@ -2,8 +2,9 @@
 
 A pair is a (row, head, visible key). It needs a correction where lin > 0 and some coordinate's
 breakpoint is below its a (docs/design.md, section 3.1); those coordinates are its visits. Counted
-exactly, by sorting the breakpoints of every (row, head), and once more by the native kernel, whose
-buckets of breakpoints may only add visits.
+exactly, by sorting the breakpoints of every (row, head), with a from values' norms, and with a from
+their reach (kernels/triton/reach.py); and once more by the native kernel, which has norms, and
+whose buckets of breakpoints may only add visits.
 
 The design's bound on a row's visits is
 
@@ -74,22 +75,84 @@ class Tier(NamedTuple):
     steps: float  # most light pairs, and most heavy ones, in a word of MARKS
 
 
-class Counts(NamedTuple):
-    """Per row, means over the rows counted of one layer."""
+class Pairs(NamedTuple):
+    """Per row, means over the rows counted of one layer: pairs that need a correction."""
 
-    pairs: float
     listed: float  # with lin > 0 and a coordinate to visit
     at_least_8: float
     at_least_64: float
     visited: float  # coordinates of all listed pairs
-    native_visited: float  # the same by the native kernel's buckets
     candidates: float  # coordinates some listed pair of a (row, head) visits, summed over heads
-    bound: float  # sum_h D f_h(0) sum_j a
-    edges: float  # to tokens, with weight above THRESHOLD
-    share: float  # |attention's output|_rms / |y|_rms
-    pairs_by_size: list[float]  # listed pairs by visits: 1, 2-3, 4-7, 8-15, ...
+    by_size: list[float]  # listed pairs by visits: 1, 2-3, 4-7, 8-15, ...
     visits_by_size: list[float]  # their visits
     tiers: list[Tier]  # for CANDIDATES
+
+
+class Counts(NamedTuple):
+    """Per row, means over the rows counted of one layer."""
+
+    pairs: float
+    by_norm: Pairs  # a = alpha |v|
+    by_reach: Pairs  # a = alpha reach
+    native_visited: float  # by_norm.visited by the native kernel's buckets
+    bound: float  # sum_h D f_h(0) sum_j a, of norms
+    edges: float  # to tokens, with weight above THRESHOLD
+    share: float  # |attention's output|_rms / |y|_rms
+
+
+class Tally:
+    """Sums `Pairs` over blocks of rows."""
+
+    def __init__(self, D: int) -> None:
+        self.D, self.n_sizes = D, D.bit_length()
+        self.totals = dict.fromkeys(
+            ("listed", "at_least_8", "at_least_64", "visited", "candidates"), 0.0
+        )
+        self.by_size, self.visits_by_size = torch.zeros(self.n_sizes), torch.zeros(self.n_sizes)
+        self.tiers = [[0.0] * (4 + len(TILES)) for _ in CANDIDATES]
+
+    def add(self, n: Tensor) -> None:
+        """Coordinates to visit, [H, R, S]."""
+        for name, least in (("listed", 1), ("at_least_8", 8), ("at_least_64", 64)):
+            self.totals[name] += float((n >= least).sum())
+        self.totals["visited"] += float(n.sum())
+        self.totals["candidates"] += float(n.amax(-1).sum())
+        found = n[n > 0]
+        size = torch.frexp(found.float()).exponent.long() - 1
+        self.by_size += torch.bincount(size, minlength=self.n_sizes)
+        self.visits_by_size += torch.bincount(size, weights=found.double(), minlength=self.n_sizes)
+        for room, tier in zip(CANDIDATES, self.tiers, strict=True):
+            is_heavy = n > room * 3 // 4 if room < self.D else torch.zeros_like(n, dtype=torch.bool)
+            is_light = (n > 0) & ~is_heavy
+            steps = most_in_a_word(is_light) + most_in_a_word(is_heavy)
+            light = is_light.sum(-1)  # [H, R]
+            tiles = [float(torch.ceil(light / size).sum()) for size in TILES]
+            lines, pairs = float((light > 0).sum()), float(light.sum())
+            found_here = (lines, pairs, *tiles, float(is_heavy.sum()), steps)
+            tier[:] = [x + y for x, y in zip(tier, found_here, strict=True)]
+
+    def means(self, R: int) -> Pairs:
+        """Per row."""
+        return Pairs(
+            **{name: value / R for name, value in self.totals.items()},
+            by_size=(self.by_size / R).tolist(),
+            visits_by_size=(self.visits_by_size / R).tolist(),
+            tiers=[
+                Tier(room, lines / R, light / R, [x / R for x in tiles], heavy / R, steps / R)
+                for room, (lines, light, *tiles, heavy, steps) in zip(
+                    CANDIDATES, self.tiers, strict=True
+                )
+            ],
+        )
+
+
+def values_reach(x: LayerInputs, rho: Tensor) -> Tensor:
+    """Reach [H, S]; x in float32, rho [H, D]."""
+    found = []
+    for h, W in enumerate(x.W_O):
+        u = x.v[:, h * x.v.shape[1] // len(x.W_O)] @ W
+        found.append((u.abs() / rho[h].clamp(min=torch.finfo(u.dtype).tiny)).amax(1))
+    return torch.stack(found)
 
 
 def count(inputs: LayerInputs) -> Counts:
@@ -98,15 +161,11 @@ def count(inputs: LayerInputs) -> Counts:
         raise ValueError("inputs: models with row_scale or value_gate are not counted")
     x = inputs.to(torch.float32)
     (R, H, _), (S, H_kv, _), D = x.q.shape, x.v.shape, x.y.shape[1]
-    n_sizes = D.bit_length()
     rho = column_norms(x.W_O)
     v = x.v.permute(1, 2, 0).repeat_interleave(H // H_kv, 0)  # [H, V, S]
-    v_norm = torch.linalg.vector_norm(v, dim=1)
-    total: dict[str, Any] = dict.fromkeys(
-        ("pairs", "listed", "at_least_8", "at_least_64", "visited", "candidates", "bound"), 0.0
-    )
-    pairs_by_size, visits_by_size = torch.zeros(n_sizes), torch.zeros(n_sizes)
-    tiers = [[0.0] * (4 + len(TILES)) for _ in CANDIDATES]
+    v_norm, reach = torch.linalg.vector_norm(v, dim=1), values_reach(x, rho)
+    by_norm, by_reach = Tally(D), Tally(D)
+    pairs = bound = 0.0
     shares = []
     block = max(1, BLOCK_ELEMENTS // (H * max(S, D)))
     for start in range(0, R, block):
@@ -115,46 +174,26 @@ def count(inputs: LayerInputs) -> Counts:
         mask = visible(b.rows, S, b.window)
         alpha = attention_pattern(b, mask)  # [H, R, S]
         lin = torch.matmul(value_space_signs(b.W_O, signs(b.y)), v).mul_(alpha)
-        a = alpha * v_norm[:, None]
         points = breakpoints(b.y, rho).sort(-1).values  # [H, R, D]
-        n = torch.searchsorted(points, a * ROUND_UP).mul_(lin > 0)  # [H, R, S]
-        total["pairs"] += float(mask.sum()) * H
-        total["listed"] += float((n > 0).sum())
-        total["at_least_8"] += float((n >= 8).sum())
-        total["at_least_64"] += float((n >= 64).sum())
-        total["visited"] += float(n.sum())
-        total["candidates"] += float(n.amax(-1).sum())
+        pairs += float(mask.sum()) * H
+        for tally, size in ((by_norm, v_norm), (by_reach, reach)):
+            a = alpha * size[:, None]
+            tally.add(torch.searchsorted(points, a * ROUND_UP).mul_(lin > 0))  # [H, R, S]
         low = math.ceil(LOW * D)
         density = low / D / points[..., low - 1]  # [H, R]
-        total["bound"] += D * float((density * a.sum(-1)).double().sum())
-        found = n[n > 0]
-        size = torch.frexp(found.float()).exponent.long() - 1
-        pairs_by_size += torch.bincount(size, minlength=n_sizes)
-        visits_by_size += torch.bincount(size, weights=found.double(), minlength=n_sizes)
-        for room, tier in zip(CANDIDATES, tiers, strict=True):
-            heavy = n > room * 3 // 4 if room < D else torch.zeros_like(n, dtype=torch.bool)
-            is_light = (n > 0) & ~heavy
-            steps = most_in_a_word(is_light) + most_in_a_word(heavy & (n > 0))
-            light = is_light.sum(-1)  # [H, R]
-            tiles = [float(torch.ceil(light / size).sum()) for size in TILES]
-            lines, pairs = float((light > 0).sum()), float(light.sum())
-            found_here = (lines, pairs, *tiles, float(heavy.sum()), steps)
-            tier[:] = [x + y for x, y in zip(tier, found_here, strict=True)]
+        bound += D * float((density * torch.einsum("hrs,hs->hr", alpha, v_norm)).double().sum())
         z = torch.matmul(alpha, v.transpose(1, 2)).transpose(0, 1)  # [R, H, V]
         moved = z.flatten(1) @ b.W_O.flatten(0, 1)
         shares.append(moved.square().mean(-1).sqrt() / b.y.square().mean(-1).sqrt())
     scores, native = kernel.score_attention_counted(inputs, THRESHOLD)
     return Counts(
-        **{name: value / R for name, value in total.items()},
+        pairs=pairs / R,
+        by_norm=by_norm.means(R),
+        by_reach=by_reach.means(R),
         native_visited=native.visited / R,
+        bound=bound / R,
         edges=len(scores.edges.row) / R,
         share=float(torch.cat(shares).mean()),
-        pairs_by_size=(pairs_by_size / R).tolist(),
-        visits_by_size=(visits_by_size / R).tolist(),
-        tiers=[
-            Tier(room, lines / R, light / R, [x / R for x in tiles], heavy / R, steps / R)
-            for room, (lines, light, *tiles, heavy, steps) in zip(CANDIDATES, tiers, strict=True)
-        ],
     )
 
 
@@ -172,7 +211,7 @@ def mean(values: list[Any]) -> Any:
     if isinstance(first, (int, float)):
         return sum(values) / len(values)
     columns = [mean(list(column)) for column in zip(*values, strict=True)]
-    return type(first)(*columns) if isinstance(first, (Counts, Tier)) else columns
+    return type(first)(*columns) if isinstance(first, (Counts, Pairs, Tier)) else columns
 
 
 def some_rows(n_tokens: int, n_rows: int) -> Tensor:
@@ -274,7 +313,7 @@ def real_models(tracer: Tracer, lengths: dict[int, int]) -> list[dict[str, Any]]
                 "T": n_tokens,
                 "rows": n_rows,
                 "mean": rounded(mean(layers)),
-                "visited_by_layer": [round(c.visited) for c in layers],
+                "visited_by_layer": [round(c.by_norm.visited) for c in layers],
                 "bound_by_layer": [round(c.bound) for c in layers],
                 "share_by_layer": [round(c.share, 3) for c in layers],
             }
@@ -340,7 +379,7 @@ def rounded(value: Any) -> Any:
     """For the file: four digits, fields by name."""
     if isinstance(value, (int, float)):
         return float(f"{value:.4g}")
-    if isinstance(value, (Counts, Tier)):
+    if isinstance(value, (Counts, Pairs, Tier)):
         return {name: rounded(x) for name, x in value._asdict().items()}
     return [rounded(x) for x in value]
 

@@ -139,7 +139,9 @@ def counting() -> Iterator[dict[str, KernelWork]]:
             done.work.distinct_loaded += done.distinct("loaded")
             done.work.distinct_stored += done.distinct("stored")
 
+    options = interpreter.InterpreterOptions(sanitize_overflow=False)  # as compiled code has none
     with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(interpreter.interpreter_builder, "options", options))
         for owner, name, counted in (
             (builder, "create_masked_load", load),
             (builder, "create_masked_store", store),

@@ -267,7 +267,7 @@ class Counts:
 
     def __init__(self, document: dict[str, Any]) -> None:
         self.document = document
-        self.visits = fit(document["random"], lambda c: c["visited"])
+        self.visits = fit(document["random"], lambda c: c["by_norm"]["visited"])
 
     def measured(self, n_tokens: int) -> dict[str, Any]:
         """The default model's means at the longest text measured that is no longer than this."""
@@ -309,22 +309,28 @@ class Counts:
     def lists(self, model: Model, n_tokens: int, extension: str, block: Block) -> Lists:
         """Lists of a block of rows, on the average."""
         names = {launch.kernel: launch.names for launch in block}
-        light_tile, heavy_tile = names["light_kernel"], names["heavy_kernel"]
+        light_tile = names["light_kernel"]
+        by = "by_reach" if names["linear_kernel"]["REACH"] else "by_norm"
         N, R = light_tile["N"], len(block[0].rows)
-        rooms = [tier["candidates"] for tier in self.measured(n_tokens)["mean"]["tiers"]]
+        rooms = [tier["candidates"] for tier in self.measured(n_tokens)["mean"][by]["tiers"]]
         sizes = self.document["tiles"]
         if N not in rooms or light_tile["BP"] not in sizes:
             raise ValueError(f"counts: have no tiers for N = {N}, BP = {light_tile['BP']}")
         tier, size = rooms.index(N), sizes.index(light_tile["BP"])
 
         def total(count: Callable[[dict[str, Any]], float]) -> float:
-            return R * self.extended(model, n_tokens, extension, count)
+            return R * self.extended(
+                model, n_tokens, extension, lambda mean: count(mean[by]["tiers"][tier])
+            )
 
-        light = total(lambda mean: mean["tiers"][tier]["light"])
-        lines = total(lambda mean: mean["tiers"][tier]["light_lines"])
-        lines = min(lines, light, R * model.H)
-        heavy = total(lambda mean: mean["tiers"][tier]["heavy"])
-        lists_of_heavy = math.ceil(R / heavy_tile["BT"]) * model.H
+        light, heavy = total(itemgetter("light")), total(itemgetter("heavy"))
+        lines = min(total(itemgetter("light_lines")), light, R * model.H)
+        if "heavy_kernel" in names:
+            heavy_tile = names["heavy_kernel"]
+            lists_of_heavy = math.ceil(R / heavy_tile["BT"]) * model.H
+        else:
+            heavy_tile = names["heavy_cosines_kernel"]
+            lists_of_heavy = R * model.H
         edges = R * self.measured(n_tokens)["mean"]["edges"]  # parts share 1, whatever the width
         edge_tile = names["head_weights_kernel"]["BE"]
         return Lists(
@@ -332,13 +338,13 @@ class Counts:
             light=light,
             light_lines=lines,
             light_tiles=max(
-                total(lambda mean: mean["tiers"][tier]["light_tiles"][size]),
-                light / light_tile["BP"],
+                total(lambda tier: tier["light_tiles"][size]), light / light_tile["BP"]
             ),
             light_candidates=FILLED * N * lines,
             heavy=heavy,
+            heavy_lines=min(lists_of_heavy, heavy),
             heavy_tiles=heavy / heavy_tile["BP"] + min(lists_of_heavy / 2, heavy),
-            steps=total(lambda mean: mean["tiers"][tier]["steps"]),
+            steps=total(itemgetter("steps")),
             edges=edges,
             edge_tiles=edges / edge_tile + min(R / 2, edges),
             listed_edges=edges * model.H,
@@ -348,6 +354,7 @@ class Counts:
 STEPS = {
     "column_norms_kernel": "a",
     "value_norms_kernel": "a",
+    "reach_kernel": "a",
     "value_space_signs_kernel": "a",
     "breakpoints_kernel": "a",
     "log_sum_exp_kernel": "b",
@@ -355,6 +362,7 @@ STEPS = {
     "linear_kernel": "b",
     "lists_kernel": "c",
     "light_kernel": "c",
+    "heavy_cosines_kernel": "c",
     "heavy_kernel": "c",
     "parts_kernel": "d",
     "ffn_kernel": "d",
@@ -539,20 +547,24 @@ def table(title: str, *columns: str) -> Table:
 
 def counts_table(counts: Counts) -> Table:
     """What was measured, and the design's bound."""
-    names = ("model", "D", "H", "V", "share", "T", "pairs", "listed", ">= 8", ">= 64")
+    names = ("model", "D", "H", "V", "share", "T", "pairs", "by", "listed", ">= 8", ">= 64")
     made = table("per node, mean", *names, "visited / D", "bound / D", "visited / bound")
     for e in counts.document["real"] + counts.document["random"]:
         m = e["mean"]
-        made.add_row(
-            e.get("model", "random"),
-            *(str(e[name]) for name in ("D", "H", "V")),
-            f"{m['share']:.2f}",
-            str(e["T"]),
-            *(f"{m[name]:,.0f}" for name in ("pairs", "listed", "at_least_8", "at_least_64")),
-            f"{m['visited'] / e['D']:.1f}",
-            f"{m['bound'] / e['D']:.1f}",
-            f"{m['visited'] / m['bound']:.2f}",
-        )
+        for by in ("norm", "reach"):
+            of = m[f"by_{by}"]
+            made.add_row(
+                e.get("model", "random"),
+                *(str(e[name]) for name in ("D", "H", "V")),
+                f"{m['share']:.2f}",
+                str(e["T"]),
+                f"{m['pairs']:,.0f}",
+                by,
+                *(f"{of[name]:,.0f}" for name in ("listed", "at_least_8", "at_least_64")),
+                f"{of['visited'] / e['D']:.1f}",
+                f"{m['bound'] / e['D']:.1f}",
+                f"{of['visited'] / m['bound']:.2f}",
+            )
     return made
 
 
@@ -562,23 +574,28 @@ def extension_table(counts: Counts, models: list[Model], n_tokens: int) -> Table
         f"per node at T = {n_tokens}: low / mid / high", "count", "~ D^", "~ share^",
         *(m.name for m in models),
     )  # fmt: skip
-    for name, title in (
-        ("listed", "pairs listed"),
-        ("at_least_8", "pairs with 8 or more"),
-        ("at_least_64", "pairs with 64 or more"),
-        ("visited", "coordinates visited / D"),
-    ):
-        count = itemgetter(name)
-        growth = fit(counts.document["random"], count)
-        cells = []
-        for model in models:
-            unit = model.D if name == "visited" else 1
-            values = (
-                counts.extended(model, n_tokens, extension, count) / unit
-                for extension in EXTENSIONS
-            )
-            cells.append(" / ".join(f"{value:,.0f}" for value in values))
-        made.add_row(title, f"{growth.width:.2f}", f"{growth.share:.2f}", *cells)
+    for by in ("by_norm", "by_reach"):
+        for name, title in (
+            ("listed", "pairs listed"),
+            ("at_least_8", "pairs with 8 or more"),
+            ("at_least_64", "pairs with 64 or more"),
+            ("visited", "coordinates visited / D"),
+        ):
+
+            def count(mean: dict[str, Any], by: str = by, name: str = name) -> float:
+                return mean[by][name]
+
+            growth = fit(counts.document["random"], count)
+            cells = []
+            for model in models:
+                unit = model.D if name == "visited" else 1
+                values = (
+                    counts.extended(model, n_tokens, extension, count) / unit
+                    for extension in EXTENSIONS
+                )
+                cells.append(" / ".join(f"{value:,.0f}" for value in values))
+            title = f"{title}, {by.replace('_', ' ')}"
+            made.add_row(title, f"{growth.width:.2f}", f"{growth.share:.2f}", *cells)
     return made
 
 

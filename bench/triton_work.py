@@ -20,12 +20,21 @@ from unittest import mock
 import numpy as np
 
 from ifr_fast.kernels.contract import LayerInputs
-from ifr_fast.kernels.triton import compact, correct, kernel, linear, lists, prepare, proximity
+from ifr_fast.kernels.triton import (
+    compact,
+    correct,
+    kernel,
+    linear,
+    lists,
+    prepare,
+    proximity,
+    reach,
+)
 from ifr_fast.kernels.triton.common import CANDIDATES, HEAVY, LIGHT, WORD
 from ifr_fast.kernels.triton.launch import blocks
 from ifr_fast.kernels.triton.launch import launch as run_launch
 
-MODULES = (prepare, linear, lists, correct, proximity, compact)
+MODULES = (prepare, reach, linear, lists, correct, proximity, compact)
 SECTOR = 32  # bytes of device memory that an element by itself takes
 
 
@@ -38,7 +47,8 @@ class Lists(NamedTuple):
     light_tiles: float = 0  # of BP pairs of a line
     light_candidates: float = 0  # of lines with light pairs
     heavy: float = 0  # pairs
-    heavy_tiles: float = 0  # of BP pairs of a block of BT rows and head
+    heavy_lines: float = 0  # lines with any
+    heavy_tiles: float = 0  # of BP pairs: of a line or, without cosines, of BT rows and a head
     steps: float = 0  # most light marks, and most heavy ones, in a word of BL lines and BW words
     edges: float = 0
     edge_tiles: float = 0  # of BE edges of a row
@@ -138,9 +148,14 @@ class _Arguments:
         return stops - starts, self.rows[stops - 1]
 
     @property
+    def g_bytes(self) -> int:
+        """G of a line."""
+        return self.HALVES * self.V * self.b
+
+    @property
     def line_bytes(self) -> int:
         """Q and g of a line."""
-        return self.K * self.b + self.HALVES * self.V * self.b
+        return self.K * self.b + self.g_bytes
 
     @property
     def key_bytes(self) -> int:
@@ -160,11 +175,11 @@ class _Arguments:
 def column_norms(x: _Arguments, of: Lists) -> Asked:
     return Asked(
         loaded=x.weight_bytes,
-        stored=4 * x.H * x.D,
+        stored=8 * x.H * x.D,
         vector=6.3 * x.grid[0] * x.grid[1] * x.BD * x.BV,
-        special=2 * x.grid[0] * x.grid[1] * x.BD,
+        special=3 * x.grid[0] * x.grid[1] * x.BD,
         read=x.weight_bytes,
-        written=4 * x.H * x.D,
+        written=8 * x.H * x.D,
     )
 
 
@@ -177,6 +192,22 @@ def value_norms(x: _Arguments, of: Lists) -> Asked:
         special=x.grid[0] * x.grid[1] * x.BS,
         read=size,
         written=4 * x.S * x.H_kv,
+    )
+
+
+def values_reach(x: _Arguments, of: Lists) -> Asked:
+    programs, chunks = x.grid[0] * x.grid[1], blocks(x.D, x.BD)
+    table = x.S * x.H * x.D * x.p_cosines.element_size() if x.TABLE else 0
+    out = 4 * x.S * x.H + table
+    return Asked(
+        products=programs * chunks * x.BS * x.BD * x.BV,
+        loaded=x.S * x.H * (x.V * x.b + 4) + x.grid[0] * (x.weight_bytes + 4 * x.H * x.D),
+        stored=out,
+        vector=programs * chunks * x.BS * x.BD * (3 + 2.7 * x.TABLE),
+        masks=2.2 * programs * (chunks * x.BD + x.BS) * x.BV,
+        special=programs * x.BS,
+        read=x.S * x.H_kv * (x.V * x.b + 4) + x.weight_bytes + 4 * x.H * x.D,
+        written=out,
     )
 
 
@@ -197,11 +228,12 @@ def value_space_signs(x: _Arguments, of: Lists) -> Asked:
 
 def breakpoints(x: _Arguments, of: Lists) -> Asked:
     out = 4 * of.candidates + 12 * x.R * x.H
-    searched = 20 if x.D > x.N else 0
+    searched = x.H + x.grid[1] if x.D > x.N else 0  # limits, a program's first twice
+    heads = max(x.H, searched)
     return Asked(
-        loaded=x.grid[1] * x.R * x.D * x.b + x.grid[0] * x.H * x.D * 4,
+        loaded=x.grid[1] * x.R * x.D * x.b + x.grid[0] * heads * x.D * 4,
         stored=out,
-        vector=x.grid[0] * x.H * x.BT * x.BD * (13 + searched),
+        vector=x.grid[0] * x.BT * x.BD * (13 * heads + 7 * searched),
         read=x.R * x.D * x.b + x.H * x.D * 4,
         written=out,
     )
@@ -217,8 +249,8 @@ def log_sum_exp(x: _Arguments, of: Lists) -> Asked:
         products=tiles * x.BT * x.BS * x.BK,
         loaded=x.H * x.n_splits * x.R * (8 + x.K * x.b) + 8 * programs + keys * x.K * x.b,
         stored=out,
-        vector=14.5 * tiles * x.BS * x.BT,
-        masks=1.8 * tiles * x.BS * x.BK + 3.3 * programs * x.BT * x.BK,
+        vector=8.5 * tiles * x.BS * x.BT,
+        masks=2.2 * tiles * x.BS * x.BK + 2.9 * programs * x.BT * x.BK,
         special=tiles * x.BT * (x.BS + 1),
         read=x.R * x.H * x.K * x.b + x.n_keys_seen * x.H_kv * x.K * x.b,
         written=out,
@@ -243,22 +275,24 @@ def linear_pass(x: _Arguments, of: Lists) -> Asked:
     tiles, lines = int(seen.sum()), x.H * int((seen * rows).sum())
     keys = int(np.minimum(seen * x.BS, x.S).sum())
     words = int((rows * np.minimum(seen * (x.BS // WORD.value), x.n_words)).sum())
+    listed = of.light + of.heavy
     out = 4 * lines + 8 * x.H * words + 4 * WORD.value * words + 4 * lines
+    bounds = x.H if x.REACH else x.H_kv
     return Asked(
         products=tiles * x.H * x.BT * x.BS * (x.BK + x.HALVES * x.BV),
         loaded=8 * x.grid[1] * (x.R + x.grid[0])
         + keys * (x.H_kv * x.key_bytes + x.H * 4)
         + lines * (x.line_bytes + 24),
-        stored=out,
-        vector=33 * tiles * x.H * x.BT * x.BS,
+        stored=out + 4 * listed,
+        vector=26.8 * tiles * x.H * x.BT * x.BS,
         masks=tiles
         * (
-            (7.6 * (x.BT + x.BS) + x.H_kv * x.BS) * (x.BK + x.BV)
-            + x.H * x.BT * (0.6 * x.BK + 1.6 * x.BV)
+            (1.5 * (x.BT + x.BS) + 0.9 * x.H_kv * x.BS) * (x.BK + x.BV)
+            + 0.5 * x.H * x.BT * (x.BK + 2 * x.BV)
         ),
         special=tiles * x.H * x.BT * x.BS,
-        read=x.R * x.H * (x.line_bytes + 16) + x.n_keys_seen * x.H_kv * (x.key_bytes + 4),
-        written=out,
+        read=x.R * x.H * (x.line_bytes + 16) + x.n_keys_seen * (x.H_kv * x.key_bytes + 4 * bounds),
+        written=out + SECTOR * listed,
     )
 
 
@@ -270,42 +304,57 @@ def lists_of_marks(x: _Arguments, of: Lists) -> Asked:
     return Asked(
         loaded=16 * x.R * x.H + 4 * words,
         stored=out,
-        vector=x.BL * x.BW * (68 * chunks + 86.5 * of.steps),
+        vector=x.BL * x.BW * (25.7 * chunks + 26 * of.steps),
         read=4 * words,
         written=out,
     )
 
 
 def light(x: _Arguments, of: Lists) -> Asked:
-    lines = of.light_lines * (20 + x.line_bytes)
-    pairs = of.light * (4 + x.key_bytes)
-    candidates = of.light_candidates * (4 + x.b + x.V * x.b)
+    lines = of.light_lines * (8 + x.g_bytes)
+    values = x.V * x.b
+    candidates = of.light_candidates * (4 + x.b + values)
     return Asked(
         products=of.light_tiles * x.BP * x.N * x.BV,
-        loaded=4 * x.R * x.H + lines + pairs + candidates,
+        loaded=4 * x.R * x.H + lines + of.light * (8 + values) + candidates,
         stored=4 * of.light,
-        vector=of.light_tiles * x.BP * (5.3 * x.BK + 4.7 * x.BV + 8.4 * x.N),
-        masks=3.5 * of.light_lines * x.N * x.BV,
-        special=of.light_tiles * x.BP,
-        read=4 * x.R * x.H + lines + 4 * of.light
-        + min(of.light, x.n_keys_seen * x.H_kv) * x.key_bytes
-        + min(of.light_candidates * x.V * x.b, x.weight_bytes) + x.R * x.D * x.b,
+        vector=of.light_tiles * x.BP * (4.9 * x.BV + 7.5 * x.N),
+        masks=3.4 * of.light_lines * x.N * x.BV,
+        read=4 * x.R * x.H + lines + (4 + SECTOR) * of.light
+        + min(of.light, x.n_keys_seen * x.H_kv) * values
+        + min(of.light_candidates * values, x.weight_bytes) + x.R * x.D * x.b,
         written=SECTOR * of.light,
     )  # fmt: skip
 
 
+def heavy_cosines(x: _Arguments, of: Lists) -> Asked:
+    lines = of.heavy_lines * (4 + x.g_bytes)
+    values, cosines = x.V * x.b, x.D * x.p_cosines.element_size()
+    padded = blocks(x.D, x.BD) * x.BD
+    return Asked(
+        loaded=4 * x.R * x.H + lines + of.heavy * (12 + values + cosines)
+        + of.heavy_tiles * x.D * (x.b + 4),
+        stored=4 * of.heavy,
+        vector=of.heavy_tiles * (x.BP * (6 * padded + 3.6 * x.BV) + 6 * padded),
+        masks=3 * of.heavy_tiles * x.BP * padded,
+        read=4 * x.R * x.H + lines + (8 + SECTOR) * of.heavy
+        + min(of.heavy, x.n_keys_seen * x.H_kv) * values
+        + min(of.heavy, x.n_keys_seen * x.H) * cosines + x.R * x.D * x.b + 4 * x.H * x.D,
+        written=SECTOR * of.heavy,
+    )  # fmt: skip
+
+
 def heavy(x: _Arguments, of: Lists) -> Asked:
-    pairs = of.heavy * (12 + x.line_bytes + x.key_bytes)
+    values = x.V * x.b
     return Asked(
         products=of.heavy_tiles * blocks(x.D, x.BD) * x.BP * x.BD * x.BV,
-        loaded=4 * x.H * x.grid[2] * x.R + pairs + of.heavy_tiles * (8 * x.BP + x.D * x.V * x.b)
-        + of.heavy * x.D * x.b,
+        loaded=4 * x.H * x.grid[2] * x.R + of.heavy * (8 + x.g_bytes + values)
+        + of.heavy_tiles * (4 * x.BP + x.D * values) + of.heavy * x.D * x.b,
         stored=4 * of.heavy,
-        vector=of.heavy_tiles * x.BP * (10.4 * x.D + 6 * x.BT + 7 * (x.BK + x.BV)),
+        vector=of.heavy_tiles * x.BP * (10.4 * x.D + 6 * x.BT + 7 * x.BV),
         masks=3.4 * of.heavy_tiles * x.D * x.BV,
-        special=of.heavy_tiles * x.BP,
-        read=4 * x.H * x.R + of.heavy * 4 + x.R * x.H * x.line_bytes
-        + min(of.heavy, x.n_keys_seen * x.H_kv) * x.key_bytes + x.weight_bytes + x.R * x.D * x.b,
+        read=4 * x.H * x.R + (4 + SECTOR) * of.heavy + x.R * x.H * x.g_bytes
+        + min(of.heavy, x.n_keys_seen * x.H_kv) * values + x.weight_bytes + x.R * x.D * x.b,
         written=SECTOR * of.heavy,
     )  # fmt: skip
 
@@ -334,10 +383,11 @@ def fold(x: _Arguments, of: Lists) -> Asked:
     keys = int((x.rows + 1).sum())
     tiles = int((x.rows // x.BS + 1).sum())
     programs = int((x.rows // x.BF + 1).sum())
+    words = int((x.rows // WORD.value + 1).sum())
     return Asked(
-        loaded=8 * x.R * x.grid[1] + 4 * keys + 8 * x.H * keys + 4 * listed + 4 * x.H * tiles,
+        loaded=8 * x.R * x.grid[1] + 4 * keys + 8 * x.H * words + 4 * listed + 4 * x.H * tiles,
         stored=4 * x.H * programs + 4 * keys,
-        vector=programs * x.BF * (8 * x.H + 16),
+        vector=programs * x.BF * (6.1 * x.H + 8.3),
         read=4 * keys + x.H * keys / 4 + SECTOR * listed + 4 * x.H * tiles,
         written=4 * x.H * programs + 4 * keys,
     )
@@ -363,7 +413,7 @@ def edges(x: _Arguments, of: Lists) -> Asked:
     return Asked(
         loaded=13 * x.R + 4 * keys,
         stored=12 * of.edges + 4 * x.R,
-        vector=34 * padded,
+        vector=16 * padded,
         special=padded,
         read=13 * x.R + 4 * keys,
         written=12 * of.edges + 4 * x.R,
@@ -387,6 +437,7 @@ def head_weights(x: _Arguments, of: Lists) -> Asked:
 FORMULAS: dict[str, Callable[[_Arguments, Lists], Asked]] = {
     "column_norms_kernel": column_norms,
     "value_norms_kernel": value_norms,
+    "reach_kernel": values_reach,
     "value_space_signs_kernel": value_space_signs,
     "breakpoints_kernel": breakpoints,
     "log_sum_exp_kernel": log_sum_exp,
@@ -394,6 +445,7 @@ FORMULAS: dict[str, Callable[[_Arguments, Lists], Asked]] = {
     "linear_kernel": linear_pass,
     "lists_kernel": lists_of_marks,
     "light_kernel": light,
+    "heavy_cosines_kernel": heavy_cosines,
     "heavy_kernel": heavy,
     "parts_kernel": parts,
     "ffn_kernel": ffn,
@@ -410,8 +462,12 @@ def lengths(block: Block) -> Lists:
     x = of["head_weights_kernel"]
     counts = x["p_counts"].numpy()
     candidates, light, heavy = (counts[i.value] for i in (CANDIDATES, LIGHT, HEAVY))  # [R, H]
-    starts = np.arange(0, x["R"], of["heavy_kernel"]["BT"])
-    of_rows = np.add.reduceat(heavy, starts, axis=0)
+    if "heavy_kernel" in of:
+        tile = of["heavy_kernel"]
+        together = np.add.reduceat(heavy, np.arange(0, x["R"], tile["BT"]), axis=0)
+    else:
+        tile, together = of["heavy_cosines_kernel"], heavy
+    heavy_tiles = int((-(-together // tile["BP"])).sum())
     n_edges, marks = x["p_n_edges"].numpy(), x["p_marks"].numpy()  # [R], [2, R, H, W]
     listed = 0
     for r, n in enumerate(n_edges):
@@ -432,7 +488,8 @@ def lengths(block: Block) -> Lists:
         light_tiles=int((-(-light // of["light_kernel"]["BP"])).sum()),
         light_candidates=int(candidates[light > 0].sum()),
         heavy=int(heavy.sum()),
-        heavy_tiles=int((-(-of_rows // of["heavy_kernel"]["BP"])).sum()),
+        heavy_lines=int((heavy > 0).sum()),
+        heavy_tiles=heavy_tiles,
         steps=int(most.sum(dtype=np.int64)),
         edges=int(n_edges.sum()),
         edge_tiles=int((-(-n_edges // x["BE"])).sum()),

@@ -21,10 +21,11 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from . import capture, prefill
 from .errors import MemoryBudgetError, UnsupportedArchitectureError
+from .kernels.triton import room as triton_room
 from .memory import available_memory, describe_bytes
 from .model import Block, Decoder
 from .recording import RecordingMode
-from .scoring import BLOCK_ROWS
+from .scoring import block_rows
 
 LONG = 2048  # tokens beyond which a lean recording is made in chunks
 _SCORING = 64 << 20  # of a kernel's row blocks, at most
@@ -54,6 +55,7 @@ class LayerSizes(NamedTuple):
     v: int
     q: int
     z: int  # 0 where only W_O's rows are not scaled
+    heads: int
 
 
 class Sizes(NamedTuple):
@@ -75,7 +77,8 @@ class Sizes(NamedTuple):
         def of_block(block: Block) -> LayerSizes:
             H, V, _ = block.W_O.shape
             z = H * V if block.row_scaled else 0
-            return LayerSizes(block.kv_heads * block.d_key, block.kv_heads * V, H * block.d_key, z)
+            H_kv, K = block.kv_heads, block.d_key
+            return LayerSizes(H_kv * K, H_kv * V, H * K, z, H)
 
         return Sizes(
             tuple(map(of_block, decoder.blocks)),
@@ -110,7 +113,13 @@ class Sizes(NamedTuple):
         """Of scoring all rows of a layer, at most: the kernel's blocks, what it takes in float32,
         and what it says of each row. Lean recordings are scored in row blocks.
         """
-        rows = n_tokens if mode is RecordingMode.FULL else min(BLOCK_ROWS, n_tokens)
+        rows = n_tokens
+        if mode is RecordingMode.LEAN:
+            rows = min(rows, block_rows(self.device))
+        if self.device.type == "cuda":
+            H = max(x.heads for x in self.layers)
+            taken = triton_room.work_bytes(rows, n_tokens, H, self.d_model, self.itemsize)
+            return taken + n_tokens * _SCORED
         taken = 0
         if self.itemsize < 4:
             taken = 4 * n_tokens * max(x.k + x.v for x in self.layers)
@@ -372,7 +381,7 @@ def plan_for(
     def answer(call: capture.AttentionCall) -> Tensor:
         nonlocal maps
         (_, H, _, K), (_, H_kv, _, V) = call.q.shape, call.v.shape
-        layers.append(LayerSizes(H_kv * K, H_kv * V, H * K, 0))
+        layers.append(LayerSizes(H_kv * K, H_kv * V, H * K, 0, H))
         maps += H * V * D * dtype.itemsize
         raise capture.StopForward
 

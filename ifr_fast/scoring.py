@@ -18,7 +18,7 @@ from .model import Block
 from .recording import Recording, layer_inputs
 
 IMPLEMENTATIONS = ("auto", "reference", "eager", "cpu", "triton")
-BLOCK_ROWS = 512  # that are replayed and scored at once
+_BLOCK_ROWS = {"cpu": 512, "cuda": 8192}  # that are replayed and scored at once
 
 
 class Kernel(Protocol):
@@ -27,6 +27,11 @@ class Kernel(Protocol):
     def score_attention(self, inputs: LayerInputs, keep: float) -> AttentionScores: ...
 
     def score_ffn(self, resid_mid: Tensor, resid_post: Tensor) -> FFNScores: ...
+
+
+def block_rows(device: torch.device) -> int:
+    """How many rows are replayed and scored at once, of a model on `device`."""
+    return _BLOCK_ROWS.get(device.type, _BLOCK_ROWS["cpu"])
 
 
 def choose_impl(impl: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -114,15 +119,6 @@ def load_kernel(impl: str) -> Kernel:
             raise ValueError(f"impl: no kernel {impl!r}")
 
 
-def work_bytes(impl: str, n_heads: int, n_tokens: int) -> int:
-    """What a kernel's intermediate results take, at most."""
-    if impl == "triton":
-        from .kernels.triton.kernel import work_bytes
-
-        return work_bytes(n_heads, n_tokens)
-    return 4 * (8 << 21)
-
-
 class TokenEdges(NamedTuple):
     """Sparse token edges, by target then source; positions in the text."""
 
@@ -199,12 +195,13 @@ def score_layer(
         inputs, resid_post = layer_inputs(recording, layer, some)
         return score_rows(block, inputs, resid_post, checked, keep, impl)
 
-    if not recording.is_replayed or len(rows) <= BLOCK_ROWS:
+    size = block_rows(recording.decoder.device)
+    if not recording.is_replayed or len(rows) <= size:
         return score(rows, sample)
     blocks = []
-    for start in range(0, len(rows), BLOCK_ROWS):
-        among = sample[(sample >= start) & (sample < start + BLOCK_ROWS)] - start
-        blocks.append(score(rows[start : start + BLOCK_ROWS], among))
+    for start in range(0, len(rows), size):
+        among = sample[(sample >= start) & (sample < start + size)] - start
+        blocks.append(score(rows[start : start + size], among))
     return joined(blocks, rows)
 
 

@@ -17,7 +17,7 @@ from random_inputs import random_inputs
 from roofline import LLAMA_8B, LLAMA_70B, TARGETS, Work
 from triton_work import Launch, Lists, asked, blocks_of, launching, lengths
 
-from ifr_fast.kernels.triton import kernel
+from ifr_fast.kernels.triton import kernel, room
 
 interpreted = pytest.mark.skipif(
     not triton.knobs.runtime.interpret, reason="expected: kernels run on a device here"
@@ -68,7 +68,8 @@ def test_counting_a_product() -> None:
 SHAPES = {
     "tiles": {"R": 128, "S": 128, "H": 2, "H_kv": 1, "K": 64, "V": 64, "D": 128},
     "odd": {"R": 70, "S": 91, "H": 3, "H_kv": 1, "K": 24, "V": 40, "D": 70},
-    "few rows": {"R": 20, "S": 153, "H": 4, "H_kv": 2, "K": 32, "V": 16, "D": 24},
+    "no cosines": {"R": 128, "S": 128, "H": 2, "H_kv": 1, "K": 64, "V": 64, "D": 128},
+    "few rows": {"R": 16, "S": 153, "H": 4, "H_kv": 2, "K": 32, "V": 16, "D": 24},
     "one row": {"R": 1, "S": 1, "H": 2, "H_kv": 1, "K": 16, "V": 32, "D": 40},
 }
 
@@ -81,7 +82,9 @@ def test_formulas_are_what_the_kernels_do(
 ) -> None:
     """Products, bytes loaded and bytes stored agree exactly, kernel by kernel."""
     if shape == "odd":
-        monkeypatch.setattr(kernel, "WORK_BYTES", 1 << 16)  # several blocks
+        monkeypatch.setattr(room, "WORK_BYTES", 1 << 16)  # several blocks
+    if shape == "no cosines":
+        monkeypatch.setattr(room, "TABLE_BYTES", 0)
     inputs = random_inputs(**SHAPES[shape], dtype=dtype).to(dtype)
     launches: list[Launch] = []
     found: dict[str, list[float]] = {}
@@ -104,12 +107,17 @@ def test_formulas_are_what_the_kernels_do(
         kernel.score_ffn(inputs.resid_pre, inputs.y)
     flush(Lists())
 
-    assert found.keys() == counted.keys() == roofline.STEPS.keys()
+    cosines, reach = shape in ("tiles", "odd", "one row"), shape != "few rows"
+    unused = {"heavy_kernel" if cosines else "heavy_cosines_kernel"}
+    unused |= set() if reach else {"reach_kernel"}
+    assert found.keys() == counted.keys() == roofline.STEPS.keys() - unused
     for name, work in counted.items():
         products, loaded, stored, _ = found[name]
         assert (products, loaded, stored) == (work.products.total(), work.loaded, work.stored), name
         assert work.atomics == 0
-    if shape == "tiles" and dtype == torch.float16:  # which the coefficients are for
+    if (
+        shape in ("tiles", "no cosines") and dtype == torch.float16
+    ):  # which the coefficients are for
         for name, work in counted.items():
             # The interpreter's own casts of operands are none of the kernel's.
             vector = work.vector - work.operands
@@ -196,16 +204,16 @@ def test_extension_scales_visits() -> None:
     counts = roofline.Counts(json.loads(roofline.COUNTS.read_text()))
     assert 1.3 < counts.visits.width < 1.7  # D sqrt(H V), as H V = D
     assert 0.9 < counts.visits.share < 1.2
-    here = counts.measured(8192)["mean"]["visited"]
+    here = counts.measured(8192)["mean"]["by_norm"]["visited"]
     by_width = LLAMA_8B.D / 576
     for extension, growth in (("low", 1.0), ("high", 32 * 128**0.5 / (9 * 64**0.5))):
-        wide = counts.extended(LLAMA_8B, 8192, extension, lambda mean: mean["visited"])
+        wide = counts.extended(LLAMA_8B, 8192, extension, lambda mean: mean["by_norm"]["visited"])
         assert wide == pytest.approx(here * by_width * growth)
     with pytest.raises(ValueError, match="extension: expected low, mid or high"):
         counts.visits_growth(LLAMA_8B, "middle")
 
 
-def brute_force(inputs: Any) -> tuple[float, float]:
+def brute_force(inputs: Any, by_reach: bool) -> tuple[float, float]:
     """Pairs listed and coordinates visited per row, pair by pair."""
     listed = visited = 0
     R, H, _ = inputs.q.shape
@@ -217,9 +225,10 @@ def brute_force(inputs: Any) -> tuple[float, float]:
             alpha = (k @ inputs.q[r, h] * inputs.scale).softmax(-1)
             s = torch.where(inputs.y[r] >= 0, 1.0, -1.0)
             for j in range(t + 1):
-                p = alpha[j] * (v[j] @ inputs.W_O[h])
-                a = alpha[j] * v[j].norm() * (1 + 2**-10)
-                n = int((inputs.y[r].abs() < a * rho[h]).sum()) if s @ p > 0 else 0
+                u = v[j] @ inputs.W_O[h]
+                size = (u.abs() / rho[h]).max() if by_reach else v[j].norm()
+                a = alpha[j] * size * (1 + 2**-10)
+                n = int((inputs.y[r].abs() < a * rho[h]).sum()) if s @ u > 0 else 0
                 listed += n > 0
                 visited += n
     return listed / R, visited / R
@@ -228,15 +237,19 @@ def brute_force(inputs: Any) -> tuple[float, float]:
 def test_counts_pair_by_pair() -> None:
     inputs = random_inputs(9, 40, 4, 2, 8, 8, 24).to(torch.float32)
     found: Counts = count(inputs)
-    listed, visited = brute_force(inputs)
-    assert (found.listed, found.visited) == pytest.approx((listed, visited))
+    for pairs, by_reach in ((found.by_norm, False), (found.by_reach, True)):
+        listed, visited = brute_force(inputs, by_reach)
+        assert (pairs.listed, pairs.visited) == pytest.approx((listed, visited))
+        assert sum(pairs.by_size) == pytest.approx(listed)
+        assert sum(pairs.visits_by_size) == pytest.approx(visited)
+        assert pairs.at_least_8 == pytest.approx(sum(pairs.by_size[3:]))
+        for tier in pairs.tiers:  # D is at most the room of each: every pair is light
+            assert (tier.light, tier.heavy) == (pytest.approx(listed), 0)
+            assert tier.light_lines <= tier.light_tiles[0]
+            assert tier.light_tiles[0] <= tier.light_lines * math.ceil(40 / 16)
+    visited = found.by_norm.visited
     assert visited <= found.native_visited <= 1.2 * visited
-    assert sum(found.pairs_by_size) == pytest.approx(listed)
-    assert sum(found.visits_by_size) == pytest.approx(visited)
-    assert found.at_least_8 == pytest.approx(sum(found.pairs_by_size[3:]))
-    for tier in found.tiers:  # D is at most the room of each: every pair is light
-        assert (tier.light, tier.heavy) == (pytest.approx(listed), 0)
-        assert tier.light_lines <= tier.light_tiles[0] <= tier.light_lines * math.ceil(40 / 16)
+    assert found.by_reach.visited < visited
 
 
 def test_prints_and_writes(

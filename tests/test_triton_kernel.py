@@ -18,7 +18,17 @@ from ifr_fast.kernels.contract import AttentionScores, LayerInputs, visible
 
 pytest.importorskip("triton")
 
-from ifr_fast.kernels.triton import compact, correct, kernel, linear, lists, prepare, proximity
+from ifr_fast.kernels.triton import (
+    compact,
+    correct,
+    kernel,
+    linear,
+    lists,
+    prepare,
+    proximity,
+    reach,
+    room,
+)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-3, torch.float16: 1e-3}  # of importances
@@ -211,20 +221,26 @@ def test_lists_hold_every_pair_there_is(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("flags", [set(), {"value_gate", "row_scale"}], ids=str)
+@pytest.mark.parametrize(
+    ("flags", "cosines"),
+    [(set(), True), ({"row_scale"}, True), (set(), False), ({"value_gate", "row_scale"}, False)],
+    ids=str,
+)
 @pytest.mark.usefixtures("poisoned")
 def test_both_tiers_of_corrections(
-    dtype: torch.dtype, flags: set[str], monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, flags: set[str], cosines: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Few and many heavy pairs a block of rows, of lines with light ones too."""
     monkeypatch.setitem(kernel.TILES, "N", 16)
     monkeypatch.setattr(correct, "SHARES", 2)
+    if not cosines:
+        monkeypatch.setattr(room, "TABLE_BYTES", 0)
     check(make_inputs(30, 90, 3, 1, 8, 20, 200, dtype=dtype, flags=flags), dtype)
 
 
 @pytest.mark.usefixtures("poisoned")
 def test_blocks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel, "WORK_BYTES", 1)
+    monkeypatch.setattr(room, "WORK_BYTES", 1)
     check(make_inputs(37, 45, 4, 2, 8, 8, 33, flags={"row_scale", "value_gate", "ffn"}))
 
 
@@ -374,6 +390,28 @@ def test_prepare_alone(dtype: torch.dtype) -> None:
     assert torch.equal(listed[..., :150] & away, (points < limit) & away)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.usefixtures("poisoned")
+def test_reach_alone(dtype: torch.dtype) -> None:
+    inputs = make_inputs(70, 70, 6, 3, 8, 20, 150, dtype=dtype)
+    inputs.W_O[0, :, 7] = 0
+    inputs.v[5] = 0
+    x = prepared(inputs, dtype)
+    prepare.weights(x)
+    prepare.values(x)
+    reach.reach(x)
+    u = torch.einsum("shv,hvd->hsd", inputs.v.repeat_interleave(2, dim=1), inputs.W_O)
+    rho = breakpoints.column_norms(inputs.W_O)[:, None]
+    norm = inputs.v.repeat_interleave(2, dim=1).norm(dim=-1).T[..., None]
+    cosines = torch.where((rho > 0) & (norm > 0), u / (rho * norm), 0)
+    got = x["p_cosines"].cpu()
+    assert got.dtype == (torch.float32 if dtype == torch.float32 else torch.float16)
+    rounding = 1e-6 if dtype == torch.float32 else 2**-11
+    torch.testing.assert_close(got.double(), cosines, rtol=0, atol=rounding)
+    expected = cosines.abs().amax(-1) * norm[..., 0]
+    torch.testing.assert_close(x["p_reach"].cpu().double(), expected, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize(("R", "S"), [(40, 70), (2, 150)])
 @pytest.mark.usefixtures("poisoned")
 def test_linear_and_lists_alone(R: int, S: int) -> None:
@@ -381,9 +419,13 @@ def test_linear_and_lists_alone(R: int, S: int) -> None:
     x = prepared(inputs, torch.float32, N=16)
     prepare.weights(x)
     prepare.values(x)
+    assert x["REACH"] == (R == 40)
+    if x["REACH"]:
+        reach.reach(x)
     prepare.lines(x)
     linear.log_sum_exp(x)
     linear.linear(x)
+    alpha_left = x["p_proximity"].cpu()
     lists.lists(x)
     on_cpu = {name: t.cpu() if isinstance(t, Tensor) else t for name, t in x.items()}
 
@@ -394,7 +436,11 @@ def test_linear_and_lists_alone(R: int, S: int) -> None:
     v = inputs.v.repeat_interleave(2, dim=1)
     g = half_sum(on_cpu["p_g"], on_cpu["p_lines"][1])
     lin = alpha * torch.einsum("rhv,shv->rhs", g, v)
-    a = alpha * v.norm(dim=-1).T * breakpoints.ROUND_UP
+    size = v.norm(dim=-1).T  # [H, S]
+    if x["REACH"]:
+        u = torch.einsum("shv,hvd->hsd", v, inputs.W_O)
+        size = (u.abs() / breakpoints.column_norms(inputs.W_O)[:, None]).amax(-1)
+    a = alpha * size * breakpoints.ROUND_UP
     first, limit = on_cpu["p_lines"][2:].double()[..., None]
     mask = visible(inputs.rows, S, None)[:, None]
     needs = (lin > 0) & (a > first) & mask
@@ -404,6 +450,8 @@ def test_linear_and_lists_alone(R: int, S: int) -> None:
         bits = ((words[..., None] >> torch.arange(32)) & 1).flatten(-2)[..., :S].bool() & mask
         assert torch.equal(bits & sure, expected & sure)
         assert bits.any()
+        left = alpha_left[..., :S][bits].double()
+        torch.testing.assert_close(left, alpha[bits], rtol=1e-5, atol=1e-7)
         n = on_cpu["p_counts"][1 + tier]
         for r in range(R):
             for h in range(4):
@@ -418,16 +466,26 @@ def test_linear_and_lists_alone(R: int, S: int) -> None:
     torch.testing.assert_close(token, unlisted.sum(1), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("step", [correct.light, correct.heavy])
+@pytest.mark.parametrize(
+    ("step", "cosines"),
+    [(correct.light, False), (correct.heavy, False), (correct.heavy, True)],
+    ids=["light", "heavy", "heavy, cosines"],
+)
 @pytest.mark.usefixtures("poisoned")
-def test_corrections_alone(step: Any) -> None:
+def test_corrections_alone(step: Any, cosines: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """All visible pairs listed by hand, in one tier; the candidates are all coordinates."""
-    inputs = make_inputs(5, 23, 4, 2, 8, 20, 30)
+    if not cosines:
+        monkeypatch.setattr(room, "TABLE_BYTES", 0)
+    inputs = make_inputs(5, 23, 4, 2, 8, 20, 30, flags={"row_scale"})
     x = prepared(inputs, torch.float32, N=32)
+    assert x["TABLE"] == cosines
     prepare.weights(x)
     prepare.values(x)
+    reach.reach(x)
     prepare.lines(x)
-    linear.log_sum_exp(x)
+    alpha = reference.attention_pattern(inputs)
+    seen = visible(inputs.rows, 23, None)[:, None].expand_as(alpha)
+    x["p_proximity"][..., :23] = alpha.where(seen, math.nan).to(DEVICE, torch.float32)
     front = step is correct.light
     for r, t in enumerate(inputs.rows.tolist()):
         line = torch.arange(t + 1, dtype=torch.int32, device=DEVICE)
@@ -436,12 +494,11 @@ def test_corrections_alone(step: Any) -> None:
         x["p_counts"][2, r] = (t + 1) * (not front)
     step(x)
     v = inputs.v.repeat_interleave(2, dim=1)
-    alpha = reference.attention_pattern(inputs)
+    alpha = alpha * inputs.row_scale[:, None, None]
     parts = torch.einsum("rhs,shv,hvd->rhsd", alpha, v, inputs.W_O)
     expected = reference.proximity(parts, inputs.y[:, None, None])
     got = x["p_proximity"].cpu()
-    mask = visible(inputs.rows, 23, None)[:, None].expand_as(expected)
-    torch.testing.assert_close(got[..., :23][mask].double(), expected[mask], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got[..., :23][seen].double(), expected[seen], rtol=1e-5, atol=1e-5)
     assert got[..., 23:].isnan().all()
 
 
@@ -485,7 +542,7 @@ def test_fold_and_totals_alone(window: int | None) -> None:
         x["p_partial_lin"][j, r] = -(j + 1)
     x |= {"p_residual": torch.ones(3, device=DEVICE), "p_of_ffn": None, "p_log_sum_exp": None}
     x |= {"p_head_total": torch.empty(3, H, device=DEVICE)}
-    x |= {"p_linear": torch.empty(3, device=DEVICE)}
+    x |= {"p_linear": torch.empty(3, device=DEVICE), "p_total": torch.empty(3, device=DEVICE)}
     x |= {"p_unattributed": torch.empty(3, dtype=torch.bool, device=DEVICE)}
     compact.fold(x)
     compact.totals(x)

@@ -35,24 +35,28 @@ def fold_kernel(
     if (i_f * BF > t) | (i_f * BF + BF <= first):
         return
     plane = R.to(tl.int64) * H
-    o_s = i_f * BF + tl.arange(0, BF)
+    o_word = i_f * (BF // WORD) + tl.arange(0, BF // WORD)
+    o_bit = tl.arange(0, WORD)[None, :]
+    o_s = o_word[:, None] * WORD + o_bit  # [BF / 32, 32]
+    m_word = (o_word >= first // WORD) & (o_word <= t // WORD)
     m_s = (o_s >= first) & (o_s <= t)
     o_block = i_f * (BF // BS) + tl.arange(0, BF // BS)
     m_block = (o_block >= first // BS) & (o_block <= t // BS)
     p_token += i_r * n_words * WORD + o_s
     p_partial += o_block.to(tl.int64) * plane + i_r * H
-    p_marks += i_r * H * n_words + o_s // WORD
+    p_marks += i_r * H * n_words + o_word
     p_proximity += i_r * H * n_words * WORD + o_s
-    b_token = tl.load(p_token, mask=m_s, other=0.0)  # [BF]
+    b_token = tl.load(p_token, mask=m_s, other=0.0)
     for i_h in range(H):
         o_h = i_h * n_words.to(tl.int64)
-        b_words = tl.load(p_marks + o_h, mask=m_s, other=0)
-        b_words |= tl.load(p_marks + o_h + plane * n_words, mask=m_s, other=0)
-        m_listed = ((b_words >> (o_s % WORD)) & 1) != 0
-        b_listed = tl.load(p_proximity + o_h * WORD, mask=m_s & m_listed, other=0.0)
+        b_words = tl.load(p_marks + o_h, mask=m_word, other=0)
+        b_words |= tl.load(p_marks + o_h + plane * n_words, mask=m_word, other=0)
+        m_listed = m_s & (((b_words[:, None] >> o_bit) & 1) != 0)
+        b_listed = tl.load(p_proximity + o_h * WORD, mask=m_listed, other=0.0)
         b_linear = tl.load(p_partial + i_h, mask=m_block, other=0.0)
         b_token += b_listed
-        tl.store(p_folded + i_f * plane + i_r * H + i_h, tl.sum(b_listed) + tl.sum(b_linear))
+        folded = tl.sum(tl.sum(b_listed, 1), 0) + tl.sum(b_linear)
+        tl.store(p_folded + i_f * plane + i_r * H + i_h, folded)
     tl.store(p_token, b_token, mask=m_s)
 
 

@@ -3,15 +3,17 @@
     proximity = max(lin + offset - 2 sum_i max(s_i p_i - |y_i|, 0), floor)
 
 Light pairs, a line a program: all coordinates that can flip are among the line's candidates, whose
-columns of W_O are read once; u = v W_O is formed there alone. Heavy pairs, a block of rows of one
-head a program: u is formed in chunks of D, as products of a tile of pairs and all of W_O[h], and
-folded into the sum while still in registers. lin and alpha are formed anew from q, k, v and g.
+columns of W_O are read once; u = v W_O is formed there alone. Heavy pairs visit all D coordinates.
+Where the cosines of u are kept (reach.py), a line a program reads them as they lie. Elsewhere u is
+formed in chunks of D, for a block of rows of one head a program, as products of a tile of pairs and
+all of W_O[h], and folded into the sum while still in registers. lin is formed anew from v and g.
 
-Each pair's proximity goes to the place of its key, so that nothing depends on the order of lists.
+The linear pass has left alpha in each pair's place, that of its key, and its proximity goes there:
+nothing depends on the order of lists.
 
-Shapes: q [R, H, K], k [S, H_kv, K], v [S, H_kv, V], g [R, H, HALVES, V], W_T [H, D, V], y [R, D],
-candidates [R, H, N], list [R, H, 32 W], proximity [R, H, 32 W]; W words of 32 keys. Tiles: BP
-pairs, BC candidates, BD coordinates.
+Shapes: v [S, H_kv, V], v_norm [H_kv, S], g [R, H, HALVES, V], W_T [H, D, V], rho [H, D], cosines
+[H, S, D], y [R, D], candidates [R, H, N], list [R, H, 32 W], proximity [R, H, 32 W]; W words of 32
+keys. Tiles: BP pairs, BC candidates, BD coordinates.
 """
 
 from __future__ import annotations
@@ -19,17 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import (
-    CANDIDATES,
-    G_SCALE,
-    HEAVY,
-    LIGHT,
-    LOG_SUM_EXP,
-    WORD,
-    dot,
-    log2_scores,
-    shifted,
-)
+from .common import CANDIDATES, G_SCALE, HEAVY, LIGHT, WORD, dot, shifted
 from .launch import Names, blocks, launch, tile
 
 SHARES = 8  # programs to a block of rows and head, of the heavy pairs
@@ -54,22 +46,25 @@ def project(b_v, b_w, acc):
         return dot(b_low, tl.trans(b_w), dot(b_high, tl.trans(b_w), acc))
 
 
+@triton.jit
+def line_g(p_g, o_v, m_v, V: tl.constexpr, HALVES: tl.constexpr):
+    """G of a line, float32 [BV]."""
+    b_g = tl.load(p_g + o_v, mask=m_v, other=0.0).to(tl.float32)
+    if HALVES == 2:
+        b_g += tl.load(p_g + V + o_v, mask=m_v, other=0.0).to(tl.float32)
+    return b_g
+
+
 @triton.jit(
-    do_not_specialize=[
-        "R", "n_words", "window", "stride_qr", "stride_qh", "stride_ks", "stride_kh",
-        "stride_vs", "stride_vh", "stride_gate_r", "stride_gate_h",
-    ]
-)  # fmt: skip
+    do_not_specialize=["R", "n_words", "stride_vs", "stride_vh", "stride_gate_r", "stride_gate_h"]
+)
 def light_kernel(
-    p_q, p_k, p_v, p_g, p_gate, p_w, p_y, p_rows, p_row_scale, p_slopes,
-    p_lines, p_counts, p_candidates, p_list, p_proximity, p_offset,
-    R, n_words, stride_qr, stride_qh, stride_ks, stride_kh, stride_vs, stride_vh,
-    stride_gate_r, stride_gate_h, stride_wh, stride_wd, scale, softcap, window, floor,
-    H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, D: tl.constexpr,
-    N: tl.constexpr, UNIT_K: tl.constexpr, UNIT_V: tl.constexpr, HALVES: tl.constexpr,
-    GATED: tl.constexpr, SCALED: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
-    WINDOW: tl.constexpr, SHIFTED: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr,
-    BV: tl.constexpr,
+    p_v, p_g, p_gate, p_w, p_y, p_row_scale, p_lines, p_counts, p_candidates, p_list, p_proximity,
+    p_offset, R, n_words, stride_vs, stride_vh, stride_gate_r, stride_gate_h, stride_wh, stride_wd,
+    floor,
+    H: tl.constexpr, GROUP: tl.constexpr, V: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
+    UNIT_V: tl.constexpr, HALVES: tl.constexpr, GATED: tl.constexpr, SCALED: tl.constexpr,
+    SHIFTED: tl.constexpr, BP: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     i_r, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     i_line, plane = i_r * H + i_h, R.to(tl.int64) * H
@@ -77,28 +72,19 @@ def light_kernel(
     if n_pairs == 0:
         return
     n_candidates = tl.load(p_counts + CANDIDATES * plane + i_line)
-    t = tl.load(p_rows + i_r).to(tl.int32)
-    log_sum_exp = tl.load(p_lines + LOG_SUM_EXP * plane + i_line)
     g_scale = tl.load(p_lines + G_SCALE * plane + i_line)
     row_scale = tl.load(p_row_scale + i_r).to(tl.float32) if SCALED else 1.0
-    slope = tl.load(p_slopes + i_h).to(tl.float32) if ALIBI else 0.0
 
-    o_k, o_v, o_c, o_p = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, N), tl.arange(0, BP)
-    m_k, m_v, m_c = o_k < K, o_v < V, o_c < n_candidates
+    o_v, o_c, o_p = tl.arange(0, BV), tl.arange(0, N), tl.arange(0, BP)
+    m_v, m_c = o_v < V, o_c < n_candidates
     b_d = tl.load(p_candidates + i_line * N + o_c, mask=m_c, other=0)
     b_y = tl.load(p_y + i_r * D + b_d, mask=m_c, other=0.0).to(tl.float32)  # [N]
     o_w = i_h * stride_wh + b_d.to(tl.int64)[:, None] * stride_wd + o_v[None, :]
     b_w = tl.load(p_w + o_w, mask=m_c[:, None] & m_v[None, :], other=0.0)  # [N, BV]
-    p_q += i_r * (stride_qr * UNIT_K) + i_h * (stride_qh * UNIT_K)
-    b_q = tl.load(p_q + o_k, mask=m_k, other=0.0).to(tl.float32)
-    p_g += i_line * (HALVES * V) + o_v
-    b_g = tl.load(p_g, mask=m_v, other=0.0).to(tl.float32)
-    if HALVES == 2:
-        b_g += tl.load(p_g + V, mask=m_v, other=0.0).to(tl.float32)
+    b_g = line_g(p_g + i_line * (HALVES * V), o_v, m_v, V, HALVES)
     if GATED:
         p_gate += i_r * (stride_gate_r * UNIT_V) + i_h * (stride_gate_h * UNIT_V)
         b_gate = tl.load(p_gate + o_v, mask=m_v, other=0.0).to(tl.float32)
-    p_k += (i_h // GROUP) * (stride_kh * UNIT_K) + o_k[None, :]
     p_v += (i_h // GROUP) * (stride_vh * UNIT_V) + o_v[None, :]
     p_list += i_line * n_words * WORD
     p_proximity += i_line * n_words * WORD
@@ -106,14 +92,10 @@ def light_kernel(
     for i_p in range(0, n_pairs, BP):
         m_p = i_p + o_p < n_pairs
         b_s = tl.load(p_list + i_p + o_p, mask=m_p, other=0)
+        b_alpha = tl.load(p_proximity + b_s, mask=m_p, other=0.0)
         s64 = b_s.to(tl.int64)[:, None]
-        m_pk, m_pv = m_p[:, None] & m_k[None, :], m_p[:, None] & m_v[None, :]
-        b_k = tl.load(p_k + s64 * (stride_ks * UNIT_K), mask=m_pk, other=0.0)  # [BP, BK]
+        m_pv = m_p[:, None] & m_v[None, :]
         b_v = tl.load(p_v + s64 * (stride_vs * UNIT_V), mask=m_pv, other=0.0)  # [BP, BV]
-        b_qk = tl.sum(b_k.to(tl.float32) * b_q[None, :], 1)
-        b_score = log2_scores(b_qk, t - b_s, scale, softcap, slope, window,
-                              SOFTCAP, ALIBI, WINDOW)  # fmt: skip
-        b_alpha = tl.exp2(b_score - log_sum_exp)
         b_lin = b_alpha * g_scale * tl.sum(b_v.to(tl.float32) * b_g[None, :], 1)
         if GATED:
             b_v = b_v.to(tl.float32) * b_gate[None, :]
@@ -123,22 +105,66 @@ def light_kernel(
         tl.store(p_proximity + b_s, b_proximity, mask=m_p)
 
 
+@triton.jit(do_not_specialize=["R", "S", "n_words", "stride_vs", "stride_vh"])
+def heavy_cosines_kernel(
+    p_v, p_v_norm, p_g, p_rho, p_cosines, p_y, p_row_scale, p_lines, p_counts, p_list, p_proximity,
+    p_offset, R, S, n_words, stride_vs, stride_vh, floor,
+    H: tl.constexpr, GROUP: tl.constexpr, V: tl.constexpr, D: tl.constexpr,
+    UNIT_V: tl.constexpr, HALVES: tl.constexpr, SCALED: tl.constexpr, SHIFTED: tl.constexpr,
+    BP: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    i_r, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    i_line, plane = i_r * H + i_h, R.to(tl.int64) * H
+    n_pairs = tl.load(p_counts + HEAVY * plane + i_line)
+    if n_pairs == 0:
+        return
+    g_scale = tl.load(p_lines + G_SCALE * plane + i_line)
+    row_scale = tl.load(p_row_scale + i_r).to(tl.float32) if SCALED else 1.0
+    o_v, o_d, o_p = tl.arange(0, BV), tl.arange(0, BD), tl.arange(0, BP)
+    m_v = o_v < V
+    b_g = line_g(p_g + i_line * (HALVES * V), o_v, m_v, V, HALVES)
+    p_v += (i_h // GROUP) * (stride_vh * UNIT_V) + o_v[None, :]
+    p_v_norm += (i_h // GROUP) * S
+    p_y += i_r * D + o_d
+    p_rho += i_h * D + o_d
+    p_cosines += i_h * S * D + o_d[None, :]
+    p_list += (i_line + 1) * n_words * WORD - 1
+    p_proximity += i_line * n_words * WORD
+
+    for i_p in range(0, n_pairs, BP):
+        m_p = i_p + o_p < n_pairs
+        b_s = tl.load(p_list - i_p - o_p, mask=m_p, other=0)
+        b_alpha = tl.load(p_proximity + b_s, mask=m_p, other=0.0)
+        b_norm = tl.load(p_v_norm + b_s, mask=m_p, other=0.0)
+        s64 = b_s.to(tl.int64)[:, None]
+        b_v = tl.load(p_v + s64 * (stride_vs * UNIT_V), mask=m_p[:, None] & m_v[None, :], other=0.0)
+        b_lin = b_alpha * g_scale * tl.sum(b_v.to(tl.float32) * b_g[None, :], 1)
+        b_a = (b_alpha * row_scale * b_norm)[:, None]
+        b_over = tl.zeros([BP], tl.float32)
+        for i_d in range(0, D, BD):
+            m_d = o_d < D - i_d
+            b_y = tl.load(p_y + i_d, mask=m_d, other=0.0).to(tl.float32)
+            b_rho = tl.load(p_rho + i_d, mask=m_d, other=0.0)
+            b_rho = tl.where(b_y >= 0, b_rho, -b_rho)[None, :]
+            b_cosine = tl.load(
+                p_cosines + s64 * D + i_d, mask=m_p[:, None] & m_d[None, :], other=0.0
+            )
+            b_beyond = b_cosine.to(tl.float32) * b_rho * b_a - tl.abs(b_y)[None, :]
+            b_over += tl.sum(tl.maximum(b_beyond, 0.0), 1)
+        b_proximity = shifted(b_lin - 2 * b_over, p_offset, i_r, floor, SHIFTED)
+        tl.store(p_proximity + b_s, b_proximity, mask=m_p)
+
+
 @triton.jit(
-    do_not_specialize=[
-        "R", "n_words", "window", "stride_qr", "stride_qh", "stride_ks", "stride_kh",
-        "stride_vs", "stride_vh", "stride_gate_r", "stride_gate_h",
-    ]
-)  # fmt: skip
+    do_not_specialize=["R", "n_words", "stride_vs", "stride_vh", "stride_gate_r", "stride_gate_h"]
+)
 def heavy_kernel(
-    p_q, p_k, p_v, p_g, p_gate, p_w, p_y, p_rows, p_row_scale, p_slopes,
-    p_lines, p_counts, p_list, p_proximity, p_offset,
-    R, n_words, stride_qr, stride_qh, stride_ks, stride_kh, stride_vs, stride_vh,
-    stride_gate_r, stride_gate_h, stride_wh, stride_wd, scale, softcap, window, floor,
-    H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, D: tl.constexpr,
-    UNIT_K: tl.constexpr, UNIT_V: tl.constexpr, HALVES: tl.constexpr,
-    GATED: tl.constexpr, SCALED: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
-    WINDOW: tl.constexpr, SHIFTED: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr,
-    BD: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    p_v, p_g, p_gate, p_w, p_y, p_row_scale, p_lines, p_counts, p_list, p_proximity,
+    p_offset, R, n_words, stride_vs, stride_vh, stride_gate_r, stride_gate_h, stride_wh, stride_wd,
+    floor,
+    H: tl.constexpr, GROUP: tl.constexpr, V: tl.constexpr, D: tl.constexpr,
+    UNIT_V: tl.constexpr, HALVES: tl.constexpr, GATED: tl.constexpr, SCALED: tl.constexpr,
+    SHIFTED: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Program (block of BT rows, head, share): every n-th tile of their pairs laid end to end."""
     i_h, plane = tl.program_id(1).to(tl.int64), R.to(tl.int64) * H
@@ -146,11 +172,8 @@ def heavy_kernel(
     o_line = o_r.to(tl.int64) * H + i_h
     b_n = tl.load(p_counts + HEAVY * plane + o_line, mask=o_r < R, other=0)
     b_end = tl.cumsum(b_n, 0)  # [BT]
-    slope = tl.load(p_slopes + i_h).to(tl.float32) if ALIBI else 0.0
-    o_k, o_v, o_d, o_p = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, BD), tl.arange(0, BP)
-    m_k, m_v = o_k < K, o_v < V
-    p_q += i_h * (stride_qh * UNIT_K) + o_k[None, :]
-    p_k += (i_h // GROUP) * (stride_kh * UNIT_K) + o_k[None, :]
+    o_v, o_d, o_p = tl.arange(0, BV), tl.arange(0, BD), tl.arange(0, BP)
+    m_v = o_v < V
     p_v += (i_h // GROUP) * (stride_vh * UNIT_V) + o_v[None, :]
     if GATED:
         p_gate += i_h * (stride_gate_h * UNIT_V) + o_v[None, :]
@@ -166,20 +189,12 @@ def heavy_kernel(
         b_line = r64 * H + i_h
         o_list = (b_line + 1) * (n_words * WORD) - 1 - b_nth
         b_s = tl.load(p_list + o_list, mask=m_p, other=0)
-        s64 = b_s.to(tl.int64)[:, None]
-        m_pk, m_pv = m_p[:, None] & m_k[None, :], m_p[:, None] & m_v[None, :]
-        b_q = tl.load(p_q + r64[:, None] * (stride_qr * UNIT_K), mask=m_pk, other=0.0)
-        b_k = tl.load(p_k + s64 * (stride_ks * UNIT_K), mask=m_pk, other=0.0)  # [BP, BK]
-        b_v = tl.load(p_v + s64 * (stride_vs * UNIT_V), mask=m_pv, other=0.0)  # [BP, BV]
-        p_pg = p_g + b_line[:, None] * (HALVES * V) + o_v[None, :]
-        b_g = tl.load(p_pg, mask=m_pv, other=0.0).to(tl.float32)
-        if HALVES == 2:
-            b_g += tl.load(p_pg + V, mask=m_pv, other=0.0).to(tl.float32)
-        b_qk = tl.sum(b_q.to(tl.float32) * b_k.to(tl.float32), 1)
-        b_t = tl.load(p_rows + r64, mask=m_p, other=0).to(tl.int32)
-        b_score = log2_scores(b_qk, b_t - b_s, scale, softcap, slope, window,
-                              SOFTCAP, ALIBI, WINDOW)  # fmt: skip
-        b_alpha = tl.exp2(b_score - tl.load(p_lines + LOG_SUM_EXP * plane + b_line))
+        p_place = p_proximity + b_line * (n_words * WORD) + b_s
+        b_alpha = tl.load(p_place, mask=m_p, other=0.0)
+        m_pv = m_p[:, None] & m_v[None, :]
+        o_vals = b_s.to(tl.int64)[:, None] * (stride_vs * UNIT_V)
+        b_v = tl.load(p_v + o_vals, mask=m_pv, other=0.0)  # [BP, BV]
+        b_g = line_g(p_g + b_line[:, None] * (HALVES * V), o_v[None, :], m_pv, V, HALVES)
         b_g_scale = tl.load(p_lines + G_SCALE * plane + b_line)
         b_lin = b_alpha * b_g_scale * tl.sum(b_v.to(tl.float32) * b_g, 1)
         if SCALED:
@@ -195,20 +210,22 @@ def heavy_kernel(
             b_y = tl.load(p_y + r64[:, None] * D + i_d + o_d[None, :], mask=m_y, other=0.0)
             b_u = project(b_v, b_w, tl.zeros([BP, BD], tl.float32))
             b_over += over(b_u, b_alpha, b_y.to(tl.float32), m_d[None, :])
-        p_to = p_proximity + b_line * (n_words * WORD) + b_s
         b_proximity = shifted(b_lin - 2 * b_over, p_offset, r64, floor, SHIFTED)
-        tl.store(p_to, b_proximity, mask=m_p)
+        tl.store(p_place, b_proximity, mask=m_p)
 
 
 def light(x: Names) -> None:
     """Proximities of the light pairs."""
-    tiles = {"BP": 16, "BK": tile(x["K"]), "BV": tile(x["V"]), "num_warps": 4}
-    launch(light_kernel, (x["R"], x["H"]), x, **tiles)
+    launch(light_kernel, (x["R"], x["H"]), x, BP=16, BV=tile(x["V"]), num_warps=4)
 
 
 def heavy(x: Names) -> None:
     """Proximities of the heavy pairs."""
+    if x["TABLE"]:
+        tiles = {"BP": 4, "BD": 512, "BV": tile(x["V"]), "num_warps": 4}
+        launch(heavy_cosines_kernel, (x["R"], x["H"]), x, **tiles)
+        return
     BT, BP, num_warps = (16, 16, 4) if x["few"] else (64, 64, 8)
-    tiles = {"BT": BT, "BP": BP, "BD": 64, "BK": tile(x["K"]), "BV": tile(x["V"])}
+    tiles = {"BT": BT, "BP": BP, "BD": 64, "BV": tile(x["V"])}
     grid = (blocks(x["R"], BT), x["H"], SHARES)
     launch(heavy_kernel, grid, x, **tiles, num_warps=num_warps, num_stages=2)

@@ -4,12 +4,13 @@ For a block of rows, a kernel or two a step:
 
 (a) prepare.py: column norms of W_O; norms of values; of lines, that is (row, head)s, g = W_O s in
     value space, the smallest breakpoint, and a short list of the coordinates that come first, the
-    line's candidates;
+    line's candidates; reach.py: where rows are many, a tighter bound than values' norms;
 (b) linear.py: alpha from the log-sum-exp (taken here where the forward pass gave none), lin as a
     second attention-shaped product; pairs that lin is exact for are summed at once, the others
     marked, a bit each: light where the candidates hold all coordinates that can flip, else heavy;
 (c) lists.py, correct.py: marks to lists, and the corrections: light pairs at their line's
-    candidates alone, heavy ones at all coordinates on matrix units, u never leaving the chip;
+    candidates alone, heavy ones at all coordinates, u read where reach.py has kept it, else formed
+    on matrix units, never leaving the chip;
 (d) proximity.py: the residual stream's and the FFN's proximities;
 (e) compact.py: sums in fixed order, denominators, token edges above `keep`, their heads.
 
@@ -34,17 +35,14 @@ import torch
 from torch import Tensor
 
 from ..contract import AttentionScores, EdgeList, FFNScores, LayerInputs
-from . import compact, correct, linear, lists, prepare, proximity
+from . import compact, correct, linear, lists, prepare, proximity, reach, room
 from .common import LOG2_E, LOG_SUM_EXP, WORD
 from .launch import Names, blocks
 
-WORK_BYTES = 1 << 30  # of a block of rows, unless 16 rows take more
-PAIR_BYTES = 9  # list, proximity and marks
 ALIGNMENT = 16  # of tensors in bytes, as Triton's launcher looks at it
-ROWS = 16  # a block's are a multiple: what is cut off an aligned tensor stays aligned
 FEW_ROWS = 64
 TILES = {
-    "N": 32,  # candidates
+    "N": 64,  # candidates
     "BF": 1024,  # keys of a tile in sums over heads
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -76,6 +74,8 @@ def score_attention(inputs: LayerInputs, keep: float) -> AttentionScores:
     }
     prepare.weights(layer)
     prepare.values(layer)
+    if layer["REACH"]:
+        reach.reach(layer)
     for cut, n_keys in _row_blocks(inputs.rows, H):
         block = layer | {name: None if x is None else x[cut] for name, x in of_rows.items()}
         block |= {"R": len(block["p_rows"]), "n_keys": n_keys, "n_slots": n_slots}
@@ -110,11 +110,6 @@ def score_ffn(resid_mid: Tensor, resid_post: Tensor) -> FFNScores:
     }
     proximity.ffn(names | {"R": R, "D": D})
     return scores
-
-
-def work_bytes(H: int, n_keys: int) -> int:
-    """What a block of rows takes of memory, at most, lists and marks alone."""
-    return max(WORK_BYTES, ROWS * PAIR_BYTES * H * n_keys)
 
 
 def _score_block(x: Names) -> None:
@@ -180,6 +175,15 @@ def _prepared(inputs: LayerInputs) -> tuple[Names, Names]:
     offset, shifted = read.get("offset"), "offset" in read or inputs.floor > 0
     if shifted and offset is None:
         offset = torch.zeros(len(inputs.rows), device=device)
+
+    def floats(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=device)
+
+    v_norm = floats(H_kv, S)
+    of_table = torch.float32 if dtype == torch.float32 else torch.float16
+    R = len(inputs.rows)
+    is_reach = gate is None and room.is_reach(R, S)
+    is_table = is_reach and room.table_bytes(R, S, H, D, of_table.itemsize) > 0
     layer = TILES | {
         "S": S, "H": H, "H_kv": H_kv, "GROUP": H // H_kv, "K": K, "V": V, "D": D,
         "UNIT_K": unit_k, "UNIT_V": unit_v, "HALVES": 1 if dtype == torch.float32 else 2,
@@ -191,8 +195,10 @@ def _prepared(inputs: LayerInputs) -> tuple[Names, Names]:
         "window": inputs.window or 0, "floor": float(inputs.floor),
         "p_k": k, "p_v": v, "p_w": W_T,
         "p_slopes": read.get("alibi_slopes"), "p_sinks": read.get("sinks"),
-        "p_rho_inv": torch.empty(H, D, dtype=torch.float32, device=device),
-        "p_v_norm": torch.empty(H_kv, S, dtype=torch.float32, device=device),
+        "p_rho": floats(H, D), "p_rho_inv": floats(H, D), "p_v_norm": v_norm,
+        "REACH": is_reach, "TABLE": is_table,
+        "p_reach": floats(H, S) if is_reach else v_norm,
+        "p_cosines": torch.empty(H, S, D, dtype=of_table, device=device) if is_table else None,
         "stride_qr": _stride(q, 0) // unit_k, "stride_qh": _stride(q, 1) // unit_k,
         "stride_ks": _stride(k, 0) // unit_k, "stride_kh": _stride(k, 1) // unit_k,
         "stride_vs": _stride(v, 0) // unit_v, "stride_vh": _stride(v, 1) // unit_v,
@@ -255,12 +261,11 @@ def _dense(x: Tensor | None) -> Tensor | None:
 
 
 def _row_blocks(rows: Tensor, H: int) -> Iterator[tuple[slice, int]]:
-    """Slices of the rows, and how many keys each sees, so that WORK_BYTES suffice."""
+    """Slices of the rows, and how many keys each sees, so that room.WORK_BYTES suffice."""
     R = len(rows)
     if R == 0:
         return
-    n_keys = int(rows[-1]) + 1
-    size = work_bytes(H, n_keys) // (PAIR_BYTES * H * n_keys) // ROWS * ROWS
+    size = room.block_rows(H, int(rows[-1]) + 1)
     for start in range(0, R, size):
         stop = min(R, start + size)
         yield slice(start, stop), int(rows[stop - 1]) + 1

@@ -6,9 +6,10 @@ For every pair of a tile of rows and keys, head by head, two products
 
 lin is an upper bound of the proximity and, where a = alpha |gate * v| is below the line's first
 breakpoint, the proximity itself. Then it is summed here: over heads for the token edges, over
-keys for the heads' totals. The other pairs with lin > 0 are marked, a bit each, as light or heavy
-(prepare.py), and left to the correction pass. Marks can be as many as there are pairs: no list
-can overflow.
+keys for the heads' totals. (Where rows are many, a = alpha reach: reach.py.) The other
+pairs with lin > 0 are marked, a bit each, as light or heavy (prepare.py), and left to the
+correction pass, which finds alpha where it is to leave the proximity. Marks can be as many as there
+are pairs: no list can overflow.
 
 A program goes through all heads of its tile, so that sums over heads stay in registers, and reads
 a tile of K and V once for all heads that share it. Tiles that no row of theirs sees are skipped
@@ -18,8 +19,8 @@ The log-sum-exp, where the forward pass gave none, is taken by programs that sha
 keys, and combined in their order.
 
 Shapes: q [R, H, K], k [S, H_kv, K], v [S, H_kv, V], g [R, H, HALVES, V], lines [4, R, H],
-v_norm [H_kv, S], token [R, 32 W], partial [S / BS, R, H], partial_lin
-[S / BS, R, H], marks [2, R, H, W]; W words of 32 keys.
+reach [H, S] or, norms of values, [H_kv, S], token [R, 32 W], partial [S / BS, R, H], partial_lin
+[S / BS, R, H], marks [2, R, H, W], proximity [R, H, 32 W]; W words of 32 keys.
 """
 
 from __future__ import annotations
@@ -135,13 +136,14 @@ def pack(b_m, BT: tl.constexpr, BS: tl.constexpr):
     ]
 )  # fmt: skip
 def linear_kernel(
-    p_q, p_k, p_v, p_g, p_gate, p_v_norm, p_rows, p_slopes, p_lines, p_token, p_partial,
-    p_partial_lin, p_marks, p_offset,
+    p_q, p_k, p_v, p_g, p_gate, p_reach, p_rows, p_slopes, p_lines, p_token, p_partial,
+    p_partial_lin, p_marks, p_proximity, p_offset,
     R, S, n_words, stride_qr, stride_qh, stride_ks, stride_kh, stride_vs, stride_vh,
     stride_gate_r, stride_gate_h, scale, softcap, window, floor,
     H: tl.constexpr, H_kv: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     UNIT_K: tl.constexpr, UNIT_V: tl.constexpr, HALVES: tl.constexpr, GATED: tl.constexpr,
-    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr, SHIFTED: tl.constexpr,
+    REACH: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr,
+    SHIFTED: tl.constexpr,
     BT: tl.constexpr, BS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     GROUP: tl.constexpr = H // H_kv
@@ -172,6 +174,7 @@ def linear_kernel(
     p_partial += i_s.to(tl.int64) * plane + i_line
     p_partial_lin += i_s.to(tl.int64) * plane + i_line
     p_marks += i_line * n_words + i_s * (BS // WORD)
+    p_proximity += i_line * n_words * WORD + i_s * BS
     o_q = o_t[:, None] * stride_qr + o_k[None, :]
     o_ks, o_vs = o_j[:, None] * stride_ks + o_k[None, :], o_j[:, None] * stride_vs + o_v[None, :]
     o_g = o_t[:, None] * (H * HALVES * V) + o_v[None, :]
@@ -223,24 +226,28 @@ def linear_kernel(
                                 tl.zeros([BT, BS], tl.float32))  # fmt: skip
                 b_a = b_alpha * tl.sqrt(b_squares) * ROUND_UP
             else:
-                b_norm = tl.load(p_v_norm + i_kv * S.to(tl.int64) + o_s, mask=m_s, other=0.0)
-                b_a = b_alpha * b_norm[None, :] * ROUND_UP
-            m_listed = b_a > b_first[:, None]
+                i_bound = i_h if REACH else i_kv
+                b_reach = tl.load(p_reach + i_bound * S.to(tl.int64) + o_s, mask=m_s, other=0.0)
+                b_a = b_alpha * (b_reach * ROUND_UP)[None, :]
             if SHIFTED:
                 m_seen = seen(b_distance, window, WINDOW)
                 b_lin += tl.load(p_offset + o_r, mask=m_r, other=0.0).to(tl.float32)[:, None]
-                m_listed &= m_seen & (b_lin > floor)
-                b_linear = tl.where(m_seen & ~m_listed, tl.maximum(b_lin, floor), 0.0)
+                m_listed = m_seen & (b_lin > floor) & (b_a > b_first[:, None])
             else:
-                m_listed &= b_lin > 0
-                b_linear = tl.where(m_listed, 0.0, tl.maximum(b_lin, 0.0))
-            b_listed = pack(m_listed, BT, BS)
+                m_listed = (b_lin > 0) & (b_a > b_first[:, None])
             b_heavy = pack(m_listed & (b_a > b_limit[:, None]), BT, BS)
-            b_token += b_linear
-            tl.store(p_partial + i_h + o_t * H, tl.sum(b_linear, 1), mask=m_r)
+            p_place = p_proximity + (i_h + o_t * H).to(tl.int64)[:, None] * (n_words * WORD)
+            tl.store(p_place + o_j[None, :], b_alpha, mask=m_listed)
+            b_listed = pack(m_listed, BT, BS)
             p_mark = p_marks + i_h * n_words + o_mark
             tl.store(p_mark, b_listed ^ b_heavy, mask=m_words)
             tl.store(p_mark + plane * n_words, b_heavy, mask=m_words)
+            if SHIFTED:
+                b_linear = tl.where(m_seen & ~m_listed, tl.maximum(b_lin, floor), 0.0)
+            else:
+                b_linear = tl.where(m_listed, 0.0, tl.maximum(b_lin, 0.0))
+            b_token += b_linear
+            tl.store(p_partial + i_h + o_t * H, tl.sum(b_linear, 1), mask=m_r)
     o_token = o_r.to(tl.int64)[:, None] * (n_words * WORD) + o_s[None, :]
     tl.store(p_token + o_token, b_token, mask=m_r[:, None] & (o_s < n_words * WORD)[None, :])
 
@@ -271,10 +278,9 @@ class Tiles(NamedTuple):
 
 
 FEW = Tiles(16, 64, 4, 2)
-FEW_90 = Tiles(16, 64, 4, 1)  # two stages spill
 SMALL = Tiles(32, 64, 4, 2)
 LARGE = {
-    80: Tiles(64, 128, 8, 2),
+    80: Tiles(32, 128, 8, 2),
     90: Tiles(64, 64, 8, 1),
     100: Tiles(64, 64, 8, 1),
     103: Tiles(64, 64, 8, 1),
@@ -288,14 +294,14 @@ def tiles(x: Names) -> Tiles:
     """For what the kernel is compiled for, on the GPU at hand."""
     arch = None if INTERPRETED else driver.active.get_current_target().arch
     if x["few"]:
-        return FEW_90 if arch == 90 else FEW
+        return FEW
     if x["HALVES"] == 1:
         return FLOAT32
     return LARGE.get(arch, SMALL)
 
 
 def linear(x: Names) -> None:
-    """token, partial, partial_lin and marks."""
+    """token, partial, partial_lin and marks; alpha of what is marked."""
     BT, BS, num_warps, num_stages = tiles(x)
     grid = (blocks(x["R"], BT), blocks(x["n_keys"], BS))
     x["p_partial"] = x["p_lines"].new_empty(grid[1], x["R"], x["H"])

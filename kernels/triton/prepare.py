@@ -13,8 +13,8 @@ A line's *candidates* are its coordinates with bp below LIGHT_LIMIT, at most N o
 is searched for by counting. All coordinates that can flip for a pair with a <= LIGHT_LIMIT are
 among them: such a pair is light.
 
-Shapes: W_T [H, D, V] (W_O transposed, V contiguous), rho_inv [H, D] (0 where rho is), v_norm
-[H_kv, S], g [R, H, 1 or 2, V], lines [4, R, H], counts [3, R, H], candidates [R, H, N].
+Shapes: W_T [H, D, V] (W_O transposed, V contiguous), rho and rho_inv [H, D] (0 where rho is),
+v_norm [H_kv, S], g [R, H, 1 or 2, V], lines [4, R, H], counts [3, R, H], candidates [R, H, N].
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ import triton.language as tl
 from .common import CANDIDATES, FIRST_BREAKPOINT, G_SCALE, LIGHT_LIMIT, dot
 from .launch import Names, blocks, launch, tile
 
-SEARCH_STEPS = tl.constexpr(4)
+GUESSES = tl.constexpr(2)  # at a line's limit, of a head that follows another
 
 
 @triton.jit
 def column_norms_kernel(
-    p_w, p_rho_inv, stride_wh, stride_wd,
+    p_w, p_rho, p_rho_inv, stride_wh, stride_wd,
     D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     i_h = tl.program_id(1).to(tl.int64)
@@ -42,6 +42,7 @@ def column_norms_kernel(
     b_squares = tl.sum(b_w * b_w, 1)
     m_some = b_squares > 0
     b_rho_inv = tl.where(m_some, tl.rsqrt(tl.where(m_some, b_squares, 1.0)), 0.0)
+    tl.store(p_rho + i_h * D + o_d, tl.sqrt_rn(b_squares), mask=o_d < D)
     tl.store(p_rho_inv + i_h * D + o_d, b_rho_inv, mask=o_d < D)
 
 
@@ -104,6 +105,28 @@ def value_space_signs_kernel(
     tl.store(p_lines + G_SCALE * R.to(tl.int64) * H + o_line, b_scale, mask=m_r)
 
 
+@triton.jit
+def points(b_y, p_rho_inv, o_d, m_d):
+    """Breakpoints [BT, BD] of a head, and their mean [BT] times D; infinite ones aside."""
+    b_rho_inv = tl.load(p_rho_inv + o_d, mask=m_d, other=0.0)
+    b_point = tl.where(b_rho_inv[None, :] > 0, b_y * b_rho_inv[None, :], float("inf"))
+    return b_point, tl.sum(tl.where(b_point < float("inf"), b_point, 0.0), 1)
+
+
+@triton.jit
+def search(b_point, b_try, N: tl.constexpr, STEPS: tl.constexpr):
+    """The highest of the limits tried that at most N breakpoints are below, 0 where none is; and
+    the next to try, below which 3 / 4 N should be.
+    """
+    b_limit = tl.zeros_like(b_try)
+    for _ in tl.static_range(STEPS):
+        b_n = tl.sum((b_point < b_try[:, None]).to(tl.int32), 1)
+        b_limit = tl.where(b_n <= N, tl.maximum(b_limit, b_try), b_limit)
+        b_ratio = 0.75 * N / (b_n.to(tl.float32) + 0.5)
+        b_try *= tl.minimum(tl.maximum(b_ratio, 0.125), 8.0)
+    return b_limit, b_try
+
+
 @triton.jit(do_not_specialize=["R", "n_heads"])
 def breakpoints_kernel(
     p_y, p_rho_inv, p_row_scale, p_lines, p_counts, p_candidates, R, n_heads,
@@ -122,24 +145,21 @@ def breakpoints_kernel(
         b_y /= tl.where(m_zero, 1.0, tl.abs(b_row_scale))[:, None]
         b_y = tl.where(m_zero[:, None], float("inf"), b_y)
     plane = R.to(tl.int64) * H
-    i_last = tl.minimum((tl.program_id(1) + 1) * n_heads, H)
-    for i_h in range(tl.program_id(1) * n_heads, i_last):
-        b_rho_inv = tl.load(p_rho_inv + i_h * D + o_d, mask=m_d, other=0.0)
-        b_point = tl.where(b_rho_inv[None, :] > 0, b_y * b_rho_inv[None, :], float("inf"))
+    i_first = tl.program_id(1) * n_heads
+    if D > N:
+        # Breakpoints have a density near 0. A guess at where N / 2 of them end, in units of their
+        # sum; what comes of it is the next head's.
+        b_point, b_sum = points(b_y, p_rho_inv + i_first * D, o_d, m_d)
+        _, b_guess = search(b_point, b_sum * (N / (2.0 * D * D)), N, GUESSES)
+        b_guess /= tl.where(b_sum > 0, b_sum, 1.0)
+    for i_h in range(i_first, tl.minimum(i_first + n_heads, H)):
+        b_point, b_sum = points(b_y, p_rho_inv + i_h * D, o_d, m_d)
         b_first = tl.min(b_point, 1)  # [BT]
         if D <= N:
             b_limit = tl.full([BT], float("inf"), tl.float32)
         else:
-            # Breakpoints have a density near 0: from their mean, a guess at where N / 2 of them
-            # end; then in proportion to what was counted.
-            b_finite = tl.where(b_point < float("inf"), b_point, 0.0)
-            b_try = tl.sum(b_finite, 1) * (N / (2.0 * D * D))
-            b_limit = tl.zeros([BT], tl.float32)
-            for _ in tl.static_range(SEARCH_STEPS):
-                b_n = tl.sum((b_point < b_try[:, None]).to(tl.int32), 1)
-                b_limit = tl.where(b_n <= N, tl.maximum(b_limit, b_try), b_limit)
-                b_ratio = 0.75 * N / (b_n.to(tl.float32) + 0.5)
-                b_try *= tl.minimum(tl.maximum(b_ratio, 0.125), 8.0)
+            b_limit, b_guess = search(b_point, b_guess * b_sum, N, GUESSES)
+            b_guess /= tl.where(b_sum > 0, b_sum, 1.0)
         m_candidate = b_point < b_limit[:, None]
         b_place = tl.cumsum(m_candidate.to(tl.int32), 1) - 1
         b_n = tl.max(b_place, 1) + 1
@@ -153,7 +173,7 @@ def breakpoints_kernel(
 
 
 def weights(x: Names) -> None:
-    """rho_inv, of W_T."""
+    """Rho and rho_inv, of W_T."""
     BD = 32
     grid = (blocks(x["D"], BD), x["H"])
     launch(column_norms_kernel, grid, x, BD=BD, BV=tile(x["V"]), num_warps=4)
@@ -168,8 +188,8 @@ def values(x: Names) -> None:
 
 def lines(x: Names) -> None:
     """Signs in value space and their scale, breakpoints and candidates, of y."""
-    BT = 16 if x["few"] else 64
-    tiles = {"BT": BT, "BD": 64, "BV": tile(x["V"]), "num_warps": 8, "num_stages": 2}
+    BT, num_warps = (16, 8) if x["few"] else (128, 16)
+    tiles = {"BT": BT, "BD": 64, "BV": tile(x["V"]), "num_warps": num_warps, "num_stages": 2}
     launch(value_space_signs_kernel, (blocks(x["R"], BT), x["H"]), x, **tiles)
     BD = tile(x["D"])
     BT = max(1, 1024 // BD)
