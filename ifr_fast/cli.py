@@ -434,6 +434,34 @@ def plan(
 
 
 @app.command()
+def report(
+    directory: Annotated[Path, typer.Argument(help="A survey's directory.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Where to; default: report/ in it.")
+    ] = None,
+    label: Annotated[
+        str | None, typer.Option(help="The label of parts of speech; default pos.")
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option("--threshold", "-t", help="At which frequencies are compared.")
+    ] = None,
+    contrast: Annotated[
+        list[str] | None, typer.Option(help="Two corpora of prompts, as in FIRST:SECOND.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of what is drawn at random.")] = 0,
+) -> None:
+    """Analyse a survey: one page with figures and tables, for a paper's appendix."""
+    from .survey.report import pairs, report, summary
+
+    contrasts = pairs(contrast or [])
+    written = report(
+        directory, out, label=label, threshold=threshold, contrasts=contrasts, seed=seed
+    )
+    Console(highlight=False, soft_wrap=True).print(Text(printable(summary(written))))
+    Console(stderr=True).print(Text(f"wrote {printable(str(written.path))}"), soft_wrap=True)
+
+
+@app.command()
 def doctor(
     impl: Annotated[str, typer.Option(help="An implementation to ask about.")] = "auto",
 ) -> None:

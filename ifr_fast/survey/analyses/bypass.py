@@ -104,6 +104,7 @@ def bypass(survey: Survey, *, seed: int = 0, resamples: int = 1000, min_count: i
         f"counts as passed by where that share is at least {UNTOUCHED:g}. 95% bootstrap intervals "
         "over documents. A token is compared by its text: its position in the document differs.",
         table,
+        _excerpt(table),
         _figure(L, shares, kept, passed, counts),
     )
 
@@ -145,6 +146,14 @@ def _table(
             "blocks_passed": blocks / count,
         })  # fmt: skip
     return pa.Table.from_pylist(rows)
+
+
+def _excerpt(table: pa.Table, ends: int = 8) -> pa.Table:
+    """The classes, and the tokens that keep the most and the least."""
+    n = table["kind"].to_pylist().count("class")
+    last = table.num_rows
+    rows = [*range(min(n + ends, last)), *range(max(n + ends, last - ends), last)]
+    return table.take(pa.array(rows, pa.int64()))
 
 
 def _frequent(by_token: dict[str, Floats], min_count: int) -> list[tuple[str, Floats]]:

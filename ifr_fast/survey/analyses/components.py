@@ -125,6 +125,7 @@ def importance(survey: Survey, *, seed: int = 0, resamples: int = 1000) -> Findi
         "Panel b has no graph: how much of the sum behind it a block itself contributed, at every "
         "token. Bands and columns low, high: 95% bootstrap intervals over documents.",
         table,
+        table.take(np.argsort(-value, kind="stable")[:15]),
         figure,
     )
 
@@ -207,6 +208,7 @@ def frequency(survey: Survey, *, seed: int = 0, resamples: int = 1000) -> Findin
         f"threshold by itself. {int(n):,} predictions of {len(units.documents):,} documents; "
         "columns low, high: 95% bootstrap intervals over documents.",
         table,
+        table.take(np.argsort(-flat, kind="stable")[:15]),
         figure,
     )
 

@@ -80,6 +80,7 @@ def domains(
         f"Benjamini-Hochberg over all {q.size:,} tests, at {alpha:g}. Corpora that differ in the "
         "length of documents, or in how much of them is at the beginning, differ in that too.",
         table,
+        table.take(pa.array(_surest(q, table["difference"].to_numpy(), alpha), pa.int64())),
         _figure(names, found, q, alpha, L, H, against),
     )
 
@@ -165,6 +166,15 @@ def contrast(
         f"permutation of prompts between the sets, {permutations:,} times; q: Benjamini-Hochberg, "
         "quantities and components apart.",
         table,
+        table.take(
+            [
+                *range(Q),
+                *(
+                    Q + i
+                    for i in _surest(q[None, Q:], table["difference"].to_numpy()[Q:], alpha, 12)
+                ),
+            ]
+        ),
         _contrast_figure(of, q, first, second, alpha, L, H),
     )
 
@@ -197,6 +207,16 @@ def _last_positions(survey: Survey) -> tuple[NDArray[np.int64], NDArray[np.int64
 def _slug(name: str) -> str:
     """What may stand in a file's name."""
     return "".join(c if c.isascii() and c.isalnum() else "-" for c in name)[:40].lower()
+
+
+def _surest(q: Floats, difference: Floats, alpha: float, most: int = 5) -> list[int]:
+    """Of each group's tests [G, M], rows of those that pass, the greatest differences first."""
+    rows = []
+    for g, (of_q, of) in enumerate(zip(q, difference.reshape(q.shape), strict=True)):
+        sure = np.flatnonzero(of_q <= alpha)
+        ranked = sure[np.argsort(-np.abs(of[sure]), kind="stable")][:most]
+        rows += [g * q.shape[1] + int(i) for i in ranked]
+    return rows
 
 
 def _table(name: str, of: Differences, q: Floats, L: int, H: int) -> pa.Table:

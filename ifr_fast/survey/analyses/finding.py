@@ -19,6 +19,7 @@ class Finding:
     statement: str  # what the table says, in words; paragraphs end with a newline
     method: str  # how it was computed, and what it does not show
     table: pa.Table
+    excerpt: pa.Table  # the rows of it that a reader wants first
     figure: Figure
 
 

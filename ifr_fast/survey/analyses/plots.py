@@ -56,18 +56,27 @@ STYLE: dict[str, Any] = {
 
 
 @contextmanager
-def figure(width: float, height: float) -> Iterator[Figure]:
-    """A figure to draw into, in inches. Raises IfrError without matplotlib."""
+def styled() -> Iterator[None]:
+    """Within, figures are made, and saved, in this style. Raises IfrError without matplotlib."""
     try:
         from matplotlib import rc_context
-        from matplotlib.figure import Figure
     except ImportError as error:
         raise IfrError(
             "the figures of a survey need matplotlib, which is not installed: "
             "pip install 'ifr-fast[report]'"
         ) from error
     with rc_context(cast(Any, STYLE)):
-        yield Figure(figsize=(width, height), facecolor="white", layout="constrained")
+        yield
+
+
+@contextmanager
+def figure(width: float, height: float) -> Iterator[Figure]:
+    """A figure to draw into, in inches."""
+    with styled():
+        from matplotlib.figure import Figure
+
+        drawn = Figure(figsize=(width, height), facecolor="white", layout="constrained")
+        yield drawn
 
 
 def label(axes: Axes, title: str, x: str, y: str) -> None:

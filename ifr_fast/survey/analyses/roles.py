@@ -88,6 +88,9 @@ def offset_name(offset: int) -> str:
     return {0: OWN, 1: PREVIOUS}.get(offset, f"offset {offset}")
 
 
+_ORDER = [*(offset_name(d) for d in range(OFFSETS - 1)), SUBWORD, FIRST, PUNCTUATION]
+
+
 def head_roles(
     survey: Survey, *, rule: Rule | None = None, seed: int = 0, resamples: int = 1000
 ) -> Finding:
@@ -128,6 +131,7 @@ def head_roles(
         "but writes next to nothing from there, as attention sinks do, has no role by this "
         "measure: routes show what was carried, not where attention went.",
         table,
+        _named(table, roles),
         _figure(L, H, sums, scores, roles),
     )
 
@@ -273,16 +277,22 @@ def _table(
     return pa.table(columns)
 
 
+def _named(table: pa.Table, roles: list[str | None]) -> pa.Table:
+    """The heads that have a role, role by role, the most important first."""
+    mass = table["importance"].to_numpy()
+    named = [i for i, role in enumerate(roles) if role is not None]
+    order = sorted(named, key=lambda i: (_ORDER.index(str(roles[i])), -mass[i]))
+    return table.take(pa.array(order, pa.int64()))
+
+
 def _statement(
     table: pa.Table, roles: list[str | None], judged: NDArray[np.bool_], rule: Rule, H: int
 ) -> str:
     columns = table.to_pydict()
     lines = []
-    order = [OWN, PREVIOUS, *(offset_name(d) for d in range(2, OFFSETS - 1)), SUBWORD, FIRST,
-             PUNCTUATION]  # fmt: skip
     mass = float(np.nansum(columns["importance"])) or 1.0
     named = [i for i, role in enumerate(roles) if role is not None]
-    for role in order:
+    for role in _ORDER:
         having = sorted(
             (i for i in named if roles[i] == role), key=lambda i: -columns["importance"][i]
         )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from ...errors import IfrError
@@ -105,6 +106,7 @@ def parts_of_speech(
         f"word does not help. Shuffled: the same with labels permuted, {permutations} times. The "
         "t-SNE map is for looking at; no number is taken from it.",
         table,
+        table.filter(pc.is_null(table["class"])),
         _speech_figure(space, sample, measures, seed),
     )
 
@@ -189,8 +191,16 @@ def function_words(
         f"{len(n):,} documents or groups of them, with p of a sign-flip test and q after "
         f"Benjamini-Hochberg (quantities and heads apart). Heads are in graphs at {threshold:g}.",
         table,
+        table.take([*range(Q), *_surest(difference, q, Q)]),
         _function_figure(pooled, difference, q, Q, L, H),
     )
+
+
+def _surest(difference: Floats, q: Floats, begin: int, most: int = 12) -> list[int]:
+    """Rows from `begin` on that pass the test, the greatest differences first."""
+    rows = np.arange(begin, len(q))[q[begin:] <= ALPHA]
+    ranked = rows[np.argsort(-np.abs(difference[rows]), kind="stable")]
+    return [int(i) for i in ranked[:most]]
 
 
 # Parts of speech: the sample
