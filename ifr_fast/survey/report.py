@@ -13,7 +13,7 @@ import base64
 import io
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -41,6 +41,7 @@ from .analyses import (
     parts_of_speech,
 )
 from .analyses.plots import styled
+from .analyses.units import units_of
 from .schema import Survey
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def report(
     survey: Survey | str | os.PathLike[str],
     out: str | os.PathLike[str] | None = None,
     *,
+    corpora: Collection[str] | None = None,
     label: str | None = None,
     threshold: float | None = None,
     contrasts: Sequence[tuple[str, str]] = (),
@@ -70,7 +72,8 @@ def report(
 ) -> Report:
     """Carries out every analysis of a survey and writes the report.
 
-    out: its directory; default: report/ in the survey's. label: of parts of speech; default
+    out: its directory; default: report/ in the survey's. corpora: which are analysed; default: all
+    that are not in `contrasts`. label: of parts of speech; default
     "pos", or the only label there is. threshold: at which frequencies are compared; default 0.04
     or the nearest. contrasts: pairs of corpora, each document of which is a prompt.
 
@@ -82,7 +85,10 @@ def report(
     if label is not None and label not in survey.labels:
         there = ", ".join(survey.labels) or "none"
         raise ValueError(f"label: the survey has no label {label!r}; it has {there}")
-    analyses = _analyses(survey, label, threshold, contrasts, seed)
+    if corpora is None and contrasts:
+        apart = {name for pair in contrasts for name in pair}
+        corpora = set(units_of(survey).corpora) - apart or None
+    analyses = _analyses(survey, corpora, label, threshold, contrasts, seed)
     findings: list[Finding] = []
     omitted: dict[str, str] = {}
     with progress("analysing", len(analyses)) as show:
@@ -121,6 +127,7 @@ def summary(written: Report) -> str:
 
 def _analyses(
     survey: Survey,
+    corpora: Collection[str] | None,
     label: str | None,
     threshold: float | None,
     contrasts: Sequence[tuple[str, str]],
@@ -134,19 +141,19 @@ def _analyses(
     def of_function_words() -> Finding:
         if label is not None:
             try:
-                return function_words(survey, label=label, threshold=threshold, seed=seed)
+                return function_words(survey, corpora, label=label, threshold=threshold, seed=seed)
             except NotApplicableError:  # labels of another kind
                 pass
-        return function_words(survey, threshold=threshold, seed=seed)
+        return function_words(survey, corpora, threshold=threshold, seed=seed)
 
     return [
-        ("Importance of blocks and heads", lambda: importance(survey, seed=seed)),
-        ("How often heads are active", lambda: frequency(survey, seed=seed)),
-        ("Roles of heads", lambda: head_roles(survey, seed=seed)),
-        ("Tokens that pass blocks by", lambda: bypass(survey, seed=seed)),
-        ("Parts of speech", lambda: parts_of_speech(survey, label=speech, seed=seed)),
+        ("Importance of blocks and heads", lambda: importance(survey, corpora, seed=seed)),
+        ("How often heads are active", lambda: frequency(survey, corpora, seed=seed)),
+        ("Roles of heads", lambda: head_roles(survey, corpora, seed=seed)),
+        ("Tokens that pass blocks by", lambda: bypass(survey, corpora, seed=seed)),
+        ("Parts of speech", lambda: parts_of_speech(survey, corpora, label=speech, seed=seed)),
         ("Function words and content words", of_function_words),
-        ("Domains", lambda: domains(survey, threshold=threshold, seed=seed)),
+        ("Domains", lambda: domains(survey, corpora, threshold=threshold, seed=seed)),
         *(
             (f"Contrast of {a} with {b}", lambda a=a, b=b: contrast(survey, a, b, seed=seed))
             for a, b in contrasts

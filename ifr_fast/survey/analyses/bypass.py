@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -54,12 +54,19 @@ _CLASSES = (
 )
 
 
-def bypass(survey: Survey, *, seed: int = 0, resamples: int = 1000, min_count: int = 20) -> Finding:
+def bypass(
+    survey: Survey,
+    corpora: Collection[str] | None = None,
+    *,
+    seed: int = 0,
+    resamples: int = 1000,
+    min_count: int = 20,
+) -> Finding:
     """How much of each block's sum is the residual stream, by kind of token and by token.
 
     A row of the table is a class of tokens, or a token that occurs `min_count` times or more.
     """
-    units = units_of(survey, seed=seed)
+    units = units_of(survey, corpora, seed=seed)
     L = survey.n_layers
     C = len(_CLASSES)
     by_token: dict[str, NDArray[np.float64]] = {}

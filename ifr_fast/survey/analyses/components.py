@@ -4,6 +4,8 @@ the graphs.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
@@ -18,12 +20,14 @@ from .wording import head_name, listed, number, percent
 _SHARES = ("residual_mid", "residual_post")
 
 
-def importance(survey: Survey, *, seed: int = 0, resamples: int = 1000) -> Finding:
+def importance(
+    survey: Survey, corpora: Collection[str] | None = None, *, seed: int = 0, resamples: int = 1000
+) -> Finding:
     """Mean importance of every FFN block and attention head, with 95% intervals.
 
     A row of the table is a layer's attention, its FFN, or one head.
     """
-    units = units_of(survey, seed=seed)
+    units = units_of(survey, corpora, seed=seed)
     L, H = survey.n_layers, survey.n_heads
 
     def values(part: Part) -> dict[str, NDArray[np.float32]]:
@@ -130,9 +134,11 @@ def importance(survey: Survey, *, seed: int = 0, resamples: int = 1000) -> Findi
     )
 
 
-def frequency(survey: Survey, *, seed: int = 0, resamples: int = 1000) -> Finding:
+def frequency(
+    survey: Survey, corpora: Collection[str] | None = None, *, seed: int = 0, resamples: int = 1000
+) -> Finding:
     """How often each head is in a prediction's graph, at every threshold, with 95% intervals."""
-    units = units_of(survey, seed=seed)
+    units = units_of(survey, corpora, seed=seed)
     L, H, thresholds = survey.n_layers, survey.n_heads, survey.thresholds
     names = [f"head_in_{k}" for k in range(len(thresholds))]
     depths = [f"route_depth_{k}" for k in range(len(thresholds))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -24,6 +25,7 @@ _PANELS = 6
 
 def domains(
     survey: Survey,
+    corpora: Collection[str] | None = None,
     *,
     threshold: float | None = None,
     alpha: float = ALPHA,
@@ -38,7 +40,7 @@ def domains(
     the nearest. Raises NotApplicableError with fewer than two corpora of two documents.
     """
     k = threshold_index(survey, threshold)
-    units = units_of(survey, seed=seed)
+    units = units_of(survey, corpora, seed=seed)
     enough = [i for i in range(len(units.corpora)) if (units.corpus == i).sum() >= 2]
     if len(enough) < 2:
         raise NotApplicableError(
@@ -107,11 +109,7 @@ def contrast(
         raise ValueError(f"position: expected 'last' or 'all', got {position!r}")
     if first == second:
         raise ValueError(f"second: expected another corpus than the first, got {second!r}")
-    units = units_of(survey, seed=seed)
-    for name, given in (("first", first), ("second", second)):
-        if given not in units.corpora:
-            there = listed([repr(x) for x in units.corpora])
-            raise ValueError(f"{name}: the survey has no corpus {given!r}; it has {there}")
+    units = units_of(survey, {first, second}, seed=seed)
     L, H = survey.n_layers, survey.n_heads
     quantities = ["attention importance", "FFN importance", "lowest position change",
                   "probability"]  # fmt: skip

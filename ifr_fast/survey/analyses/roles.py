@@ -24,6 +24,7 @@ another token; and one that does so is not named for the offset that its words h
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -92,7 +93,12 @@ _ORDER = [*(offset_name(d) for d in range(OFFSETS - 1)), SUBWORD, FIRST, PUNCTUA
 
 
 def head_roles(
-    survey: Survey, *, rule: Rule | None = None, seed: int = 0, resamples: int = 1000
+    survey: Survey,
+    corpora: Collection[str] | None = None,
+    *,
+    rule: Rule | None = None,
+    seed: int = 0,
+    resamples: int = 1000,
 ) -> Finding:
     """Which heads have a role, and every head's scores; a row a head.
 
@@ -100,7 +106,7 @@ def head_roles(
     goes before offsets.
     """
     rule = rule or Rule()
-    units = units_of(survey, seed=seed)
+    units = units_of(survey, corpora, seed=seed)
     L, H = survey.n_layers, survey.n_heads
     sums = _head_sums(survey, units)
     judged = _judged(sums, rule)
@@ -145,9 +151,8 @@ def _head_sums(survey: Survey, units: Units) -> dict[str, Floats]:
     sums = {name: np.zeros((U * M,)) for name in _SUMS}
     sums["by_offset"] = np.zeros((U * M, OFFSETS))
     uniform = np.zeros((U, OFFSETS + 1))
-    columns = ["document", "layer", "head", "by_offset", *_SUMS]
-    for part in survey.heads.parts(*columns):
-        unit = units.of(part["document"])
+    columns = ["layer", "head", "by_offset", *_SUMS]
+    for unit, part in units.parts(survey.heads, *columns):
         head = part["layer"].astype(np.int64) * H + part["head"]
         for name in (*_SUMS, "by_offset"):
             add(sums[name], unit * M + head, part[name])

@@ -6,7 +6,7 @@ of whole documents: memory does not grow with the corpus, and the units are as i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,9 +33,15 @@ class Units:
     def __len__(self) -> int:
         return len(self.corpus)
 
-    def of(self, documents: NDArray[Any]) -> NDArray[np.int64]:
-        """The units of rows, given their documents."""
-        return self.unit[np.searchsorted(self.documents, documents)]
+    def parts(self, table: Table, *columns: str) -> Iterator[tuple[NDArray[np.int64], Part]]:
+        """A table's parts, of these documents alone: the unit of each row, and its columns."""
+        for part in table.parts("document", *columns):
+            at = np.searchsorted(self.documents, part["document"]).clip(max=len(self.unit) - 1)
+            mine = self.documents[at] == part["document"]
+            if mine.all():
+                yield self.unit[at], part
+            else:
+                yield self.unit[at[mine]], {name: x[mine] for name, x in part.items()}
 
     def sum(
         self,
@@ -45,8 +51,7 @@ class Units:
     ) -> dict[str, Floats]:
         """Sums [U, ...] over each unit's rows of what `values` makes of a part's columns."""
         sums: dict[str, Floats] = {}
-        for part in table.parts("document", *columns):
-            unit = self.of(part["document"])
+        for unit, part in self.parts(table, *columns):
             for name, x in values(part).items():
                 total = sums.setdefault(name, np.zeros((len(self), *x.shape[1:])))
                 add(total, unit, x)
@@ -62,29 +67,42 @@ def add(total: Floats, index: NDArray[np.int64], values: NDArray[Any]) -> None:
     total[there] += np.add.reduceat(values[order].astype(np.float64), starts, axis=0)
 
 
-def units_of(survey: Survey, *, seed: int = 0, most: int = MOST) -> Units:
-    """The units of a survey's documents. Raises NotApplicableError where there is no document."""
+def units_of(
+    survey: Survey, corpora: Collection[str] | None = None, *, seed: int = 0, most: int = MOST
+) -> Units:
+    """The units of a survey's documents, of some of its corpora or all.
+
+    Raises ValueError for a corpus that the survey does not have, and NotApplicableError where there
+    is no document.
+    """
     found: dict[int, str] = {}
     for part in survey.predictions.parts("document", "corpus"):
         documents, first = np.unique(part["document"], return_index=True)
         found.update(zip(documents.tolist(), part["corpus"][first].tolist(), strict=True))
-    if not found:
+    if not found or (corpora is not None and not corpora):
         raise NotApplicableError(f"{survey.path}: holds no predictions")
+    there = sorted(set(found.values()))
+    if corpora is not None:
+        unknown = sorted(set(corpora) - set(there))
+        if unknown:
+            names = ", ".join(map(repr, there))
+            raise ValueError(f"corpora: the survey has no corpus {unknown[0]!r}; it has {names}")
+        found = {i: name for i, name in found.items() if name in corpora}
+        there = sorted(set(corpora))
     documents = np.array(sorted(found), dtype=np.int64)
-    names = np.array([found[i] for i in documents.tolist()], dtype=object)
-    corpora = sorted(set(names.tolist()))
-    each = max(2, most // len(corpora))
+    named = np.array([found[i] for i in documents.tolist()], dtype=object)
+    each = max(2, most // len(there))
     rng = np.random.default_rng(seed)
     unit = np.zeros(len(documents), dtype=np.int64)
     corpus: list[int] = []
-    for i, name in enumerate(corpora):
-        rows = (names == name).nonzero()[0]
+    for i, name in enumerate(there):
+        rows = (named == name).nonzero()[0]
         dealt = np.arange(len(rows))
         if len(rows) > each:
             dealt = rng.permutation(len(rows)) % each
         unit[rows] = len(corpus) + dealt
         corpus += [i] * min(len(rows), each)
-    return Units(corpora, np.array(corpus, dtype=np.int64), documents, unit)
+    return Units(there, np.array(corpus, dtype=np.int64), documents, unit)
 
 
 def threshold_index(survey: Survey, threshold: float | None) -> int:

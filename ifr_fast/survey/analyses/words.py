@@ -6,6 +6,7 @@ A prediction's vector is the importance of every head and FFN block in its graph
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -64,6 +65,7 @@ class _Scores(NamedTuple):
 
 def parts_of_speech(
     survey: Survey,
+    corpora: Collection[str] | None = None,
     *,
     label: str = "pos",
     of: Of = "token",
@@ -78,7 +80,7 @@ def parts_of_speech(
     A row of the table is a measure, over all classes or of one. Raises NotApplicableError without
     the label, or with fewer than two classes or documents.
     """
-    sample = _draw(survey, label, of, per_class, seed)
+    sample = _draw(survey, corpora, label, of, per_class, seed)
     N, C = len(sample.labels), len(sample.classes)
     space, explained = _principal(sample.vectors, seed)
     rng = np.random.default_rng(seed)
@@ -113,6 +115,7 @@ def parts_of_speech(
 
 def function_words(
     survey: Survey,
+    corpora: Collection[str] | None = None,
     *,
     label: str | None = None,
     threshold: float | None = None,
@@ -131,7 +134,7 @@ def function_words(
     if label is not None and label not in survey.labels:
         raise NotApplicableError(f"label: the survey has no label {label!r}")
     L, H = survey.n_layers, survey.n_heads
-    units = units_of(survey, seed=seed)
+    units = units_of(survey, corpora, seed=seed)
     column = "token" if label is None else f"label_{label}"
     columns = [column, "head_importance", "ffn_importance", "probability",
                *(f"{name}_{k}" for name in ("head_in", "ffn_in", "route_depth"))]  # fmt: skip
@@ -206,7 +209,14 @@ def _surest(difference: Floats, q: Floats, begin: int, most: int = 12) -> list[i
 # Parts of speech: the sample
 
 
-def _draw(survey: Survey, label: str, of: Of, per_class: int, seed: int) -> _Sample:
+def _draw(
+    survey: Survey,
+    corpora: Collection[str] | None,
+    label: str,
+    of: Of,
+    per_class: int,
+    seed: int,
+) -> _Sample:
     """Those predictions of each class that a hash of their place puts first: independent of how
     a survey is cut into parts, and no more in memory than are drawn.
     """
@@ -217,9 +227,8 @@ def _draw(survey: Survey, label: str, of: Of, per_class: int, seed: int) -> _Sam
         raise ValueError(f"of: expected 'token' or 'next', got {of!r}")
     column = f"label_{label}"
     drawn: dict[str, dict[str, NDArray[np.generic]]] = {}
-    for part in survey.predictions.parts(
-        "document", "position", "token", "next_token", column, "head_importance", "ffn_importance"
-    ):
+    columns = ["position", "token", "next_token", column, "head_importance", "ffn_importance"]
+    for _, part in units_of(survey, corpora).parts(survey.predictions, *columns):
         names, words = part[column], part["token"]
         if of == "next":
             names, words = _following(part, names), part["next_token"]
