@@ -71,8 +71,7 @@ def _score_together(
         "residual_mid": by_position(np.where(parallel, np.float32(np.nan), residual)),
         "residual_post": by_position(np.where(parallel, residual, ffn_residual)),
     }
-    for k, threshold in enumerate(thresholds):
-        within = membership(swept, threshold)
+    for k, within in enumerate(membership(swept, thresholds)):
         columns[f"head_in_{k}"] = _packed(within.head.reshape(B, T, -1))
         columns[f"ffn_in_{k}"] = _packed(within.ffn)
         columns[f"route_depth_{k}"] = within.depth

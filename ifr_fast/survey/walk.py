@@ -12,6 +12,7 @@ Edges and thresholds are compared as `RouteGraph` does (graph.py), at token gran
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -102,51 +103,55 @@ class _FlowStep(NamedTuple):
         return torch.addmm(flat * self.to_pre, self.matrix, flat).view(flow.shape)
 
 
-def membership(swept: Swept, threshold: float) -> Membership:
-    """What is in the graph of every prediction at a threshold not below the one scored with."""
+def membership(swept: Swept, thresholds: Sequence[float]) -> list[Membership]:
+    """What is in the graph of every prediction at each threshold, none of them below the one
+    scored with.
+    """
     B, T, L = len(swept.lengths), swept.n_rows, len(swept.parallel)
-    H = swept.head_mass.shape[-1]
-    W = -(-T // 64)
-    reach = np.zeros((B, T, W), np.uint64)
+    H, K, W = swept.head_mass.shape[-1], len(thresholds), -(-T // 64)
+    alone = np.zeros((B, T, 1, W), np.uint64)
     for b, n in enumerate(swept.lengths):
         t = np.arange(n)
-        reach[b, t, t // 64] = np.uint64(1) << (t % 64).astype(np.uint64)
-    reach = reach.reshape(B * T, W)
-    heads = np.zeros((L, B * H, W), np.uint64)
-    ffns = np.zeros((L, B, W), np.uint64)
-    moved = np.zeros((L, B, W), np.uint64)
+        alone[b, t, 0, t // 64] = np.uint64(1) << (t % 64).astype(np.uint64)
+    reach = np.repeat(alone.reshape(B * T, 1, W), K, axis=1)
+    heads = np.zeros((L, B * H, K, W), np.uint64)
+    ffns = np.zeros((L, B, K, W), np.uint64)
+    moved = np.zeros((L, B, K, W), np.uint64)
+    bounds = torch.tensor(thresholds, dtype=torch.float32)
 
     def kept(x: Tensor) -> Array:
-        return (x > threshold).numpy()
+        """Of weights [N], words [N, K, 1] to AND with: all ones where above the threshold."""
+        flags = (x[:, None] > bounds).numpy()
+        return (np.uint64(0) - flags.astype(np.uint64))[:, :, None]
 
     for layer in reversed(range(L)):
         target, source, weight, head_weight = swept.edges[layer]
         ffn, passes = kept(swept.ffn[layer]), kept(swept.residual[layer])
-        ffns[layer] = np.bitwise_or.reduce(np.where(ffn[:, None], reach, 0).reshape(B, T, W), 1)
+        ffns[layer] = np.bitwise_or.reduce((reach & ffn).reshape(B, T, K, W), 1)
         if swept.parallel[layer]:
             passes = passes | ffn
         else:
-            reach = np.where((ffn | kept(swept.ffn_residual[layer]))[:, None], reach, 0)
-        edge, head = (head_weight > threshold).nonzero(as_tuple=True)
+            reach &= ffn | kept(swept.ffn_residual[layer])
+        edge, head = (head_weight > bounds[0]).nonzero(as_tuple=True)
         at = target[edge]
-        _merge(heads[layer], (at // T * H + head).numpy(), reach[at.numpy()])
-        strong = weight > threshold
-        into, out_of = target[strong].numpy(), source[strong].numpy()
-        carried = reach[into]
+        strong = reach[at.numpy()] & kept(head_weight[edge, head])
+        _merge(heads[layer], (at // T * H + head).numpy(), strong)
+        into, out_of = target.numpy(), source.numpy()
+        carried = reach[into] & kept(weight)
         elsewhere = into != out_of
         _merge(moved[layer], into[elsewhere] // T, carried[elsewhere])
-        reach = np.where(passes[:, None], reach, 0)
+        reach &= passes
         _merge(reach, out_of, carried)
 
-    of_head = _unpacked(heads, T).reshape(L, B, H, T).transpose(1, 3, 0, 2)
-    of_ffn = _unpacked(ffns, T).transpose(1, 2, 0)
-    changes = _unpacked(moved, T)  # [L, B, T]
-    depth = np.where(changes.any(0), changes.argmax(0), L).astype(np.int16)
-    return Membership(of_head, of_ffn, depth)
+    of_head = _unpacked(heads, T).reshape(L, B, H, K, T).transpose(3, 1, 4, 0, 2)
+    of_ffn = _unpacked(ffns, T).transpose(2, 1, 3, 0)
+    changes = _unpacked(moved, T).transpose(2, 0, 1, 3)  # [K, L, B, T]
+    depth = np.where(changes.any(1), changes.argmax(1), L).astype(np.int16)
+    return [Membership(*of) for of in zip(of_head, of_ffn, depth, strict=True)]
 
 
 def _merge(into: Array, group: Array, bits: Array) -> None:
-    """ORs rows of `bits` [N, W] into the rows of `into` that `group` [N] names."""
+    """ORs rows of `bits` [N, K, W] into the rows of `into` that `group` [N] names."""
     if len(group) == 0:
         return
     order = group.argsort(kind="stable")
