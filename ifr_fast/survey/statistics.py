@@ -107,7 +107,7 @@ def _head_sums(swept: Swept, documents: list[Tokens], keep: float) -> dict[str, 
     source = np.concatenate([e.source.numpy() for e in swept.edges])
     weight = np.concatenate([e.head_weight.numpy() for e in swept.edges]).astype(np.float64)
     layer = np.repeat(np.arange(L), [len(e.target) for e in swept.edges])
-    group = target // T * L + layer
+    group: Array = target // T * L + layer
     offset = target - source
     earlier = offset > 0
     of_head = np.arange(H)

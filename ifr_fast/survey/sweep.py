@@ -224,7 +224,10 @@ class _Pass:
         """As `recording.layer_inputs`, of what is at hand."""
         now, device = self.now, block.W_O.device
         call, pre, mid = now.attention, now.pre, now.mid
-        assert call is not None and pre is not None and mid is not None and now.call is not None
+        assert call is not None
+        assert pre is not None
+        assert mid is not None
+        assert now.call is not None
         rows = torch.arange(n)
 
         def take(x: Tensor) -> Tensor:
@@ -288,7 +291,7 @@ class _Pass:
             torch.cat([e.weight for e in edges]).float(),
             torch.cat([e.head_weight for e in edges]).float(),
         )
-        if not found.weight.device.type == "cpu":
+        if found.weight.device.type != "cpu":
             found = LayerEdges(*(x.cpu() for x in found))
         if not bool((found.weight > 0).all()):  # a GPU's kernels pad their lists
             kept = (found.weight > 0).nonzero().squeeze(1)

@@ -1,4 +1,4 @@
-"""The graphs of all predictions of a batch, read off its edges: what is in each, and how much of it.
+"""The graphs of all predictions of a batch: what is in each, and how much of it.
 
 For every prediction at once, from the top layer down:
 
