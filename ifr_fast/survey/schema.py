@@ -21,15 +21,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from ..errors import FormatError, IfrError
-
-try:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-except ImportError as error:
-    raise IfrError(
-        "ifr_fast.survey needs pyarrow, which is not installed: pip install 'ifr-fast[survey]'"
-    ) from error
+from ..errors import FormatError
+from .arrow import pa, pq
 
 FORMAT = "ifr_fast.survey"
 VERSION = 1
@@ -202,7 +195,7 @@ class Table:
         try:
             table = file.read(columns=names)
         except (OSError, pa.ArrowException) as error:
-            raise FormatError(f"{path}: is broken ({_line(error)})") from error
+            raise FormatError(f"{path}: is broken ({first_line(error)})") from error
         return {name: self._array(name, table.column(name)) for name in names}
 
     def _array(self, name: str, column: pa.ChunkedArray) -> Array:
@@ -361,8 +354,8 @@ def _parquet(path: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path)
     except (OSError, pa.ArrowException) as error:
-        raise FormatError(f"{path}: is broken ({_line(error)})") from error
+        raise FormatError(f"{path}: is broken ({first_line(error)})") from error
 
 
-def _line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
