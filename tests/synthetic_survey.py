@@ -22,6 +22,9 @@ from ifr_fast.survey.schema import (
 )
 
 Columns = dict[str, Any]
+L, H = 3, 4
+THRESHOLDS = [0.02, 0.04]
+TAGS = ["ADJ", "DET", "NOUN", "VERB"]
 
 
 def write_survey(
@@ -106,3 +109,38 @@ def _array(values: np.ndarray | None, kind: pa.DataType, n: int) -> pa.Array:
     if values is None:
         return pa.array([""] * n if pa.types.is_string(kind) else np.zeros(n), kind)
     return pa.array(values.tolist(), kind)
+
+
+def made_up(n_documents: int = 30, length: int = 17, seed: int = 0) -> dict[str, Any]:
+    """Columns of predictions without any effect: two corpora, documents of unequal length."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(length - 5, length + 6, n_documents)
+    N = int(lengths.sum())
+    document = np.repeat(np.arange(n_documents), lengths)
+    of_document = rng.normal(0, 0.3, (n_documents, L, H))  # documents differ among themselves
+    likely = 1 / (1 + np.exp(-(of_document[document] + rng.normal(0, 0.3, (L, H)))))
+    inside = rng.random((N, L, H)) < likely
+    words = ["the", " cat", ".", ",", " sat", "\n", " of", " red"]
+    return {
+        "document": document,
+        "corpus": np.where(document % 2 == 0, "even", "odd").astype(object),
+        "position": np.concatenate([np.arange(n) for n in lengths]),
+        "token": rng.choice(np.array(words, object), N),
+        "next_token": rng.choice(np.array(words, object), N),
+        "label_pos": rng.choice(np.array([*TAGS, None], object), N),
+        "probability": rng.random(N),
+        "head_importance": rng.gamma(1, 0.03, (N, L, H)),
+        "ffn_importance": rng.gamma(1, 0.1, (N, L)),
+        "residual_mid": rng.random((N, L)),
+        "residual_post": rng.random((N, L)),
+        "head_in_0": inside,
+        "head_in_1": inside & (rng.random((N, L, H)) < 0.5),
+        "ffn_in_1": rng.random((N, L)) < 0.5,
+        "route_depth_0": rng.integers(0, L + 1, N),
+        "route_depth_1": rng.integers(0, L + 1, N),
+    }
+
+
+def written(path: Path, columns: dict[str, Any], heads: Any = None, **options: Any) -> Survey:
+    options = {"n_layers": L, "n_heads": H, "thresholds": THRESHOLDS, "labels": ["pos"]} | options
+    return write_survey(path, columns, heads, **options)

@@ -61,6 +61,7 @@ def domains(
             )
         )  # fmt: skip
     q = correct(np.stack([of.p for of in found]))
+    control = halves_differ(units.corpus, counts, sums, seed=seed, permutations=permutations)
     names = [units.corpora[i] for i in subjects]
     table = pa.concat_tables(
         [
@@ -75,12 +76,13 @@ def domains(
     return Finding(
         "domains",
         "Domains",
-        _statement(names, found, q, against, alpha, H),
+        _statement(names, found, q, against, alpha, H) + _control_statement(control, alpha),
         f"Share of predictions whose graph a head is in, at {survey.thresholds[k]:g}. Documents, "
         f"or groups of them: {sizes}. Intervals: 95% bootstrap over documents. p: permutation of "
         f"documents between the groups ({permutations:,} times), statistic studentized; q: "
         f"Benjamini-Hochberg over all {q.size:,} tests, at {alpha:g}. Corpora that differ in the "
-        "length of documents, or in how much of them is at the beginning, differ in that too.",
+        "length of documents, or in how much of them is at the beginning, differ in that too. "
+        "Control: the same test of two halves of each corpus, its documents dealt out at random.",
         table,
         table.take(pa.array(_surest(q, table["difference"].to_numpy(), alpha), pa.int64())),
         _figure(names, found, q, alpha, L, H, against),
@@ -189,6 +191,29 @@ def _frequencies(survey: Survey, units: Units, k: int) -> tuple[Floats, Floats]:
     return sums["n"], sums["in"]
 
 
+def halves_differ(
+    corpus: NDArray[np.int64],
+    counts: Floats,
+    sums: Floats,
+    *,
+    seed: int,
+    permutations: int = 9999,
+) -> Floats:
+    """Of two random halves of each corpus, where nothing is to be found: q [C, M] of the same test.
+
+    corpus, counts [U] and sums [U, M] of each unit; corpora of fewer than 4 units are left out.
+    """
+    rng = np.random.default_rng(seed)
+    p = []
+    for i in np.unique(corpus):
+        units = rng.permutation(np.flatnonzero((corpus == i) & (counts > 0)))
+        if len(units) >= 4:
+            first, second = units[: len(units) // 2], units[len(units) // 2 :]
+            groups = (sums[first], counts[first]), (sums[second], counts[second])
+            p.append(compare(*groups, seed=seed, resamples=1, permutations=permutations).p)
+    return correct(np.stack(p)) if p else np.zeros((0, sums.shape[1]))
+
+
 def _last_positions(survey: Survey) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Documents, ascending, and the last position of each that predicts."""
     last: dict[int, int] = {}
@@ -264,6 +289,16 @@ def _statement(
                     + "."
                 )  # fmt: skip
     return "\n".join(lines)
+
+
+def _control_statement(q: Floats, alpha: float) -> str:
+    if not q.size:
+        return ""
+    found = int((q <= alpha).sum())
+    return (
+        f"\nControl: between two random halves of each corpus, {found} of {q.size:,} heads differ "
+        f"by the same test and correction (smallest q: {number(float(q.min()))})."
+    )
 
 
 def _figure(

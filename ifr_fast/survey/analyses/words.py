@@ -415,8 +415,9 @@ def _speech_statement(measures: dict[str, _Scores], sample: _Sample, permutation
         else "Vectors do not tell parts of speech from what chance would give"
     )
     return (
-        f"{verdict}: the nearest predictions of other documents name {percent(near.value)} of the "
-        f"{C} classes rightly, and {percent(other.value)} when they must be other words; with "
+        f"{verdict}: the nearest predictions of other documents name the class of "
+        f"{percent(near.value)} rightly (the mean over {C} classes), and of "
+        f"{percent(other.value)} when they must be other words; with "
         f"shuffled labels {percent(float(near.shuffled.mean()))}, never above "
         f"{percent(float(max(near.shuffled.max(), other.shuffled.max())))} in {permutations} "
         f"shuffles.\n"
