@@ -11,6 +11,7 @@ import pytest
 from synthetic_survey import THRESHOLDS, H, L, made_up, write_survey
 from typer.testing import CliRunner
 
+import ifr_fast.survey.analyses
 from ifr_fast.cli import app
 from ifr_fast.survey.report import Report, report
 from ifr_fast.survey.schema import Survey
@@ -110,3 +111,22 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         failed = run(*arguments)
         assert failed.exit_code != 0
         assert message in str(failed.exception)
+
+
+def test_the_documentation_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    columns = made_up(24, 40)
+    columns["corpus"] = np.where(columns["corpus"] == "odd", "code", "prose").astype(object)
+    write_survey(
+        tmp_path / "DIR", columns, n_layers=L, n_heads=H, thresholds=THRESHOLDS, labels=["pos"]
+    )
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parent.parent / "docs" / "survey-report.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(compile(block, "survey-report.md", "exec"), {})
+    assert (tmp_path / "roles.pdf").is_file()
+    assert (tmp_path / "report" / "report.html").is_file()
+    exported = set(ifr_fast.survey.analyses.__all__) - {"Finding", "NotApplicableError", "Rule"}
+    assert set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == exported
+    help_ = CliRunner().invoke(app, ["report", "--help"], env={"COLUMNS": "200"}).output
+    existing = set(re.findall(r"--\w[\w-]*", re.sub(r"\x1b\[[\d;]*m", "", help_)))
+    assert set(re.findall(r"`(--\w[\w-]*)", page)) <= existing
