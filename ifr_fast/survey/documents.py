@@ -178,7 +178,8 @@ class Cutter:
         n = len(encoded.ids)
         found: dict[str, Labels] = {}
         word_of: list[int | None] | None = None
-        for name, value in item.labels.items():
+        for name in self.reading.labels:
+            value = item.labels.get(name)
             if not _is_list(value):
                 found[name] = [_label(value)] * n
             elif item.token_ids is not None:

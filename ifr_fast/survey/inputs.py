@@ -232,6 +232,8 @@ class Source:
             return Problem(
                 context, f"its {reading.text_field!r} is no text but {type(text).__name__}"
             )
+        if text == "" and ids is None:
+            return Problem(context, "is empty")
         if words is not None and not all(isinstance(word, str) for word in words):
             return Problem(context, "its 'words' are not all text")
         if ids is not None and not all(type(i) is int for i in ids):

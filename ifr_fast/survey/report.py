@@ -115,16 +115,6 @@ def pairs(given: Sequence[str]) -> list[tuple[str, str]]:
     return found
 
 
-def summary(written: Report) -> str:
-    """The findings in words, without figures and tables."""
-    lines = []
-    for finding in written.findings:
-        lines += [finding.title, *(f"  {line}" for line in finding.statement.splitlines()), ""]
-    for title, why in written.omitted.items():
-        lines += [f"{title}: not computed ({why})", ""]
-    return "\n".join(lines).rstrip()
-
-
 def _analyses(
     survey: Survey,
     corpora: Collection[str] | None,

@@ -95,13 +95,12 @@ def _head_sums(swept: Swept, documents: list[Tokens], keep: float) -> dict[str, 
     """The columns of heads/ but for names, [B, L * H, ...]."""
     B, T, L = len(documents), swept.n_rows, len(swept.parallel)
     H = swept.head_mass.shape[-1]
-    punctuation, later_piece = np.zeros((2, B, T), bool)
-    word = np.zeros((B, T), np.int64)
+    punctuation, later_piece = np.zeros((2, B * T), bool)
+    word = np.zeros(B * T, np.int64)
     for b, document in enumerate(documents):
-        n = len(document.word)
-        punctuation[b, :n], later_piece[b, :n] = document.punctuation, document.later_piece
-        word[b, :n] = document.word
-    punctuation, later_piece, word = punctuation.ravel(), later_piece.ravel(), word.ravel()
+        rows = slice(b * T, b * T + len(document.word))
+        punctuation[rows], later_piece[rows] = document.punctuation, document.later_piece
+        word[rows] = document.word
 
     target = np.concatenate([e.target.numpy() for e in swept.edges])
     source = np.concatenate([e.source.numpy() for e in swept.edges])
@@ -125,7 +124,7 @@ def _head_sums(swept: Swept, documents: list[Tokens], keep: float) -> dict[str, 
     by_offset = summed(weight, bins, slice(None), B * L * OFFSETS).reshape(B, L, OFFSETS, H)
     into_later = later_piece[target]
     above = weight.astype(np.float32) > np.float32(keep)
-    rows = np.array(swept.lengths)
+    n_rows = np.array(swept.lengths)
     word_targets = later_piece.reshape(B, T).sum(1)
     floats = {
         "mass": swept.head_mass.numpy().transpose(1, 0, 2).reshape(B, L * H),
@@ -137,7 +136,7 @@ def _head_sums(swept: Swept, documents: list[Tokens], keep: float) -> dict[str, 
         "same_word": by_layer(into_later & earlier & (word[source] == word[target])),
     }
     counts = {
-        "rows": np.repeat(rows[:, None], L * H, 1),
+        "rows": np.repeat(n_rows[:, None], L * H, 1),
         "word_targets": np.repeat(word_targets[:, None], L * H, 1),
         "edges": summed(above, group, slice(None), B * L).reshape(B, L * H),
     }
