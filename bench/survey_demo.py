@@ -43,6 +43,8 @@ ADDITIONS = 40
 PROMPTS = 60
 LANGUAGES = ["arb", "cmn_hans", "deu_1996", "fra", "ita", "nld", "pol", "rus", "spa", "tur"]
 PER_LANGUAGE = 6
+NAMES = ["Mary", "John", "Alice", "Tom", "James", "Anna", "David", "Sarah", "Mark", "Paul", "Lisa",
+         "Peter", "Emma", "Jack", "Kate", "Simon", "Laura", "Adam", "Jane", "George"]  # fmt: skip
 
 # Brown's tags to universal ones, by what they begin with, the longest first. Brown does not tell
 # auxiliaries from other uses of be, have and do: they, and modals, are all AUX here.
@@ -180,10 +182,9 @@ def prompts(tokenizer: PreTrainedTokenizerBase, *, third: bool) -> Iterator[dict
     """Who was given something; the last token is the answer."""
     names = [
         name
-        for name in ("Mary John Alice Tom James Anna David Sarah Mark Paul Lisa Peter Emma Jack "
-                     "Kate Simon Laura Adam Jane George").split()  # noqa: SIM905
+        for name in NAMES
         if len(tokenizer(f" {name}", add_special_tokens=False)["input_ids"]) == 1
-    ]  # fmt: skip
+    ]
     draw = random.Random(0)
     for _ in range(PROMPTS):
         a, b, c = draw.sample(names, 3)
