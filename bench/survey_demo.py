@@ -213,8 +213,8 @@ def fetch(name: str, version: str, cache: Path) -> Path:
 
 
 def write(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    """A record a line."""
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    """A record a line; where it has no parts of speech, it says so."""
+    lines = [json.dumps({"pos": None} | record, ensure_ascii=False) + "\n" for record in records]
     path.write_text("".join(lines), "utf-8")
     print(f"{path}: {len(lines)} documents")
 

@@ -557,6 +557,7 @@ def doctor(
         "plot": ("matplotlib",),
         "networkx": ("networkx",),
         "survey": ("pyarrow",),
+        "report": ("matplotlib", "scipy", "sklearn"),
         "ray": ("ray",),
     }.items():
         missing = [p for p in packages if find_spec(p) is None]

@@ -235,7 +235,7 @@ def _corpora(survey: Survey) -> str:
         }
     )
     problems = len(survey.problems)
-    note = f"<p>{problems:,} inputs could not be surveyed; see the end.</p>" if problems else ""
+    note = f"<p>{problems:,} problems with the input are listed at the end.</p>" if problems else ""
     return _html_table(table, "Corpora") + note
 
 
@@ -267,7 +267,7 @@ def _rest(survey: Survey, omitted: dict[str, str]) -> str:
         more = len(problems) - _PROBLEMS
         items += f"<li>and {more:,} more</li>" if more > 0 else ""
         text += (
-            '<section id="problems"><h2>Not surveyed</h2>'
+            '<section id="problems"><h2>Problems with the input</h2>'
             f'<ul class="problems">{items}</ul></section>\n'
         )
     return text
