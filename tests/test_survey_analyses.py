@@ -216,7 +216,7 @@ def test_roles_are_what_was_put_there(tmp_path: Path) -> None:
     give(heads, (1, 3), first=0.85)
     give(heads, (2, 1), punctuation=0.7)
     give(heads, (2, 2), offset_0=0.95)
-    give(heads, (2, 3), offset_1=0.45)  # less than most of it
+    give(heads, (2, 3), offset_1=0.4)  # less than most of it
     finish(heads)
     survey = written(tmp_path, predictions_of(heads), heads, labels=[])
     finding = head_roles(survey)
@@ -307,10 +307,10 @@ def test_bypass_of_parallel_blocks(tmp_path: Path) -> None:
 
 def test_parts_of_speech_are_told_where_they_differ(tmp_path: Path) -> None:
     """Each tag has a head of its own; words say nothing of tags here."""
-    columns = made_up(40, 40)
+    columns = made_up(30, 20)
     for i, tag in enumerate(TAGS):
         columns["head_importance"][columns["label_pos"] == tag, 1, i] += 0.3
-    finding = parts_of_speech(written(tmp_path, columns), permutations=60, per_class=120)
+    finding = parts_of_speech(written(tmp_path, columns), permutations=60, per_class=60)
     for measure, least in (
         ("nearest neighbours", 0.9),
         ("nearest neighbours, other words", 0.9),
@@ -323,7 +323,7 @@ def test_parts_of_speech_are_told_where_they_differ(tmp_path: Path) -> None:
 
 
 def test_parts_of_speech_are_not_told_where_they_do_not_differ(tmp_path: Path) -> None:
-    finding = parts_of_speech(written(tmp_path, made_up(40, 40)), permutations=60)
+    finding = parts_of_speech(written(tmp_path, made_up(30, 20)), permutations=60)
     for row in (r for r in finding.table.to_pylist() if r["class"] is None):
         assert abs(row["value"] - row["shuffled"]) < 0.08
         assert row["p"] > 0.01
@@ -332,7 +332,7 @@ def test_parts_of_speech_are_not_told_where_they_do_not_differ(tmp_path: Path) -
 
 def test_neighbours_must_be_other_documents_and_other_words(tmp_path: Path) -> None:
     """Vectors that tell the document, or the word, but not the class beyond it."""
-    columns = made_up(40, 40)
+    columns = made_up(30, 20)
     columns["head_importance"] *= 0.01
     tag_of = dict(
         zip(["the", " cat", ".", ",", " sat", "\n", " of", " red"], TAGS * 2, strict=True)
@@ -347,19 +347,20 @@ def test_neighbours_must_be_other_documents_and_other_words(tmp_path: Path) -> N
     ]
     assert near["value"] > 0.95
     assert other["value"] < 0.5
-    columns = made_up(40, 40)
-    columns["label_pos"] = np.array(TAGS, object)[columns["document"] % 4]
+    columns = made_up(30, 20)
+    of_document = np.random.default_rng(2).integers(0, 4, 40)
+    columns["label_pos"] = np.array(TAGS, object)[of_document[columns["document"]]]
     columns["head_importance"] *= 0.01
     columns["head_importance"].reshape(-1, L * H)[
         np.arange(len(columns["document"])), columns["document"] % 12
-    ] += 0.1 + 0.01 * columns["document"]
+    ] += 0.3
     finding = parts_of_speech(written(tmp_path / "document", columns), permutations=20)
     (row,) = [r for r in rows(finding, measure="nearest neighbours") if r["class"] is None]
-    assert row["value"] < 0.9  # by rows of its own document every one would be found
+    assert row["value"] < 0.6  # by rows of its own document every one would be found
 
 
 def test_the_label_may_be_of_the_next_token(tmp_path: Path) -> None:
-    columns = made_up(40, 40)
+    columns = made_up(30, 20)
     tags, document = columns["label_pos"], columns["document"]
     for t in range(len(tags) - 1):
         if document[t] == document[t + 1] and tags[t + 1] in TAGS:
@@ -375,7 +376,7 @@ def test_the_label_may_be_of_the_next_token(tmp_path: Path) -> None:
 
 
 def test_the_sample_does_not_depend_on_parts(tmp_path: Path) -> None:
-    columns = made_up(40, 40)
+    columns = made_up(30, 20)
     tables = [
         parts_of_speech(
             written(tmp_path / str(n), columns, n_parts=n), per_class=50, permutations=3
@@ -394,7 +395,7 @@ def test_what_lacks_labels_says_so(tmp_path: Path) -> None:
 
 
 def test_function_words_differ_where_they_were_made_to(tmp_path: Path) -> None:
-    columns = made_up(40, 30)
+    columns = made_up(40, 30, seed=1)
     function, content = columns["label_pos"] == "DET", np.isin(columns["label_pos"], TAGS[::2])
     columns["head_in_1"][function, 2, 3] = True
     columns["head_in_1"][content, 2, 3] = False

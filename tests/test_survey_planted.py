@@ -21,7 +21,7 @@ from planted import (
 )
 
 from ifr_fast import Tracer
-from ifr_fast.survey import Survey, survey
+from ifr_fast.survey import Source, Survey, survey
 from ifr_fast.survey.analyses import Finding, frequency, head_roles
 
 
@@ -33,7 +33,7 @@ def tracer() -> Tracer:
 @pytest.fixture(scope="module")
 def surveyed(tracer: Tracer, tmp_path_factory: pytest.TempPathFactory) -> Survey:
     path = tmp_path_factory.mktemp("planted") / "survey"
-    return survey(planted_texts(60), path, model=tracer)
+    return survey(Source(planted_texts(60), corpus="planted"), path, model=tracer)
 
 
 @pytest.fixture(scope="module")
