@@ -25,6 +25,7 @@ ATTENTION, FFN, RESIDUAL, TINT, ALERT = "#2b5fd9", "#c2560a", "#8a95a1", "#14a39
 GROUPS = (
     *("#2b5fd9", "#c2560a", "#14a394", "#c01f7a", "#8a95a1", "#e0a100"),
     *("#6b3fa0", "#4d7c0f", "#7fb2ff", "#8b4a2b", "#ff8fb0", "#1a1f26"),
+    *("#9fd8b4", "#c9b8ff"),
 )
 STYLE: dict[str, Any] = {
     "font.family": "sans-serif",

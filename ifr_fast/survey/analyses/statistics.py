@@ -190,4 +190,6 @@ def _t_of_pairs(sums: Floats, squares: Floats, D: int) -> Floats:
     error = np.sqrt(np.maximum(squares - sums**2 / D, 0))
     with np.errstate(invalid="ignore", divide="ignore"):
         t = sums / error
-    return np.where(error > 1e-12, t, np.where(np.abs(sums) > 1e-12, np.sign(sums) * np.inf, 0.0))
+    return np.where(
+        error > 1e-12, t, np.where(np.abs(sums) > 1e-12, np.copysign(np.inf, sums), 0.0)
+    )

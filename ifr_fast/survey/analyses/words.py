@@ -1,7 +1,9 @@
 """(e) Parts of speech and (g) function against content words: whether the components that a
 prediction goes through tell which kind of word it is made at.
 
-A prediction's vector is the importance of every head and FFN block in its graph, [L * H + L].
+A prediction's vector is the square root of the importance of every head and FFN block in its graph,
+[L * H + L]: importances are shares, and the Euclidean distance of their roots is Hellinger's. Taken
+as they are, the few blocks with the greatest importances would decide all distances.
 """
 
 from __future__ import annotations
@@ -100,7 +102,7 @@ def parts_of_speech(
         _speech_statement(measures, sample, permutations),
         f"{N:,} predictions, at most {per_class} of each class drawn at random, labelled by "
         f"{label!r} of {kind}. Vectors: importance of {survey.n_layers * survey.n_heads} heads and "
-        f"{survey.n_layers} FFN blocks, not scaled; distances are Euclidean in their first "
+        f"{survey.n_layers} FFN blocks, square roots; distances are Euclidean in their first "
         f"{space.shape[1]} principal components ({percent(explained)} of the variance). "
         f"Nearest neighbours: the class of most of the {_NEIGHBOURS} nearest predictions of other "
         "documents, as balanced accuracy (the mean over classes of the share found); in the "
@@ -266,7 +268,7 @@ def _draw(
         raise NotApplicableError("documents: expected at least 2 with labels, got 1")
     _, words = np.unique(together["word"].astype(str), return_inverse=True)
     return _Sample(
-        together["vector"][order].astype(np.float32),
+        np.sqrt(together["vector"][order]).astype(np.float32),
         labels[order],
         together["document"][order].astype(np.int64),
         words[order],
@@ -424,11 +426,11 @@ def _speech_statement(measures: dict[str, _Scores], sample: _Sample, permutation
         f"Found best among other words: {listed([of(int(i)) for i in ranked[:3]])}; worst: "
         f"{listed([of(int(i)) for i in ranked[-3:]])}.\n"
         f"Silhouette {silhouette.value:.3f}, shuffled {silhouette.shuffled.mean():.3f} "
-        f"(at most {silhouette.shuffled.max():.3f}): "
+        f"(at most {silhouette.shuffled.max():.3f}; p = {number(silhouette.p)}): "
         + (
-            "classes overlap as clouds, for all that neighbours agree."
-            if silhouette.value < 0.1
-            else "classes are clouds apart."
+            "classes are clouds apart."
+            if silhouette.value >= 0.1
+            else "neighbours agree, but classes overlap as clouds."
         )
         + f" Most compact: {_compact(silhouette, sample.classes)}."
     )  # fmt: skip
@@ -464,7 +466,8 @@ def _speech_figure(
                            label="shuffled labels" if i == 0 else None)  # fmt: skip
         bottom[0].set_xticks(x, sample.classes, rotation=60)
         plots.label(bottom[0], "c  Neighbours that name the class", "", "share found")
-        bottom[0].legend()
+        bottom[0].set_ylim(top=1.3 * max(float(near.of_class.max()), float(other.of_class.max())))
+        bottom[0].legend(loc="upper center", ncols=3, columnspacing=1.0)
         bars = bottom[1]
         bars.barh(np.arange(C), silhouette.of_class, 0.6, color=plots.GROUPS[6])
         bars.set_yticks(np.arange(C), sample.classes)
