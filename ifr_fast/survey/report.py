@@ -216,14 +216,13 @@ def _facts(survey: Survey) -> str:
 def _corpora(survey: Survey) -> str:
     rows: dict[str, list[float]] = {}
     seen: dict[str, set[int]] = {}
-    for part in survey.predictions.parts("document", "corpus", "probability", "route_depth_0"):
+    for part in survey.predictions.parts("document", "corpus", "probability"):
         for name in np.unique(part["corpus"].astype(str)).tolist():
             mine = part["corpus"] == name
-            total = rows.setdefault(name, [0.0, 0.0, 0.0])
+            total = rows.setdefault(name, [0.0, 0.0])
             likely = np.log(np.maximum(part["probability"][mine].astype(np.float64), 1e-30))
             total[0] += int(mine.sum())
             total[1] += float(likely.sum())
-            total[2] += float(part["route_depth_0"][mine].sum())
             seen.setdefault(name, set()).update(np.unique(part["document"][mine]).tolist())
     table = pa.table(
         {
@@ -231,7 +230,6 @@ def _corpora(survey: Survey) -> str:
             "documents": [len(seen[name]) for name in sorted(rows)],
             "predictions": [int(rows[name][0]) for name in sorted(rows)],
             "perplexity": [float(np.exp(-rows[n][1] / rows[n][0])) for n in sorted(rows)],
-            "lowest_position_change": [rows[name][2] / rows[name][0] for name in sorted(rows)],
         }
     )
     problems = len(survey.problems)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ..schema import Survey
 from . import plots
 from .finding import Finding
-from .statistics import Floats, bootstrap
+from .statistics import Floats, bootstrap, ratio
 from .units import Part, units_of
 from .wording import head_name, listed, number, percent
 
@@ -146,7 +146,9 @@ def frequency(
     def values(part: Part) -> dict[str, NDArray[np.float32]]:
         return {
             "n": np.ones(len(part["document"]), np.float32),
-            **{name: part[name] for name in (*names, *depths)},
+            **{name: part[name] for name in names},
+            **{name: np.where(part[name] < L, part[name], 0) for name in depths},
+            **{f"moved_{name}": part[name] < L for name in depths},
             **{f"count_{name}": part[name].sum((1, 2)) for name in names},
         }
 
@@ -154,7 +156,7 @@ def frequency(
     of = [bootstrap(sums[name], sums["n"], seed=seed, resamples=resamples) for name in names]
     n = sums["n"].sum()
     count = [float(sums[f"count_{name}"].sum() / n) for name in names]
-    depth = [float(sums[name].sum() / n) for name in depths]
+    depth = [float(ratio(sums[name], sums[f"moved_{name}"])) for name in depths]
 
     table = pa.table(
         {
@@ -192,8 +194,8 @@ def frequency(
     lines = [
         f"At {threshold:g}, {number(heads_in)} of {L * H} heads are in a prediction's graph on "
         f"average; {_count(interval.value > 0.5)} are in more than half of the graphs, and "
-        f"{_count(interval.value < 0.001)} in fewer than one in a thousand; routes change "
-        f"position for the last time, going down, in layer {number(lowest_layer)} on average."
+        f"{_count(interval.value < 0.001)} in fewer than one in a thousand; the lowest layer "
+        f"in which a route changes position is {number(lowest_layer)} on average."
         for threshold, interval, heads_in, lowest_layer in zip(
             thresholds, of, count, depth, strict=True
         )

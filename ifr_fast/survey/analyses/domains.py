@@ -311,7 +311,7 @@ def _figure(
     against: str,
 ) -> Figure:
     shown = list(zip(names, found, q, strict=True))[:_PANELS]
-    columns = min(3, len(shown)) if len(shown) > 1 else 1
+    columns = 2 if len(shown) == 4 else min(3, len(shown))
     rows = -(-len(shown) // columns)
     most = max(float(np.abs(of.first - of.second).max()) for of in found) or 1.0
     with plots.figure(7.2 if len(shown) > 1 else 3.6, 2.7 * rows) as figure:
