@@ -18,7 +18,7 @@ test: $(STAMP)
 SURVEY := out/survey-demo
 survey-demo: $(STAMP)
 	$(BIN)/python bench/survey_demo.py $(SURVEY)/inputs
-	$(BIN)/ifr-fast survey $(SURVEY)/inputs --label-by pos --out $(SURVEY)/survey --resume
+	$(BIN)/ifr-fast survey $(SURVEY)/inputs/*.jsonl --label-by pos --out $(SURVEY)/survey --resume
 	$(BIN)/ifr-fast report $(SURVEY)/survey --contrast ioi:third
 
 # The same tests of the Triton kernels, on the device.

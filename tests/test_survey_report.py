@@ -20,10 +20,10 @@ EVIL = "<script>alert(1)</script> $x_1 & \"'"
 
 
 def surveyed(path: Path) -> Survey:
-    columns = made_up(24, 40)
+    columns = made_up(16, 16)
     rng = np.random.default_rng(1)
     columns["token"] = rng.choice(
-        np.array([EVIL, " the", ".", "\n"], object), len(columns["token"])
+        np.array([EVIL, " the", " cat", ".", "\n"], object), len(columns["token"])
     )
     columns["corpus"] = np.where(columns["corpus"] == "odd", EVIL, "even").astype(object)
     columns["label_pos"][columns["label_pos"] == "DET"] = EVIL
@@ -75,7 +75,7 @@ def test_the_same_survey_gives_the_same_report(written: Report, tmp_path: Path) 
 
 
 def test_what_cannot_be_computed_is_said(tmp_path: Path) -> None:
-    columns = made_up(10, 20)
+    columns = made_up(10, 12)
     columns["corpus"][:] = "one"
     del columns["label_pos"]
     survey = write_survey(
@@ -87,7 +87,7 @@ def test_what_cannot_be_computed_is_said(tmp_path: Path) -> None:
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    columns = made_up(30, 20)
+    columns = made_up(18, 16)
     columns["corpus"] = np.array(["a", "b", "c"], object)[columns["document"] % 3]
     survey = write_survey(
         tmp_path / "s", columns, n_layers=L, n_heads=H, thresholds=THRESHOLDS, labels=["pos"]
@@ -114,7 +114,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_documentation_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    columns = made_up(24, 40)
+    columns = made_up(16, 16)
     columns["corpus"] = np.where(columns["corpus"] == "odd", "code", "prose").astype(object)
     write_survey(
         tmp_path / "DIR", columns, n_layers=L, n_heads=H, thresholds=THRESHOLDS, labels=["pos"]
