@@ -7,6 +7,7 @@ that dies is started anew, and its window is given out again: what came of other
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -176,11 +177,17 @@ class RayEngine:
                         f"engine: an actor died {attempt} times over part {window.part}, from "
                         f"{window.documents[0].context} on ({_cause(error)})"
                     ) from error
+                self.on_retry(window, error)
                 start(window, attempt + 1)
                 continue
             except ray.exceptions.RayError as error:
                 raise IfrError(f"engine: part {window.part} failed ({_cause(error)})") from error
             yield Scored(window, columns)
+
+    def on_retry(self, window: Window, error: Exception) -> None:
+        """Says that an actor died, and its window is given out again."""
+        message = f"an actor died over part {window.part} ({_cause(error)}); it is given out again"
+        warnings.warn(message, stacklevel=2)
 
     def close(self) -> None:
         """Ends the actors."""

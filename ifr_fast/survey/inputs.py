@@ -102,8 +102,10 @@ class Source:
         if not isinstance(self.of, str | os.PathLike) or str(self.of).startswith("hf:"):
             return [self]
         path = Path(self.of)
-        if not path.exists():
-            raise ValueError(f"inputs: no file or directory {str(path)!r}")
+        if not os.path.exists(path):  # a text may be too long for a name
+            raise ValueError(
+                f"inputs: no file or directory {str(path)[:80]!r}; texts in memory are a Source"
+            )
         corpus = self.corpus or (path.name.partition(".")[0] or path.name)
         if not path.is_dir():
             return [Source(path, corpus, self.name or str(path))]
@@ -164,17 +166,17 @@ class Source:
             file: Any = raw
             if self.of.suffix == ".gz":
                 file = gzip.GzipFile(fileobj=raw)
-            start = file.read(_PEEK)
-            if not start:
-                yield Problem(self.title, "is empty")
-                return
-            if b"\0" in start:
-                yield Problem(
-                    self.title, f"is no UTF-8 text (a NUL at byte {start.index(0)}); not read"
-                )
-                return
-            file.seek(0)
             try:
+                start = file.read(_PEEK)
+                if not start:
+                    yield Problem(self.title, "is empty")
+                    return
+                if b"\0" in start:
+                    yield Problem(
+                        self.title, f"is no UTF-8 text (a NUL at byte {start.index(0)}); not read"
+                    )
+                    return
+                file.seek(0)
                 if kind.endswith(_JSON):
                     yield from told(self._records(_json_lines(file, self.title), reading))
                 else:

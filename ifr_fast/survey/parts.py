@@ -133,7 +133,12 @@ def _write(
     strings = [field.name for field in schema if pa.types.is_string(field.type)]
     with whole_file(path) as temporary:
         pq.write_table(
-            table, temporary, compression="zstd", compression_level=1, use_dictionary=strings
+            table,
+            temporary,
+            compression="zstd",
+            compression_level=1,
+            use_dictionary=strings,
+            write_page_checksum=True,
         )
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
