@@ -32,7 +32,7 @@ EngineName: TypeAlias = Literal["local", "ray"]
 THRESHOLDS = (0.01, 0.02, 0.04, 0.08)
 MAX_TOKENS = 2048  # that a model is let read at once, unless its context is shorter
 WINDOW_TOKENS = 16384
-_BATCH_TOKENS = {"cpu": 2048}  # of a pass, by device
+_BATCH_TOKENS = {"cpu": 1024}  # of a pass, by device
 _BATCH_TOKENS_ELSEWHERE = 16384
 
 
