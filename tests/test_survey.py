@@ -293,6 +293,7 @@ def test_bad_input_is_reported_with_its_place(tracer: Tracer, tmp_path: Path) ->
                 '{"other": 1}',
                 '{"text": 3}',
                 '{"text": ""}',
+                '{"text": "half \\ud800"}',
                 json.dumps({"text": good}),
             ]
         )
@@ -315,6 +316,7 @@ def test_bad_input_is_reported_with_its_place(tracer: Tracer, tmp_path: Path) ->
         ("d-records.jsonl:3", "has no field 'text'"),
         ("d-records.jsonl:4", "is no text but int"),
         ("d-records.jsonl:5", "is empty"),
+        ("d-records.jsonl:6", "no Unicode text"),
         ("e-broken.parquet", "is broken"),
         ("f-utf16.txt", "a NUL"),
         ("g.jsonl.gz", "is broken"),
@@ -326,7 +328,7 @@ def test_bad_input_is_reported_with_its_place(tracer: Tracer, tmp_path: Path) ->
     rows = found.predictions.read("context", "position")
     assert rows["position"].max() == 127  # the long line, cut to the context of 128
     names = {Path(c).name for c in rows["context"]}
-    assert {"c-lines.txt:0", "c-lines.txt:2", "d-records.jsonl:0", "d-records.jsonl:6"} <= names
+    assert {"c-lines.txt:0", "c-lines.txt:2", "d-records.jsonl:0", "d-records.jsonl:7"} <= names
     with pytest.raises(IfrError, match=r"a-empty.txt: is empty"):
         survey(folder, tmp_path / "strict", model=tracer, split="line", strict=True, **SMALL)
 

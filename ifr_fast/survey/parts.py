@@ -47,8 +47,9 @@ class Shape:
 
 def write_part(
     directory: Path, shape: Shape, window: Window, found: Sequence[Columns | None]
-) -> None:
+) -> list[Problem]:
     """Writes what came of a window: its heads, and then its predictions, which make it whole.
+    Returns its problems.
 
     Raises IfrError where the system refuses, a full disk included; no part is there then.
     """
@@ -101,6 +102,7 @@ def write_part(
 
     _write(part_path(directory, "heads", window.part), of_heads, heads)
     _write(part_path(directory, "predictions", window.part), schema, predictions, metadata)
+    return problems
 
 
 def part_end(directory: Path, part: int) -> Cursor:
