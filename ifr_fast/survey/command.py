@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.text import Text
 
-from ..cli import printable
 from ..memory import describe_bytes
+from ..progress import printable
 from .run import State, survey
 from .schema import Problem, Survey
 
