@@ -21,6 +21,7 @@ from rich.text import Text
 
 from ._version import __version__
 from .errors import IfrError
+from .progress import printable
 
 if TYPE_CHECKING:
     from .benchmark import Throughput
@@ -671,11 +672,6 @@ def _write(
         figure = graph.plot()
         with whole_file(png_path) as temporary:
             figure.savefig(temporary, format="png", dpi=150)
-
-
-def printable(text: str) -> str:
-    """Text without control characters, as a terminal may be shown it."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _quote(token: str) -> str:

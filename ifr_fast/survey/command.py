@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.text import Text
 
-from ..cli import printable
 from ..memory import describe_bytes
+from ..progress import printable
 from .run import State, survey
 from .schema import Problem, Survey
 
@@ -32,16 +32,21 @@ def run(
 ) -> None:
     """Surveys, and says how far it is, what went wrong, and what is there at the end."""
     console = Console(stderr=True, highlight=False)
-    with _shown(console) as show:
-        found = survey(
-            inputs,
-            out,
-            label_by=[name for given in label_by for name in given.split(",")],
-            thresholds=_numbers(thresholds),
-            model_options={} if device_map is None else {"device_map": device_map},
-            on_state=show,
-            **options,
-        )
+    try:
+        with _shown(console) as show:
+            found = survey(
+                inputs,
+                out,
+                label_by=[name for given in label_by for name in given.split(",")],
+                thresholds=_numbers(thresholds),
+                model_options={} if device_map is None else {"device_map": device_map},
+                on_state=show,
+                **options,
+            )
+    except KeyboardInterrupt:
+        goes_on = f"interrupted; --resume goes on with what {printable(str(out))} holds"
+        console.print(Text(goes_on), soft_wrap=True)
+        raise
     _summarize(found)
 
 

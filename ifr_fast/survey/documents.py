@@ -20,7 +20,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..tokens import token_strings
-from .inputs import Item, Reading
+from .inputs import Item, Reading, as_unicode
 from .schema import Problem
 from .statistics import Tokens
 
@@ -179,7 +179,7 @@ class Cutter:
         found: dict[str, Labels] = {}
         word_of: list[int | None] | None = None
         for name in self.reading.labels:
-            value = item.labels.get(name)
+            value: Any = item.labels.get(name)
             if not _is_list(value):
                 found[name] = [_label(value)] * n
             elif item.token_ids is not None:
@@ -227,9 +227,9 @@ def _is_list(value: Any) -> bool:
 
 
 def _label(value: Any) -> str | None:
-    if value is None or isinstance(value, str):
-        return value
-    return json.dumps(value) if isinstance(value, bool | dict) else str(value)
+    if value is None:
+        return None
+    return as_unicode(json.dumps(value) if isinstance(value, bool | dict) else str(value))
 
 
 def update(digest: Any, item: Item | Problem) -> None:

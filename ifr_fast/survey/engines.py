@@ -1,12 +1,13 @@
 """Who scores windows: this process, or Ray's actors. Both give the same numbers.
 
 An actor has as many threads as this process is set to, or a GPU; a window is one task. An actor
-that dies is started anew, and its window is given out again: what came of others stays.
+that dies is replaced, and its window is given out again: what came of others stays.
 """
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -134,11 +135,13 @@ class RayEngine:
         resources = ray.cluster_resources()
         gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
         n_workers = n_workers or gpus or max(1, cpus // n_threads)
-        asked = {"num_gpus": min(1.0, gpus / n_workers), "num_cpus": 1} if gpus else {
-            "num_cpus": min(n_threads, cpus / n_workers)
-        }  # fmt: skip
-        of_actor = ray.remote(Worker).options(max_restarts=-1, **asked)
-        self.workers = [of_actor.remote(source, n_threads) for _ in range(n_workers)]
+        share = cpus / n_workers
+        asked = {"num_cpus": min(n_threads, int(share) or share)}
+        if gpus:
+            asked = {"num_cpus": min(1, share), "num_gpus": min(1, gpus / n_workers)}
+        of_actor = ray.remote(Worker).options(**asked)
+        self._new_worker = lambda: of_actor.remote(source, n_threads)
+        self.workers = [self._new_worker() for _ in range(n_workers)]
         try:
             facts = ray.get([worker.facts.remote() for worker in self.workers])
         except ray.exceptions.RayError as error:
@@ -150,13 +153,15 @@ class RayEngine:
     def run(self, windows: Iterator[Window], scoring: Scoring) -> Iterator[Scored]:
         """As they are done. Raises IfrError for a window whose actor dies again and again."""
         ray = self._ray
-        free = [worker for worker in self.workers for _ in range(_AHEAD)]
-        running: dict[Any, tuple[Window, Any, int]] = {}
+        free = list(range(len(self.workers))) * _AHEAD
+        running: dict[Any, tuple[Window, int, Any, int]] = {}
 
         def start(window: Window, attempt: int) -> None:
-            worker = free.pop(0)
+            place = free.pop(0)
+            worker = self.workers[place]
             documents = [document.tokens for document in window.documents]
-            running[worker.score.remote(documents, scoring)] = window, worker, attempt
+            task = worker.score.remote(documents, scoring)
+            running[task] = window, place, worker, attempt
 
         # Those that have not answered are not waited for behind one that is slow: as many windows
         # are held as actors can have.
@@ -166,8 +171,8 @@ class RayEngine:
             if not running:
                 return
             (task,), _ = ray.wait(list(running))
-            window, worker, attempt = running.pop(task)
-            free.append(worker)
+            window, place, worker, attempt = running.pop(task)
+            free.append(place)
             try:
                 columns = ray.get(task)
             except (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError) as error:
@@ -176,11 +181,19 @@ class RayEngine:
                         f"engine: an actor died {attempt} times over part {window.part}, from "
                         f"{window.documents[0].context} on ({_cause(error)})"
                     ) from error
+                if self.workers[place] is worker:  # one that dies fails all that it was given
+                    self.workers[place] = self._new_worker()
+                self.on_retry(window, error)
                 start(window, attempt + 1)
                 continue
             except ray.exceptions.RayError as error:
                 raise IfrError(f"engine: part {window.part} failed ({_cause(error)})") from error
             yield Scored(window, columns)
+
+    def on_retry(self, window: Window, error: Exception) -> None:
+        """Says that an actor died, and its window is given out again."""
+        message = f"an actor died over part {window.part} ({_cause(error)}); it is given out again"
+        warnings.warn(message, stacklevel=2)
 
     def close(self) -> None:
         """Ends the actors."""

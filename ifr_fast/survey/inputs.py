@@ -102,9 +102,11 @@ class Source:
         if not isinstance(self.of, str | os.PathLike) or str(self.of).startswith("hf:"):
             return [self]
         path = Path(self.of)
-        if not path.exists():
-            raise ValueError(f"inputs: no file or directory {str(path)!r}")
-        corpus = self.corpus or (path.name.partition(".")[0] or path.name)
+        if not os.path.exists(path):  # a text may be too long for a name
+            raise ValueError(
+                f"inputs: no file or directory {str(path)[:80]!r}; texts in memory are a Source"
+            )
+        corpus = self.corpus or as_unicode(path.name.partition(".")[0] or path.name)
         if not path.is_dir():
             return [Source(path, corpus, self.name or str(path))]
         found = [
@@ -130,9 +132,9 @@ class Source:
     def title(self) -> str:
         """What it is called in contexts."""
         if self.name is not None:
-            return self.name
+            return as_unicode(self.name)
         if isinstance(self.of, str | os.PathLike):
-            return str(self.of)
+            return as_unicode(str(self.of))
         return self.corpus or "documents"
 
     def items(self, reading: Reading, progress: Progress) -> Iterator[Item | Problem]:
@@ -164,17 +166,17 @@ class Source:
             file: Any = raw
             if self.of.suffix == ".gz":
                 file = gzip.GzipFile(fileobj=raw)
-            start = file.read(_PEEK)
-            if not start:
-                yield Problem(self.title, "is empty")
-                return
-            if b"\0" in start:
-                yield Problem(
-                    self.title, f"is no UTF-8 text (a NUL at byte {start.index(0)}); not read"
-                )
-                return
-            file.seek(0)
             try:
+                start = file.read(_PEEK)
+                if not start:
+                    yield Problem(self.title, "is empty")
+                    return
+                if b"\0" in start:
+                    yield Problem(
+                        self.title, f"is no UTF-8 text (a NUL at byte {start.index(0)}); not read"
+                    )
+                    return
+                file.seek(0)
                 if kind.endswith(_JSON):
                     yield from told(self._records(_json_lines(file, self.title), reading))
                 else:
@@ -234,6 +236,8 @@ class Source:
             )
         if text == "" and ids is None:
             return Problem(context, "is empty")
+        if not _is_unicode([text or "", *(x for x in words or [] if isinstance(x, str))]):
+            return Problem(context, "is no Unicode text (it has half of a surrogate pair)")
         if words is not None and not all(isinstance(word, str) for word in words):
             return Problem(context, "its 'words' are not all text")
         if ids is not None and not all(type(i) is int for i in ids):
@@ -241,9 +245,23 @@ class Source:
         corpus = self.corpus or self.title
         if "corpus" in reading.label_by:
             value = record.get(reading.label_by["corpus"])
-            corpus = corpus if value is None else str(value)
+            corpus = corpus if value is None else as_unicode(str(value))
         labels = {name: record.get(reading.label_by[name]) for name in reading.labels}
         return Item(context, corpus, text, words, ids, labels)
+
+
+def as_unicode(text: str) -> str:
+    """What UTF-8 can hold: half a surrogate pair, in file names too, becomes a question mark."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _is_unicode(texts: list[str]) -> bool:
+    try:
+        for text in texts:
+            text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def expand(inputs: Any) -> list[Source]:

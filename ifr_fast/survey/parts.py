@@ -47,8 +47,9 @@ class Shape:
 
 def write_part(
     directory: Path, shape: Shape, window: Window, found: Sequence[Columns | None]
-) -> None:
+) -> list[Problem]:
     """Writes what came of a window: its heads, and then its predictions, which make it whole.
+    Returns its problems.
 
     Raises IfrError where the system refuses, a full disk included; no part is there then.
     """
@@ -101,6 +102,7 @@ def write_part(
 
     _write(part_path(directory, "heads", window.part), of_heads, heads)
     _write(part_path(directory, "predictions", window.part), schema, predictions, metadata)
+    return problems
 
 
 def part_end(directory: Path, part: int) -> Cursor:
@@ -133,7 +135,12 @@ def _write(
     strings = [field.name for field in schema if pa.types.is_string(field.type)]
     with whole_file(path) as temporary:
         pq.write_table(
-            table, temporary, compression="zstd", compression_level=1, use_dictionary=strings
+            table,
+            temporary,
+            compression="zstd",
+            compression_level=1,
+            use_dictionary=strings,
+            write_page_checksum=True,
         )
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())

@@ -25,14 +25,14 @@ from .engines import Engine, LocalEngine, ModelSource, Scoring, ray_engine
 from .feed import Feed, Window
 from .inputs import SPLITS, Reading, Split, expand
 from .parts import Shape, part_end, write_corpora, write_manifest, write_part
-from .schema import PROBLEMS, Problem, Survey, metadata_of, part_path, read_manifest, whole_parts
+from .schema import Problem, Survey, part_path, read_manifest, whole_parts
 
 EngineName: TypeAlias = Literal["local", "ray"]
 
 THRESHOLDS = (0.01, 0.02, 0.04, 0.08)
 MAX_TOKENS = 2048  # that a model is let read at once, unless its context is shorter
 WINDOW_TOKENS = 16384
-_BATCH_TOKENS = {"cpu": 2048}  # of a pass, by device
+_BATCH_TOKENS = {"cpu": 1024}  # of a pass, by device
 _BATCH_TOKENS_ELSEWHERE = 16384
 
 
@@ -144,8 +144,8 @@ def survey(
         shape = Shape(facts.n_layers, facts.n_heads, len(levels), reading.labels)
         run = _Run(directory, feed, shape, strict, on_state)
         for scored in runner.run(run.windows(), Scoring(levels, batch_tokens)):
-            write_part(directory, shape, scored.window, scored.columns)
-            run.written(scored.window)
+            problems = write_part(directory, shape, scored.window, scored.columns)
+            run.written(scored.window, problems)
         found = Survey.open(directory)
         if len(found.predictions) == 0:
             problems = found.problems
@@ -201,10 +201,8 @@ class _Run:
                 "now hold; survey them into another directory"
             )
 
-    def written(self, window: Window) -> None:
+    def written(self, window: Window, problems: list[Problem]) -> None:
         """A part is on the disk."""
-        path = part_path(self.directory, "predictions", window.part)
-        problems = [Problem(**of) for of in metadata_of(path, PROBLEMS)]
         if self.strict and problems:
             raise IfrError(str(problems[0]))
         self.documents += len(window.documents)

@@ -352,7 +352,7 @@ def metadata_of(path: Path, key: bytes) -> Any:
 
 def _parquet(path: Path) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(path)
+        return pq.ParquetFile(path, page_checksum_verification=True)
     except (OSError, pa.ArrowException) as error:
         raise FormatError(f"{path}: is broken ({first_line(error)})") from error
 
