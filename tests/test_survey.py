@@ -451,6 +451,9 @@ def test_what_is_not_the_same_survey_is_not_gone_on_with(
     copy = tmp_path / "copy.jsonl"
     copy.write_text("".join(lines))
     survey(copy, tmp_path / "changed", model=tracer, **SMALL)
+    copy.write_text("".join([*lines, lines[0]]))
+    with pytest.raises(FormatError, match="from other inputs"):
+        survey(copy, tmp_path / "changed", model=tracer, resume=True, **SMALL)
     copy.write_text("".join([lines[0].replace("the", "eht"), *lines[1:]]))
     with pytest.raises(FormatError, match="made of other text"):
         survey(copy, tmp_path / "changed", model=tracer, resume=True, **SMALL)

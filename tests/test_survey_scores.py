@@ -275,3 +275,26 @@ def test_a_document_that_overflows_leaves_the_others(recwarn: pytest.WarningsRec
     for i in (0, 2):
         assert found[i] is not None
         assert np.isfinite(found[i].predictions["head_importance"]).all()
+
+
+@pytest.mark.parametrize("impl", ["eager", "reference", "triton"])
+def test_implementations_agree(impl: str) -> None:
+    """Those of GPUs too, which pad their lists of edges (here in Triton's interpreter)."""
+    if impl == "triton":
+        pytest.importorskip("triton", reason="expected: there is no Triton for this system")
+    model = tiny_model("llama")
+    device = "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"
+    texts = [document(tiny_text(n, seed=n), seed=n) for n in (6, 3)]
+    found = [
+        score(Tracer(model.to(place), impl=chosen), texts, THRESHOLDS, 64)
+        for chosen, place in (("auto", "cpu"), (impl, device))
+    ]
+    for mine, theirs in zip(*found, strict=True):
+        assert mine is not None
+        assert theirs is not None
+        for got, want in ((theirs.predictions, mine.predictions), (theirs.heads, mine.heads)):
+            for name, x in want.items():
+                if x.dtype == np.float32:
+                    np.testing.assert_allclose(got[name], x, atol=1e-4, rtol=1e-4, err_msg=name)
+                else:
+                    assert np.array_equal(got[name], x), name

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -64,8 +65,11 @@ class ModelSource:
     options: Mapping[str, Any] = field(default_factory=dict)  # of from_pretrained
 
     def open(self) -> Tracer:
-        """Loads it."""
-        return Tracer.from_pretrained(self.name, impl=self.impl, **self.options)
+        """Loads it: on the GPUs that this process sees, if any, unless `options` say where."""
+        options = dict(self.options)
+        if torch.cuda.is_available() and find_spec("accelerate") is not None:
+            options.setdefault("device_map", "auto")
+        return Tracer.from_pretrained(self.name, impl=self.impl, **options)
 
 
 class Scoring(NamedTuple):
@@ -138,7 +142,8 @@ class RayEngine:
         share = cpus / n_workers
         asked = {"num_cpus": min(n_threads, int(share) or share)}
         if gpus:
-            asked = {"num_cpus": min(1, share), "num_gpus": min(1, gpus / n_workers)}
+            each = gpus / n_workers
+            asked = {"num_cpus": min(1, share), "num_gpus": int(each) or each}
         of_actor = ray.remote(Worker).options(**asked)
         self._new_worker = lambda: of_actor.remote(source, n_threads)
         self.workers = [self._new_worker() for _ in range(n_workers)]
@@ -163,8 +168,7 @@ class RayEngine:
             task = worker.score.remote(documents, scoring)
             running[task] = window, place, worker, attempt
 
-        # Those that have not answered are not waited for behind one that is slow: as many windows
-        # are held as actors can have.
+        # No more windows are held than actors have.
         while True:
             while free and (window := next(windows, None)) is not None:
                 start(window, 1)
@@ -225,7 +229,8 @@ def ray_engine(source: ModelSource, n_workers: int | None, n_threads: int) -> It
     ray = _import_ray()
     own = not ray.is_initialized()
     if own:
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        new = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": False}
+        ray.init(log_to_driver=False, logging_level="ERROR", **new)
     try:
         engine = RayEngine(source, n_workers, n_threads)
         try:

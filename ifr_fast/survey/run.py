@@ -106,10 +106,11 @@ def survey(
         begun = _enter(directory, resume, stack)
         runner, tokenizer = _engine(engine, model, impl, model_options or {}, workers, stack)
         facts = runner.facts
-        limit = facts.max_length or MAX_TOKENS
-        if max_tokens is not None and max_tokens > limit:
-            raise ValueError(f"max_tokens: the model's context holds {limit}, got {max_tokens}")
-        max_tokens = max_tokens or min(limit, MAX_TOKENS)
+        context = facts.max_length
+        if max_tokens is None:
+            max_tokens = min(MAX_TOKENS, context or MAX_TOKENS)
+        elif context is not None and max_tokens > context:
+            raise ValueError(f"max_tokens: the model's context holds {context}, got {max_tokens}")
         batch_tokens = batch_tokens or _BATCH_TOKENS.get(facts.device, _BATCH_TOKENS_ELSEWHERE)
         fields: dict[str, Any] = {
             "model": {
@@ -276,9 +277,13 @@ def _sweep(directory: Path) -> None:
 def _check_same(directory: Path, begun: dict[str, Any], fields: dict[str, Any]) -> None:
     for name, value in fields.items():
         if begun.get(name) != value:
-            what = "of another model, or with other weights" if name == "model" else (
-                f"with {name} {begun.get(name)!r}, and is now asked for {value!r}"
-            )  # fmt: skip
+            match name:
+                case "model":
+                    what = "of another model, or with other weights"
+                case "sources":
+                    what = "from other inputs, or they changed their size"
+                case _:
+                    what = f"with {name} {begun.get(name)!r}, and is now asked for {value!r}"
             raise FormatError(
                 f"{directory}: was begun {what}; go on as it was begun, or name another directory"
             )
