@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-gpu lint format bench bench-gpu clean
+.PHONY: demo survey-demo test test-gpu lint format bench bench-gpu clean
 
 demo: $(STAMP)
 	@mkdir -p out
@@ -13,6 +13,13 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/pytest $(PYTEST_ARGS)
+
+# What the default model's components do on prose, code, other languages and sums: about ten minutes.
+SURVEY := out/survey-demo
+survey-demo: $(STAMP)
+	$(BIN)/python bench/survey_demo.py $(SURVEY)/inputs
+	$(BIN)/ifr-fast survey $(SURVEY)/inputs/*.jsonl --label-by pos --out $(SURVEY)/survey --resume
+	$(BIN)/ifr-fast report $(SURVEY)/survey --contrast ioi:third
 
 # The same tests of the Triton kernels, on the device.
 test-gpu: $(STAMP)

@@ -86,15 +86,23 @@ def can_batch(decoder: Decoder) -> bool:
     return decoder.attention_through is capture.attention_through
 
 
-def batches(decoder: Decoder, lengths: list[int], batch_size: int | None) -> Iterator[list[int]]:
-    """Which texts of these lengths to run together: indices, longest first, each once."""
+def batches(
+    decoder: Decoder,
+    lengths: list[int],
+    batch_size: int | None = None,
+    batch_tokens: int = _BATCH_TOKENS,
+) -> Iterator[list[int]]:
+    """Which texts of these lengths to run together: indices, longest first, each once.
+
+    batch_size: texts of a pass; else as many as make `batch_tokens` at most, padding included.
+    """
     if not can_batch(decoder):
         batch_size = 1
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     found: list[int] = []
     for i in order:
         longest = lengths[found[0]] if found else lengths[i]
-        limit = batch_size or max(1, _BATCH_TOKENS // longest)
+        limit = batch_size or max(1, batch_tokens // longest)
         alike = decoder.rotary_regime(longest) == decoder.rotary_regime(lengths[i])
         if found and (len(found) >= limit or not alike):
             yield found
@@ -200,7 +208,7 @@ def record_together(
                     sinks=call.sinks,
                     alibi_slopes=call.alibi_slopes,
                     mask=call.mask,
-                    call=_of_text(layer_calls[i], b, B),
+                    call=of_text(layer_calls[i], b, B),
                     q=call.q[b].transpose(0, 1)[:n] if full else None,
                     resid_mid=mid[i][b, :n] if full else None,
                     z=attended[i][b, :n] if i in attended else None,
@@ -232,7 +240,7 @@ def _checked(x: Tensor, rows: list[Tensor]) -> Tensor:
     return out
 
 
-def _of_text(call: LayerCall, b: int, B: int) -> LayerCall:
+def of_text(call: LayerCall, b: int, B: int) -> LayerCall:
     """A layer's arguments for one of B texts: a batch dimension is the first of two or more."""
 
     def take(x: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from rich.text import Text
 
 from ._version import __version__
 from .errors import IfrError
+from .progress import printable
 
 if TYPE_CHECKING:
     from .benchmark import Throughput
@@ -450,6 +451,110 @@ def plan(
 
 
 @app.command()
+def survey(
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            help="Text, JSONL and Parquet files, folders of them, or hf:NAME; CORPUS=INPUT to name "
+            "the corpus."
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The directory to write.")],
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Hub name or directory; default SmolLM2.")
+    ] = None,
+    label_by: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--label-by",
+            help="Keep a field of the records with each token: NAME or NAME=FIELD, several by "
+            "commas; corpus=FIELD tells corpora apart.",
+        ),
+    ] = None,
+    thresholds: Annotated[
+        str, typer.Option("--thresholds", help="Of the graphs, ascending, by commas.")
+    ] = "0.01,0.02,0.04,0.08",
+    text_field: Annotated[
+        str, typer.Option("--text-field", help="The field of a record that holds its text.")
+    ] = "text",
+    split: Annotated[
+        str, typer.Option(help="What a document of a text file is: file, paragraph or line.")
+    ] = "file",
+    max_tokens: Annotated[
+        int | None,
+        typer.Option("--max-tokens", help="Cut what is longer; default 2048, or the context."),
+    ] = None,
+    batch_tokens: Annotated[
+        int | None, typer.Option("--batch-tokens", help="Tokens of a forward pass.")
+    ] = None,
+    window_tokens: Annotated[
+        int, typer.Option("--window-tokens", help="Tokens of a part, which is resumed as a whole.")
+    ] = 16384,
+    engine: Annotated[str, typer.Option(help="local, or ray: an actor a GPU or CPU share.")] = (
+        "local"
+    ),
+    workers: Annotated[int | None, typer.Option(help="With --engine ray: actors.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with what an interrupted run has left.")
+    ] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first problem.")] = False,
+    impl: Annotated[str, typer.Option(help="auto, reference, eager, cpu or triton.")] = "auto",
+    device_map: Annotated[
+        str | None,
+        typer.Option("--device-map", help="Where the model goes: cuda:0, or auto for several."),
+    ] = None,
+    with_report: Annotated[
+        bool, typer.Option("--report", help="And the report of it (see ifr-fast report).")
+    ] = False,
+) -> None:
+    """Score every prediction of whole corpora, and write what came of it as Parquet."""
+    from .survey.command import run
+
+    run(
+        inputs, out, model=model, label_by=label_by or [], thresholds=thresholds,
+        text_field=text_field, split=split, max_tokens=max_tokens, batch_tokens=batch_tokens,
+        window_tokens=window_tokens, engine=engine, workers=workers, resume=resume, strict=strict,
+        impl=impl, device_map=device_map,
+    )  # fmt: skip
+    if with_report:
+        report(out)
+
+
+@app.command()
+def report(
+    directory: Annotated[Path, typer.Argument(help="A survey's directory.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Where to; default: report/ in it.")
+    ] = None,
+    label: Annotated[
+        str | None, typer.Option(help="The label of parts of speech; default pos.")
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option("--threshold", "-t", help="At which frequencies are compared.")
+    ] = None,
+    contrast: Annotated[
+        list[str] | None, typer.Option(help="Two corpora of prompts, as in FIRST:SECOND.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of what is drawn at random.")] = 0,
+) -> None:
+    """Analyse a survey: one page with figures and tables, for a paper's appendix."""
+    from .survey import report as reports
+
+    written = reports.report(
+        directory, out, label=label, threshold=threshold, seed=seed,
+        contrasts=reports.pairs(contrast or []),
+    )  # fmt: skip
+    console = Console(highlight=False, soft_wrap=True)
+    for finding in written.findings:
+        console.print(Text(finding.title, "bold"))
+        for line in finding.statement.splitlines():
+            console.print(Text(f"  {printable(line)}"))
+    for title, why in written.omitted.items():
+        console.print(Text.assemble((title, "bold"), f": not computed ({printable(why)})"))
+    Console(stderr=True).print(Text(f"wrote {printable(str(written.path))}"), soft_wrap=True)
+
+
+@app.command()
 def doctor(
     impl: Annotated[str, typer.Option(help="An implementation to ask about.")] = "auto",
 ) -> None:
@@ -469,6 +574,9 @@ def doctor(
         "plot": ("matplotlib",),
         "networkx": ("networkx",),
         "tables": ("pandas", "pyarrow"),
+        "survey": ("pyarrow",),
+        "report": ("matplotlib", "scipy", "sklearn"),
+        "ray": ("ray",),
     }.items():
         missing = [p for p in packages if find_spec(p) is None]
         state = f"missing {', '.join(missing)}: pip install 'ifr-fast[{extra}]'"
@@ -602,11 +710,6 @@ def _write_formats(
     if neuronpedia_path is not None:
         scan = Path(tracer.model.config.name_or_path).name.lower()
         write_text(neuronpedia_path, graph.to_neuronpedia(scan=scan or "unknown"))
-
-
-def printable(text: str) -> str:
-    """Text without control characters, as a terminal may be shown it."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _quote(token: str) -> str:

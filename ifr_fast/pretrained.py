@@ -75,13 +75,7 @@ def load(
     has none. Raises ValueError for a name that cannot be found, and IfrError where the default
     model cannot be fetched.
     """
-    path = default_model() if name is None else Path(os.fspath(name))
-    if name is None or _names_a_directory(os.fspath(name)):
-        if not path.is_dir():
-            raise ValueError(f"model: no directory {str(path)!r}")
-        if not (path / "config.json").is_file():
-            raise ValueError(f"model: directory {str(path)!r} holds no config.json")
-    source = path if path.is_dir() else os.fspath(name)  # type: ignore[arg-type]
+    source = _source(name)
     with _quiet():
         try:
             model, report = AutoModelForCausalLM.from_pretrained(
@@ -107,6 +101,25 @@ def load(
             )
         tokenizer = _tokenizer(source, kwargs)
     return model.eval(), tokenizer
+
+
+def load_tokenizer(
+    name: str | os.PathLike[str] | None = None, **kwargs: Any
+) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that `load` would give, without the model."""
+    with _quiet():
+        return _tokenizer(_source(name), kwargs)
+
+
+def _source(name: str | os.PathLike[str] | None) -> str | Path:
+    """A directory that holds a model, or a name of the Hub."""
+    path = default_model() if name is None else Path(os.fspath(name))
+    if name is None or _names_a_directory(os.fspath(name)):
+        if not path.is_dir():
+            raise ValueError(f"model: no directory {str(path)!r}")
+        if not (path / "config.json").is_file():
+            raise ValueError(f"model: directory {str(path)!r} holds no config.json")
+    return path if path.is_dir() else os.fspath(name)  # type: ignore[arg-type]
 
 
 def _tokenizer(source: str | Path, kwargs: dict[str, Any]) -> PreTrainedTokenizerBase | None:

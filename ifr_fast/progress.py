@@ -1,4 +1,4 @@
-"""How far a long job is: a bar on a terminal, nothing in a pipe."""
+"""How far a long job is: a bar on a terminal, nothing in a pipe; and what may be shown there."""
 
 from __future__ import annotations
 
@@ -25,3 +25,8 @@ def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[[int], N
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(what, total=total, completed=done)
         yield lambda n: bar.update(task, completed=n)
+
+
+def printable(text: str) -> str:
+    """Text without control characters, as a terminal may be shown it."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -1,0 +1,129 @@
+"""How the figures look, and the few shapes that they are made of.
+
+No pyplot: a figure belongs to no backend and to no global state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import IfrError
+from .statistics import Interval
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, MUTED, FAINT = "#1a1f26", "#56616d", "#dfe4e9"
+ATTENTION, FFN, RESIDUAL, TINT, ALERT = "#2b5fd9", "#c2560a", "#8a95a1", "#14a394", "#c01f7a"
+# Told apart with any usual colour vision; the order goes round the hues.
+GROUPS = (
+    *("#2b5fd9", "#c2560a", "#14a394", "#c01f7a", "#8a95a1", "#e0a100"),
+    *("#6b3fa0", "#4d7c0f", "#7fb2ff", "#8b4a2b", "#ff8fb0", "#1a1f26"),
+    *("#9fd8b4", "#c9b8ff"),
+)
+STYLE: dict[str, Any] = {
+    "font.family": "sans-serif",
+    "font.size": 8,
+    "axes.titlesize": 8.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 8,
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": MUTED,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "legend.fontsize": 7.5,
+    "legend.frameon": False,
+    "lines.linewidth": 1.3,
+    "text.color": INK,
+    "text.parse_math": False,  # labels are data: a dollar sign is one
+    "svg.hashsalt": "ifr_fast",  # the same figure is the same file
+    "svg.fonttype": "path",
+    "savefig.facecolor": "white",
+}
+
+
+@contextmanager
+def styled() -> Iterator[None]:
+    """Within, figures are made, and saved, in this style. Raises IfrError without matplotlib."""
+    try:
+        from matplotlib import rc_context
+    except ImportError as error:
+        raise IfrError(
+            "the figures of a survey need matplotlib, which is not installed: "
+            "pip install 'ifr-fast[report]'"
+        ) from error
+    with rc_context(cast(Any, STYLE)):
+        yield
+
+
+@contextmanager
+def figure(width: float, height: float) -> Iterator[Figure]:
+    """A figure to draw into, in inches."""
+    with styled():
+        from matplotlib.figure import Figure
+
+        drawn = Figure(figsize=(width, height), facecolor="white", layout="constrained")
+        yield drawn
+
+
+def label(axes: Axes, title: str, x: str, y: str) -> None:
+    """Names a panel and its axes."""
+    axes.set_title(title)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+
+
+def band(axes: Axes, interval: Interval, color: str, name: str, style: str = "-") -> None:
+    """A curve over layers with its interval."""
+    x = np.arange(len(interval.value))
+    axes.fill_between(x, interval.low, interval.high, color=color, alpha=0.18, linewidth=0)
+    axes.plot(x, interval.value, style, color=color, label=name)
+
+
+def heads(
+    axes: Axes,
+    values: NDArray[np.float64],
+    *,
+    title: str,
+    colors: str = "Blues",
+    limits: tuple[float, float] | None = None,
+    marked: Sequence[tuple[int, int]] = (),
+    bar: str | None = None,
+) -> None:
+    """A map of values [L, H]: layers upwards, heads across. NaN is left blank."""
+    from matplotlib import colormaps
+    from matplotlib.ticker import MaxNLocator
+
+    low, high = limits if limits is not None else (0.0, float(np.nanmax(values, initial=0)) or 1.0)
+    shades = colormaps[colors].with_extremes(bad="#eef1f4")
+    image = axes.imshow(
+        values, origin="lower", aspect="auto", cmap=shades, vmin=low, vmax=high,
+        interpolation="nearest",
+    )  # fmt: skip
+    if marked:
+        layer, head = np.array(marked).T
+        axes.scatter(head, layer, s=14, marker="s", facecolors="none", edgecolors=ALERT, lw=1.0)
+    label(axes, title, "head", "layer")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    parent = axes.get_figure()
+    assert parent is not None
+    colorbar = parent.colorbar(image, ax=axes, pad=0.02, aspect=30)
+    colorbar.outline.set_visible(False)
+    colorbar.ax.tick_params(length=2)
+    if bar is not None:
+        colorbar.set_label(bar)

@@ -1,0 +1,310 @@
+"""survey(): sources -> windows -> scored -> parts -> aggregates."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+import transformers
+from filelock import FileLock, Timeout
+from transformers import PreTrainedTokenizerBase
+
+from .._version import __version__
+from ..errors import FormatError, IfrError
+from ..graph import as_index, check_threshold
+from ..pretrained import load_tokenizer
+from ..tracer import Tracer
+from .documents import Cutter, Vocabulary
+from .engines import Engine, LocalEngine, ModelSource, Scoring, ray_engine
+from .feed import Feed, Window
+from .inputs import SPLITS, Reading, Split, expand
+from .parts import Shape, part_end, write_corpora, write_manifest, write_part
+from .schema import Problem, Survey, part_path, read_manifest, whole_parts
+
+EngineName: TypeAlias = Literal["local", "ray"]
+
+THRESHOLDS = (0.01, 0.02, 0.04, 0.08)
+MAX_TOKENS = 2048  # that a model is let read at once, unless its context is shorter
+WINDOW_TOKENS = 16384
+_BATCH_TOKENS = {"cpu": 1024}  # of a pass, by device
+_BATCH_TOKENS_ELSEWHERE = 16384
+
+
+@dataclass(frozen=True)
+class State:
+    """How far a survey is."""
+
+    documents: int  # written by this run
+    predictions: int  # likewise
+    seconds: float  # since it began to score
+    share: float | None  # of the sources' bytes; None where their size is not known
+    seconds_left: float | None
+    problems: list[Problem]  # new ones
+
+    @property
+    def predictions_per_second(self) -> float:
+        """Of this run."""
+        return self.predictions / max(self.seconds, 1e-9)
+
+
+def survey(
+    inputs: Any,
+    out: str | os.PathLike[str],
+    *,
+    model: Tracer | str | os.PathLike[str] | None = None,
+    thresholds: Sequence[float] = THRESHOLDS,
+    label_by: Sequence[str] | Mapping[str, str] = (),
+    text_field: str = "text",
+    split: Split = "file",
+    max_tokens: int | None = None,
+    batch_tokens: int | None = None,
+    window_tokens: int = WINDOW_TOKENS,
+    engine: EngineName = "local",
+    workers: int | None = None,
+    resume: bool = False,
+    strict: bool = False,
+    impl: str = "auto",
+    model_options: Mapping[str, Any] | None = None,
+    on_state: Callable[[State], None] | None = None,
+) -> Survey:
+    """Scores every prediction of a corpus and writes what came of it into the directory `out`.
+
+    inputs: a path, `hf:NAME`, a `Source`, an iterable of strings and mappings, several paths, or a
+    mapping from corpora to any of these. model: a Tracer, a Hub name or a directory; default: the
+    default model. label_by: fields of records to keep with each token, "NAME" or "NAME=FIELD"; the
+    label "corpus" says which corpus a record is of. max_tokens: that the model reads at once; what
+    is longer is cut. window_tokens: of a part, which is written, and resumed from, as a whole.
+    workers: Ray's actors. strict: the first problem ends it. impl and model_options (of
+    `from_pretrained`) are of a model given by name.
+
+    Raises ValueError for wrong arguments, FormatError where `out` holds something else than this
+    survey, and IfrError where it cannot go on; what is written then stays, and `resume` goes on.
+    """
+    if engine not in ("local", "ray"):
+        raise ValueError(f"engine: expected 'local' or 'ray', got {engine!r}")
+    reading = _reading(text_field, split, label_by)
+    levels = _thresholds(thresholds)
+    for name, number in (
+        ("max_tokens", max_tokens),
+        ("batch_tokens", batch_tokens),
+        ("window_tokens", window_tokens),
+        ("workers", workers),
+    ):
+        if number is not None and as_index(name, number) < 1:
+            raise ValueError(f"{name}: expected at least 1, got {number}")
+    if workers is not None and engine != "ray":
+        raise ValueError("workers: goes with engine='ray'")
+    sources = expand(inputs)
+    directory = Path(out)
+    with ExitStack() as stack:
+        begun = _enter(directory, resume, stack)
+        runner, tokenizer = _engine(engine, model, impl, model_options or {}, workers, stack)
+        facts = runner.facts
+        context = facts.max_length
+        if max_tokens is None:
+            max_tokens = min(MAX_TOKENS, context or MAX_TOKENS)
+        elif context is not None and max_tokens > context:
+            raise ValueError(f"max_tokens: the model's context holds {context}, got {max_tokens}")
+        batch_tokens = batch_tokens or _BATCH_TOKENS.get(facts.device, _BATCH_TOKENS_ELSEWHERE)
+        fields: dict[str, Any] = {
+            "model": {
+                "name": facts.name,
+                "fingerprint": facts.fingerprint,
+                "n_layers": facts.n_layers,
+                "n_heads": facts.n_heads,
+            },
+            "impl": facts.impl,
+            "thresholds": list(levels),
+            "keep": levels[0],
+            "labels": reading.labels,
+            "label_by": dict(reading.label_by),
+            "text_field": reading.text_field,
+            "split": reading.split,
+            "max_tokens": max_tokens,
+            "batch_tokens": batch_tokens,
+            "window_tokens": window_tokens,
+            "sources": [source.described for source in sources],
+        }
+        versions = {
+            "ifr_fast": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+        if begun is None:
+            write_manifest(directory, {**fields, "versions": versions, "complete": False})
+        else:
+            _check_same(directory, begun, fields)
+        vocabulary = Vocabulary(tokenizer, facts.vocab_size)
+        feed = Feed(sources, Cutter(vocabulary, reading, max_tokens), window_tokens)
+        shape = Shape(facts.n_layers, facts.n_heads, len(levels), reading.labels)
+        run = _Run(directory, feed, shape, strict, on_state)
+        for scored in runner.run(run.windows(), Scoring(levels, batch_tokens)):
+            problems = write_part(directory, shape, scored.window, scored.columns)
+            run.written(scored.window, problems)
+        found = Survey.open(directory)
+        if len(found.predictions) == 0:
+            problems = found.problems
+            raise IfrError(
+                f"inputs: nothing could be surveyed; the first of {len(problems)} problems: "
+                f"{problems[0]}"
+            )
+        write_corpora(found)
+        if begun is None or not begun.get("complete"):
+            kept = read_manifest(directory).get("versions", versions)
+            write_manifest(directory, {**fields, "versions": kept, "complete": True})
+    return Survey.open(directory)
+
+
+class _Run:
+    """What is read, skipped and written, and how fast."""
+
+    def __init__(
+        self,
+        directory: Path,
+        feed: Feed,
+        shape: Shape,
+        strict: bool,
+        on_state: Callable[[State], None] | None,
+    ) -> None:
+        self.directory, self.feed, self.shape = directory, feed, shape
+        self.strict, self.on_state = strict, on_state
+        self.whole = set(whole_parts(directory))
+        self.documents = self.predictions = self.read = self.skipped = 0
+        self.began = time.perf_counter()
+
+    def windows(self) -> Iterator[Window]:
+        """Those that are still to be scored."""
+        part = 0
+        while True:
+            if part in self.whole:
+                path = part_path(self.directory, "predictions", part)
+                self.feed.skip(part_end(self.directory, part), str(path))
+                self.skipped = self.read = max(self.read, self.feed.progress.done)
+                self.began = time.perf_counter()
+            else:
+                window = self.feed.window(part)
+                if window is None:
+                    break
+                if self.strict and window.problems:
+                    raise IfrError(str(window.problems[0]))
+                yield window
+            part += 1
+        beyond = [number for number in self.whole if number >= part]
+        if beyond:
+            raise FormatError(
+                f"{part_path(self.directory, 'predictions', beyond[0])}: is beyond what the inputs "
+                "now hold; survey them into another directory"
+            )
+
+    def written(self, window: Window, problems: list[Problem]) -> None:
+        """A part is on the disk."""
+        if self.strict and problems:
+            raise IfrError(str(problems[0]))
+        self.documents += len(window.documents)
+        self.predictions += window.n_tokens
+        self.read = max(self.read, window.read)
+        if self.on_state is None:
+            return
+        seconds, total = time.perf_counter() - self.began, self.feed.progress.total
+        share = left = None
+        if total:
+            share = min(1.0, self.read / total)
+            left = seconds * (total - self.read) / max(1, self.read - self.skipped)
+        self.on_state(State(self.documents, self.predictions, seconds, share, left, problems))
+
+
+def _thresholds(given: Sequence[float]) -> tuple[float, ...]:
+    levels = tuple(check_threshold(x) for x in given)
+    if not levels or list(levels) != sorted(set(levels)):
+        raise ValueError(f"thresholds: expected numbers, ascending, got {list(given)}")
+    return levels
+
+
+def _reading(text_field: str, split: Split, label_by: Sequence[str] | Mapping[str, str]) -> Reading:
+    if split not in SPLITS:
+        raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
+    if isinstance(label_by, str):
+        label_by = [label_by]
+    if not isinstance(label_by, Mapping):
+        pairs = [given.partition("=") for given in label_by]
+        label_by = {name: of if equals else name for name, equals, of in pairs}
+    for name in label_by:
+        if not name.isidentifier():
+            raise ValueError(f"label_by: expected names as of variables, got {name!r}")
+    return Reading(text_field, split, dict(label_by))
+
+
+def _enter(directory: Path, resume: bool, stack: ExitStack) -> dict[str, Any] | None:
+    """The manifest of the survey that is to be gone on with; None where a new one begins."""
+    try:
+        for table in ("predictions", "heads"):
+            os.makedirs(directory / table, exist_ok=True)
+        stack.enter_context(FileLock(directory / ".lock", timeout=0))
+    except Timeout as error:
+        raise IfrError(f"{directory}: another run is writing into it") from error
+    except OSError as error:
+        raise IfrError(f"{directory}: cannot be written ({error.strerror})") from error
+    _sweep(directory)
+    if not (directory / "survey.json").exists():
+        others = [x.name for x in directory.iterdir() if x.name not in _OWN]
+        if others or whole_parts(directory):
+            raise FormatError(f"{directory}: holds other things; expected an empty directory")
+        return None
+    manifest = read_manifest(directory)
+    if not resume:
+        raise FormatError(
+            f"{directory}: holds a survey already; resume it, or name another directory"
+        )
+    return manifest
+
+
+_OWN = {"predictions", "heads", ".lock"}
+
+
+def _sweep(directory: Path) -> None:
+    """Removes what a run that was killed has left half written; the caller holds the lock."""
+    for folder in (directory, directory / "predictions", directory / "heads"):
+        for leftover in folder.glob(".ifr_fast.*"):
+            leftover.unlink(missing_ok=True)
+
+
+def _check_same(directory: Path, begun: dict[str, Any], fields: dict[str, Any]) -> None:
+    for name, value in fields.items():
+        if begun.get(name) != value:
+            match name:
+                case "model":
+                    what = "of another model, or with other weights"
+                case "sources":
+                    what = "from other inputs, or they changed their size"
+                case _:
+                    what = f"with {name} {begun.get(name)!r}, and is now asked for {value!r}"
+            raise FormatError(
+                f"{directory}: was begun {what}; go on as it was begun, or name another directory"
+            )
+
+
+def _engine(
+    name: EngineName,
+    model: Tracer | str | os.PathLike[str] | None,
+    impl: str,
+    options: Mapping[str, Any],
+    workers: int | None,
+    stack: ExitStack,
+) -> tuple[Engine, PreTrainedTokenizerBase | None]:
+    if isinstance(model, Tracer):
+        if name == "ray":
+            raise ValueError("model: engine='ray' opens it anew; expected a name or a directory")
+        return LocalEngine(model), model.tokenizer
+    source = ModelSource(None if model is None else os.fspath(model), impl, dict(options))
+    if name == "local":
+        tracer = source.open()
+        return LocalEngine(tracer), tracer.tokenizer
+    tokenizer = load_tokenizer(source.name, **source.options)
+    engine = stack.enter_context(ray_engine(source, workers, torch.get_num_threads()))
+    return engine, tokenizer

@@ -1,0 +1,361 @@
+"""What a survey directory holds, and how it is read.
+
+    survey.json                       of what model, how, and what came of it
+    predictions/part-NNNNNN.parquet   a row a prediction: position t of a document, predicting t + 1
+    heads/part-NNNNNN.parquet         a row a (document, layer, head)
+    corpora.parquet                   a row a corpus: the means of both; written when all is done
+
+A document is a text as the model read it: of what is longer than the model was let read, each
+piece is one. A part is written whole or not at all, heads first: one without its predictions is as
+good as not there. Numbers are float32 unless said otherwise; lists are layer-major.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from ..errors import FormatError
+from .arrow import pa, pq
+
+FORMAT = "ifr_fast.survey"
+VERSION = 1
+OFFSETS = 33  # of by_offset: 0 to 31, and all from 32 on
+PROBLEMS = b"ifr_fast.problems"  # in a part's metadata: JSON, a list of Problem's fields
+PART = b"ifr_fast.part"  # in a part's metadata: JSON, what a resumed run asks of it
+
+Array: TypeAlias = "np.ndarray[Any, Any]"
+
+
+def floats(n: int) -> pa.DataType:
+    """A list of n float32."""
+    return pa.list_(pa.float32(), n)
+
+
+def bits(n: int) -> pa.DataType:
+    """N bits, little-endian: bit i is bit i % 8 of byte i // 8."""
+    return pa.binary(-(-n // 8))
+
+
+def predictions_schema(
+    n_layers: int, n_heads: int, n_thresholds: int, labels: list[str]
+) -> pa.Schema:
+    """Of predictions/: importances and `*_in_k` are of the prediction's graph (`RouteGraph`), the
+    importances at the lowest threshold, `k` an index into the thresholds.
+    """
+    L, H = n_layers, n_heads
+    fields: list[tuple[str, pa.DataType]] = [
+        ("document", pa.int64()),  # running number
+        ("context", pa.string()),  # source ':' number within it, and '/' piece where it is cut
+        ("corpus", pa.string()),
+        ("position", pa.int32()),
+        ("token_id", pa.int32()),
+        ("token", pa.string()),
+        ("next_token_id", pa.int32()),
+        ("next_token", pa.string()),
+        *((f"label_{name}", pa.string()) for name in labels),  # of the token at `position`
+        ("logit", pa.float32()),  # of the actual next token
+        ("probability", pa.float32()),  # likewise
+        ("head_importance", floats(L * H)),
+        ("ffn_importance", floats(L)),
+        ("residual_mid", floats(L)),  # share of resid_pre in resid_mid here; parallel block: NaN
+        ("residual_post", floats(L)),  # of resid_mid in resid_post here; parallel: of resid_pre
+    ]
+    for k in range(n_thresholds):
+        fields += [
+            (f"head_in_{k}", bits(L * H)),
+            (f"ffn_in_{k}", bits(L)),
+            # The lowest layer at which an edge of the graph changes position; L where none does.
+            (f"route_depth_{k}", pa.int16()),
+        ]
+    return pa.schema(fields)
+
+
+def heads_schema() -> pa.Schema:
+    """Of heads/: sums over a document's targets, in float32, whichever predictions reach them.
+
+    "Edge mass" is a head's share in the attention edges above `keep` (all heads of an edge taken
+    together), as `RouteGraph.head_edges` has it; an edge leads from a source to a target.
+    """
+    return pa.schema(
+        [
+            ("document", pa.int64()),
+            ("corpus", pa.string()),
+            ("layer", pa.int16()),
+            ("head", pa.int16()),
+            ("rows", pa.int32()),  # targets
+            ("mass", pa.float32()),  # importance of the head, all sources
+            ("edge_mass", pa.float32()),
+            ("by_offset", floats(OFFSETS)),  # edge mass by target - source: 0 .. 31, and more
+            ("first", pa.float32()),  # edge mass from position 0, into later ones
+            ("punctuation", pa.float32()),  # edge mass from punctuation tokens, into later ones
+            ("word_mass", pa.float32()),  # edge mass into later pieces of words
+            ("same_word", pa.float32()),  # of that, from earlier pieces of the same word
+            ("word_targets", pa.int32()),  # targets that are later pieces of words
+            ("edges", pa.int32()),  # edges in which the head exceeds `keep` by itself
+        ]
+    )
+
+
+def corpora_schema(n_layers: int, n_heads: int, n_thresholds: int) -> pa.Schema:
+    """Of corpora.parquet: float64 means over a corpus' predictions, heads' over its targets."""
+    L, H = n_layers, n_heads
+
+    def means(n: int) -> pa.DataType:
+        return pa.list_(pa.float64(), n)
+
+    fields: list[tuple[str, pa.DataType]] = [
+        ("corpus", pa.string()),
+        ("documents", pa.int64()),
+        ("predictions", pa.int64()),
+        ("log_probability", pa.float64()),  # natural logarithm
+        ("head_importance", means(L * H)),
+        ("ffn_importance", means(L)),
+        ("residual_mid", means(L)),
+        ("residual_post", means(L)),
+        ("head_mass", means(L * H)),
+        ("head_edge_mass", means(L * H)),
+    ]
+    for k in range(n_thresholds):
+        fields += [
+            (f"head_frequency_{k}", means(L * H)),
+            (f"ffn_frequency_{k}", means(L)),
+            (f"route_depth_{k}", pa.float64()),
+        ]
+    return pa.schema(fields)
+
+
+def part_path(directory: Path, table: str, part: int) -> Path:
+    """Of part number `part` of "predictions" or "heads"."""
+    return directory / table / f"part-{part:06}.parquet"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What could not be surveyed, and why."""
+
+    where: str  # the document's context, or the source
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.why}"
+
+
+@dataclass(frozen=True)
+class Table:
+    """The parts of one of a survey's tables, read when asked for."""
+
+    paths: list[Path]
+    schema: pa.Schema
+    shapes: dict[str, tuple[int, ...]]  # of a row's entry where it is an array
+
+    @property
+    def columns(self) -> list[str]:
+        """Their names."""
+        return list(self.schema.names)
+
+    def __len__(self) -> int:
+        return sum(_parquet(path).metadata.num_rows for path in self.paths)
+
+    def parts(self, *columns: str) -> Iterator[dict[str, Array]]:
+        """Part after part, some columns (all of them if none is named) as numpy arrays of N rows.
+
+        Lists are float arrays [N, ...], bits bool ones, strings objects (None where null):
+        `head_importance` is [N, L, H]. Raises ValueError for a column that there is none, and
+        FormatError for a part that is broken, naming it.
+        """
+        unknown = [name for name in columns if name not in self.schema.names]
+        if unknown:
+            raise ValueError(
+                f"columns: there is no {unknown[0]!r}; there are {', '.join(self.columns)}"
+            )
+        names = list(columns) or self.columns
+        for path in self.paths:
+            yield self._read(path, names)
+
+    def read(self, *columns: str) -> dict[str, Array]:
+        """The same of all parts together."""
+        names = list(columns) or self.columns
+        found = list(self.parts(*names))
+        if not found:
+            empty = self.schema.empty_table()
+            return {name: self._array(name, empty.column(name)) for name in names}
+        return {name: np.concatenate([part[name] for part in found]) for name in names}
+
+    def _read(self, path: Path, names: list[str]) -> dict[str, Array]:
+        file = _parquet(path)
+        if not file.schema_arrow.equals(self.schema):
+            raise FormatError(f"{path}: has other columns than its survey")
+        try:
+            table = file.read(columns=names)
+        except (OSError, pa.ArrowException) as error:
+            raise FormatError(f"{path}: is broken ({first_line(error)})") from error
+        return {name: self._array(name, table.column(name)) for name in names}
+
+    def _array(self, name: str, column: pa.ChunkedArray) -> Array:
+        kind = column.type
+        chunk = column.combine_chunks()
+        if isinstance(chunk, pa.ChunkedArray):  # of several chunks, or of none
+            chunk = chunk.chunk(0) if chunk.num_chunks else pa.array([], kind)
+        n, shape = len(chunk), self.shapes.get(name)
+        if pa.types.is_fixed_size_list(kind):
+            assert shape is not None
+            return chunk.flatten().to_numpy(zero_copy_only=False).reshape(n, *shape)
+        if pa.types.is_fixed_size_binary(kind):
+            assert shape is not None
+            width = kind.byte_width
+            raw = np.frombuffer(chunk.buffers()[1] or b"", np.uint8)
+            rows = raw[chunk.offset * width : (chunk.offset + n) * width].reshape(n, width)
+            some = int(np.prod(shape))
+            unpacked = np.unpackbits(rows, axis=1, count=some, bitorder="little")
+            return unpacked.astype(bool).reshape(n, *shape)
+        return chunk.to_numpy(zero_copy_only=False)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """A survey's directory, open for reading."""
+
+    path: Path
+    model: dict[str, Any]  # name, fingerprint, n_layers, n_heads
+    thresholds: list[float]  # ascending
+    keep: float  # what heads/ counts edges above: the lowest threshold
+    labels: list[str]
+    complete: bool  # False while it is running, or where it was interrupted
+    manifest: dict[str, Any]  # all of survey.json
+
+    @staticmethod
+    def open(directory: str | os.PathLike[str]) -> Survey:
+        """Raises FormatError where there is no survey, or one of another format version."""
+        path = Path(directory)
+        manifest = read_manifest(path)
+        try:
+            return Survey(
+                path,
+                dict(manifest["model"]),
+                [float(x) for x in manifest["thresholds"]],
+                float(manifest["keep"]),
+                [str(x) for x in manifest["labels"]],
+                bool(manifest["complete"]),
+                manifest,
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise FormatError(
+                f"{path / 'survey.json'}: not a whole {FORMAT} manifest ({error!r})"
+            ) from error
+
+    @property
+    def n_layers(self) -> int:
+        """Decoder layers, L."""
+        return int(self.model["n_layers"])
+
+    @property
+    def n_heads(self) -> int:
+        """Attention heads a layer, H."""
+        return int(self.model["n_heads"])
+
+    @property
+    def part_numbers(self) -> list[int]:
+        """The parts that are whole, ascending."""
+        return whole_parts(self.path)
+
+    @property
+    def predictions(self) -> Table:
+        """A row a prediction (`predictions_schema`)."""
+        L, H, K = self.n_layers, self.n_heads, len(self.thresholds)
+        return self._table("predictions", predictions_schema(L, H, K, self.labels))
+
+    @property
+    def heads(self) -> Table:
+        """A row a document, layer and head (`heads_schema`)."""
+        return self._table("heads", heads_schema())
+
+    @property
+    def corpora(self) -> Table:
+        """A row a corpus (`corpora_schema`). Raises FormatError until the survey is complete."""
+        path = self.path / "corpora.parquet"
+        if not path.is_file():
+            raise FormatError(f"{path}: no such file; the survey is not complete, resume it")
+        L, H, K = self.n_layers, self.n_heads, len(self.thresholds)
+        return Table([path], corpora_schema(L, H, K), self._shapes())
+
+    @property
+    def problems(self) -> list[Problem]:
+        """What could not be surveyed, in the order of the input."""
+        found = []
+        for part in self.part_numbers:
+            path = part_path(self.path, "predictions", part)
+            found += [Problem(**fields) for fields in metadata_of(path, PROBLEMS)]
+        return found
+
+    def _table(self, name: str, schema: pa.Schema) -> Table:
+        paths = [part_path(self.path, name, part) for part in self.part_numbers]
+        return Table(paths, schema, self._shapes())
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        L, H = self.n_layers, self.n_heads
+        shapes: dict[str, tuple[int, ...]] = {
+            "ffn_importance": (L,),
+            "residual_mid": (L,),
+            "residual_post": (L,),
+            "by_offset": (OFFSETS,),
+        }
+        for name in ("head_importance", "head_mass", "head_edge_mass"):
+            shapes[name] = (L, H)
+        for k in range(len(self.thresholds)):
+            shapes |= {f"head_in_{k}": (L, H), f"head_frequency_{k}": (L, H)}
+            shapes |= {f"ffn_in_{k}": (L,), f"ffn_frequency_{k}": (L,)}
+        return shapes
+
+
+def whole_parts(directory: Path) -> list[int]:
+    """Numbers of a survey's parts that are there, ascending."""
+    return sorted(
+        int(path.stem.removeprefix("part-"))
+        for path in (directory / "predictions").glob("part-*.parquet")
+    )
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """survey.json. Raises FormatError where it is not there, or of another format version."""
+    path = directory / "survey.json"
+    try:
+        manifest = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise FormatError(f"{path}: no such file; expected a survey's directory") from error
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{path}: cannot be read ({error})") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise FormatError(f"{path}: not a manifest of format {FORMAT!r}")
+    if manifest.get("version") != VERSION:
+        raise FormatError(
+            f"{path}: {FORMAT} has version {manifest.get('version')}, this ifr_fast reads "
+            f"version {VERSION}"
+        )
+    return manifest
+
+
+def metadata_of(path: Path, key: bytes) -> Any:
+    """What a part's metadata hold under a key. Raises FormatError for a part that is broken."""
+    metadata = _parquet(path).schema_arrow.metadata or {}
+    try:
+        return json.loads(metadata[key])
+    except (KeyError, ValueError) as error:
+        raise FormatError(f"{path}: is no part of a survey ({error!r})") from error
+
+
+def _parquet(path: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path, page_checksum_verification=True)
+    except (OSError, pa.ArrowException) as error:
+        raise FormatError(f"{path}: is broken ({first_line(error)})") from error
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
