@@ -200,7 +200,7 @@ def record_together(
                     sinks=call.sinks,
                     alibi_slopes=call.alibi_slopes,
                     mask=call.mask,
-                    call=_of_text(layer_calls[i], b, B),
+                    call=of_text(layer_calls[i], b, B),
                     q=call.q[b].transpose(0, 1)[:n] if full else None,
                     resid_mid=mid[i][b, :n] if full else None,
                     z=attended[i][b, :n] if i in attended else None,
@@ -232,7 +232,7 @@ def _checked(x: Tensor, rows: list[Tensor]) -> Tensor:
     return out
 
 
-def _of_text(call: LayerCall, b: int, B: int) -> LayerCall:
+def of_text(call: LayerCall, b: int, B: int) -> LayerCall:
     """A layer's arguments for one of B texts: a batch dimension is the first of two or more."""
 
     def take(x: Tensor) -> Tensor:
