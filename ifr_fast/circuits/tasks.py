@@ -11,6 +11,9 @@ Names and years are filtered to those that are single tokens where they stand, f
 hand. Where it writes numbers digit by digit, the year's tens are asked for instead: later
 tens are right, earlier ones wrong, and the same ones, which may be either, are not counted.
 
+References are for mean ablation: texts of the same template and as many tokens, with three other
+names each, or with other years. Their mean at a position is what is there whatever the answer.
+
 The contrast of a prompt is between two sets of next tokens. The logit difference is logsumexp of
 the right ones' logits minus that of the wrong ones': log odds, which for single tokens is the usual
 difference of two logits.
@@ -58,7 +61,8 @@ EVENTS = (
 ).split()
 YEAR_TEMPLATE = "The {event} lasted from the year {century}{year} to the year {century}"
 _CENTURIES = range(11, 18)
-_PRONE = 60  # attempts for each prompt asked for, before a tokenizer is given up
+_REFERENCES = 16  # of each prompt
+_ATTEMPTS = 60  # attempts for each prompt asked for, before a tokenizer is given up
 
 Twin = Literal["abc", "swap"]
 
@@ -73,6 +77,7 @@ class Prompt:
     twin_ids: list[int]
     right: list[int]  # next tokens that the task asks for
     wrong: list[int]
+    references: list[list[int]]  # texts like it without the task, token by token in the same places
     template: str
     places: dict[str, int]  # positions that play a part, by name
 
@@ -153,13 +158,17 @@ def ioi(
 
     def draw(rng: random.Random) -> Prompt | None:
         template, order = rng.choice(templates), rng.choice(("ABBA", "BABA"))
-        io, s, *others = rng.sample(single, 5)
+        io, s = rng.sample(single, 2)
         first, second = (io, s) if order == "ABBA" else (s, io)
         given = {"place": rng.choice(places), "object": rng.choice(objects)}
+
+        def unrelated() -> str:
+            a, b, c = rng.sample([name for name in single if name not in (io, s)], 3)
+            return template.format(A=a, B=b, S=c, **given)
+
         text = template.format(A=first, B=second, S=s, **given)
         if twin == "abc":
-            a, b, c = others
-            other = template.format(A=a, B=b, S=c, **given)
+            other = unrelated()
         else:
             other = template.format(A=first, B=second, S=io, **given)
         right, wrong = (_next(tokenizer, text, " " + name) for name in (io, s))
@@ -171,9 +180,11 @@ def ioi(
         if len(twice) != 2 or len(once) != 1:  # a name that stands first may be another token
             return None
         spots = {"IO": once[0], "S1": twice[0], "S2": twice[1], "END": len(ids) - 1}
-        return Prompt(
-            text, other, ids, twin_ids, right, wrong, f"{order}: {template}", spots
-        )
+        like = [tokenizer(unrelated())["input_ids"] for _ in range(_REFERENCES)]
+        if any(len(x) != len(ids) for x in like):
+            return None
+        kind = f"{order}: {template}"
+        return Prompt(text, other, ids, twin_ids, right, wrong, like, kind, spots)
 
     return Task("ioi", seed, _drawn(draw, n_prompts, seed))
 
@@ -215,7 +226,14 @@ def greater_than(
             return None
         differing = next(i for i, (a, b) in enumerate(zip(ids, twin_ids, strict=True)) if a != b)
         spots = {"YY": differing, "END": len(ids) - 1}
-        return Prompt(text, other, ids, twin_ids, right, wrong, template, spots)
+        years = rng.sample([y for y in range(2, 99) if y != year], _REFERENCES)
+        like = [
+            tokenizer(template.format(event=event, century=century, year=f"{y:02}"))["input_ids"]
+            for y in years
+        ]
+        if any(len(x) != len(ids) for x in like):
+            return None
+        return Prompt(text, other, ids, twin_ids, right, wrong, like, template, spots)
 
     return Task("greater-than", seed, _drawn(draw, n_prompts, seed))
 
@@ -231,7 +249,7 @@ def _drawn(draw: Callable[[random.Random], Prompt | None], n: int, seed: int) ->
 
     def attempts() -> Iterator[Prompt]:
         seen = set()
-        for _ in range(_PRONE * n):
+        for _ in range(_ATTEMPTS * n):
             prompt = draw(rng)
             if prompt is not None and prompt.text not in seen:
                 seen.add(prompt.text)
