@@ -46,7 +46,9 @@ def roc_curve(scores: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
     _check_kinds(scores, positive)
     order = scores.argsort(descending=True, stable=True)
     ordered, hits = scores[order], positive[order].double()
-    ends = torch.cat([(ordered[1:] != ordered[:-1]).nonzero().squeeze(1), ordered.new_tensor([len(ordered) - 1]).long()])  # fmt: skip
+    changes = torch.ones(len(ordered), dtype=torch.bool)
+    changes[:-1] = ordered[1:] != ordered[:-1]
+    ends = changes.nonzero().squeeze(1)
     true, false = hits.cumsum(0)[ends], (1 - hits).cumsum(0)[ends]
     zero = true.new_zeros(1)
     return torch.cat([zero, false / false[-1]]), torch.cat([zero, true / true[-1]])

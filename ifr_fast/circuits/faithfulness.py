@@ -8,8 +8,8 @@ head where it reads, and an FFN block where it stands.
 
 Others, layer by layer as large as the graph:
 
-- random: as many heads and FFN blocks in each layer, drawn without replacement (of single positions,
-  as many pairs of head and position);
+- random: as many heads and FFN blocks in each layer, drawn without replacement (of single
+  positions, as many pairs of head and position);
 - attention: a graph grown as routes are, from the prediction down, but along the largest attention
   weights. Attention says nothing of FFN blocks, so these are the route graph's own;
 - attention without the first token: the same, where no edge may lead to the text's first token, the
@@ -88,7 +88,7 @@ def attention_selection(
     largest first, until as many heads (or pairs of head and position) have one. Their sources
     are reached. first_token: whether edges may lead to it.
     """
-    L, H, T, _ = weights.shape
+    L, _, T, _ = weights.shape
     heads = torch.zeros_like(like.heads)
     reached = torch.zeros(T, dtype=torch.bool)
     reached[position] = True
@@ -153,7 +153,7 @@ class Survival:
         return left / self.full[i][:, None]
 
     def beats_random(self, unit: Unit) -> Tensor:
-        """bool [P, M]: whether the routes keep a larger share of the logit difference than the mean
+        """[P, M] bool: whether the routes keep a larger share of the logit difference than the mean
         of the random graphs (in "remove" mode: whether less is left without them).
         """
         routes, random = self.share(unit, "routes"), self.share(unit, "random")

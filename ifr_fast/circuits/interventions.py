@@ -64,9 +64,7 @@ def intervening(
                 changed = ffn(layer, x.view(shapes[-1])).to(x.dtype)
                 return changed.reshape(x.shape).clone()  # some blocks add to it in place
 
-            handles.append(
-                capture.on_layer_call(block.module, lambda x, _: shapes.append(x.shape))
-            )
+            handles.append(capture.on_layer_call(block.module, lambda x, _: shapes.append(x.shape)))
             handles.append(capture.change_output(site, change))
     with (
         capture.hooks(*handles),
@@ -298,7 +296,9 @@ def observe(decoder: Decoder, texts: Sequence[Sequence[int] | Tensor]) -> Observ
     return Observed(
         decoder,
         lengths,
-        *([of[i] for i in layers] for of in (resid_pre, z, ffn)),
+        [resid_pre[i] for i in layers],
+        [z[i] for i in layers],
+        [ffn[i] for i in layers],
         logits,
         [keys[i] for i in layers],
         [calls[i] for i in layers],

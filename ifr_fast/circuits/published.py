@@ -46,7 +46,8 @@ def as_mask(circuit: Circuit, n_layers: int, n_heads: int) -> Tensor:
         for layer, head in heads:
             if not (0 <= layer < n_layers and 0 <= head < n_heads):
                 raise ValueError(
-                    f"circuit: {role} {layer}.{head} is none of {n_layers} layers of {n_heads} heads"
+                    f"circuit: expected {n_layers} layers of {n_heads} heads, got {role} "
+                    f"{layer}.{head}"
                 )
             mask[layer, head] = True
     return mask

@@ -31,7 +31,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-NAMES = (
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+NAMES = _words(
     "Mary John Tom James Dan Martin Amy Alice Mark Paul Anna Laura Sarah David Michael Robert "
     "William Richard Charles Thomas Daniel Matthew Anthony Steven Andrew Joshua Kevin Brian George "
     "Edward Ronald Timothy Jason Jeffrey Ryan Jacob Gary Nicholas Eric Jonathan Stephen Larry "
@@ -40,7 +45,7 @@ NAMES = (
     "Ashley Kimberly Emily Donna Michelle Carol Amanda Melissa Deborah Stephanie Rebecca Sharon "
     "Cynthia Kathleen Angela Helen Anna Brenda Pamela Emma Nicole Samantha Katherine Christine "
     "Rachel Carolyn Janet Catherine Maria Heather Diane Ruth Julie Olivia Joyce Victoria Kelly"
-).split()
+)
 PLACES = ("store", "garden", "restaurant", "school", "hospital", "office", "house", "station")
 OBJECTS = ("ring", "kiss", "bone", "basketball", "computer", "necklace", "drink", "snack")
 # {A}, {B}: the names first mentioned, in this order; {S}: the one mentioned again.
@@ -54,11 +59,11 @@ IOI_TEMPLATES = (
     "While {A} and {B} were working at the {place}, {S} gave a {object} to",
     "Friends {A} and {B} found a {object} at the {place}. {S} gave it to",
 )
-EVENTS = (
+EVENTS = _words(
     "war siege expedition campaign dispute conflict voyage famine reign rebellion treaty project "
     "study trial journey occupation plague construction investigation pilgrimage tour crisis "
     "alliance negotiation experiment marriage exhibition strike apprenticeship partnership"
-).split()
+)
 YEAR_TEMPLATE = "The {event} lasted from the year {century}{year} to the year {century}"
 _CENTURIES = range(11, 18)
 _REFERENCES = 16  # of each prompt
@@ -167,10 +172,8 @@ def ioi(
             return template.format(A=a, B=b, S=c, **given)
 
         text = template.format(A=first, B=second, S=s, **given)
-        if twin == "abc":
-            other = unrelated()
-        else:
-            other = template.format(A=first, B=second, S=io, **given)
+        swapped = template.format(A=first, B=second, S=io, **given)
+        other = unrelated() if twin == "abc" else swapped
         right, wrong = (_next(tokenizer, text, " " + name) for name in (io, s))
         ids, twin_ids = tokenizer(text)["input_ids"], tokenizer(other)["input_ids"]
         if len(right) != 1 or len(wrong) != 1 or len(ids) != len(twin_ids):
