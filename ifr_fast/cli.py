@@ -446,6 +446,10 @@ def circuits(
         float, typer.Option("--threshold", "-t", help="Of the routes compared with patching.")
     ] = 0.01,
     draws: Annotated[int, typer.Option(help="Random graphs a prompt.")] = 20,
+    patch_prompts: Annotated[
+        int | None,
+        typer.Option("--patch-prompts", help="Patch and ablate the first so many; default all."),
+    ] = None,
     cost_prompts: Annotated[
         int, typer.Option("--cost-prompts", help="Prompts to patch position by position.")
     ] = 5,
@@ -465,6 +469,7 @@ def circuits(
         n_prompts=prompts,
         seed=seed,
         threshold=threshold,
+        patch_prompts=patch_prompts,
         draws=draws,
         cost_prompts=cost_prompts,
         input_prompts=input_prompts,

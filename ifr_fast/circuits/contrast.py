@@ -1,11 +1,10 @@
 """Contrastive routes: what a task's routes have that those of its corrupted twin have not.
 
 Routes name every component that information flowed through, generally active ones among them. The
-paper isolates a task's by comparing prompts with a twin in which the task is not there
-(section 4.1). Here that is the mean difference of components' importances, over pairs of graphs: of
-prompts and their twins, or of two targets, which are two positions of the same texts whose
-predictions are explained (a route graph explains what stands at a position, whichever next
-token is then asked about).
+paper isolates a task's by comparing prompts with a twin in which the task is not there. Here that
+is the mean difference of components' importances, over pairs of graphs: of prompts and their
+twins, or of two targets, which are two positions of the same texts whose predictions are explained
+(a route graph explains what stands at a position, whichever next token is then asked about).
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ Mode = Literal["keep", "remove"]
 
 UNITS: tuple[Unit, ...] = ("component", "position")
 METHODS = ("routes", "attention", "attention without the first token", "random")
-THRESHOLDS = (0.005, 0.01, 0.02, 0.04)
+THRESHOLDS = (0.01, 0.02, 0.04)
 _FORMAT = "ifr_fast.faithfulness"
 _VERSION = 1
 

@@ -13,7 +13,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -36,7 +36,7 @@ from .agreement import (
     roc_curve,
 )
 from .contrast import Components, components
-from .faithfulness import METHODS, THRESHOLDS, UNITS, Survival, attention_weights, survival
+from .faithfulness import METHODS, THRESHOLDS, UNITS, Mode, Survival, attention_weights, survival
 from .inputs import Curves, available, missing, token_faithfulness
 from .interventions import observe, restarting, run
 from .patching import Effects, patch
@@ -68,7 +68,9 @@ class Settings:
     seed: int = 0
     threshold: float = 0.01  # of the routes that are compared with patching
     least: float = 0.02  # share of the clean-to-twin difference that makes a head positive
+    patch_prompts: int | None = None  # the first so many are patched and ablated; None: all
     thresholds: tuple[float, ...] = THRESHOLDS  # of the graphs that are kept
+    remove_thresholds: tuple[float, ...] = (THRESHOLDS[0], THRESHOLDS[-1])
     draws: int = 20  # of random graphs
     cost_prompts: int = 5  # that are patched position by position
     input_prompts: int = 20
@@ -77,8 +79,9 @@ class Settings:
         """Raises ValueError for what cannot be measured."""
         if self.task not in TASKS:
             raise ValueError(f"--task: expected one of {', '.join(TASKS)}, got {self.task!r}")
-        for name in ("n_prompts", "draws", "cost_prompts", "input_prompts"):
-            if getattr(self, name) < 1:
+        asked = ("n_prompts", "draws", "cost_prompts", "input_prompts", "patch_prompts")
+        for name in asked:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if not 0 < self.least < 1:
             raise ValueError(f"least: expected a number between 0 and 1, got {self.least}")
@@ -112,13 +115,14 @@ def make_report(
     settings.check()
     if tracer.tokenizer is None:
         raise ValueError("tracer: has no tokenizer, and tasks are made of text")
-    task = TASKS[settings.task](tracer.tokenizer, settings.n_prompts, seed=settings.seed)
-    every = task.prompts[:: max(1, len(task) // settings.cost_prompts)]
-    sample = Task(task.name, task.seed, every[: settings.cost_prompts])
-    few = Task(task.name, task.seed, task.prompts[: settings.input_prompts])
+    whole = TASKS[settings.task](tracer.tokenizer, settings.n_prompts, seed=settings.seed)
+    task = _first(whole, settings.patch_prompts or len(whole))
+    few = _first(whole, settings.input_prompts)
+    step = max(1, len(whole) // settings.cost_prompts)
+    sample = _first(replace(whole, prompts=whole.prompts[::step]), settings.cost_prompts)
     work = out / "work"
     work.mkdir(parents=True, exist_ok=True)
-    stages = _Stages(work, _identity(tracer, task))
+    stages = _Stages(work, _identity(tracer, whole))
     decoder = tracer.decoder
 
     exact = stages.of("exact", [], lambda: exactness(tracer, task))
@@ -127,7 +131,7 @@ def make_report(
         for row in stages.of(
             "cost",
             [len(sample), settings.threshold],
-            lambda: costs.measure_cost(tracer, task, sample, threshold=settings.threshold),
+            lambda: costs.measure_cost(tracer, whole, sample, threshold=settings.threshold),
         )
     ]
     accounts, ffn = _accounts(tracer, task, settings.threshold)
@@ -151,18 +155,20 @@ def make_report(
             name: agreement_with(scores, heads, seed=settings.seed)
             for name, scores in accounts.items()
         }
-    kept, removed = (
-        survival(
+
+    def left(mode: Mode, thresholds: Sequence[float]) -> Survival:
+        return survival(
             tracer,
             task,
             mode=mode,
-            thresholds=settings.thresholds,
+            thresholds=thresholds,
             draws=settings.draws,
             seed=settings.seed,
             checkpoint=work / mode,
         )
-        for mode in ("keep", "remove")
-    )
+
+    kept = left("keep", settings.thresholds)
+    removed = left("remove", settings.remove_thresholds)
     inputs = {
         name: [Curves(*row) for row in rows]
         for name, rows in stages.of(
@@ -188,6 +194,10 @@ def make_report(
     )
     _write(tracer, results, out, model_name)
     return results
+
+
+def _first(task: Task, n: int) -> Task:
+    return replace(task, prompts=task.prompts[:n])
 
 
 class _Stages(NamedTuple):
@@ -497,7 +507,8 @@ def _report(tracer: Tracer, results: Results, model_name: str | None) -> str:
     denoised = results.effects["denoise"]
     parts = [
         f"# {task.name}: routes against patching\n",
-        f"{model_name or 'the default model'}, {len(task)} prompts, seed {s.seed}; "
+        f"{model_name or 'the default model'}, {s.n_prompts} prompts, of which {len(task)} patched "
+        f"and ablated, seed {s.seed}; "
         f"{on.processor}, {on.threads} threads, torch {on.torch}, transformers {on.transformers}, "
         f"ifr-fast {on.ifr_fast}. Intervals are {LEVEL:.0%} bootstrap intervals over prompts.\n",
         f"For example: “{task.prompts[0].text}”, against “{task.prompts[0].twin}”. The logit "
