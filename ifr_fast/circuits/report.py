@@ -441,13 +441,11 @@ def _roc_figure(results: Results, L: int, H: int) -> Figure:
         figure.subplots(1, 2), results.effects.items(), strict=True
     ):
         hits = _shares(effects).mean(0).abs().flatten() >= results.settings.least
-        for name, scores in results.accounts.items():
-            if not 0 < int(hits.sum()) < len(hits):
-                continue
-            false, true = roc_curve(scores.mean(0), hits)
+        both = 0 < int(hits.sum()) < len(hits)  # else there is no curve
+        for name, scores in results.accounts.items() if both else ():
             found = results.agreements[direction][name].auc
-            axes.plot(false, true, label=f"{name}: {found.value:.2f}")
-        axes.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=0.8)
+            axes.plot(*roc_curve(scores.mean(0), hits), label=f"{name}: {found.value:.2f}")
+        axes.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=0.8, label="chance: 0.50")
         axes.set(xlabel="false positive rate", ylabel="true positive rate")
         axes.set_title(f"against patching ({direction}): {int(hits.sum())} of {L * H} heads")
         axes.legend(fontsize=7, title="area under the curve", title_fontsize=7)
@@ -636,6 +634,8 @@ def _disagreement(results: Results, direction: str, H: int) -> str:
     order = scores.argsort(descending=True, stable=True).tolist()
     missed = [i for i in reversed(order) if bool(hits[i])][:_SHOWN]
     extra = [i for i in order if not bool(hits[i])][:_SHOWN]
+    if math.isnan(found.value):
+        return "No area is defined: heads with an effect must be some, and not all of them.\n"
     verdict = "is poor" if found.value < _POOR else "is not poor"
     return (
         f"The area of the contrastive routes, {found}, {verdict} (below {_POOR} is called so). "
