@@ -55,53 +55,68 @@ def roc_curve(scores: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def auc(scores: Tensor, positive: Tensor) -> float:
-    """Area under the ROC curve: Mann and Whitney's statistic, ties counting one half."""
+    """Area under the ROC curve: Mann and Whitney's statistic, ties counting one half.
+
+    scores [N], positive bool [N]. Raises ValueError unless there are both kinds.
+    """
     _check_kinds(scores, positive)
-    n_positive = int(positive.sum())
-    n_negative = len(positive) - n_positive
-    wins = float(ranks(scores)[positive].sum()) - n_positive * (n_positive + 1) / 2
-    return wins / (n_positive * n_negative)
+    return float(_auc(scores, positive))
+
+
+def _auc(scores: Tensor, positive: Tensor) -> Tensor:
+    """[...] of [..., N]; NaN where there is one kind alone."""
+    hits = positive.double()
+    n_positive = hits.sum(-1)
+    wins = (ranks(scores) * hits).sum(-1) - n_positive * (n_positive + 1) / 2
+    return wins / (n_positive * (positive.shape[-1] - n_positive))
 
 
 def ranks(x: Tensor) -> Tensor:
-    """[N] float64: ranks from 1, equal values sharing the mean of theirs."""
-    _, inverse, counts = torch.unique(x, return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    return (last - (counts - 1) / 2)[inverse]
+    """[..., N] float64: ranks from 1 along the last dimension, equal values sharing the mean."""
+    ordered = x.sort(-1).values.contiguous()
+    less = torch.searchsorted(ordered, x.contiguous())
+    not_more = torch.searchsorted(ordered, x.contiguous(), right=True)
+    return (less + not_more + 1).double() / 2
 
 
 def rank_correlation(x: Tensor, y: Tensor) -> float:
     """Spearman's, of two [N]; 0 where one of them is constant."""
-    a, b = (r - r.mean() for r in (ranks(x), ranks(y)))
-    norm = float(a.norm() * b.norm())
-    return float(a @ b) / norm if norm > 0 else 0.0
+    return float(_rank_correlation(x, y))
+
+
+def _rank_correlation(x: Tensor, y: Tensor) -> Tensor:
+    a, b = (r - r.mean(-1, keepdim=True) for r in (ranks(x), ranks(y)))
+    norm = a.norm(dim=-1) * b.norm(dim=-1)
+    return torch.where(norm > 0, (a * b).sum(-1) / norm.clamp(min=1e-300), 0.0)
 
 
 def precision_at(scores: Tensor, positive: Tensor, k: int) -> float:
-    """The share of positives among the k highest scores; where scores tie at the border, their
-    positives count in the proportion in which they are taken.
+    """The share of positives among the k highest of scores [N]; where scores tie at the border,
+    their positives count in the proportion in which they are taken.
     """
     if not 1 <= k <= len(scores):
         raise ValueError(f"k: expected 1 to {len(scores)}, got {k}")
-    border = scores.sort(descending=True).values[k - 1]
-    above, tied = scores > border, scores == border
-    taken = (k - int(above.sum())) / int(tied.sum())
-    return (float(positive[above].sum()) + taken * float(positive[tied].sum())) / k
+    return float(_precision_at(scores, positive, k))
+
+
+def _precision_at(scores: Tensor, positive: Tensor, k: int) -> Tensor:
+    border = scores.topk(k, dim=-1).values[..., -1:]
+    above, tied = (scores > border).double(), (scores == border).double()
+    taken = (k - above.sum(-1)) / tied.sum(-1)
+    hits = positive.double()
+    return ((above * hits).sum(-1) + taken * (tied * hits).sum(-1)) / k
 
 
 def bootstrap(
-    statistic: Callable[[Tensor], float], n: int, *, draws: int = DRAWS, seed: int = 0
+    statistic: Callable[[Tensor], Tensor], n: int, *, draws: int = DRAWS, seed: int = 0
 ) -> Interval:
-    """Of a statistic of n prompts, which is given their indices [n]. Draws for which it is not
-    defined (NaN) are left out.
+    """Of a statistic of n prompts, which is given the indices of many draws [draws, n] and gives a
+    number for each [draws]. Draws for which it is not defined (NaN) are left out.
     """
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.tensor(
-        [statistic(torch.randint(n, (n,), generator=generator)) for _ in range(draws)],
-        dtype=torch.float64,
-    )
+    drawn = statistic(torch.randint(n, (draws, n), generator=generator)).double()
     drawn = drawn[~drawn.isnan()]
-    value = statistic(torch.arange(n))
+    value = float(statistic(torch.arange(n)[None])[0])
     if len(drawn) == 0:
         return Interval(value, float("nan"), float("nan"))
     edges = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)
@@ -111,7 +126,12 @@ def bootstrap(
 
 def mean_interval(x: Tensor, *, seed: int = 0) -> Interval:
     """Of the mean of x [P], one number a prompt."""
-    return bootstrap(lambda chosen: float(x[chosen].double().mean()), len(x), seed=seed)
+    return bootstrap(lambda chosen: x.double()[chosen].mean(-1), len(x), seed=seed)
+
+
+def ratio_interval(x: Tensor, y: Tensor, *, seed: int = 0) -> Interval:
+    """Of the mean of x [P] over that of y [P]."""
+    return bootstrap(lambda chosen: x[chosen].mean(-1) / y[chosen].mean(-1), len(x), seed=seed)
 
 
 def agreement(
@@ -134,9 +154,8 @@ def agreement(
             f"scores: expected [P, N] as effects have, got {list(scores.shape)} and "
             f"{list(effects.shape)}"
         )
-    size = effects.mean(0).abs()
     return _agreement(
-        scores, lambda chosen: effects[chosen].mean(0).abs(), size >= least, least, ks, draws, seed
+        scores, lambda weights: (weights @ effects.double()).abs(), least, ks, draws, seed
     )
 
 
@@ -150,35 +169,38 @@ def agreement_with(
 ) -> Agreement:
     """Of scores [P, N] with a published set, bool [N]."""
     member = heads.double()
-    return _agreement(scores, lambda _: member, heads, 0.5, ks, draws, seed)
+    return _agreement(scores, lambda weights: member.expand(len(weights), -1), 0.5, ks, draws, seed)
 
 
 def _agreement(
     scores: Tensor,
     size: Callable[[Tensor], Tensor],
-    positive: Tensor,
     least: float,
     ks: Sequence[int],
     draws: int,
     seed: int,
 ) -> Agreement:
+    """size: of effects [draws, N], where prompts have the weights [draws, P]."""
     P, N = scores.shape
 
-    def interval(of: Callable[[Tensor, Tensor, Tensor], float]) -> Interval:
-        def statistic(chosen: Tensor) -> float:
-            sizes = size(chosen)
+    def interval(of: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Interval:
+        def statistic(chosen: Tensor) -> Tensor:
+            weights = torch.zeros(len(chosen), P, dtype=torch.float64)
+            weights.scatter_add_(1, chosen, torch.full(chosen.shape, 1 / P, dtype=torch.float64))
+            sizes = size(weights)
             hits = sizes >= least
-            if not 0 < int(hits.sum()) < N:
-                return float("nan")
-            return of(scores[chosen].mean(0), sizes, hits)
+            found = of(weights @ scores.double(), sizes, hits)
+            both = hits.any(-1) & ~hits.all(-1)
+            return torch.where(both, found, torch.nan)
 
         return bootstrap(statistic, P, draws=draws, seed=seed)
 
+    everyone = torch.full((1, P), 1 / P, dtype=torch.float64)
     return Agreement(
-        interval(lambda s, _, hits: auc(s, hits)),
-        interval(lambda s, sizes, _: rank_correlation(s, sizes)),
-        {k: interval(lambda s, _, hits, k=k: precision_at(s, hits, k)) for k in ks if k <= N},  # type: ignore[misc]
-        int(positive.sum()),
+        interval(lambda s, _, hits: _auc(s, hits)),
+        interval(lambda s, sizes, _: _rank_correlation(s, sizes)),
+        {k: interval(lambda s, _, hits, k=k: _precision_at(s, hits, k)) for k in ks if k <= N},  # type: ignore[misc]
+        int((size(everyone) >= least).sum()),
         N,
     )
 

@@ -33,6 +33,7 @@ from .agreement import (
     agreement_with,
     auc,
     mean_interval,
+    ratio_interval,
     roc_curve,
 )
 from .contrast import Components, components
@@ -370,12 +371,9 @@ def _survival_rows(of: Survival, seed: int) -> tuple[list[str], list[list[str]]]
 
 def _ratio(of: Survival, unit: Any, method: str, m: int, i: int, seed: int) -> Interval:
     """What is left of the prompts' mean logit difference (i = 0) or probability (1)."""
-    from .agreement import bootstrap
-
     left = (of.logit_difference, of.probability)[i][unit, method][:, m]
     left = left.mean(-1) if left.ndim == 2 else left
-    full = of.full[i]
-    return bootstrap(lambda c: float(left[c].mean() / full[c].mean()), len(full), seed=seed)
+    return ratio_interval(left, of.full[i], seed=seed)
 
 
 def _input_rows(results: Results) -> tuple[list[str], list[list[str]]]:
