@@ -58,7 +58,7 @@ def test_restarting_gives_what_a_whole_run_gives(family):
     seen, source = observe(decoder, texts), observe(decoder, [other(text) for text in texts])
     tolerance = ROUNDED if (seen.logits - plainly(model, texts)).abs().max() > EXACT else EXACT
     assert (seen.logits - plainly(model, texts)).abs().max() < ROUNDED
-    for layer, t, head in ((0, 6, 2), (1, 8, 5)):
+    for layer, t, head in ((0, 6, 2), (1, 8, 3)):
         z = seen.z[layer][:, t : t + 1].clone()
         z[:, :, head] = source.z[layer][:, t : t + 1, head]
         ffn = source.ffn[layer][:, t : t + 1]
