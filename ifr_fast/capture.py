@@ -387,6 +387,6 @@ def change_output(
     def hook(_: nn.Module, __: Any, output: Any) -> Any:
         if isinstance(output, Tensor):
             return change(output)
-        return type(output)((change(output[0]), *output[1:]))
+        return (change(output[0]), *output[1:])
 
     return module.register_forward_hook(hook)

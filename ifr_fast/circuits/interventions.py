@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import capture
-from ..batching import can_batch, of_text
+from ..batching import batches, can_batch, of_text
 from ..capture import AttentionCall, LayerCall
 from ..errors import UnsupportedArchitectureError
 from ..model import Block, Decoder, answering_layers, evaluating
@@ -48,7 +48,11 @@ def intervening(
     own.
     """
     of_module = {block.attention: block for block in decoder.blocks}
-    shapes: list[torch.Size] = []  # of the residual stream, innermost call last
+    shape = torch.Size()  # of the residual stream in the layer that runs
+
+    def keep_shape(x: Tensor, _: LayerCall) -> None:
+        nonlocal shape
+        shape = x.shape
 
     def answer(call: AttentionCall) -> Tensor:
         block, T = of_module[call.module], call.q.shape[2]
@@ -61,10 +65,10 @@ def intervening(
             site, layer = _ffn_site(block), block.layer
 
             def change(x: Tensor, layer: int = layer) -> Tensor:
-                changed = ffn(layer, x.view(shapes[-1])).to(x.dtype)
+                changed = ffn(layer, x.view(shape)).to(x.dtype)
                 return changed.reshape(x.shape).clone()  # some blocks add to it in place
 
-            handles.append(capture.on_layer_call(block.module, lambda x, _: shapes.append(x.shape)))
+            handles.append(capture.on_layer_call(block.module, keep_shape))
             handles.append(capture.change_output(site, change))
     with (
         capture.hooks(*handles),
@@ -127,12 +131,9 @@ def _check_batch(decoder: Decoder, n_texts: int) -> None:
         )
 
 
-def text_batches(decoder: Decoder, lengths: Sequence[int], copies: int = 1) -> list[list[int]]:
-    """Which texts to run together, `copies` of each at once: indices, longest first."""
-    from ..batching import batches
-
-    longest = max(lengths)
-    return list(batches(decoder, list(lengths), max(1, _RUN_ROWS // (longest * copies))))
+def text_batches(decoder: Decoder, lengths: Sequence[int]) -> list[list[int]]:
+    """Which texts of these lengths to run together: indices, longest first."""
+    return list(batches(decoder, list(lengths), max(1, _RUN_ROWS // max(lengths))))
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,6 +159,7 @@ class Observed:
         """Positions, padding included."""
         return self.z[0].shape[1]
 
+    @torch.inference_mode()
     def restart(
         self,
         layer: int,
