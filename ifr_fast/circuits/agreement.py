@@ -139,11 +139,14 @@ def agreement(
     effects: Tensor,
     *,
     least: float,
+    absolute: bool = False,
     ks: Sequence[int] = (5, 10, 20),
     draws: int = DRAWS,
     seed: int = 0,
 ) -> Agreement:
     """Of scores with effects, [P, N] each, of P prompts.
+
+    absolute: rank by the size of the mean score, whatever its sign.
 
     A component is positive where the size of its mean effect is at least `least`, an effect's
     sign being that of its service to the task: one that works against it is part of the circuit
@@ -155,7 +158,13 @@ def agreement(
             f"{list(effects.shape)}"
         )
     return _agreement(
-        scores, lambda weights: (weights @ effects.double()).abs(), least, ks, draws, seed
+        scores,
+        lambda weights: (weights @ effects.double()).abs(),
+        least,
+        absolute,
+        ks,
+        draws,
+        seed,
     )
 
 
@@ -163,19 +172,29 @@ def agreement_with(
     scores: Tensor,
     heads: Tensor,
     *,
+    absolute: bool = False,
     ks: Sequence[int] = (5, 10, 20),
     draws: int = DRAWS,
     seed: int = 0,
 ) -> Agreement:
     """Of scores [P, N] with a published set, bool [N]."""
     member = heads.double()
-    return _agreement(scores, lambda weights: member.expand(len(weights), -1), 0.5, ks, draws, seed)
+    return _agreement(
+        scores,
+        lambda weights: member.expand(len(weights), -1),
+        0.5,
+        absolute,
+        ks,
+        draws,
+        seed,
+    )
 
 
 def _agreement(
     scores: Tensor,
     size: Callable[[Tensor], Tensor],
     least: float,
+    absolute: bool,
     ks: Sequence[int],
     draws: int,
     seed: int,
@@ -189,7 +208,8 @@ def _agreement(
             weights.scatter_add_(1, chosen, torch.full(chosen.shape, 1 / P, dtype=torch.float64))
             sizes = size(weights)
             hits = sizes >= least
-            found = of(weights @ scores.double(), sizes, hits)
+            means = weights @ scores.double()
+            found = of(means.abs() if absolute else means, sizes, hits)
             both = hits.any(-1) & ~hits.all(-1)
             return torch.where(both, found, torch.nan)
 

@@ -47,8 +47,10 @@ from .tasks import TASKS, Task
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_SIZE = ", size"  # of an account that ranks by the size of its mean, whatever the sign
 ACCOUNTS = (
     "contrastive routes",
+    "contrastive routes" + _SIZE,
     "contrastive routes, frequency",
     "plain routes",
     "plain routes, frequency",
@@ -143,7 +145,11 @@ def make_report(
     agreements = {
         direction: {
             name: agreement(
-                scores, _shares(of).flatten(1), least=settings.least, seed=settings.seed
+                scores,
+                _shares(of).flatten(1),
+                least=settings.least,
+                absolute=name.endswith(_SIZE),
+                seed=settings.seed,
             )
             for name, scores in accounts.items()
         }
@@ -153,7 +159,7 @@ def make_report(
     if circuit is not None:
         heads = as_mask(circuit, decoder.n_layers, decoder.n_heads).flatten()
         agreements["published"] = {
-            name: agreement_with(scores, heads, seed=settings.seed)
+            name: agreement_with(scores, heads, absolute=name.endswith(_SIZE), seed=settings.seed)
             for name, scores in accounts.items()
         }
 
@@ -278,9 +284,15 @@ def _accounts(tracer: Tracer, task: Task, threshold: float) -> tuple[dict[str, T
         )
         largest.append(weights[..., 1:-1].amax(-1).flatten())
         moved.append((weights - others).abs().sum(-1).flatten() / 2)
+    found["contrastive routes" + _SIZE] = found["contrastive routes"]
     found["attention"] = torch.stack(largest)
     found["contrastive attention"] = torch.stack(moved)
     return {name: found[name] for name in ACCOUNTS}, ffn
+
+
+def _means(name: str, scores: Tensor) -> Tensor:
+    """[N] what an account ranks heads by."""
+    return scores.mean(0).abs() if name.endswith(_SIZE) else scores.mean(0)
 
 
 def _shares(effects: Effects) -> Tensor:
@@ -298,7 +310,7 @@ def _sensitivity(accounts: Mapping[str, Tensor], effects: Effects) -> dict[float
         hits = size >= least
         both = 0 < int(hits.sum()) < len(hits)
         found[least] = {
-            name: auc(scores.mean(0), hits) if both else math.nan
+            name: auc(_means(name, scores), hits) if both else math.nan
             for name, scores in accounts.items()
         } | {"positives": float(hits.sum())}
     return found
@@ -311,7 +323,7 @@ def _write(tracer: Tracer, results: Results, out: Path, model_name: str | None) 
     decoder = tracer.decoder
     L, H = decoder.n_layers, decoder.n_heads
     effects = {name: _shares(of).mean(0) for name, of in results.effects.items()}
-    means = {name: x.mean(0).view(L, H) for name, x in results.accounts.items()}
+    means = {name: _means(name, x).view(L, H) for name, x in results.accounts.items()}
     rows = [
         [layer, head]
         + [f"{float(x[layer, head]):.6g}" for x in (*means.values(), *effects.values())]
@@ -442,7 +454,7 @@ def _roc_figure(results: Results, L: int, H: int) -> Figure:
         both = 0 < int(hits.sum()) < len(hits)  # else there is no curve
         for name, scores in results.accounts.items() if both else ():
             found = results.agreements[direction][name].auc
-            axes.plot(*roc_curve(scores.mean(0), hits), label=f"{name}: {found.value:.2f}")
+            axes.plot(*roc_curve(_means(name, scores), hits), label=f"{name}: {found.value:.2f}")
         axes.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=0.8, label="chance: 0.50")
         axes.set(xlabel="false positive rate", ylabel="true positive rate")
         axes.set_title(f"against patching ({direction}): {int(hits.sum())} of {L * H} heads")
