@@ -377,3 +377,16 @@ def on_output(
             keep(x)
 
     return module.register_forward_hook(hook)
+
+
+def change_output(
+    module: nn.Module, change: Callable[[Tensor], Tensor]
+) -> torch.utils.hooks.RemovableHandle:
+    """Has `module` return what `change` makes of its hidden states, at every call."""
+
+    def hook(_: nn.Module, __: Any, output: Any) -> Any:
+        if isinstance(output, Tensor):
+            return change(output)
+        return (change(output[0]), *output[1:])
+
+    return module.register_forward_hook(hook)

@@ -555,6 +555,53 @@ def report(
 
 
 @app.command()
+def circuits(
+    out: Annotated[Path, typer.Option(help="A folder for tables, figures and the report.")],
+    task: Annotated[str, typer.Option(help="ioi or greater-than.")] = "ioi",
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Hub name or directory; default SmolLM2.")
+    ] = None,
+    prompts: Annotated[int, typer.Option("--prompts", "-n", help="How many to make.")] = 50,
+    seed: Annotated[int, typer.Option(help="Of prompts, random graphs and intervals.")] = 0,
+    threshold: Annotated[
+        float, typer.Option("--threshold", "-t", help="Of the routes compared with patching.")
+    ] = 0.01,
+    draws: Annotated[int, typer.Option(help="Random graphs a prompt.")] = 20,
+    patch_prompts: Annotated[
+        int | None,
+        typer.Option("--patch-prompts", help="Patch and ablate the first so many; default all."),
+    ] = None,
+    cost_prompts: Annotated[
+        int, typer.Option("--cost-prompts", help="Prompts to patch position by position.")
+    ] = 5,
+    input_prompts: Annotated[
+        int, typer.Option("--input-prompts", help="Prompts whose tokens are deleted.")
+    ] = 20,
+    impl: Annotated[str, typer.Option(help="auto, reference, eager, cpu or triton.")] = "auto",
+) -> None:
+    """Compare a task's routes with activation patching, and see how faithful they are.
+
+    Takes minutes to hours; the same command goes on where it was interrupted.
+    """
+    from .circuits.report import Settings, make_report
+
+    settings = Settings(
+        task=task,
+        n_prompts=prompts,
+        seed=seed,
+        threshold=threshold,
+        patch_prompts=patch_prompts,
+        draws=draws,
+        cost_prompts=cost_prompts,
+        input_prompts=input_prompts,
+    )
+    settings.check()
+    out.mkdir(parents=True, exist_ok=True)
+    make_report(_open(model, impl), out, settings, model_name=model)
+    Console(highlight=False, soft_wrap=True).print(Text((out / "report.md").read_text()))
+
+
+@app.command()
 def doctor(
     impl: Annotated[str, typer.Option(help="An implementation to ask about.")] = "auto",
 ) -> None:
@@ -577,6 +624,7 @@ def doctor(
         "survey": ("pyarrow",),
         "report": ("matplotlib", "scipy", "sklearn"),
         "ray": ("ray",),
+        "circuits": ("matplotlib", "captum", "flashtrace"),
     }.items():
         missing = [p for p in packages if find_spec(p) is None]
         state = f"missing {', '.join(missing)}: pip install 'ifr-fast[{extra}]'"

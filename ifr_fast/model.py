@@ -62,6 +62,7 @@ class Block(NamedTuple):
     d_key: int
     width: int  # numbers a row of the widest tensor that its submodules return
     n_outputs: int | None  # length of the tuple that it returns; None where it returns a tensor
+    ffn_site: nn.Module | None  # the module whose output, perhaps scaled, is what the FFN adds
 
     @property
     def parallel(self) -> bool:
@@ -534,7 +535,7 @@ class _Run(NamedTuple):
     output: Tensor  # [T, D]
     attention_output: Tensor  # [T, D]
     inputs: list[tuple[nn.Module, Tensor]]  # [T, D] of submodules called after attention
-    outputs: list[Tensor]  # [T, D] of all submodules outside attention
+    outputs: list[tuple[nn.Module, Tensor]]  # [T, D] of all submodules outside attention
     emits_output: bool  # a submodule's output *is* the layer's
     width: int  # numbers a row of the widest tensor that a submodule returns
 
@@ -542,7 +543,7 @@ class _Run(NamedTuple):
 def _run(probe: _Probe, hidden: Tensor, z: Tensor) -> _Run:
     """Replays the probe's layer on `hidden` [T, D] with attention output `z` [T, H, V]."""
     inputs: list[tuple[nn.Module, Tensor]] = []
-    outputs: list[Tensor] = []
+    outputs: list[tuple[nn.Module, Tensor]] = []
     attention_output: list[Tensor] = []
     inside = set(probe.attention.modules())
     attended = False
@@ -561,16 +562,16 @@ def _run(probe: _Probe, hidden: Tensor, z: Tensor) -> _Run:
 
     raw: list[Tensor] = []
 
-    def on_output(x: Tensor) -> None:
+    def on_output(module: nn.Module, x: Tensor) -> None:
         raw.append(x)
         if is_stream(x):
-            outputs.append(x.reshape(hidden.shape).clone())
+            outputs.append((module, x.reshape(hidden.shape).clone()))
 
     handles = [capture.on_output(probe.attention, attention_output.append)]
     for module in probe.module.modules():
         if module is not probe.module and module not in inside:
             handles.append(capture.on_input(module, lambda x, m=module: on_input(m, x)))  # type: ignore[misc]
-            handles.append(capture.on_output(module, on_output))
+            handles.append(capture.on_output(module, lambda x, m=module: on_output(m, x)))  # type: ignore[misc]
     with capture.answering(answer), capture.hooks(*handles):
         output = probe.layer_call(probe.module, hidden[None])
     emits = any(x.data_ptr() == output.data_ptr() and x.shape == output.shape for x in raw)
@@ -588,6 +589,7 @@ class _Parts(NamedTuple):
     row_scaled: bool = False
     gate_site: nn.Module | None = None
     width: int = 0
+    ffn_site: nn.Module | None = None
 
 
 def _open_block(index: int, probe: _Probe, n_far: int) -> Block:
@@ -612,6 +614,7 @@ def _open_block(index: int, probe: _Probe, n_far: int) -> Block:
         probe.call.k.shape[-1],
         parts.width,
         probe.n_outputs,
+        parts.ffn_site,
     )
     _check_rows(probe, block, parts.resid_mid)
     return block
@@ -658,12 +661,12 @@ def _decompose(index: int, probe: _Probe, tolerance: float) -> _Parts:
     else:
         attended, beside = resid_mid - x, resid_mid
     parts = _close(probe, _Parts(mid_site, resid_mid, middle, z), attended, beside)
-    _check_ffn(probe, whole, resid_mid)
+    ffn_site = _ffn_site(probe, whole, resid_mid)
 
     error = relative_error(whole.output, probe.resid_post)
     if error > tolerance:
         _refuse(probe, f"a replay does not give its output back (relative error {error:.1e})")
-    return parts._replace(width=whole.width)
+    return parts._replace(width=whole.width, ffn_site=ffn_site)
 
 
 def _close(probe: _Probe, parts: _Parts, attended: Tensor, beside: Tensor) -> _Parts:
@@ -773,18 +776,26 @@ def _gate_site(probe: _Probe) -> nn.Module | None:
     return found[0] if found else None
 
 
-def _check_ffn(probe: _Probe, run: _Run, before: Tensor) -> None:
-    """What is left of the output must be a multiple of one submodule's output: the FFN's."""
+def _ffn_site(probe: _Probe, run: _Run, before: Tensor) -> nn.Module | None:
+    """The FFN: what is left of the output must be a multiple of one submodule's output. Of several
+    that pass it on the last one is returned that is called for nothing else; None without one.
+    """
     left = run.output - before
+    calls = [module for module, _ in run.outputs]
     best = float("inf")
-    for x in run.outputs:
+    found: nn.Module | None = None
+    for module, x in run.outputs:
         scale = (left * x).sum() / x.square().sum().clamp(min=1e-30)
-        best = min(best, relative_error(scale * x, left, run.output))
+        error = relative_error(scale * x, left, run.output)
+        best = min(best, error)
+        adds = bool(scale) or not bool(x.any())  # nothing is a multiple of everything
+        if error <= TOLERANCE and adds and calls.count(module) == 1:
+            found = module
     if best <= TOLERANCE:
-        return
+        return found
     if run.emits_output:
         _refuse(probe, "its output is the output of a submodule, not of a residual addition")
-    _refuse(probe, f"what its FFN adds is no submodule's output (relative error {best:.1e})")
+    return _refuse(probe, f"what its FFN adds is no submodule's output (relative error {best:.1e})")
 
 
 def _check_rows(probe: _Probe, block: Block, resid_mid: Tensor) -> None:

@@ -40,7 +40,7 @@ def test_console_blocks_print_what_is_shown():
 
 def test_every_option_named_exists():
     shown = ""
-    for command in ("trace", "generate", "bench", "plan", "survey"):
+    for command in ("trace", "generate", "bench", "plan", "survey", "circuits"):
         help_ = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"})
         assert help_.exit_code == 0
         shown += help_.output

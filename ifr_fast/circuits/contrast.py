@@ -1,0 +1,113 @@
+"""Contrastive routes: what a task's routes have that those of its corrupted twin have not.
+
+Routes name every component that information flowed through, generally active ones among them. The
+paper isolates a task's by comparing prompts with a twin in which the task is not there. Here that
+is the mean difference of components' importances, over pairs of graphs: of prompts and their
+twins, or of two targets, which are two positions of the same texts whose predictions are explained
+(a route graph explains what stands at a position, whichever next token is then asked about).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..batching import Batch
+from ..graph import EdgeKind, Granularity, RouteGraph
+from ..tracer import Position, Tracer
+from .tasks import Task
+
+Measure = Literal["importance", "frequency"]
+
+
+@dataclass(frozen=True, eq=False)
+class Components:
+    """A number for each component of each of P graphs."""
+
+    heads: Tensor  # [P, L, H] float64
+    ffn: Tensor  # [P, L] float64
+
+    def __sub__(self, other: Components) -> Components:
+        if self.heads.shape != other.heads.shape:
+            raise ValueError(
+                f"other: expected {list(self.heads.shape)} heads' importances, "
+                f"got {list(other.heads.shape)}"
+            )
+        return Components(self.heads - other.heads, self.ffn - other.ffn)
+
+
+def components(graphs: Sequence[RouteGraph], measure: Measure = "importance") -> Components:
+    """The importance of every head and FFN block in each graph, by the weight of the paths through
+    it ("importance"), or 1 where it is in the graph, an edge of its own above the threshold, else 0
+    ("frequency").
+    """
+    if measure not in ("importance", "frequency"):
+        raise ValueError(f"measure: expected 'importance' or 'frequency', got {measure!r}")
+    if not graphs:
+        raise ValueError("graphs: is empty; expected at least one")
+    if measure == "frequency":
+        members = [membership(graph) for graph in graphs]
+        return Components(
+            torch.stack([heads.any(-1) for heads, _ in members]).double(),
+            torch.stack([ffn.any(-1) for _, ffn in members]).double(),
+        )
+    return Components(
+        torch.stack([graph.head_importance() for graph in graphs]).double(),
+        torch.stack([graph.ffn_importance() for graph in graphs]).double(),
+    )
+
+
+def membership(graph: RouteGraph) -> tuple[Tensor, Tensor]:
+    """Where each head and FFN block is in a graph: bool [L, H, T] and [L, T].
+
+    A head is at a position where it reads into it by an edge that exceeds the threshold by itself.
+    """
+    T = len(graph.tokens)
+    heads = torch.zeros(graph.n_layers, graph.n_heads, T, dtype=torch.bool)
+    ffn = torch.zeros(graph.n_layers, T, dtype=torch.bool)
+    edges, of_ffn = graph.head_edges, graph.edges.kind == EdgeKind.FFN
+    kept = edges.weight > graph.threshold
+    heads[edges.layer[kept], edges.head[kept], edges.target[kept]] = True
+    ffn[graph.edges.layer[of_ffn], graph.edges.target[of_ffn]] = True
+    return heads, ffn
+
+
+def contrastive(
+    tracer: Tracer,
+    texts: Batch | Task,
+    *,
+    against: Batch | None = None,
+    position: Position = -1,
+    against_position: Position | None = None,
+    threshold: float = 0.04,
+    granularity: Granularity = "token",
+    measure: Measure = "importance",
+    batch_size: int | None = None,
+) -> Components:
+    """Differences of components' importances [P, L, H] and [P, L], one for each pair.
+
+    texts: several, or a Task, which brings its twins. against: the texts that they are compared
+    with, as many and in the same order; or, with `against_position`, by default the same ones.
+    """
+    if isinstance(texts, Task):
+        against = texts.twins if against is None and against_position is None else against
+        texts = texts.texts
+    if against is None and against_position is None:
+        raise ValueError("against: expected as many texts, or against_position another target")
+
+    def found(some: Batch, where: Position) -> Components:
+        graphs = tracer.trace(
+            some,
+            position=where,
+            threshold=threshold,
+            granularity=granularity,
+            batch_size=batch_size,
+        )
+        return components(graphs, measure)
+
+    other = position if against_position is None else against_position
+    return found(texts, position) - found(texts if against is None else against, other)

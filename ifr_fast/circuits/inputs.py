@@ -1,0 +1,333 @@
+"""Which input tokens a prediction rests on: attributions by several methods, and how faithful.
+
+Deletion replaces tokens by padding, those first that a method holds most important, in at most 20
+steps, and asks after each for the log probability of the right tokens. RISE (Petsiuk et al. 2018)
+is the area under that curve, normalized to fall from 1 to 0 and never to rise: the smaller, the
+better were the tokens chosen. MAS (Walker et al. 2024) adds the distance of the curve from the
+attribution mass that is left, so that a method answers for its numbers too and not only for its
+order. Both as FlashTrace 0.1.1 computes them (`faithfulness_test_skip_tokens`), punctuation and
+white space left out of it; but of the next token alone, without an end-of-text token behind it.
+Insertion starts from padding alone and puts tokens back in the same order: the larger, the better.
+
+Attributions are numbers of at least 0 for each token; those with signs by their size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..model import Decoder, evaluating
+from ..progress import progress
+from ..tokens import token_strings
+from ..tracer import Tracer
+from .faithfulness import attention_weights
+from .interventions import run, text_batches
+from .tasks import Prompt, Task
+
+STEPS = 20
+_STOP = (",", ".", "")  # tokens that are left alone, stripped
+_IG_STEPS = 32
+_THRESHOLD = 0.01  # of the routes
+
+Attribution = Callable[[Tracer, Task, int], Tensor]  # of the prompt at an index -> [T]
+
+
+class Curves(NamedTuple):
+    """One prompt's faithfulness under one method."""
+
+    rise: float
+    mas: float
+    insertion: float
+
+
+def deletion_groups(
+    attribution: Tensor, among: Sequence[int], steps: int = STEPS
+) -> list[list[int]]:
+    """The positions `among` in the order in which they are deleted, in at most `steps` groups of
+    like size, the larger ones first.
+    """
+    order = attribution[list(among)].argsort(descending=True, stable=True)
+    ordered = [among[i] for i in order.tolist()]
+    n = min(steps, len(ordered))
+    size, larger = divmod(len(ordered), n)
+    bounds = [i * size + min(i, larger) for i in range(n + 1)]
+    return [ordered[a:b] for a, b in pairwise(bounds)]
+
+
+def mass_left(attribution: Tensor, groups: Sequence[Sequence[int]]) -> Tensor:
+    """[K + 1] float64: the share of the attribution of all groups that is left after each; falling
+    evenly where there is none.
+    """
+    of_groups = torch.stack([attribution[list(group)].double().sum() for group in groups])
+    if float(of_groups.sum()) <= 0:
+        return torch.linspace(1, 0, len(groups) + 1, dtype=torch.float64)
+    return 1 - torch.cat([of_groups.new_zeros(1), of_groups.cumsum(0) / of_groups.sum()])
+
+
+def rise_and_mas(scores: Tensor, left: Tensor) -> tuple[float, float]:
+    """Of log probabilities [K + 1] after each step of a deletion, nothing deleted first, and of the
+    attribution mass left [K + 1].
+
+    Where the last score is the first, nothing can be normalized, and both are 1/2.
+    """
+    scores = scores.double()
+    if float(scores[0]) == float(scores[-1]):
+        return 0.5, 0.5
+    curve = (scores - scores[-1]) / (scores[0] - scores[-1]).abs()
+    curve = curve.clamp(0, 1).cummin(0).values
+    penalized = (curve + (curve - left).abs()).clamp(0, 1)
+    spread = penalized.max() - penalized.min()
+    if float(spread) == 0:
+        return _area(curve), 0.5
+    return _area(curve), _area((penalized - penalized.min()) / spread)
+
+
+def insertion_area(scores: Tensor) -> float:
+    """Of log probabilities [K + 1] after each step of an insertion, all padding first: normalized
+    to rise from 0 to 1 and never to fall. 1/2 where the two ends are alike.
+    """
+    scores = scores.double()
+    if float(scores[0]) == float(scores[-1]):
+        return 0.5
+    curve = (scores - scores[0]) / (scores[-1] - scores[0]).abs()
+    return _area(curve.clamp(0, 1).cummax(0).values)
+
+
+def _area(curve: Tensor) -> float:
+    return float(torch.trapezoid(curve)) / (len(curve) - 1)
+
+
+def token_faithfulness(
+    tracer: Tracer,
+    task: Task,
+    methods: Sequence[str] | None = None,
+    *,
+    steps: int = STEPS,
+    seed: int = 0,
+) -> dict[str, list[Curves]]:
+    """Curves of every prompt under each of `methods` (see `METHODS`), by default those that can
+    run here, and under "random", a random order.
+    """
+    chosen = available(tracer) if methods is None else list(methods)
+    for name in chosen:
+        if name not in METHODS:
+            raise ValueError(f"methods: expected some of {', '.join(METHODS)}, got {name!r}")
+    generator = torch.Generator().manual_seed(seed)
+    found: dict[str, list[Curves]] = {name: [] for name in (*chosen, "random")}
+    with progress("input tokens", len(task)) as show:
+        for i, prompt in enumerate(task.prompts):
+            attributions = {name: METHODS[name](tracer, task, i) for name in chosen}
+            attributions["random"] = torch.rand(len(prompt.token_ids), generator=generator)
+            for name, curves in _curves(tracer, task, i, attributions, steps).items():
+                found[name].append(curves)
+            show(i + 1)
+    return found
+
+
+def _curves(
+    tracer: Tracer, task: Task, i: int, attributions: dict[str, Tensor], steps: int
+) -> dict[str, Curves]:
+    prompt = task.prompts[i]
+    whole = torch.tensor(prompt.token_ids)
+    strings = token_strings(whole, tracer.tokenizer)
+    among = [t for t, string in enumerate(strings) if string.strip() not in _STOP]
+    pad = _padding(tracer)
+    empty = whole.clone()
+    empty[among] = pad
+    texts, groups_of = [], {}
+    for name, attribution in attributions.items():
+        groups_of[name] = groups = deletion_groups(attribution, among, steps)
+        for start, end in ((whole, empty), (empty, whole)):
+            text = start.clone()
+            texts.append(text)
+            for group in groups:
+                text = text.clone()
+                text[group] = end[group]
+                texts.append(text)
+    log = _log_probability(tracer.decoder, task, i, texts)
+    curves = {}
+    for name, groups in groups_of.items():
+        deletion, insertion, log = log.tensor_split((len(groups) + 1, 2 * len(groups) + 2))
+        left = mass_left(attributions[name], groups)
+        curves[name] = Curves(*rise_and_mas(deletion, left), insertion_area(insertion))
+    return curves
+
+
+def _log_probability(decoder: Decoder, task: Task, i: int, texts: list[Tensor]) -> Tensor:
+    """[N] of the right tokens of prompt i after each of N texts."""
+    found = torch.zeros(len(texts), dtype=torch.float64)
+    for together in text_batches(decoder, [len(text) for text in texts]):
+        logits = run(decoder, [texts[j] for j in together])
+        which = torch.full((len(together),), i)
+        found[together] = task.probability(logits, which).log().cpu()
+    return found
+
+
+def _padding(tracer: Tracer) -> int:
+    tokenizer = tracer.tokenizer
+    for name in ("pad_token_id", "eos_token_id"):
+        found = getattr(tokenizer, name, None)
+        if isinstance(found, int):
+            return found
+    return 0
+
+
+# Methods
+
+
+def _routes(tracer: Tracer, task: Task, i: int) -> Tensor:
+    return tracer.trace(task.texts[i], threshold=_THRESHOLD).token_importance()
+
+
+def _rollout(tracer: Tracer, task: Task, i: int) -> Tensor:
+    """Abnar & Zuidema 2020: heads' mean weights, half of them and half the residual stream."""
+    weights = attention_weights(tracer.decoder, task.texts[i]).double().mean(1)  # [L, T, T]
+    flow = torch.zeros(weights.shape[-1], dtype=torch.float64)
+    flow[-1] = 1
+    for of_layer in weights.flip(0):
+        augmented = of_layer + torch.eye(len(of_layer), dtype=torch.float64)
+        flow = flow @ (augmented / augmented.sum(-1, keepdim=True))
+    return flow.float()
+
+
+def _embedding_attribution(
+    tracer: Tracer, prompt: Prompt, attribute: Callable[[Any, Tensor, Tensor], Tensor]
+) -> Tensor:
+    """What `attribute` makes of a function of embeddings [B, T, D] (the log probability of the
+    right tokens), of the text's and of padding's, [1, T, D] each; summed over D, by size.
+    """
+    model = tracer.decoder.model
+    right = torch.tensor(prompt.right, device=tracer.decoder.device)
+    ids = torch.tensor([prompt.token_ids], device=tracer.decoder.device)
+
+    def log_probability(embeddings: Tensor) -> Tensor:
+        mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
+        logits = model(inputs_embeds=embeddings, attention_mask=mask, use_cache=False).logits
+        return logits[:, -1].float().log_softmax(-1)[:, right].logsumexp(-1)
+
+    embed = model.get_input_embeddings()
+    with torch.inference_mode(False), torch.enable_grad(), evaluating(model):
+        with torch.no_grad():
+            given, padding = embed(ids), embed(torch.full_like(ids, _padding(tracer)))
+        found = attribute(log_probability, given, padding)
+    return found[0].detach().sum(-1).abs().float().cpu()
+
+
+def _gradient_x_input(tracer: Tracer, task: Task, i: int) -> Tensor:
+    from captum.attr import InputXGradient
+
+    return _embedding_attribution(
+        tracer,
+        task.prompts[i],
+        lambda f, given, _: InputXGradient(f).attribute(given.requires_grad_()),
+    )
+
+
+def _integrated_gradients(tracer: Tracer, task: Task, i: int) -> Tensor:
+    from captum.attr import IntegratedGradients
+
+    return _embedding_attribution(
+        tracer,
+        task.prompts[i],
+        lambda f, given, padding: IntegratedGradients(f).attribute(
+            given, padding, n_steps=_IG_STEPS, internal_batch_size=_IG_STEPS
+        ),
+    )
+
+
+def _flashtrace(tracer: Tracer, task: Task, i: int) -> Tensor:
+    """FlashTrace's span aggregate with the likeliest right token behind the prompt as its span:
+    for one token without reasoning it has no further hop to make.
+    """
+    from flashtrace import core
+
+    prompt, model = task.prompts[i], tracer.decoder.model
+    with torch.inference_mode():
+        logits = run(tracer.decoder, [prompt.token_ids])[0]
+    target = max(prompt.right, key=lambda token: float(logits[token]))
+    ids = torch.tensor([[*prompt.token_ids, target]], device=tracer.decoder.device)
+    geometry = core.extract_model_metadata(model)
+    attention = model.config._attn_implementation
+    cache, hooks = core.attach_hooks(geometry.layers, model.dtype)
+    try:
+        model.set_attn_implementation("eager")  # no other gives the weights
+        with torch.inference_mode(), evaluating(model):
+            attentions = model(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                use_cache=False,
+                output_attentions=True,
+            ).attentions
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.set_attn_implementation(attention)
+    T = ids.shape[1]
+    params = core.IFRParameters(
+        n_layers=geometry.n_layers,
+        n_heads_q=geometry.n_heads_q,
+        n_kv_heads=geometry.n_kv_heads,
+        head_dim=geometry.head_dim,
+        group_size=geometry.group_size,
+        d_model=geometry.d_model,
+        sequence_length=T,
+        model_dtype=model.dtype,
+        chunk_tokens=128,
+        sink_chunk_tokens=32,
+    )
+    with torch.inference_mode():
+        found = core.compute_ifr_sentence_aggregate(
+            sink_start=T - 1,
+            sink_end=T - 1,
+            cache=cache,
+            attentions=attentions,
+            weight_pack=core.build_weight_pack(geometry, model.dtype),
+            params=params,
+            rotary_emb=geometry.rotary_emb,
+        )
+    return torch.as_tensor(found.token_importance_total)[: T - 1].float().cpu()
+
+
+METHODS: dict[str, Attribution] = {
+    "routes": _routes,
+    "FlashTrace": _flashtrace,
+    "attention rollout": _rollout,
+    "gradient x input": _gradient_x_input,
+    "integrated gradients": _integrated_gradients,
+}
+_NEEDS = {
+    "FlashTrace": "flashtrace",
+    "gradient x input": "captum",
+    "integrated gradients": "captum",
+}
+
+
+def missing(tracer: Tracer) -> dict[str, str]:
+    """Methods that cannot run here, and why."""
+    found = {
+        name: f"the package {package} is not installed"
+        for name, package in _NEEDS.items()
+        if find_spec(package) is None
+    }
+    if "FlashTrace" not in found and not _is_llama_style(tracer.decoder):
+        found["FlashTrace"] = "it knows models of Llama's layout alone"
+    return found
+
+
+def available(tracer: Tracer) -> list[str]:
+    """The methods that can run here."""
+    lacking = missing(tracer)
+    return [name for name in METHODS if name not in lacking]
+
+
+def _is_llama_style(decoder: Decoder) -> bool:
+    """Whether the modules that FlashTrace asks for by name are there."""
+    names = {name for name, _ in decoder.model.named_modules()}
+    wanted = ("input_layernorm", "post_attention_layernorm", "self_attn.v_proj", "self_attn.o_proj")
+    return all(f"model.layers.0.{name}" in names for name in (*wanted, "mlp"))

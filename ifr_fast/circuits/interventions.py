@@ -1,0 +1,315 @@
+"""Interventions on a running model: its own modules, with some activations exchanged.
+
+1. A head's output z = α v (before the output projection, [B, T, H, V]) is exchanged where the model
+   asks its attention function for it; an FFN's where its module returns it. Everything downstream
+   is the model's own computation (`intervening`).
+2. What a run had there is kept (`observe`), to put into another run: activation patching.
+3. Downstream of layer l nothing above it is needed but the residual stream that enters it, and in
+   a causal model nothing before position t feels what changes at t. So a patched run begins at
+   layer l and at position t: rows from t on go through the layers that follow, where attention
+   reads the unchanged keys and values of the rows before (`Observed.restart`).
+
+Texts of a batch are padded behind their last token, which no causal row reads. Models outside of
+transformers' attention interface merge heads with the batch, and build masks of their own from all
+rows: theirs run one at a time, restarted at the layer but not at the position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .. import capture
+from ..batching import batches, can_batch, of_text
+from ..capture import AttentionCall, LayerCall
+from ..errors import UnsupportedArchitectureError
+from ..model import Block, Decoder, answering_layers, evaluating
+
+# (layer, what is there) -> what is put there instead. Heads: z [B, T, H, V]; FFNs: [B, T, D].
+Edit = Callable[[int, Tensor], Tensor]
+
+_RUN_ROWS = 4096  # of a batch of whole texts, padding included
+
+
+@contextmanager
+def intervening(
+    decoder: Decoder, *, heads: Edit | None = None, ffn: Edit | None = None
+) -> Iterator[None]:
+    """Within, whoever runs the model runs it with every layer's heads and FFN as the edits give
+    them back. All hooks are gone afterwards, whatever happens.
+
+    heads gets each layer's z [B, T, H, V], and ffn each FFN's output [B, T, D], before what a
+    block may scale it by. Batches of several texts are for models of transformers' interface.
+    Raises UnsupportedArchitectureError where `ffn` is given and a block's FFN is no module of its
+    own.
+    """
+    of_module = {block.attention: block for block in decoder.blocks}
+    shape = torch.Size()  # of the residual stream in the layer that runs
+
+    def keep_shape(x: Tensor, _: LayerCall) -> None:
+        nonlocal shape
+        shape = x.shape
+
+    def answer(call: AttentionCall) -> Tensor:
+        block, T = of_module[call.module], call.q.shape[2]
+        z = capture.attend(call, _window(block, call, T))
+        return z if heads is None else heads(block.layer, z).to(z.dtype)
+
+    handles = []
+    if ffn is not None:
+        for block in decoder.blocks:
+            site, layer = _ffn_site(block), block.layer
+
+            def change(x: Tensor, layer: int = layer) -> Tensor:
+                changed = ffn(layer, x.view(shape)).to(x.dtype)
+                return changed.reshape(x.shape).clone()  # some blocks add to it in place
+
+            handles.append(capture.on_layer_call(block.module, keep_shape))
+            handles.append(capture.change_output(site, change))
+    with (
+        capture.hooks(*handles),
+        evaluating(decoder.model),
+        decoder.attention_through(decoder.model, answer),
+    ):
+        yield
+
+
+def _window(block: Block, call: AttentionCall, n_tokens: int) -> int | None:
+    # A mask that is a tensor shows its window only to texts that cross it.
+    if call.mask.n_rows is None:
+        return block.crossed_window(n_tokens)
+    return call.mask.window(n_tokens)
+
+
+def _ffn_site(block: Block) -> nn.Module:
+    if block.ffn_site is None:
+        raise UnsupportedArchitectureError(
+            f"model: layer {block.name} has no submodule whose output is its FFN's alone, so that "
+            "nothing can be put in its place"
+        )
+    return block.ffn_site
+
+
+def padded(texts: Sequence[Sequence[int] | Tensor]) -> tuple[Tensor, Tensor]:
+    """Texts of token ids as [B, T], each filled up with its last token, and their lengths [B]."""
+    rows = [torch.as_tensor(text, dtype=torch.int64) for text in texts]
+    lengths = torch.tensor([len(row) for row in rows])
+    T = int(lengths.max())
+    return torch.stack([torch.cat([x, x[-1:].expand(T - len(x))]) for x in rows]), lengths
+
+
+@torch.inference_mode()
+def run(
+    decoder: Decoder,
+    texts: Sequence[Sequence[int] | Tensor],
+    *,
+    heads: Edit | None = None,
+    ffn: Edit | None = None,
+) -> Tensor:
+    """Logits [B, vocab] after the last token of each text, of one pass with the edits made.
+
+    Where the model takes no batches, there must be one text.
+    """
+    token_ids, lengths = padded(texts)
+    _check_batch(decoder, len(token_ids))
+    with intervening(decoder, heads=heads, ffn=ffn):
+        if len(token_ids) == 1:
+            return decoder.forward(token_ids[0])[1][None]
+        states = decoder.forward_batch(token_ids)
+    last = states[torch.arange(len(states), device=states.device), lengths.to(states.device) - 1]
+    return decoder.head(last)
+
+
+def _check_batch(decoder: Decoder, n_texts: int) -> None:
+    if n_texts > 1 and not can_batch(decoder):
+        raise ValueError(
+            f"texts: {type(decoder.model).__name__} takes one text at a time, got {n_texts}"
+        )
+
+
+def text_batches(decoder: Decoder, lengths: Sequence[int]) -> list[list[int]]:
+    """Which texts of these lengths to run together: indices, longest first."""
+    return list(batches(decoder, list(lengths), max(1, _RUN_ROWS // max(lengths))))
+
+
+@dataclass(frozen=True, eq=False)
+class Observed:
+    """What one pass over B texts did, T positions with padding: all that restarting it needs."""
+
+    decoder: Decoder
+    lengths: Tensor  # [B] int64
+    resid_pre: list[Tensor]  # [B, T, D] of each layer
+    z: list[Tensor]  # [B, T, H, V] output of the heads
+    ffn: list[Tensor]  # [B, T, D] output of the FFN's module
+    logits: Tensor  # [B, vocab] after each text's last token
+    _keys: list[AttentionCall]  # k, v [B, H_kv, T, *], and how they are attended to
+    _calls: list[LayerCall]  # of one text
+
+    @property
+    def n_texts(self) -> int:
+        """Texts of the batch."""
+        return len(self.lengths)
+
+    @property
+    def n_tokens(self) -> int:
+        """Positions, padding included."""
+        return self.z[0].shape[1]
+
+    @torch.inference_mode()
+    def restart(
+        self,
+        layer: int,
+        texts: Tensor,
+        begin: int,
+        end: int,
+        *,
+        z: Tensor | None = None,
+        ffn: Tensor | None = None,
+    ) -> Tensor:
+        """Logits [N, vocab] of N variants of texts `texts` [N], in which rows `begin` to `end` of
+        `layer` have heads' outputs z [N, R, H, V], or an FFN output ffn [N, R, D], R = end - begin,
+        in place of the observed ones.
+
+        Positions before `begin` and layers before `layer` are what they were, and so are, in this
+        layer, positions from `end` on: they are not computed again. Use within `restarting`.
+        """
+        logits = self.logits[texts].clone()
+        # The last layer's rows read nothing more: only a target among those patched feels it.
+        last_layer = layer + 1 == self.decoder.n_layers
+        targets = self.lengths[texts] - 1
+        felt = (targets >= begin) & ((targets < end) | (not last_layer))
+        if bool(felt.any()):
+            change = [None if x is None else x[felt] for x in (z, ffn)]
+            final = self._final(layer, texts[felt], begin, end, *change)
+            logits[felt] = _readout(self.decoder, final)
+        return logits
+
+    def _final(
+        self, layer: int, texts: Tensor, begin: int, end: int, z: Tensor | None, ffn: Tensor | None
+    ) -> Tensor:
+        """The last layer's output [N, D] at the variants' targets; arguments as of `restart`."""
+        blocks, T = self.decoder.blocks, self.n_tokens
+        first, last = (begin, end) if can_batch(self.decoder) else (0, T)
+        patched = slice(begin - first, end - first)
+        given = self.z[layer][texts, first:last]
+        if z is not None:
+            given[:, patched] = z
+        handles = []
+        if ffn is not None:
+
+            def change(x: Tensor) -> Tensor:
+                x = x.clone()
+                x.view(len(texts), last - first, -1)[:, patched] = ffn
+                return x
+
+            handles.append(capture.change_output(_ffn_site(blocks[layer]), change))
+        hidden = self.resid_pre[layer][texts, first:last]
+        with capture.answering(lambda _: given), capture.hooks(*handles):
+            call = self._calls[layer].at(torch.arange(first, last))
+            hidden = call(blocks[layer].module, hidden)
+        if layer + 1 < len(blocks):
+            if last < T:
+                hidden = torch.cat([hidden, self.resid_pre[layer + 1][texts, last:]], dim=1)
+            for block in blocks[layer + 1 :]:
+                hidden = self._layer(block, texts, hidden, torch.arange(first, T))
+        return hidden[torch.arange(len(texts)), self.lengths[texts] - 1 - first]
+
+    def _layer(self, block: Block, texts: Tensor, hidden: Tensor, rows: Tensor) -> Tensor:
+        """One layer on `rows` [R] of N variants, hidden [N, R, D]; the rows before are observed."""
+        past, first, T = self._keys[block.layer], int(rows[0]), self.n_tokens
+
+        def answer(call: AttentionCall) -> Tensor:
+            k, v = call.k, call.v
+            if first > 0:
+                k = torch.cat([past.k[texts, :, :first], k], dim=2)
+                v = torch.cat([past.v[texts, :, :first], v], dim=2)
+            whole = past._replace(q=call.q, k=k, v=v)
+            window = _window(block, past, T)
+            if first == 0:
+                return capture.attend(whole, window)
+            return capture.attend_rows(whole, call.q, rows, window)
+
+        with capture.answering(answer):
+            return self._calls[block.layer].at(rows)(block.module, hidden)
+
+
+@contextmanager
+def restarting(decoder: Decoder) -> Iterator[None]:
+    """Within, `Observed.restart` can be called, and the model is in nobody else's hands."""
+
+    def outside(_: AttentionCall) -> Tensor:
+        raise AssertionError("attention asked outside of a layer that is run")
+
+    with evaluating(decoder.model), decoder.attention_through(decoder.model, outside):
+        yield
+
+
+@torch.inference_mode()
+def observe(decoder: Decoder, texts: Sequence[Sequence[int] | Tensor]) -> Observed:
+    """Runs the model on a batch of texts and keeps what it did; padded to the longest.
+
+    Where the model takes no batches, there must be one text.
+    """
+    token_ids, lengths = padded(texts)
+    B = len(token_ids)
+    _check_batch(decoder, B)
+    resid_pre: dict[int, Tensor] = {}
+    calls: dict[int, LayerCall] = {}
+    keys: dict[int, AttentionCall] = {}
+    z: dict[int, Tensor] = {}
+    ffn: dict[int, Tensor] = {}
+    of_module = {block.attention: block for block in decoder.blocks}
+
+    def answer(call: AttentionCall) -> Tensor:
+        block, T = of_module[call.module], call.q.shape[2]
+        found = capture.attend(call, _window(block, call, T))
+        keys[block.layer], z[block.layer] = call._replace(q=call.q[:, :, :0]), found
+        return found
+
+    handles = []
+    for block in decoder.blocks:
+
+        def keep_call(x: Tensor, call: LayerCall, layer: int = block.layer) -> None:
+            resid_pre[layer], calls[layer] = x, of_text(call, 0, B)
+
+        def keep_ffn(x: Tensor, layer: int = block.layer) -> None:
+            ffn[layer] = x.reshape(*token_ids.shape, -1).clone()  # some add to it in place
+
+        handles.append(capture.on_layer_call(block.module, keep_call))
+        handles.append(capture.on_output(_ffn_site(block), keep_ffn))
+    with (
+        capture.hooks(*handles),
+        evaluating(decoder.model),
+        decoder.attention_through(decoder.model, answer),
+    ):
+        if B == 1:
+            _, logits = decoder.forward(token_ids[0])
+            logits = logits[None]
+        else:
+            states = decoder.forward_batch(token_ids)
+    if B > 1:
+        at = lengths.to(states.device) - 1
+        logits = decoder.head(states[torch.arange(B, device=states.device), at])
+    layers = range(decoder.n_layers)
+    return Observed(
+        decoder,
+        lengths,
+        [resid_pre[i] for i in layers],
+        [z[i] for i in layers],
+        [ffn[i] for i in layers],
+        logits,
+        [keys[i] for i in layers],
+        [calls[i] for i in layers],
+    )
+
+
+def _readout(decoder: Decoder, resid_final: Tensor) -> Tensor:
+    """Logits [N, vocab] of the last layer's output [N, D]: what follows is the model's own."""
+    ids = torch.zeros(len(resid_final), 1, dtype=torch.long, device=decoder.device)
+    with answering_layers(decoder, lambda *_: resid_final[:, None]):
+        logits: Tensor = decoder.model(input_ids=ids, use_cache=False).logits
+    return logits[:, -1]

@@ -1,0 +1,394 @@
+"""Activation patching and ablation of every head and FFN block, one at a time.
+
+Denoising runs the corrupted twin with one component's output taken from the prompt's run: what is
+the component enough for? Noising runs the prompt with one taken from the twin's, and ablation with
+its mean over a reference corpus or with zero: what is it needed for? (Heimersheim & Nanda 2024,
+arXiv 2404.15255, section 2.) An effect is the change of the logit difference, in the direction
+in which a component that serves the task is positive:
+
+    denoising          LD(twin, patched) - LD(twin)
+    noising, ablation  LD(prompt) - LD(prompt, patched)
+
+Either a component is patched at all positions at once, or at one position at a time. Runs begin at
+the patched layer and position, many variants to a batch (interventions.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..batching import can_batch
+from ..errors import FormatError
+from ..model import Decoder
+from ..progress import progress
+from ..storage import load_tensors, save_tensors
+from .interventions import Observed, observe, restarting, run, text_batches
+from .tasks import Task
+
+Direction = Literal["denoise", "noise"]
+Positions = Literal["all", "each"]
+Over = Literal["rest", "all", "texts"]
+
+_ROWS = 4096  # of a batch of variants
+_FORMAT = "ifr_fast.patching"
+_VERSION = 1
+
+
+class Activations(NamedTuple):
+    """Values to put in place of the components' outputs, the same for every text.
+
+    Position t takes the row t, and where there are fewer rows the last one.
+    """
+
+    heads: Tensor  # [L, rows, H, V]
+    ffn: Tensor  # [L, rows, D]
+
+    def at(self, layer: int, n_tokens: int) -> tuple[Tensor, Tensor]:
+        """Of a layer, for each of `n_tokens` positions: [T, H, V] and [T, D]."""
+        rows = torch.arange(n_tokens).clamp(max=self.heads.shape[1] - 1)
+        return self.heads[layer][rows], self.ffn[layer][rows]
+
+
+@torch.inference_mode()
+def mean_activations(
+    decoder: Decoder, texts: Sequence[Sequence[int]], *, over: Over = "rest"
+) -> Activations:
+    """Means of every head's and FFN's output over a reference corpus of token ids.
+
+    over: "rest", all positions but the first, which has a mean of its own (most models keep an
+    attention sink there, and its outsize activations would drown all others); "all" positions; or
+    "texts" alone, at each position, where the texts must be of one length.
+    """
+    if over not in ("rest", "all", "texts"):
+        raise ValueError(f"over: expected 'rest', 'all' or 'texts', got {over!r}")
+    if not texts:
+        raise ValueError("texts: is empty; expected at least one")
+    lengths = [len(text) for text in texts]
+    T = max(lengths)
+    if over == "texts" and min(lengths) < T:
+        raise ValueError(f"over: expected texts of one length, got {min(lengths)} to {T}")
+    L, (H, V, D) = decoder.n_layers, decoder.blocks[0].W_O.shape
+    heads, ffn = (torch.zeros(L, T, n, dtype=torch.float64) for n in (H * V, D))
+    count = torch.zeros(T, dtype=torch.float64)
+    for together in text_batches(decoder, lengths):
+        seen = observe(decoder, [texts[i] for i in together])
+        own = (torch.arange(seen.n_tokens) < seen.lengths[:, None]).double()  # [B, T]
+        count[: seen.n_tokens] += own.sum(0)
+        for total, of_layers in ((heads, seen.z), (ffn, seen.ffn)):
+            for layer, x in enumerate(of_layers):
+                summed = torch.einsum("btx,bt->tx", x.flatten(2).double().cpu(), own)
+                total[layer, : seen.n_tokens] += summed
+    groups = {"all": [T], "texts": [1] * T, "rest": [1, T - 1] if T > 1 else [1]}[over]
+    heads, ffn = (
+        torch.stack(
+            [
+                part.sum(1) / n.sum()
+                for part, n in zip(x.split(groups, dim=1), count.split(groups), strict=True)
+            ],
+            dim=1,
+        )
+        for x in (heads, ffn)
+    )
+    like = decoder.blocks[0].bias
+    return Activations(heads.unflatten(-1, (H, V)).to(like), ffn.to(like))
+
+
+def zero_activations(decoder: Decoder) -> Activations:
+    """Zeros in place of every head's and FFN's output."""
+    L, (H, V, D) = decoder.n_layers, decoder.blocks[0].W_O.shape
+    like = decoder.blocks[0].bias
+    return Activations(like.new_zeros(L, 1, H, V), like.new_zeros(L, 1, D))
+
+
+@torch.inference_mode()
+def ablated_logits(
+    decoder: Decoder,
+    texts: Sequence[Sequence[int]],
+    values: Activations,
+    heads: Tensor,
+    ffn: Tensor,
+) -> Tensor:
+    """Logits [B, vocab] after the last token of each text, with `values` wherever the masks are
+    set: heads bool [B, L, H] or [B, L, H, T], ffn [B, L] or [B, L, T].
+    """
+    found: dict[int, Tensor] = {}
+    lengths = [len(text) for text in texts]
+    for together in text_batches(decoder, lengths):
+        T = max(lengths[i] for i in together)
+        of_heads, of_ffn = heads[together], ffn[together]
+        if of_heads.ndim == 3:
+            of_heads = of_heads[..., None]
+        if of_ffn.ndim == 2:
+            of_ffn = of_ffn[..., None]
+
+        def edit_heads(layer: int, z: Tensor, of: Tensor = of_heads, T: int = T) -> Tensor:
+            mask = of[:, layer, :, :T].transpose(1, 2)[..., None]  # [B, T or 1, H, 1]
+            return torch.where(mask.to(z.device), values.at(layer, T)[0], z)
+
+        def edit_ffn(layer: int, x: Tensor, of: Tensor = of_ffn, T: int = T) -> Tensor:
+            mask = of[:, layer, :T, None]
+            return torch.where(mask.to(x.device), values.at(layer, T)[1], x)
+
+        logits = run(decoder, [texts[i] for i in together], heads=edit_heads, ffn=edit_ffn)
+        found.update(zip(together, logits, strict=True))
+    return torch.stack([found[i] for i in range(len(texts))])
+
+
+@dataclass(frozen=True, eq=False)
+class Effects:
+    """Effects of patching or ablating each component, in units of the logit difference."""
+
+    layers: list[int]  # that were patched
+    heads: Tensor  # [P, L, H], or [P, L, H, T], float64
+    ffn: Tensor  # [P, L], or [P, L, T]
+    prompt: Tensor  # [P] logit difference of the prompts themselves
+    against: Tensor  # [P] that of their twins; 0 for ablation
+    runs: int  # variants that were run
+    passes: float  # what was computed for them, in whole forward passes of their texts
+
+    @property
+    def gap(self) -> float:
+        """The mean difference that there was to restore or to lose."""
+        return float((self.prompt - self.against).mean())
+
+    def summed(self) -> Effects:
+        """Effects at single positions, summed over them."""
+        if self.heads.ndim == 3:
+            raise ValueError("effects: are of all positions at once; there is nothing to sum")
+        return Effects(
+            self.layers,
+            self.heads.sum(-1),
+            self.ffn.sum(-1),
+            self.prompt,
+            self.against,
+            self.runs,
+            self.passes,
+        )
+
+
+def patch(
+    decoder: Decoder,
+    task: Task,
+    *,
+    direction: Direction = "denoise",
+    positions: Positions = "all",
+    layers: Iterable[int] | None = None,
+    ffn: bool = True,
+    checkpoint: str | os.PathLike[str] | None = None,
+) -> Effects:
+    """Patches each head and FFN block between each prompt of `task` and its twin.
+
+    positions: "all" at once, or "each" by itself. layers: default all. ffn: whether FFN blocks
+    are patched too; their effects are 0 otherwise. checkpoint: a folder that keeps what is done,
+    layer by layer; the same call goes on there after an interruption.
+    """
+    if direction not in ("denoise", "noise"):
+        raise ValueError(f"direction: expected 'denoise' or 'noise', got {direction!r}")
+    return _sweep(decoder, task, direction, None, positions, layers, ffn, checkpoint)
+
+
+def ablate(
+    decoder: Decoder,
+    task: Task,
+    values: Activations,
+    *,
+    positions: Positions = "all",
+    layers: Iterable[int] | None = None,
+    ffn: bool = True,
+    checkpoint: str | os.PathLike[str] | None = None,
+) -> Effects:
+    """Puts `values` in place of each head and FFN block, one at a time; otherwise as `patch`."""
+    return _sweep(decoder, task, "ablate", values, positions, layers, ffn, checkpoint)
+
+
+class _Part(NamedTuple):
+    """What one layer's patches gave for one batch of texts."""
+
+    heads: Tensor  # [B, H, 1 or T] logit differences
+    ffn: Tensor  # [B, 1 or T]
+    runs: int
+    row_layers: int  # rows computed, summed over the layers that they went through
+
+
+@torch.inference_mode()
+def _sweep(
+    decoder: Decoder,
+    task: Task,
+    direction: str,
+    values: Activations | None,
+    positions: Positions,
+    layers: Iterable[int] | None,
+    with_ffn: bool,
+    checkpoint: str | os.PathLike[str] | None,
+) -> Effects:
+    if positions not in ("all", "each"):
+        raise ValueError(f"positions: expected 'all' or 'each', got {positions!r}")
+    L, H = decoder.n_layers, decoder.n_heads
+    chosen = list(range(L)) if layers is None else sorted(set(layers))
+    if not chosen or not all(0 <= layer < L for layer in chosen):
+        raise ValueError(f"layers: expected some of 0 to {L - 1}, got {chosen}")
+    lengths = [len(text) for text in task.texts]
+    T = max(lengths) if positions == "each" else 1
+    heads = torch.zeros(len(task), len(chosen), H, T, dtype=torch.float64)
+    ffn = torch.zeros(len(task), len(chosen), T, dtype=torch.float64)
+    prompt, against = (torch.zeros(len(task), dtype=torch.float64) for _ in range(2))
+    kept = None if checkpoint is None else _Kept(
+        Path(checkpoint),
+        _identity(decoder, task, direction, values, positions, with_ffn),
+    )  # fmt: skip
+    together = text_batches(decoder, lengths)
+    runs, row_layers, n_rows = 0, 0, 0
+    with progress("patching", len(together) * len(chosen)) as show:
+        for b, batch in enumerate(together):
+            index = torch.tensor(batch)
+            clean = observe(decoder, [task.texts[i] for i in batch])
+            prompt[batch] = task.logit_difference(clean.logits, index).cpu()
+            first = torch.zeros(len(batch), dtype=torch.int64)
+            base, source = clean, None
+            if values is None:
+                twin = observe(decoder, [task.twins[i] for i in batch])
+                against[batch] = task.logit_difference(twin.logits, index).cpu()
+                base, source = (clean, twin) if direction == "noise" else (twin, clean)
+                first = torch.tensor([task.prompts[i].first_difference for i in batch])
+
+            def measure(logits: Tensor, texts: Tensor, index: Tensor = index) -> Tensor:
+                return task.logit_difference(logits, index[texts]).cpu()
+
+            own = (against if direction == "denoise" else prompt)[batch]
+            sign = 1 if direction == "denoise" else -1
+            for i, layer in enumerate(chosen):
+                part = None if kept is None else kept.load(b, layer)
+                if part is None:
+                    new = _values(base, source, values, layer)
+                    part = _patch_layer(base, layer, new, first, positions, with_ffn, measure)
+                    if kept is not None:
+                        kept.save(b, layer, part)
+                n = part.heads.shape[-1]
+                heads[batch, i, :, :n] = sign * (part.heads - own[:, None, None])
+                if with_ffn:
+                    ffn[batch, i, :n] = sign * (part.ffn - own[:, None])
+                runs, row_layers = runs + part.runs, row_layers + part.row_layers
+                show(b * len(chosen) + i + 1)
+            n_rows += clean.n_tokens * len(batch)
+    if positions == "all":
+        heads, ffn = heads[..., 0], ffn[..., 0]
+    passes = row_layers / (n_rows * L) * len(task)
+    return Effects(chosen, heads, ffn, prompt, against, runs, passes)
+
+
+def _values(
+    base: Observed, source: Observed | None, values: Activations | None, layer: int
+) -> tuple[Tensor, Tensor]:
+    """What to put in: z [B, T, H, V] and the FFN's output [B, T, D] of a layer."""
+    if source is not None:
+        return source.z[layer], source.ffn[layer]
+    assert values is not None
+    heads, ffn = values.at(layer, base.n_tokens)
+    return heads.expand_as(base.z[layer]), ffn.expand_as(base.ffn[layer])
+
+
+def _patch_layer(
+    base: Observed,
+    layer: int,
+    new: tuple[Tensor, Tensor],
+    first: Tensor,
+    positions: Positions,
+    with_ffn: bool,
+    measure: Callable[[Tensor, Tensor], Tensor],
+) -> _Part:
+    """Logit differences with each component of a layer exchanged for `new`, which differs from
+    what is there from positions `first` [B] on.
+    """
+    decoder = base.decoder
+    B, T, H = base.n_texts, base.n_tokens, decoder.n_heads
+    n_layers = decoder.n_layers - layer
+    z, ffn = new
+    every = torch.arange(B)
+    own = measure(base.logits, every)
+    runs, row_layers = 0, 0
+    n_columns = T if positions == "each" else 1
+    of_heads = own[:, None, None].repeat(1, H, n_columns)
+    of_ffn = own[:, None].repeat(1, n_columns)
+    if positions == "each":
+        spans = [(t, t + 1) for t in range(int(first.min()), T)]
+    else:
+        spans = [(int(first.min()), T)]
+    with restarting(decoder):
+        for begin, end in spans:
+            felt = ((first < end) & (base.lengths > begin)).nonzero().squeeze(1)
+            column = begin if positions == "each" else 0
+            rows = T - begin
+            size = max(1, _ROWS // rows) if can_batch(decoder) else 1
+            for texts, head in zip(
+                felt.repeat_interleave(H).split(size),
+                torch.arange(H).repeat(len(felt)).split(size),
+                strict=True,
+            ):
+                n = torch.arange(len(texts))
+                changed = base.z[layer][texts, begin:end]
+                changed[n, :, head] = z[texts, begin:end][n, :, head]
+                logits = base.restart(layer, texts, begin, end, z=changed)
+                of_heads[texts, head, column] = measure(logits, texts)
+                runs += len(texts)
+                row_layers += len(texts) * (end - begin + rows * (n_layers - 1))
+            if not with_ffn:
+                continue
+            for texts in felt.split(size):
+                logits = base.restart(layer, texts, begin, end, ffn=ffn[texts, begin:end])
+                of_ffn[texts, column] = measure(logits, texts)
+                runs += len(texts)
+                row_layers += len(texts) * (end - begin + rows * (n_layers - 1))
+    return _Part(of_heads, of_ffn, runs, row_layers)
+
+
+def _identity(
+    decoder: Decoder,
+    task: Task,
+    direction: str,
+    values: Activations | None,
+    positions: str,
+    with_ffn: bool,
+) -> str:
+    """What tells one sweep from another."""
+    digest = hashlib.sha256(decoder.fingerprint().encode())
+    asked = [direction, positions, with_ffn, task.texts, task.twins]
+    asked += [[prompt.right, prompt.wrong] for prompt in task.prompts]
+    digest.update(json.dumps(asked).encode())
+    for x in values or ():
+        digest.update(x.double().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+class _Kept(NamedTuple):
+    """A folder with a file for each layer that is done."""
+
+    folder: Path
+    identity: str
+
+    def _path(self, batch: int, layer: int) -> Path:
+        return self.folder / f"{batch}-{layer}.safetensors"
+
+    def load(self, batch: int, layer: int) -> _Part | None:
+        """What was saved. Raises FormatError where it is of another sweep."""
+        path = self._path(batch, layer)
+        if not path.exists():
+            return None
+        tensors, fields = load_tensors(path, _FORMAT, _VERSION)
+        if fields.get("identity") != self.identity:
+            raise FormatError(f"{path}: of another model, task or kind of patching than asked for")
+        return _Part(tensors["heads"], tensors["ffn"], fields["runs"], fields["row_layers"])
+
+    def save(self, batch: int, layer: int, part: _Part) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        fields = {"identity": self.identity, "runs": part.runs, "row_layers": part.row_layers}
+        tensors = {"heads": part.heads, "ffn": part.ffn}
+        save_tensors(self._path(batch, layer), _FORMAT, _VERSION, tensors, fields)
