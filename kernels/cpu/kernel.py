@@ -1,4 +1,5 @@
-"""The native CPU kernel: one fused pass over row blocks, in C++ (score_impl.h).
+"""The native CPU kernel: one fused pass over row blocks, or over one row, in C++ (blocks.h,
+row.h).
 
 Same face and values as eager.py, sums in float32: bfloat16 and float16 inputs are upcast, float64
 is refused. Runs on as many threads as torch is set to, those of torch's own OpenMP pool where it

@@ -44,6 +44,12 @@ struct Counters {
     int64_t pairs = 0;    // (row, head, visible key)
     int64_t listed = 0;   // pairs with lin > 0 and a coordinate that can flip
     int64_t visited = 0;  // coordinates, of all pairs together
+    void add(const Counters& other) {
+        for (int i = 0; i < N_STAGES; ++i) seconds[i] += other.seconds[i];
+        pairs += other.pairs;
+        listed += other.listed;
+        visited += other.visited;
+    }
 };
 
 struct Edges {
