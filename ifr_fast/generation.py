@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from . import capture
-from .capture import AttentionCall, LayerCall, LazyMask
+from .capture import AttentionCall, LayerCall
 from .errors import IfrError, UnsupportedArchitectureError
 from .graph import (
     EdgeKind,
@@ -42,10 +42,19 @@ from .graph import (
     grow_layer,
     in_order,
 )
-from .kernels.contract import EdgeList, LayerInputs
+from .kernels.contract import AttentionScores, EdgeList, LayerInputs
 from .model import Block, evaluating, gate_rows, probe_tokens, row_scales
-from .recording import Recording
-from .scoring import LayerScores, check_closure, score_layer, score_rows
+from .recording import LayerRecording, Recording
+from .scoring import (
+    Kernel,
+    LayerScores,
+    cat_on,
+    check_closed,
+    check_closure,
+    closure_rows,
+    load_kernel,
+    score_layer,
+)
 from .tokens import token_strings
 
 if TYPE_CHECKING:
@@ -53,6 +62,7 @@ if TYPE_CHECKING:
 
 _ROOM = 1024  # tokens that a store has room for at first, at most, beyond the prompt
 
+_Ints = np.ndarray[Any, np.dtype[np.int64]]
 ChooseToken = Callable[[Tensor, Tensor], int]  # token ids [T], logits [vocab] -> the next
 
 
@@ -100,34 +110,6 @@ def chooser(
     return choose
 
 
-class _Past:
-    """Keys and values of a layer, with room for more; doubled when it is used up."""
-
-    def __init__(self, k: Tensor, v: Tensor, room: int) -> None:
-        """k, v: [H_kv, T, K], [H_kv, T, V]; room for so many more."""
-        self._length = k.shape[1]
-        self._k, self._v = (self._grown(x, self._length + room) for x in (k, v))
-
-    @property
-    def held(self) -> tuple[Tensor, Tensor]:
-        """[H_kv, T, K], [H_kv, T, V]"""
-        return self._k[:, : self._length], self._v[:, : self._length]
-
-    @staticmethod
-    def _grown(x: Tensor, room: int) -> Tensor:
-        out = x.new_empty(x.shape[0], room, x.shape[2])
-        out[:, : x.shape[1]] = x
-        return out
-
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """All of [H_kv, S, K], [H_kv, S, V], with those of one more token at the end."""
-        if self._length == self._k.shape[1]:
-            self._k, self._v = (self._grown(x, 2 * self._length) for x in (self._k, self._v))
-        self._k[:, self._length], self._v[:, self._length] = k[:, 0], v[:, 0]
-        self._length += 1
-        return self.held
-
-
 class _NodeEdges(NamedTuple):
     """What a layer adds to a graph that reaches it at one position."""
 
@@ -137,16 +119,98 @@ class _NodeEdges(NamedTuple):
     below: list[int]  # positions of the layer below that it leads to
 
 
-class _Row:
-    """One layer's new row, as the pass goes through it."""
+class _Layer:
+    """A layer's keys and values, with room for more that is doubled when it is used up; and its
+    newest row, as the pass goes through it.
+    """
 
+    call: LayerCall  # what it was called with
     resid_pre: Tensor  # [1, D]
-    call: LayerCall
-    attention: AttentionCall
-    window: int | None
+    attention: AttentionCall  # of the new row, with all keys and values
+    window: int | None  # that its keys have crossed
     z: Tensor  # [1, H, V]
     mid: Tensor  # [1, D]
     resid_post: Tensor  # [1, D]
+    inputs: LayerInputs  # that its row was scored from
+    scores: AttentionScores
+
+    def __init__(self, block: Block, recorded: LayerRecording, room: int) -> None:
+        self.block = block
+        self.W_O = _where_it_lies(block)
+        self._window = block.window if recorded.window is None else recorded.window
+        self._alibi_slopes = recorded.alibi_slopes
+        self._length = len(recorded.k)
+        self._k, self._v = (
+            _with_room(x.transpose(0, 1), self._length + room) for x in (recorded.k, recorded.v)
+        )
+
+    @property
+    def held(self) -> tuple[Tensor, Tensor]:
+        """All keys and values: [H_kv, S, K], [H_kv, S, V]."""
+        return self._k[:, : self._length], self._v[:, : self._length]
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        """Attention output [1, 1, H, V] of a new row, whose key and value are kept."""
+        if self._length == self._k.shape[1]:
+            self._k, self._v = (_with_room(x, 2 * self._length) for x in (self._k, self._v))
+        self._k.narrow(1, self._length, 1).copy_(call.k[0])
+        self._v.narrow(1, self._length, 1).copy_(call.v[0])
+        self._length += 1
+        k, v = self.held
+        self.window = _crossed(self._window, self._length)
+        self.attention = call._replace(
+            k=k[None], v=v[None], mask=capture.causal_mask(self.window, k.device),
+            alibi_slopes=self._alibi_slopes,
+        )  # fmt: skip
+        z = _attend(self.attention, self.window)
+        self.z = z[0]
+        return z
+
+    def score(self, kernel: Kernel, row: Tensor, keep: float) -> None:
+        """Scores the new row, at position row [1]."""
+        block, call, gate, scale = self.block, self.attention, None, None
+        if block.gate_site is not None:
+            gate = gate_rows(block, self.call, self.resid_pre, torch.tensor([0]))
+        if block.row_scaled:
+            scale = row_scales(block, self.resid_pre, self.mid, self.z, gate)
+        self.inputs = LayerInputs(
+            rows=row,
+            resid_pre=self.resid_pre,
+            y=self.resid_post if block.parallel else self.mid,
+            q=call.q.squeeze(2),
+            k=call.k[0].transpose(0, 1),
+            v=call.v[0].transpose(0, 1),
+            W_O=self.W_O,
+            scale=call.scale,
+            row_scale=scale,
+            value_gate=gate,
+            window=self.window,
+            softcap=call.softcap,
+            sinks=call.sinks,
+            alibi_slopes=call.alibi_slopes,
+            ffn=self.resid_post - self.mid if block.parallel else None,
+        )
+        self.scores = kernel.score_attention(self.inputs, keep)
+
+
+def _with_room(x: Tensor, room: int) -> Tensor:
+    """A copy of keys or values [H_kv, T, K] that has room for more."""
+    out = x.new_empty(x.shape[0], room, x.shape[2])
+    out[:, : x.shape[1]] = x
+    return out
+
+
+def _where_it_lies(block: Block) -> Tensor:
+    """W_O of a block: the model's own weight where it is nothing else. Having just multiplied by
+    that, the model leaves it in the processor's cache.
+    """
+    H, V, D = block.W_O.shape
+    for weight in block.attention.parameters():
+        if weight.shape == (D, H * V) and weight.dtype == block.W_O.dtype:
+            view = weight.detach().view(D, H, V).permute(1, 2, 0)
+            if view.device == block.W_O.device and torch.equal(view, block.W_O):
+                return view
+    return block.W_O
 
 
 class Generation:
@@ -161,6 +225,7 @@ class Generation:
         n_ahead: int,
     ) -> None:
         self._tracer, self._decoder = tracer, tracer.decoder
+        self._kernel = load_kernel(tracer.impl)
         self._room = min(n_ahead, _ROOM)
         self._threshold, self._granularity = threshold, granularity
         self.token_ids = recording.token_ids
@@ -168,20 +233,17 @@ class Generation:
         self._begin(recording)
 
     def _begin(self, recording: Recording) -> None:
-        self._nodes: list[dict[int, _NodeEdges]] = [{} for _ in self._decoder.blocks]
-        self._past, layers = [], []
-        for x in recording.layers:
-            past = _Past(x.k.transpose(0, 1), x.v.transpose(0, 1), self._room)
-            k, v = (held.transpose(0, 1) for held in past.held)
-            self._past.append(past)
-            layers.append(dataclasses.replace(x, k=k, v=v))
-        self._recording = dataclasses.replace(recording, layers=layers)
-        self._windows = [
-            block.window if recorded.window is None else recorded.window
-            for block, recorded in zip(self._decoder.blocks, recording.layers, strict=True)
-        ]
-        self._of_module = {block.attention: block for block in self._decoder.blocks}
-        self._rotary = self._decoder.rotary_regime(len(recording))
+        decoder = self._decoder
+        self._nodes: list[dict[int, _NodeEdges]] = [{} for _ in decoder.blocks]
+        self._layers, recorded = [], []
+        for block, x in zip(decoder.blocks, recording.layers, strict=True):
+            layer = _Layer(block, x, self._room)
+            k, v = (held.transpose(0, 1) for held in layer.held)
+            self._layers.append(layer)
+            recorded.append(dataclasses.replace(x, k=k, v=v))
+        self._recording = dataclasses.replace(recording, layers=recorded)
+        self._of_module = {layer.block.attention: layer for layer in self._layers}
+        self._rotary = decoder.rotary_regime(len(recording))
 
     @torch.inference_mode()
     def first_logits(self) -> Tensor:
@@ -204,43 +266,40 @@ class Generation:
             # Every key would be another in a text of this length.
             self._begin(self._tracer.record(self.token_ids))
             return self.first_logits()
-        scored, logits = self._decode(token_id, position)
-        check_closure({scores.layer: scores.closure for scores in scored})
-        self._keep(scored)
+        logits = self._decode(token_id, position)
+        for parallel in (False, True):
+            layers = [layer for layer in self._layers if layer.block.parallel == parallel]
+            if layers:
+                self._keep_row(layers, position)
         return logits
 
-    def _decode(self, token_id: int, position: int) -> tuple[list[LayerScores], Tensor]:
-        decoder = self._decoder
-        rows = [_Row() for _ in decoder.blocks]
-        scored: list[LayerScores] = []
+    def _decode(self, token_id: int, position: int) -> Tensor:
+        """A decode step, in which the new row of each layer is scored."""
+        decoder, row = self._decoder, torch.tensor([position])
 
         def answer(call: AttentionCall) -> Tensor:
-            layer = self._of_module[call.module].layer
-            row, recorded = rows[layer], self._recording.layers[layer]
-            k, v = self._past[layer].append(call.k[0], call.v[0])
-            row.window = _crossed(self._windows[layer], k.shape[1])
-            row.attention = call._replace(
-                k=k[None], v=v[None], mask=_mask(row.window, k.device),
-                alibi_slopes=recorded.alibi_slopes,
-            )  # fmt: skip
-            z = _attend(row.attention, row.window)
-            row.z = z[0]
-            return z
+            return self._of_module[call.module].attend(call)
 
-        def watch(block: Block) -> list[torch.utils.hooks.RemovableHandle]:
-            row = rows[block.layer]
+        def watch(layer: _Layer) -> list[torch.utils.hooks.RemovableHandle]:
+            block = layer.block
 
-            def keep_call(hidden: Tensor, call: LayerCall) -> None:
-                row.resid_pre, row.call = hidden[0], call
+            def score() -> None:
+                if block.gate_site is None:
+                    layer.score(self._kernel, row, self._threshold)
+
+            def enter(hidden: Tensor, call: LayerCall) -> None:
+                layer.resid_pre, layer.call = hidden[0], call
 
             def keep_mid(x: Tensor) -> None:
                 found = x.reshape(1, -1)
-                row.mid = row.resid_pre + found if block.parallel else found
+                layer.mid = layer.resid_pre + found if block.parallel else found
+                if not block.parallel:  # keys, values and W_O are still in the cache
+                    score()
 
             def leave(x: Tensor) -> None:
-                row.resid_post = x[0]
-                if block.gate_site is None:
-                    scored.append(self._score_row(block, row, position))
+                layer.resid_post = x[0]
+                if block.parallel:
+                    score()
 
             site, on = (
                 (block.attention, capture.on_output)
@@ -248,46 +307,57 @@ class Generation:
                 else (block.mid_site, capture.on_input)
             )
             return [
-                capture.on_layer_call(block.module, keep_call),
+                capture.on_layer_call(block.module, enter),
                 on(site, keep_mid),
                 capture.on_output(block.module, leave),
             ]
 
         with evaluating(decoder.model), decoder.attention_through(decoder.model, answer):
-            handles = [handle for block in decoder.blocks for handle in watch(block)]
+            handles = [handle for layer in self._layers for handle in watch(layer)]
             with capture.hooks(*handles):
                 _, logits = decoder.step(token_id, position)
-            for block in decoder.blocks:  # which run again for their gates
-                if block.gate_site is not None:
-                    scored.append(self._score_row(block, rows[block.layer], position))
-        return scored, logits
+            for layer in self._layers:  # which run again for their gates
+                if layer.block.gate_site is not None:
+                    layer.score(self._kernel, row, self._threshold)
+        return logits
 
-    def _score_row(self, block: Block, row: _Row, position: int) -> LayerScores:
-        call, gate, scale = row.attention, None, None
-        if block.gate_site is not None:
-            gate = gate_rows(block, row.call, row.resid_pre, torch.tensor([0]))
-        if block.row_scaled:
-            scale = row_scales(block, row.resid_pre, row.mid, row.z, gate)
-        inputs = LayerInputs(
-            rows=torch.tensor([position]),
-            resid_pre=row.resid_pre,
-            y=row.resid_post if block.parallel else row.mid,
-            q=call.q[0].transpose(0, 1),
-            k=call.k[0].transpose(0, 1),
-            v=call.v[0].transpose(0, 1),
-            W_O=block.W_O,
-            scale=call.scale,
-            row_scale=scale,
-            value_gate=gate,
-            window=row.window,
-            softcap=call.softcap,
-            sinks=call.sinks,
-            alibi_slopes=call.alibi_slopes,
-            ffn=row.resid_post - row.mid if block.parallel else None,
+    def _keep_row(self, layers: list[_Layer], position: int) -> None:
+        """Makes nodes of the rows that were scored last, of layers that are all sequential or all
+        parallel.
+        """
+        device = self._recording.resid_final.device
+        inputs, scores = [x.inputs for x in layers], [x.scores for x in layers]
+        y = cat_on(device, [x.y for x in inputs])
+        linear = cat_on(device, [x.linear for x in scores])
+        ffn, ffn_residual, ffn_unattributed = None, None, None
+        if layers[0].block.parallel:
+            ffn = cat_on(device, [x.ffn for x in inputs])
+            of_ffn = cat_on(device, [x.ffn for x in scores])
+        else:
+            resid_post = cat_on(device, [x.resid_post for x in layers])
+            ffn_residual, of_ffn, ffn_unattributed = self._kernel.score_ffn(y, resid_post)
+        resid_pre = cat_on(device, [x.resid_pre for x in inputs])
+        bias = torch.stack([x.block.bias.to(device) for x in layers])
+        numbers = [x.block.layer for x in layers]
+        check_closed(closure_rows(y, resid_pre, ffn, bias, linear), numbers)
+        counts = torch.tensor([len(x.edges.source) for x in scores], device=device)
+        source = cat_on(device, [x.edges.source for x in scores])
+        rows = torch.arange(len(layers), device=device)
+        table = LayerTable(
+            rows,
+            cat_on(device, [x.residual for x in scores]).float(),
+            of_ffn.float(),
+            None if ffn_residual is None else ffn_residual.float(),
+            EdgeList(
+                rows.repeat_interleave(counts, output_size=len(source)),
+                source,
+                cat_on(device, [x.edges.weight for x in scores]),
+                cat_on(device, [x.edges.head_weight for x in scores]),
+            ),
+            cat_on(device, [x.unattributed for x in scores]),
+            ffn_unattributed,
         )
-        resid_post = None if block.parallel else row.resid_post
-        impl = self._tracer.impl
-        return score_rows(block, inputs, resid_post, torch.tensor([0]), self._threshold, impl)
+        self._keep(table, np.array(numbers), np.full(len(layers), position))
 
     @torch.inference_mode()
     def graph(self, logits: Tensor) -> RouteGraph:
@@ -309,7 +379,8 @@ class Generation:
                         self._recording, layer, rows, self._threshold, self._tracer.impl
                     )
                     closures[layer] = scores.closure
-                    self._keep([scores])
+                    table = _table(scores, self._recording.resid_final.device)
+                    self._keep(table, np.full(len(missing), layer), np.array(missing))
                 here = [nodes[t] for t in reached]
                 found += here
                 reached = set(itertools.chain.from_iterable(node.below for node in here))
@@ -334,62 +405,37 @@ class Generation:
             predictions=self._tracer.likeliest(logits[None])[0],
         )
 
-    def _keep(self, scored: list[LayerScores]) -> None:
-        """Makes nodes of what was scored."""
-        for parallel in (False, True):
-            of_kind = [s for s in scored if (s.ffn_residual is None) == parallel]
-            if of_kind:
-                self._keep_alike(of_kind)
-
-    def _keep_alike(self, scored: list[LayerScores]) -> None:
-        """The same of blocks that are all sequential or all parallel: as one table, whose rows
-        are nodes.
-        """
-        device = self._recording.resid_final.device
-        layers = torch.cat([torch.full((len(s.rows),), s.layer) for s in scored])
-        positions = torch.cat([s.rows for s in scored])
-        n_nodes = len(layers)
-        grown, _ = grow_layer(
-            0,
-            _one_table(scored, device),
-            torch.ones(max(n_nodes, len(self.token_ids)), dtype=torch.bool, device=device),
-            self._threshold,
-            self._granularity,
-        )
-        layer_of, position_of = layers.numpy(), positions.numpy()
-        parts, passes = [], np.zeros(n_nodes, dtype=bool)
-        parallel = scored[0].ffn_residual is None
+    def _keep(self, table: LayerTable, layer_of: _Ints, position_of: _Ints) -> None:
+        """Makes nodes of the rows [N] of a table. layer_of, position_of: [N], where they stand."""
+        device, n_nodes = table.rows.device, len(layer_of)
+        reached = torch.ones(max(n_nodes, len(self.token_ids)), dtype=torch.bool, device=device)
+        grown, _ = grow_layer(0, table, reached, self._threshold, self._granularity)
+        passes = np.zeros(n_nodes, dtype=bool)
+        parts = []
         for step in grown.steps:
             kept = step.kept.nonzero().squeeze(1)
-            node, source = step.target[kept].cpu().numpy(), step.source[kept].cpu().numpy()
+            node, source = _numpy(step.target[kept]), _numpy(step.source[kept])
             if step.kind != EdgeKind.ATTENTION:
                 source = position_of[node]
-                if parallel or step.kind == EdgeKind.RESIDUAL_MID:
+                if table.ffn_residual is None or step.kind == EdgeKind.RESIDUAL_MID:
                     passes[node] = True
             kind = np.full(len(node), int(step.kind))
-            weight = step.weight[kept].float().cpu().numpy()
-            parts.append(
-                (node, np.stack([layer_of[node], kind, position_of[node], source, weight], 1))
-            )
-        entry, head = (x.cpu().numpy() for x in grown.head_kept.nonzero(as_tuple=True))
-        attention = grown.steps[-1]
-        node = attention.target.cpu().numpy()[entry]
-        source = attention.source.cpu().numpy()[entry]
-        weight = grown.head_weight.float().cpu().numpy()[entry, head]
-        heads = np.stack([layer_of[node], head, position_of[node], source, weight], 1)
+            parts.append((node, kind, source, _numpy(step.weight[kept].float())))
+        node, kind, source, weight = (np.concatenate(x) for x in zip(*parts, strict=True))
+        edges = np.stack([layer_of[node], kind, position_of[node], source, weight], 1)
+        of_edges = _split(node, edges, n_nodes)
+        entry, head = grown.head_kept.nonzero(as_tuple=True)
+        attention, weight = grown.steps[-1], _numpy(grown.head_weight[entry, head].float())
+        node, source = _numpy(attention.target[entry]), _numpy(attention.source[entry])
+        heads = np.stack([layer_of[node], _numpy(head), position_of[node], source, weight], 1)
         of_heads = _split(node, heads, n_nodes)
-        of_edges = _split(
-            np.concatenate([node for node, _ in parts]),
-            np.concatenate([columns for _, columns in parts]),
-            n_nodes,
-        )
         flagged: list[list[Node]] = [[] for _ in range(n_nodes)]
         for is_mid, _, flags in grown.unattributed:
             place = NodeKind.MID if is_mid else NodeKind.POST
             for i in flags.nonzero().squeeze(1).tolist():
                 flagged[i].append(Node(int(layer_of[i]), place, int(position_of[i])))
         for i, (layer, position) in enumerate(
-            zip(layers.tolist(), positions.tolist(), strict=True)
+            zip(layer_of.tolist(), position_of.tolist(), strict=True)
         ):
             edges = of_edges[i]
             below = edges[edges[:, 1] == EdgeKind.ATTENTION, 3].astype(np.int64).tolist()
@@ -398,29 +444,25 @@ class Generation:
             self._nodes[layer][position] = _NodeEdges(edges, of_heads[i], flagged[i], below)
 
 
-def _one_table(scored: list[LayerScores], device: torch.device) -> LayerTable:
-    """Several layers' scores as one, with a row for each of their rows in turn."""
+def _table(scores: LayerScores, device: torch.device) -> LayerTable:
+    """A layer's scores as a table whose rows are nodes."""
 
-    def joined(parts: list[Tensor]) -> Tensor:
-        return torch.cat([x.to(device) for x in parts])
+    def move(x: Tensor | None) -> Any:
+        return None if x is None else x.to(device)
 
-    starts = list(itertools.accumulate((len(s.rows) for s in scored), initial=0))
-    edges = [s.attention.edges for s in scored]
-    parallel = scored[0].ffn_residual is None
     return LayerTable(
-        torch.arange(starts[-1], device=device),
-        joined([s.residual for s in scored]),
-        joined([s.ffn for s in scored]),
-        None if parallel else joined([s.ffn_residual for s in scored]),  # type: ignore[misc]
-        EdgeList(
-            joined([e.row + start for e, start in zip(edges, starts[:-1], strict=True)]),
-            joined([e.source for e in edges]),
-            joined([e.weight for e in edges]),
-            joined([e.head_weight for e in edges]),
-        ),
-        joined([s.unattributed for s in scored]),
-        None if parallel else joined([s.ffn_unattributed for s in scored]),  # type: ignore[misc]
+        torch.arange(len(scores.rows), device=device),
+        move(scores.residual),
+        move(scores.ffn),
+        move(scores.ffn_residual),
+        EdgeList(*map(move, scores.attention.edges)),
+        move(scores.unattributed),
+        move(scores.ffn_unattributed),
     )
+
+
+def _numpy(x: Tensor) -> np.ndarray[Any, Any]:
+    return x.cpu().numpy()
 
 
 def _split(of: np.ndarray[Any, Any], rows: np.ndarray[Any, Any], n: int) -> list[Any]:
@@ -432,16 +474,6 @@ def _split(of: np.ndarray[Any, Any], rows: np.ndarray[Any, Any], n: int) -> list
 
 def _crossed(window: int | None, n_tokens: int) -> int | None:
     return None if window is None or window >= n_tokens else window
-
-
-def _mask(window: int | None, device: torch.device) -> LazyMask:
-    """What was seen to be the model's mask when it was recorded."""
-
-    def function(_: Any, __: Any, rows: Tensor, keys: Tensor) -> Tensor:
-        seen = keys <= rows
-        return seen if window is None else seen & (keys > rows - window)
-
-    return LazyMask(function, device)
 
 
 def _attend(call: AttentionCall, window: int | None) -> Tensor:

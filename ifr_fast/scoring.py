@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
@@ -309,15 +309,25 @@ def closure(inputs: LayerInputs, linear: Tensor, bias: Tensor, sample: Tensor) -
     """The rows of a layer that are checked. bias: [D]; sample: indices of rows, on the CPU."""
 
     def take(x: Tensor) -> Tensor:
-        chosen = x if len(sample) == len(x) else x[sample.to(x.device)]
-        return chosen.to(torch.promote_types(inputs.y.dtype, torch.float32))
+        return x if len(sample) == len(x) else x[sample.to(x.device)]
 
-    y, resid_pre = take(inputs.y), take(inputs.resid_pre)
+    ffn = None if inputs.ffn is None else take(inputs.ffn)
+    return closure_rows(take(inputs.y), take(inputs.resid_pre), ffn, bias, take(linear))
+
+
+def closure_rows(
+    y: Tensor, resid_pre: Tensor, ffn: Tensor | None, bias: Tensor, linear: Tensor
+) -> Closure:
+    """Rows to be checked: y, resid_pre, in parallel blocks ffn [C, D]; bias [D] or [C, D]; linear
+    [C].
+    """
+    wide = torch.promote_types(y.dtype, torch.float32)
+    eps = torch.full_like(y[:, 0], torch.finfo(y.dtype).eps, dtype=wide)
+    y, resid_pre = y.to(wide), resid_pre.to(wide)
     moved = y - resid_pre - bias
-    if inputs.ffn is not None:
-        moved = moved - take(inputs.ffn)
-    eps = torch.full_like(y[:, 0], torch.finfo(inputs.y.dtype).eps)
-    return Closure(y, resid_pre, moved, take(linear), eps)
+    if ffn is not None:
+        moved = moved - ffn
+    return Closure(y, resid_pre, moved, linear.to(wide), eps)
 
 
 def closure_errors(rows: Closure) -> Tensor:
@@ -342,13 +352,12 @@ def closure_errors(rows: Closure) -> Tensor:
 def check_closure(of_layer: dict[int, Closure]) -> None:
     """Raises IfrError where a layer's `closure_errors` are above 1; one read by the host."""
     device = next(iter(of_layer.values())).y.device
-    y, resid_pre, moved, linear, eps = zip(*of_layer.values(), strict=True)
+    rows = Closure(*(cat_on(device, parts) for parts in zip(*of_layer.values(), strict=True)))
+    check_closed(rows, [layer for layer, of in of_layer.items() for _ in range(len(of.linear))])
 
-    def joined(parts: tuple[Tensor, ...]) -> Tensor:
-        return torch.cat([x.to(device) for x in parts])
 
-    rows = Closure(joined(y), joined(resid_pre), joined(moved), joined(linear), joined(eps))
-    layers = [layer for layer, of in of_layer.items() for _ in range(len(of.linear))]
+def check_closed(rows: Closure, layers: list[int]) -> None:
+    """Raises IfrError where `closure_errors` are above 1, with the layer of that row."""
     for layer, error in zip(layers, closure_errors(rows).tolist(), strict=True):
         if not error <= 1:
             raise IfrError(
@@ -356,6 +365,11 @@ def check_closure(of_layer: dict[int, Closure]) -> None:
                 f"model computed ({error:.1f} times what rounding explains); were its weights "
                 "changed after it was opened, or are they not finite?"
             )
+
+
+def cat_on(device: torch.device, parts: Iterable[Tensor]) -> Tensor:
+    """All of `parts`, wherever they are, along their first dimension."""
+    return torch.cat([x if x.device == device else x.to(device) for x in parts])
 
 
 def _check_shapes(inputs: LayerInputs) -> None:
