@@ -46,6 +46,7 @@ from .kernels.contract import AttentionScores, EdgeList, LayerInputs
 from .model import Block, evaluating, gate_rows, probe_tokens, row_scales
 from .recording import LayerRecording, Recording
 from .scoring import (
+    AttendRow,
     Kernel,
     LayerScores,
     cat_on,
@@ -53,6 +54,7 @@ from .scoring import (
     check_closure,
     closure_rows,
     load_kernel,
+    row_attention,
     score_layer,
 )
 from .tokens import token_strings
@@ -124,62 +126,75 @@ class _Layer:
     newest row, as the pass goes through it.
     """
 
-    call: LayerCall  # what it was called with
     resid_pre: Tensor  # [1, D]
-    attention: AttentionCall  # of the new row, with all keys and values
+    layer_call: LayerCall
+    call: AttentionCall  # of the new row, with its own key and value alone
     window: int | None  # that its keys have crossed
     z: Tensor  # [1, H, V]
+    weights: Tensor | None  # [1, H, S] if attention left them
     mid: Tensor  # [1, D]
     resid_post: Tensor  # [1, D]
     inputs: LayerInputs  # that its row was scored from
     scores: AttentionScores
 
-    def __init__(self, block: Block, recorded: LayerRecording, room: int) -> None:
+    def __init__(
+        self, block: Block, recorded: LayerRecording, room: int, attend_row: AttendRow | None
+    ) -> None:
         self.block = block
         self.W_O = _where_it_lies(block)
+        self._attend_row = attend_row
         self._window = block.window if recorded.window is None else recorded.window
         self._alibi_slopes = recorded.alibi_slopes
         self._length = len(recorded.k)
-        self._k, self._v = (
-            _with_room(x.transpose(0, 1), self._length + room) for x in (recorded.k, recorded.v)
-        )
+        room += self._length
+        self._k, self._v = _with_room(recorded.k, room), _with_room(recorded.v, room)
 
     @property
     def held(self) -> tuple[Tensor, Tensor]:
-        """All keys and values: [H_kv, S, K], [H_kv, S, V]."""
-        return self._k[:, : self._length], self._v[:, : self._length]
+        """All keys and values: [S, H_kv, K], [S, H_kv, V]."""
+        return self._k[: self._length], self._v[: self._length]
 
     def attend(self, call: AttentionCall) -> Tensor:
         """Attention output [1, 1, H, V] of a new row, whose key and value are kept."""
-        if self._length == self._k.shape[1]:
+        if self._length == len(self._k):
             self._k, self._v = (_with_room(x, 2 * self._length) for x in (self._k, self._v))
-        self._k.narrow(1, self._length, 1).copy_(call.k[0])
-        self._v.narrow(1, self._length, 1).copy_(call.v[0])
+        self._k[self._length] = call.k[0, :, 0]
+        self._v[self._length] = call.v[0, :, 0]
         self._length += 1
-        k, v = self.held
         self.window = _crossed(self._window, self._length)
-        self.attention = call._replace(
-            k=k[None], v=v[None], mask=capture.causal_mask(self.window, k.device),
-            alibi_slopes=self._alibi_slopes,
+        self.call = call
+        k, v = self.held
+        if self._attend_row is not None:
+            self.z, self.weights = self._attend_row(
+                call.q.squeeze(2), k, v, call.scale, window=self.window, softcap=call.softcap,
+                sinks=call.sinks, alibi_slopes=self._alibi_slopes,
+            )  # fmt: skip
+            return self.z[None]
+        z = _attend(
+            call._replace(
+                k=k.transpose(0, 1)[None], v=v.transpose(0, 1)[None],
+                mask=capture.causal_mask(self.window, k.device), alibi_slopes=self._alibi_slopes,
+            ),
+            self.window,
         )  # fmt: skip
-        z = _attend(self.attention, self.window)
-        self.z = z[0]
+        self.z, self.weights = z[0], None
         return z
 
     def score(self, kernel: Kernel, row: Tensor, keep: float) -> None:
         """Scores the new row, at position row [1]."""
-        block, call, gate, scale = self.block, self.attention, None, None
+        block, call, gate, scale = self.block, self.call, None, None
         if block.gate_site is not None:
-            gate = gate_rows(block, self.call, self.resid_pre, torch.tensor([0]))
+            gate = gate_rows(block, self.layer_call, self.resid_pre, torch.tensor([0]))
         if block.row_scaled:
             scale = row_scales(block, self.resid_pre, self.mid, self.z, gate)
+        k, v = self.held
         self.inputs = LayerInputs(
             rows=row,
             resid_pre=self.resid_pre,
             y=self.resid_post if block.parallel else self.mid,
             q=call.q.squeeze(2),
-            k=call.k[0].transpose(0, 1),
-            v=call.v[0].transpose(0, 1),
+            k=k,
+            v=v,
             W_O=self.W_O,
             scale=call.scale,
             row_scale=scale,
@@ -187,16 +202,17 @@ class _Layer:
             window=self.window,
             softcap=call.softcap,
             sinks=call.sinks,
-            alibi_slopes=call.alibi_slopes,
+            alibi_slopes=self._alibi_slopes,
             ffn=self.resid_post - self.mid if block.parallel else None,
+            weights=self.weights,
         )
         self.scores = kernel.score_attention(self.inputs, keep)
 
 
 def _with_room(x: Tensor, room: int) -> Tensor:
-    """A copy of keys or values [H_kv, T, K] that has room for more."""
-    out = x.new_empty(x.shape[0], room, x.shape[2])
-    out[:, : x.shape[1]] = x
+    """A copy of keys or values [T, H_kv, K] with room for so many, a head's in one piece."""
+    out = x.new_empty(x.shape[1], room, x.shape[2]).transpose(0, 1)
+    out[: len(x)] = x
     return out
 
 
@@ -234,11 +250,12 @@ class Generation:
 
     def _begin(self, recording: Recording) -> None:
         decoder = self._decoder
+        attend_row = row_attention(self._tracer.impl, recording.layers[0].k.dtype)
         self._nodes: list[dict[int, _NodeEdges]] = [{} for _ in decoder.blocks]
         self._layers, recorded = [], []
         for block, x in zip(decoder.blocks, recording.layers, strict=True):
-            layer = _Layer(block, x, self._room)
-            k, v = (held.transpose(0, 1) for held in layer.held)
+            layer = _Layer(block, x, self._room, attend_row)
+            k, v = layer.held
             self._layers.append(layer)
             recorded.append(dataclasses.replace(x, k=k, v=v))
         self._recording = dataclasses.replace(recording, layers=recorded)
@@ -288,7 +305,7 @@ class Generation:
                     layer.score(self._kernel, row, self._threshold)
 
             def enter(hidden: Tensor, call: LayerCall) -> None:
-                layer.resid_pre, layer.call = hidden[0], call
+                layer.resid_pre, layer.layer_call = hidden[0], call
 
             def keep_mid(x: Tensor) -> None:
                 found = x.reshape(1, -1)

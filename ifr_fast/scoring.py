@@ -29,6 +29,23 @@ class Kernel(Protocol):
     def score_ffn(self, resid_mid: Tensor, resid_post: Tensor) -> FFNScores: ...
 
 
+class AttendRow(Protocol):
+    """Attention of the last of S positions alone, and the weights that it was computed with."""
+
+    def __call__(
+        self,
+        q: Tensor,  # [1, H, K]
+        k: Tensor,  # [S, H_kv, K]
+        v: Tensor,  # [S, H_kv, V]
+        scale: float,
+        *,
+        window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+        alibi_slopes: Tensor | None,
+    ) -> tuple[Tensor, Tensor]: ...  # [1, H, V], [1, H, S]
+
+
 def choose_impl(impl: str, device: torch.device, dtype: torch.dtype) -> str:
     """The implementation for a model on `device`; "auto" is $IFR_FAST_IMPL, else the best one.
 
@@ -112,6 +129,17 @@ def load_kernel(impl: str) -> Kernel:
             return triton
         case _:
             raise ValueError(f"impl: no kernel {impl!r}")
+
+
+def row_attention(impl: str, dtype: torch.dtype) -> AttendRow | None:
+    """An attention function that leaves its weights to `LayerInputs.weights`, where the kernel has
+    one for a model in `dtype`.
+    """
+    if impl != "cpu" or dtype != torch.float32:
+        return None
+    from .kernels.cpu.kernel import attend_row
+
+    return attend_row
 
 
 def work_bytes(impl: str, n_heads: int, n_tokens: int) -> int:
@@ -386,6 +414,7 @@ def _check_shapes(inputs: LayerInputs) -> None:
         "alibi_slopes": (H,),
         "log_sum_exp": (R, H),
         "ffn": (R, D),
+        "weights": (R, H, S),
     }
     for name, shape in expected.items():
         x = getattr(inputs, name)

@@ -20,7 +20,8 @@ constexpr int64_t G_GROUPS = 8;           // groups of four coordinates whose ta
 class Blocks : Lines {
   public:
     Blocks(const Layer& layer, int n_threads, Scores& out)
-        : Lines(layer, out),
+        : Lines(layer),
+          out_(out),
           Vp_(round_up(layer.V, NR)),
           first_key_(layer.R ? first_visible(0) / CHUNK * CHUNK : 0),
           n_keys_(layer.R ? round_up(last_visible(layer.R - 1) - first_key_, CHUNK) : 0),
@@ -267,7 +268,7 @@ class Blocks : Lines {
             s.heads.clear();
             for (int64_t h = 0; h < l_.H; ++h)
                 s.heads.push_back(&s.lines[h / group_ * n + r * group_ + h % group_]);
-            finish(row + r, s, out_.edges[block]);
+            finish(row + r, s, out_, out_.edges[block]);
         }
         clock.lap(FINISH);
     }
@@ -353,6 +354,7 @@ class Blocks : Lines {
         }
     }
 
+    Scores& out_;
     const int64_t Vp_, first_key_, n_keys_, BT_;
     int64_t n_blocks_;
     const bool W_T_in_place_;

@@ -9,7 +9,8 @@
 // over the coordinates i with |y_i| / rho_i < a, where rho_i = |W_O[h][:, i]| and
 // p_i = w (gate * v) . W_O[h][:, i].
 //
-// Two programs form the products: blocks.h for many rows at once, row.h for one.
+// Two programs form the products: blocks.h for many rows at once, row.h for one. The latter has
+// attention too, for those who would have it leave its weights.
 
 constexpr int64_t CHUNK = 64;  // keys whose sums are added up in float, a multiple of NR
 constexpr int N_BUCKETS = 128, BUCKET_SHIFT = 19;  // of breakpoints, by exponent and mantissa
@@ -147,9 +148,8 @@ struct Scratch {
 
 class Lines {
   protected:
-    Lines(const Layer& layer, Scores& out)
+    explicit Lines(const Layer& layer)
         : l_(layer),
-          out_(out),
           group_(layer.H / layer.H_kv),
           Dp_(round_up(layer.D, W)),
           rho_inv_(layer.H * Dp_) {}
@@ -171,41 +171,54 @@ class Lines {
 
     // Scores become e, zero where a key is not visible.
     void softmax(Line& line) const {
-        const int64_t first = line.first, last = line.last, h = line.head;
+        float top = settle(line, line.first, line.last);
+        if (l_.log_sum_exp) top = l_.log_sum_exp[line.row * l_.H + line.head] * LOG2_E;
+        else top = std::max(top, sink(line));
+        double total = exponentials(line, line.first, line.last, top);
+        if (l_.log_sum_exp) total = 1;
+        else total += std::exp2(sink(line) - top);
+        line.w_scale =
+            (l_.row_scale ? l_.row_scale[line.row] : 1.0f) / static_cast<float>(total);
+    }
+
+    // The score that takes weight and moves nothing.
+    float sink(const Line& line) const {
+        return l_.sinks ? l_.sinks[line.head] * LOG2_E : -INFINITY;
+    }
+
+    // Products of q and k become scores, to the base 2, from keys `first` to `last`: -inf where a
+    // key is not visible. Returns the largest.
+    float settle(const Line& line, int64_t first, int64_t last) const {
         float* x = line.of_key;
         if (l_.softcap)
             for (int64_t j = first; j < last; j += W)
                 store(x + j, tanh(load(x + j)) * set1(l_.softcap * LOG2_E));
-        if (l_.alibi_slopes)
+        if (l_.alibi_slopes) {
+            const float slope = l_.alibi_slopes[line.head] * LOG2_E;
             for (int64_t j = first; j < last; ++j)
-                x[j] += l_.alibi_slopes[h] * LOG2_E * static_cast<float>(j - l_.rows[line.row]);
-        std::fill(x + first, x + first_visible(line.row), -INFINITY);
-        std::fill(x + last_visible(line.row), x + last, -INFINITY);
-
-        float top;
-        if (l_.log_sum_exp) {
-            top = l_.log_sum_exp[line.row * l_.H + h] * LOG2_E;
-        } else {
-            F tops = set1(-INFINITY);
-            for (int64_t j = first; j < last; j += W) tops = max(tops, load(x + j));
-            top = largest(tops);
-            if (l_.sinks) top = std::max(top, l_.sinks[h] * LOG2_E);
+                x[j] += slope * static_cast<float>(j - l_.rows[line.row]);
         }
+        for (int64_t j = first; j < std::min(first_visible(line.row), last); ++j) x[j] = -INFINITY;
+        for (int64_t j = std::max(last_visible(line.row), first); j < last; ++j) x[j] = -INFINITY;
+        F tops = set1(-INFINITY);
+        for (int64_t j = first; j < last; j += W) tops = max(tops, load(x + j));
+        return largest(tops);
+    }
+
+    // Scores from keys `first` to `last` become e = exp(score - top). Returns their sum.
+    double exponentials(const Line& line, int64_t first, int64_t last, float top) const {
         double total = 0;
         for (int64_t chunk = first / CHUNK * CHUNK; chunk < last; chunk += CHUNK) {
             const int64_t stop = std::min(last, chunk + CHUNK);
             F lanes = set1(0.0f);
             for (int64_t j = std::max(first, chunk); j < stop; j += W) {
-                const F e = exp2(load(x + j) - set1(top));
-                store(x + j, e);
+                const F e = exp2(load(line.of_key + j) - set1(top));
+                store(line.of_key + j, e);
                 lanes = lanes + e;
             }
             total += sum(lanes);
         }
-        if (l_.log_sum_exp) total = 1;
-        else if (l_.sinks) total += std::exp2(l_.sinks[h] * LOG2_E - top);
-        line.w_scale =
-            (l_.row_scale ? l_.row_scale[line.row] : 1.0f) / static_cast<float>(total);
+        return total;
     }
 
     // From keys `first` to `last`, all of one chunk: e becomes max(lin, 0), and pairs with lin > 0
@@ -275,7 +288,7 @@ class Lines {
     }
 
     // Denominator, importances and edges of a row, whose lines are s.heads [H].
-    void finish(int64_t row, Scratch& s, Edges& edges) const {
+    void finish(int64_t row, Scratch& s, Scores& out, Edges& edges) const {
         const double residual = proximity(l_.D, l_.resid_pre.row(row), l_.y.row(row));
         const double ffn = l_.ffn.data ? proximity(l_.D, l_.ffn.row(row), l_.y.row(row)) : 0;
         double total = residual + ffn, lin = 0;
@@ -283,18 +296,18 @@ class Lines {
             total += line->sum;
             lin += line->lin;
         }
-        out_.linear[row] = static_cast<float>(lin);
+        out.linear[row] = static_cast<float>(lin);
 
         const int64_t first = first_visible(row), last = last_visible(row);
-        out_.unattributed[row] = total == 0;
+        out.unattributed[row] = total == 0;
         if (total == 0) {
             // Each of the n parts gets 1 / n.
             const double n_parts = 1 + l_.H * (last - first) + (l_.ffn.data ? 1 : 0);
             const float share = static_cast<float>(1 / n_parts);
-            out_.residual[row] = share;
-            if (out_.ffn) out_.ffn[row] = share;
+            out.residual[row] = share;
+            if (out.ffn) out.ffn[row] = share;
             const float head = static_cast<float>((last - first) / n_parts);
-            std::fill_n(out_.head_total + row * l_.H, l_.H, head);
+            std::fill_n(out.head_total + row * l_.H, l_.H, head);
             const float weight = static_cast<float>(l_.H / n_parts);
             for (int64_t j = first; j < last && weight > l_.keep; ++j) {
                 add_edge(edges, row, j, weight);
@@ -302,10 +315,10 @@ class Lines {
             }
             return;
         }
-        out_.residual[row] = static_cast<float>(residual / total);
-        if (out_.ffn) out_.ffn[row] = static_cast<float>(ffn / total);
+        out.residual[row] = static_cast<float>(residual / total);
+        if (out.ffn) out.ffn[row] = static_cast<float>(ffn / total);
         for (int64_t h = 0; h < l_.H; ++h)
-            out_.head_total[row * l_.H + h] = static_cast<float>(s.heads[h]->sum / total);
+            out.head_total[row * l_.H + h] = static_cast<float>(s.heads[h]->sum / total);
 
         const F threshold = set1(static_cast<float>(l_.keep * total));
         const Line* const* heads = s.heads.data();
@@ -328,7 +341,6 @@ class Lines {
     }
 
     const Layer& l_;
-    Scores& out_;
     const int64_t group_, Dp_;
     const Buffer rho_inv_;  // [H, Dp]
     Tensor3 W_T_;           // [H, D, V]: columns of W_O, padded to whole vectors

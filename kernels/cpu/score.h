@@ -35,6 +35,7 @@ struct Layer {
     const float* alibi_slopes = nullptr;  // [H]
     const float* log_sum_exp = nullptr;   // [R, H]
     Matrix ffn;                           // [R, D]
+    const float* weights = nullptr;       // [R, H, S], used where R is 1
 };
 
 // Seconds of all threads together by stage, and counts.
@@ -65,6 +66,10 @@ struct Scores {
     Counters counters;
 };
 
+struct Attention {
+    float *z, *weights;  // [H, V], [H, S]
+};
+
 struct FFNParts {
     int64_t R, D;
     Matrix resid_mid, resid_post;
@@ -76,6 +81,7 @@ struct FFNParts {
     namespace isa {                                                       \
     void score_attention(const Layer& layer, int n_threads, Scores& out); \
     void score_ffn(const FFNParts& parts, int n_threads);                 \
+    void attend_row(const Layer& layer, int n_threads, const Attention& out); \
     }
 IFR_DECLARE(baseline)
 #if defined(__x86_64__)

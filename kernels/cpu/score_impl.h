@@ -13,6 +13,12 @@ void score_attention(const Layer& layer, int n_threads, Scores& out) {
     else Blocks(layer, n_threads, out).run();
 }
 
+// The attention of the one row that a layer has; nothing of what it is scored from is needed.
+void attend_row(const Layer& layer, int n_threads, const Attention& out) {
+    const int64_t work = layer.H * (layer.rows[0] + 1) * (layer.K + layer.V);
+    RowAttention(layer, work < ALONE_FLOATS ? 1 : n_threads, out).run();
+}
+
 // The two parts of resid_post in sequential blocks: resid_mid and the FFN's output.
 void score_ffn(const FFNParts& x, int n_threads) {
     const int64_t task_rows = std::max<int64_t>(1, FFN_FLOATS / std::max<int64_t>(1, x.D));
