@@ -14,6 +14,7 @@ So a route costs a row of each layer, not a pass. Between two tokens the model i
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -43,7 +44,7 @@ from .graph import (
     in_order,
 )
 from .kernels.contract import AttentionScores, EdgeList, LayerInputs
-from .model import Block, evaluating, gate_rows, probe_tokens, row_scales
+from .model import Block, all_evaluating, gate_rows, probe_tokens, row_scales
 from .recording import LayerRecording, Recording
 from .scoring import (
     AttendRow,
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
 
 _ROOM = 1024  # tokens that a store has room for at first, at most, beyond the prompt
 
+_Floats = np.ndarray[Any, np.dtype[np.float64]]
 _Ints = np.ndarray[Any, np.dtype[np.int64]]
 ChooseToken = Callable[[Tensor, Tensor], int]  # token ids [T], logits [vocab] -> the next
 
@@ -112,13 +114,41 @@ def chooser(
     return choose
 
 
-class _NodeEdges(NamedTuple):
-    """What a layer adds to a graph that reaches it at one position."""
+class _Nodes:
+    """All nodes (layer, position) known, and what each adds to a graph that reaches it."""
 
-    edges: np.ndarray[Any, Any]  # [E, 5] float64: an EdgeTable's columns
-    heads: np.ndarray[Any, Any]  # [M, 5] float64: a HeadEdgeTable's columns
-    unattributed: list[Node]
-    below: list[int]  # positions of the layer below that it leads to
+    def __init__(self, n_layers: int) -> None:
+        self.at: list[dict[int, int]] = [{} for _ in range(n_layers)]  # position -> node
+        self.below: list[list[int]] = []  # positions of the layer below that a node leads to
+        self.flagged: dict[int, list[Node]] = {}  # unattributed ones among a node's
+        self.edges = _Lists()  # an EdgeTable's columns
+        self.heads = _Lists()  # a HeadEdgeTable's columns
+
+
+class _Lists:
+    """Lists [n, 5] of float64 end to end, one for each node."""
+
+    def __init__(self) -> None:
+        self._rows: _Floats = np.empty((1024, 5))
+        self._ends: list[int] = [0]
+
+    def extend(self, rows: _Floats, counts: _Ints) -> None:
+        """More lists, end to end, and how long each is."""
+        begin = self._ends[-1]
+        end = begin + len(rows)
+        if end > len(self._rows):
+            grown = np.empty((2 * end, 5))
+            grown[:begin] = self._rows[:begin]
+            self._rows = grown
+        self._rows[begin:end] = rows
+        self._ends += (begin + counts.cumsum()).tolist()
+
+    def of(self, nodes: list[int]) -> _Floats:
+        """The lists of some nodes, end to end."""
+        begins = np.array([self._ends[i] for i in nodes], dtype=np.int64)
+        counts = np.array([self._ends[i + 1] for i in nodes], dtype=np.int64) - begins
+        ends = counts.cumsum()
+        return self._rows[np.arange(counts.sum()) + np.repeat(begins - ends + counts, counts)]
 
 
 class _Layer:
@@ -129,6 +159,9 @@ class _Layer:
     resid_pre: Tensor  # [1, D]
     layer_call: LayerCall
     call: AttentionCall  # of the new row, with its own key and value alone
+    q: Tensor  # [1, H, K]
+    k: Tensor  # [S, H_kv, K], all there are
+    v: Tensor  # [S, H_kv, V]
     window: int | None  # that its keys have crossed
     z: Tensor  # [1, H, V]
     weights: Tensor | None  # [1, H, S] if attention left them
@@ -158,15 +191,15 @@ class _Layer:
         """Attention output [1, 1, H, V] of a new row, whose key and value are kept."""
         if self._length == len(self._k):
             self._k, self._v = (_with_room(x, 2 * self._length) for x in (self._k, self._v))
-        self._k[self._length] = call.k[0, :, 0]
-        self._v[self._length] = call.v[0, :, 0]
+        self._k.narrow(0, self._length, 1).copy_(call.k.squeeze(2))
+        self._v.narrow(0, self._length, 1).copy_(call.v.squeeze(2))
         self._length += 1
         self.window = _crossed(self._window, self._length)
-        self.call = call
-        k, v = self.held
+        self.call, self.q = call, call.q.squeeze(2)
+        self.k, self.v = k, v = self.held
         if self._attend_row is not None:
             self.z, self.weights = self._attend_row(
-                call.q.squeeze(2), k, v, call.scale, window=self.window, softcap=call.softcap,
+                self.q, k, v, call.scale, window=self.window, softcap=call.softcap,
                 sinks=call.sinks, alibi_slopes=self._alibi_slopes,
             )  # fmt: skip
             return self.z[None]
@@ -187,14 +220,13 @@ class _Layer:
             gate = gate_rows(block, self.layer_call, self.resid_pre, torch.tensor([0]))
         if block.row_scaled:
             scale = row_scales(block, self.resid_pre, self.mid, self.z, gate)
-        k, v = self.held
         self.inputs = LayerInputs(
             rows=row,
             resid_pre=self.resid_pre,
             y=self.resid_post if block.parallel else self.mid,
-            q=call.q.squeeze(2),
-            k=k,
-            v=v,
+            q=self.q,
+            k=self.k,
+            v=self.v,
             W_O=self.W_O,
             scale=call.scale,
             row_scale=scale,
@@ -229,6 +261,21 @@ def _where_it_lies(block: Block) -> Tensor:
     return block.W_O
 
 
+class _Alike(NamedTuple):
+    """Layers that are all sequential or all parallel: their rows make one table."""
+
+    layers: list[_Layer]
+    numbers: list[int]  # of the layers
+    bias: Tensor  # [L, D]
+
+    @staticmethod
+    def of(layers: list[_Layer], device: torch.device) -> _Alike:
+        """All of these, whose biases go to `device`."""
+        blocks = [x.block for x in layers]
+        bias = torch.stack([block.bias.to(device) for block in blocks])
+        return _Alike(layers, [block.layer for block in blocks], bias)
+
+
 class Generation:
     """A text that grows, and the nodes of it that have been scored."""
 
@@ -251,7 +298,7 @@ class Generation:
     def _begin(self, recording: Recording) -> None:
         decoder = self._decoder
         attend_row = row_attention(self._tracer.impl, recording.layers[0].k.dtype)
-        self._nodes: list[dict[int, _NodeEdges]] = [{} for _ in decoder.blocks]
+        self._nodes = _Nodes(decoder.n_layers)
         self._layers, recorded = [], []
         for block, x in zip(decoder.blocks, recording.layers, strict=True):
             layer = _Layer(block, x, self._room, attend_row)
@@ -259,6 +306,14 @@ class Generation:
             self._layers.append(layer)
             recorded.append(dataclasses.replace(x, k=k, v=v))
         self._recording = dataclasses.replace(recording, layers=recorded)
+        self._alike = [
+            _Alike.of(layers, recording.resid_final.device)
+            for parallel in (False, True)
+            if (layers := [x for x in self._layers if x.block.parallel == parallel])
+        ]
+        devices = {recording.resid_final.device, *(x.W_O.device for x in self._layers)}
+        self._on_one_device = len(devices) == 1
+        self._modules = list(decoder.model.modules())
         self._of_module = {layer.block.attention: layer for layer in self._layers}
         self._rotary = decoder.rotary_regime(len(recording))
 
@@ -284,10 +339,8 @@ class Generation:
             self._begin(self._tracer.record(self.token_ids))
             return self.first_logits()
         logits = self._decode(token_id, position)
-        for parallel in (False, True):
-            layers = [layer for layer in self._layers if layer.block.parallel == parallel]
-            if layers:
-                self._keep_row(layers, position)
+        for alike in self._alike:
+            self._keep_row(alike, position)
         return logits
 
     def _decode(self, token_id: int, position: int) -> Tensor:
@@ -297,7 +350,7 @@ class Generation:
         def answer(call: AttentionCall) -> Tensor:
             return self._of_module[call.module].attend(call)
 
-        def watch(layer: _Layer) -> list[torch.utils.hooks.RemovableHandle]:
+        def watch(i: int, layer: _Layer) -> list[torch.utils.hooks.RemovableHandle]:
             block = layer.block
 
             def score() -> None:
@@ -306,6 +359,8 @@ class Generation:
 
             def enter(hidden: Tensor, call: LayerCall) -> None:
                 layer.resid_pre, layer.layer_call = hidden[0], call
+                if i > 0:
+                    self._layers[i - 1].resid_post = hidden[0]
 
             def keep_mid(x: Tensor) -> None:
                 found = x.reshape(1, -1)
@@ -323,14 +378,16 @@ class Generation:
                 if block.mid_site is None
                 else (block.mid_site, capture.on_input)
             )
-            return [
-                capture.on_layer_call(block.module, enter),
-                on(site, keep_mid),
-                capture.on_output(block.module, leave),
-            ]
+            handles = [capture.on_layer_call(block.module, enter), on(site, keep_mid)]
+            if block.parallel or i + 1 == len(self._layers):
+                handles.append(capture.on_output(block.module, leave))
+            return handles
 
-        with evaluating(decoder.model), decoder.attention_through(decoder.model, answer):
-            handles = [handle for layer in self._layers for handle in watch(layer)]
+        with (
+            all_evaluating(self._modules),
+            decoder.attention_through(decoder.model, answer),
+        ):
+            handles = [handle for i, layer in enumerate(self._layers) for handle in watch(i, layer)]
             with capture.hooks(*handles):
                 _, logits = decoder.step(token_id, position)
             for layer in self._layers:  # which run again for their gates
@@ -338,55 +395,51 @@ class Generation:
                     layer.score(self._kernel, row, self._threshold)
         return logits
 
-    def _keep_row(self, layers: list[_Layer], position: int) -> None:
-        """Makes nodes of the rows that were scored last, of layers that are all sequential or all
-        parallel.
-        """
-        device = self._recording.resid_final.device
+    def _keep_row(self, alike: _Alike, position: int) -> None:
+        """Makes nodes of the row that was scored last, in layers that are alike."""
+        layers, device = alike.layers, self._recording.resid_final.device
         inputs, scores = [x.inputs for x in layers], [x.scores for x in layers]
-        y = cat_on(device, [x.y for x in inputs])
-        linear = cat_on(device, [x.linear for x in scores])
+        cat = torch.cat if self._on_one_device else functools.partial(cat_on, device)
+        y, linear = cat([x.y for x in inputs]), cat([x.linear for x in scores])
         ffn, ffn_residual, ffn_unattributed = None, None, None
         if layers[0].block.parallel:
-            ffn = cat_on(device, [x.ffn for x in inputs])
-            of_ffn = cat_on(device, [x.ffn for x in scores])
+            ffn, of_ffn = cat([x.ffn for x in inputs]), cat([x.ffn for x in scores])
         else:
-            resid_post = cat_on(device, [x.resid_post for x in layers])
+            resid_post = cat([x.resid_post for x in layers])
             ffn_residual, of_ffn, ffn_unattributed = self._kernel.score_ffn(y, resid_post)
-        resid_pre = cat_on(device, [x.resid_pre for x in inputs])
-        bias = torch.stack([x.block.bias.to(device) for x in layers])
-        numbers = [x.block.layer for x in layers]
-        check_closed(closure_rows(y, resid_pre, ffn, bias, linear), numbers)
-        counts = torch.tensor([len(x.edges.source) for x in scores], device=device)
-        source = cat_on(device, [x.edges.source for x in scores])
+            ffn_residual = ffn_residual.float()
+        resid_pre = cat([x.resid_pre for x in inputs])
+        check_closed(closure_rows(y, resid_pre, ffn, alike.bias, linear), alike.numbers)
+        source = cat([x.edges.source for x in scores])
         rows = torch.arange(len(layers), device=device)
+        counts = torch.tensor([x.edges.source.shape[0] for x in scores], device=device)
         table = LayerTable(
             rows,
-            cat_on(device, [x.residual for x in scores]).float(),
+            cat([x.residual for x in scores]).float(),
             of_ffn.float(),
-            None if ffn_residual is None else ffn_residual.float(),
+            ffn_residual,
             EdgeList(
                 rows.repeat_interleave(counts, output_size=len(source)),
                 source,
-                cat_on(device, [x.edges.weight for x in scores]),
-                cat_on(device, [x.edges.head_weight for x in scores]),
+                cat([x.edges.weight for x in scores]),
+                cat([x.edges.head_weight for x in scores]),
             ),
-            cat_on(device, [x.unattributed for x in scores]),
+            cat([x.unattributed for x in scores]),
             ffn_unattributed,
         )
-        self._keep(table, np.array(numbers), np.full(len(layers), position))
+        self._keep(table, np.array(alike.numbers), np.full(len(layers), position))
 
     @torch.inference_mode()
     def graph(self, logits: Tensor) -> RouteGraph:
         """Of the prediction `logits` [vocab], made at the end of the text so far."""
         decoder, end = self._decoder, len(self.token_ids)
-        reached, closures = {end - 1}, {}
-        found: list[_NodeEdges] = []
+        reached, closures, nodes = {end - 1}, {}, self._nodes
+        found: list[int] = []
         with ExitStack() as stack:
             replaying = False
             for layer in reversed(range(decoder.n_layers)):
-                nodes = self._nodes[layer]
-                missing = sorted(t for t in reached if t not in nodes)
+                at = nodes.at[layer]
+                missing = sorted(t for t in reached if t not in at)
                 if missing:
                     if not replaying:
                         stack.enter_context(self._tracer._replaying(self._recording))
@@ -398,19 +451,15 @@ class Generation:
                     closures[layer] = scores.closure
                     table = _table(scores, self._recording.resid_final.device)
                     self._keep(table, np.full(len(missing), layer), np.array(missing))
-                here = [nodes[t] for t in reached]
+                here = [at[t] for t in reached]
                 found += here
-                reached = set(itertools.chain.from_iterable(node.below for node in here))
+                reached = set(itertools.chain.from_iterable(nodes.below[i] for i in here))
         if closures:
             check_closure(closures)
-        edges, heads = (
-            torch.from_numpy(np.concatenate([node[column] for node in found] or [np.empty((0, 5))]))
-            for column in (0, 1)
-        )
         return in_order(
-            edges.T,
-            heads.T,
-            [flagged for node in found for flagged in node.unattributed],
+            torch.from_numpy(nodes.edges.of(found)).T,
+            torch.from_numpy(nodes.heads.of(found)).T,
+            [flagged for i in found for flagged in nodes.flagged.get(i, ())],
             [block.parallel for block in decoder.blocks],
             tokens=list(self.tokens),
             token_ids=self.token_ids,
@@ -424,41 +473,45 @@ class Generation:
 
     def _keep(self, table: LayerTable, layer_of: _Ints, position_of: _Ints) -> None:
         """Makes nodes of the rows [N] of a table. layer_of, position_of: [N], where they stand."""
-        device, n_nodes = table.rows.device, len(layer_of)
-        reached = torch.ones(max(n_nodes, len(self.token_ids)), dtype=torch.bool, device=device)
+        device, n, nodes = table.rows.device, len(layer_of), self._nodes
+        reached = torch.ones(max(n, len(self.token_ids)), dtype=torch.bool, device=device)
         grown, _ = grow_layer(0, table, reached, self._threshold, self._granularity)
-        passes = np.zeros(n_nodes, dtype=bool)
-        parts = []
+        parts: list[tuple[np.ndarray[Any, Any], ...]] = []
+        below: list[list[int]] = [[] for _ in range(n)]
         for step in grown.steps:
             kept = step.kept.nonzero().squeeze(1)
             node, source = _numpy(step.target[kept]), _numpy(step.source[kept])
-            if step.kind != EdgeKind.ATTENTION:
+            if step.kind == EdgeKind.ATTENTION:
+                for i, j in zip(node.tolist(), source.tolist(), strict=True):
+                    below[i].append(j)
+            else:
                 source = position_of[node]
                 if table.ffn_residual is None or step.kind == EdgeKind.RESIDUAL_MID:
-                    passes[node] = True
+                    for i in node.tolist():
+                        below[i].append(int(position_of[i]))
             kind = np.full(len(node), int(step.kind))
             parts.append((node, kind, source, _numpy(step.weight[kept].float())))
-        node, kind, source, weight = (np.concatenate(x) for x in zip(*parts, strict=True))
-        edges = np.stack([layer_of[node], kind, position_of[node], source, weight], 1)
-        of_edges = _split(node, edges, n_nodes)
         entry, head = grown.head_kept.nonzero(as_tuple=True)
-        attention, weight = grown.steps[-1], _numpy(grown.head_weight[entry, head].float())
-        node, source = _numpy(attention.target[entry]), _numpy(attention.source[entry])
-        heads = np.stack([layer_of[node], _numpy(head), position_of[node], source, weight], 1)
-        of_heads = _split(node, heads, n_nodes)
-        flagged: list[list[Node]] = [[] for _ in range(n_nodes)]
+        attention = grown.steps[-1]
+        of_heads = [_numpy(attention.target[entry]), _numpy(head), _numpy(attention.source[entry])]
+        of_heads.append(_numpy(grown.head_weight[entry, head].float()))
+        first = len(nodes.below)
+        nodes.below += below
+        of_edges = [np.concatenate(x) for x in zip(*parts, strict=True)]
+        for lists, columns in ((nodes.edges, of_edges), (nodes.heads, of_heads)):
+            target, which, source, weight = columns
+            rows = np.stack([layer_of[target], which, position_of[target], source, weight], 1)
+            order = target.argsort(kind="stable")
+            lists.extend(rows[order], np.bincount(target, minlength=n))
         for is_mid, _, flags in grown.unattributed:
             place = NodeKind.MID if is_mid else NodeKind.POST
             for i in flags.nonzero().squeeze(1).tolist():
-                flagged[i].append(Node(int(layer_of[i]), place, int(position_of[i])))
+                flagged = Node(int(layer_of[i]), place, int(position_of[i]))
+                nodes.flagged.setdefault(first + i, []).append(flagged)
         for i, (layer, position) in enumerate(
             zip(layer_of.tolist(), position_of.tolist(), strict=True)
         ):
-            edges = of_edges[i]
-            below = edges[edges[:, 1] == EdgeKind.ATTENTION, 3].astype(np.int64).tolist()
-            if passes[i]:
-                below.append(position)
-            self._nodes[layer][position] = _NodeEdges(edges, of_heads[i], flagged[i], below)
+            nodes.at[layer][position] = first + i
 
 
 def _table(scores: LayerScores, device: torch.device) -> LayerTable:
@@ -480,13 +533,6 @@ def _table(scores: LayerScores, device: torch.device) -> LayerTable:
 
 def _numpy(x: Tensor) -> np.ndarray[Any, Any]:
     return x.cpu().numpy()
-
-
-def _split(of: np.ndarray[Any, Any], rows: np.ndarray[Any, Any], n: int) -> list[Any]:
-    """The rows of each of n owners; `of` says whose each is."""
-    order = of.argsort(kind="stable")
-    bounds = np.searchsorted(of[order], np.arange(1, n))
-    return np.split(rows[order], bounds)
 
 
 def _crossed(window: int | None, n_tokens: int) -> int | None:
