@@ -403,7 +403,8 @@ class Generation:
         y, linear = cat([x.y for x in inputs]), cat([x.linear for x in scores])
         ffn, ffn_residual, ffn_unattributed = None, None, None
         if layers[0].block.parallel:
-            ffn, of_ffn = cat([x.ffn for x in inputs]), cat([x.ffn for x in scores])
+            ffn = cat([x.ffn for x in inputs if x.ffn is not None])
+            of_ffn = cat([x.ffn for x in scores if x.ffn is not None])
         else:
             resid_post = cat([x.resid_post for x in layers])
             ffn_residual, of_ffn, ffn_unattributed = self._kernel.score_ffn(y, resid_post)
