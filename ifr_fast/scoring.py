@@ -312,6 +312,7 @@ def _joined(blocks: list[LayerScores], rows: Tensor) -> LayerScores:
             ),
             unattributed,
             cat(lambda b: b.attention.linear),
+            cat(lambda b: b.attention.total),
         ),
         Closure(
             cat(lambda b: b.closure.y),
@@ -415,6 +416,7 @@ def _check_shapes(inputs: LayerInputs) -> None:
         "log_sum_exp": (R, H),
         "ffn": (R, D),
         "weights": (R, H, S),
+        "offset": (R,),
     }
     for name, shape in expected.items():
         x = getattr(inputs, name)

@@ -9,6 +9,9 @@ and returns the importance of each (paper section 2.2):
 
     proximity(p, y)  = max(|y|_1 - |y - p|_1, 0)
     importance(p, y) = proximity(p, y) / sum over parts k of proximity(p_k, y)
+
+Another tool's arithmetic may differ from this in two numbers: `offset` and `floor` make it
+max(|y|_1 - |y - p|_1 + offset, floor). Keys that a row does not see are no parts here even then.
 """
 
 from __future__ import annotations
@@ -42,6 +45,8 @@ class LayerInputs(NamedTuple):
     log_sum_exp: Tensor | None = None  # [R, H] of the scores, natural log, if the forward gave it
     ffn: Tensor | None = None  # [R, D] the FFN's output, a part of y in parallel blocks
     weights: Tensor | None = None  # [R, H, S] alpha, if the forward gave it; a kernel may use it
+    offset: Tensor | None = None  # [R] added to each part's |y|_1 - |y - p|_1
+    floor: float = 0.0  # proximities are clipped from below here, at least 0
 
     def to(self, dtype: torch.dtype) -> LayerInputs:
         """The same inputs with all floating tensors in `dtype`."""
@@ -73,6 +78,7 @@ class AttentionScores(NamedTuple):
     edges: EdgeList
     unattributed: Tensor  # [R] bool: every proximity is 0, each of the n parts got 1/n
     linear: Tensor  # [R] sum of lin over all pairs: s . (sum of p[h, j])
+    total: Tensor  # [R] sum of all proximities; where unattributed, n
 
 
 class FFNScores(NamedTuple):

@@ -54,7 +54,7 @@ def score_attention(inputs: LayerInputs, keep: float) -> AttentionScores:
         stop = min(R, start + max(1, min(BLOCK_ROWS, BLOCK_ELEMENTS // widest)))
         parts.append(_score_block(block_of(inputs, slice(start, stop)), rho, v_norm, keep, start))
         start = stop
-    residual, ffn, head_total, edges, unattributed, linear = zip(*parts, strict=True)
+    residual, ffn, head_total, edges, unattributed, linear, total = zip(*parts, strict=True)
     return AttentionScores(
         torch.cat(residual),
         None if inputs.ffn is None else torch.cat(ffn),
@@ -62,6 +62,7 @@ def score_attention(inputs: LayerInputs, keep: float) -> AttentionScores:
         EdgeList(*(torch.cat(column) for column in zip(*edges, strict=True))),
         torch.cat(unattributed),
         torch.cat(linear),
+        torch.cat(total),
     )
 
 
@@ -106,12 +107,16 @@ def block_of(inputs: LayerInputs, chosen: slice | Tensor) -> LayerInputs:
         value_gate=cut(inputs.value_gate),
         log_sum_exp=cut(inputs.log_sum_exp),
         ffn=cut(inputs.ffn),
+        offset=cut(inputs.offset),
     )
 
 
-def _proximity(part: Tensor, y: Tensor) -> Tensor:
-    """max(|y|_1 - |y - part|_1, 0), coordinate by coordinate: [R, D], [R, D] -> [R]."""
-    return (y.abs() - (y - part).abs()).sum(-1).clamp_(min=0)
+def _proximity(part: Tensor, y: Tensor, offset: Tensor | float = 0.0, floor: float = 0.0) -> Tensor:
+    """max(|y|_1 - |y - part|_1 + offset, floor), coordinate by coordinate: [R, D], [R, D] -> [R].
+
+    offset: [R]
+    """
+    return (y.abs() - (y - part).abs()).sum(-1).add_(offset).clamp_(min=floor)
 
 
 def _by_kv_head(x: Tensor, n_kv_heads: int) -> Tensor:
@@ -163,21 +168,26 @@ def _score_block(
         a = squares.sqrt_().view(H, R, S).mul_(weight.abs())
     lin = torch.matmul(_by_kv_head(g, H_kv), inputs.v.permute(1, 2, 0)).view(H, R, S).mul_(weight)
     linear = lin.sum((0, 2))
+    offset = 0.0 if inputs.offset is None else inputs.offset
+    if inputs.offset is not None:
+        lin.add_(inputs.offset[:, None])
 
     y_points = breakpoints(inputs.y, rho)  # [H, R, D]
-    a.mul_(ROUND_UP).masked_fill_(lin <= 0, 0)
+    a.mul_(ROUND_UP).masked_fill_(lin <= inputs.floor, 0)
     listed = (a > y_points.amin(-1, keepdim=True)).flatten().nonzero().squeeze(1)  # [P]
     if len(listed):
         correction = _corrections(inputs, listed, weight, a, y_points)
         lin.view(-1).index_add_(0, listed, correction, alpha=-1)
 
-    of_pairs = lin.clamp_(min=0)
-    of_residual = _proximity(inputs.resid_pre, inputs.y)
+    of_pairs = lin.clamp_(min=inputs.floor)
+    if inputs.floor > 0 or inputs.offset is not None:
+        of_pairs.masked_fill_(~mask, 0)
+    of_residual = _proximity(inputs.resid_pre, inputs.y, offset, inputs.floor)
     total = of_pairs.sum((0, 2)) + of_residual
     n_parts = 1 + H * mask.sum(-1)
     of_ffn = None
     if inputs.ffn is not None:
-        of_ffn = _proximity(inputs.ffn, inputs.y)
+        of_ffn = _proximity(inputs.ffn, inputs.y, offset, inputs.floor)
         total = total + of_ffn
         n_parts = n_parts + 1
     unattributed = total == 0
@@ -192,6 +202,7 @@ def _score_block(
         _compact(importance, keep, first_row),
         unattributed,
         linear,
+        total,
     )
 
 

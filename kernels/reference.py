@@ -6,19 +6,21 @@ fast kernels are tested against; other dtypes are computed as they come.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from .contract import AttentionScores, EdgeList, FFNScores, LayerInputs, visible
 
 
-def proximity(part: Tensor, y: Tensor) -> Tensor:
-    """max(|y|_1 - |y - part|_1, 0) over the last dimension (paper section 2.2).
+def proximity(part: Tensor, y: Tensor, offset: Tensor | float = 0, floor: float = 0) -> Tensor:
+    """max(|y|_1 - |y - part|_1 + offset, floor) over the last dimension (paper section 2.2).
 
     part: [..., D], y: broadcastable to it. Returns [...]. Subtracted coordinate by coordinate: a
     few huge coordinates of y would swallow the rest of a difference of two norms.
     """
-    return (y.abs() - (y - part).abs()).sum(-1).clamp(min=0)
+    return ((y.abs() - (y - part).abs()).sum(-1) + offset).clamp(min=floor)
 
 
 def attention_pattern(inputs: LayerInputs) -> Tensor:
@@ -53,19 +55,20 @@ def score_attention(inputs: LayerInputs, keep: float) -> AttentionScores:
     ffn = None if inputs.ffn is None else v.new_empty(R)
     importance = v.new_empty(R, H, v.shape[0])
     unattributed = torch.empty(R, dtype=torch.bool, device=v.device)
-    linear = v.new_empty(R)
+    linear, sums = v.new_empty(R), v.new_empty(R)
     for i in range(R):
-        y = inputs.y[i]
+        y, offset = inputs.y[i], 0.0 if inputs.offset is None else inputs.offset[i]
+        score = partial(proximity, y=y, offset=offset, floor=inputs.floor)
         weighted = alpha[i].T[..., None] * v  # [S, H, V]
         if inputs.value_gate is not None:
             weighted = weighted * inputs.value_gate[i]
         parts = torch.einsum("shv,hvd->shd", weighted, inputs.W_O)
         if inputs.row_scale is not None:
             parts = parts * inputs.row_scale[i]
-        of_pairs = proximity(parts, y).T * mask[i]  # [H, S]
+        of_pairs = score(parts).T * mask[i]  # [H, S]
         linear[i] = torch.where(y >= 0, 1, -1).to(y.dtype) @ parts.sum((0, 1))
-        of_residual = proximity(inputs.resid_pre[i], y)
-        of_ffn = y.new_zeros(()) if inputs.ffn is None else proximity(inputs.ffn[i], y)
+        of_residual = score(inputs.resid_pre[i])
+        of_ffn = y.new_zeros(()) if inputs.ffn is None else score(inputs.ffn[i])
         total = of_pairs.sum() + of_residual + of_ffn
         unattributed[i] = total == 0
         if total == 0:
@@ -73,6 +76,7 @@ def score_attention(inputs: LayerInputs, keep: float) -> AttentionScores:
             of_pairs = mask[i].to(v.dtype).expand(H, -1)
             of_residual = of_ffn = y.new_ones(())
             total = n_parts.to(v.dtype)
+        sums[i] = total
         importance[i] = of_pairs / total
         residual[i] = of_residual / total
         if ffn is not None:
@@ -81,7 +85,8 @@ def score_attention(inputs: LayerInputs, keep: float) -> AttentionScores:
     token_weight = importance.sum(1)  # [R, S]
     row, source = (token_weight > keep).nonzero(as_tuple=True)
     edges = EdgeList(row, source, token_weight[row, source], importance[row, :, source])
-    return AttentionScores(residual, ffn, importance.sum(-1), edges, unattributed, linear)
+    head_total = importance.sum(-1)
+    return AttentionScores(residual, ffn, head_total, edges, unattributed, linear, sums)
 
 
 def score_ffn(resid_mid: Tensor, resid_post: Tensor) -> FFNScores:

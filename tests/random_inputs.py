@@ -40,6 +40,8 @@ def random_inputs(
         "sinks": normal(H),
         "alibi_slopes": normal(H).abs() / 8,
         "ffn": normal(R, D),
+        "offset": torch.linspace(-0.7, 0.7, R, dtype=torch.float64).to(dtype).double(),
+        "floor": 0.5,
     }
     rows = torch.randperm(S, generator=generator)[:R].sort().values
     return LayerInputs(

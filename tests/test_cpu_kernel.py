@@ -50,8 +50,10 @@ def dense(scores: AttentionScores, S: int) -> Tensor:
 def assert_scores_close(got: AttentionScores, expected: AttentionScores, S: int) -> None:
     """All values, edges by their (row, source); both results kept every edge with weight > 0."""
     assert torch.equal(got.unattributed, expected.unattributed)
-    atol = TOLERANCE * (1 + expected.linear.abs().max().item())
-    torch.testing.assert_close(got.linear.double(), expected.linear.double(), rtol=0, atol=atol)
+    for name in ("linear", "total"):
+        a, b = getattr(got, name), getattr(expected, name)
+        atol = TOLERANCE * (1 + b.abs().max().item())
+        torch.testing.assert_close(a.double(), b.double(), rtol=0, atol=atol, msg=name)
     for name in ("residual", "ffn", "head_total"):
         a, b = getattr(got, name), getattr(expected, name)
         assert (a is None) == (b is None)
@@ -116,6 +118,7 @@ def test_agrees_with_the_oracle(shape: tuple[int, ...]) -> None:
 
 
 FLAGS = ["window", "softcap", "sinks", "alibi_slopes", "row_scale", "value_gate", "ffn"]
+FLAGS += ["offset", "floor"]
 
 
 @pytest.mark.parametrize("name", FLAGS)

@@ -11,6 +11,7 @@ from ifr_fast import Tracer
 from ifr_fast.kernels import eager, reference
 
 FLAGS = ["row_scale", "value_gate", "window", "softcap", "sinks", "alibi_slopes", "ffn"]
+FLAGS += ["offset", "floor"]
 SHAPES = [  # R, S, H, H_kv, K, V, D
     (1, 1, 1, 1, 1, 1, 1),
     (1, 1, 3, 1, 4, 4, 5),
@@ -39,9 +40,9 @@ def assert_scores_close(got, expected, keep, tolerance):
         torch.testing.assert_close(mine.double(), theirs.double(), atol=tolerance, rtol=0)
     assert torch.equal(got.unattributed, expected.unattributed)
     close_in_scale = 10 * tolerance * (1 + expected.linear.abs().max().item())
-    torch.testing.assert_close(
-        got.linear.double(), expected.linear.double(), atol=close_in_scale, rtol=0
-    )
+    for name in ("linear", "total"):
+        mine, theirs = getattr(got, name), getattr(expected, name)
+        torch.testing.assert_close(mine.double(), theirs.double(), atol=close_in_scale, rtol=0)
     total = got.residual + got.head_total.sum(-1) + (0 if got.ffn is None else got.ffn)
     torch.testing.assert_close(total, torch.ones_like(total), atol=10 * tolerance, rtol=0)
 

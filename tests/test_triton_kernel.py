@@ -23,6 +23,7 @@ from ifr_fast.kernels.triton import compact, correct, kernel, linear, lists, pre
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-3, torch.float16: 1e-3}  # of importances
 FLAGS = ["window", "softcap", "sinks", "alibi_slopes", "row_scale", "value_gate", "ffn"]
+FLAGS += ["offset", "floor"]
 SHAPES = [  # R, S, H, H_kv, K, V, D
     (1, 1, 1, 1, 4, 4, 5),
     (2, 2, 6, 3, 8, 10, 33),
@@ -82,7 +83,9 @@ def assert_scores_close(
     """All values, edges by their (row, source); both results kept every edge with weight > 0."""
     assert torch.equal(got.unattributed, expected.unattributed)
     atol = tolerance * (1 + expected.linear.abs().max().item())
-    torch.testing.assert_close(got.linear.double(), expected.linear.double(), rtol=0, atol=atol)
+    for name in ("linear", "total"):
+        a, b = getattr(got, name), getattr(expected, name)
+        torch.testing.assert_close(a.double(), b.double(), rtol=0, atol=atol, msg=name)
     for name in ("residual", "ffn", "head_total"):
         a, b = getattr(got, name), getattr(expected, name)
         assert (a is None) == (b is None)

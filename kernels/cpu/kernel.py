@@ -34,7 +34,7 @@ except ImportError as error:
     _import_error = error
 
 ISA: str | None = os.environ.get("IFR_FAST_CPU_ISA")
-_PACKED = {"row_scale", "sinks", "alibi_slopes", "log_sum_exp", "weights"}
+_PACKED = {"row_scale", "sinks", "alibi_slopes", "log_sum_exp", "weights", "offset"}
 STAGES = ("prepare", "scores", "softmax", "linear", "correct", "finish")
 
 
@@ -77,7 +77,7 @@ def score_attention_counted(inputs: LayerInputs, keep: float) -> tuple[Attention
     """`score_attention`, and what it took."""
     native = _load()
     R, H, _ = inputs.q.shape
-    residual, linear, head_total = _empty(R), _empty(R), _empty(R, H)
+    residual, linear, total, head_total = _empty(R), _empty(R), _empty(R), _empty(R, H)
     ffn = None if inputs.ffn is None else _empty(R)
     unattributed = _empty(R, dtype=torch.bool)
     *edges, (pairs, listed, visited, seconds) = native.score_attention(
@@ -88,11 +88,18 @@ def score_attention_counted(inputs: LayerInputs, keep: float) -> tuple[Attention
         head_total=to_dlpack(head_total),
         unattributed=to_dlpack(unattributed),
         linear=to_dlpack(linear),
+        total=to_dlpack(total),
         isa=_isa(native),
         n_threads=torch.get_num_threads(),
     )
     scores = AttentionScores(
-        residual, ffn, head_total, EdgeList(*map(torch.from_numpy, edges)), unattributed, linear
+        residual,
+        ffn,
+        head_total,
+        EdgeList(*map(torch.from_numpy, edges)),
+        unattributed,
+        linear,
+        total,
     )
     return scores, Counters(pairs, listed, visited, dict(zip(STAGES, seconds, strict=True)))
 

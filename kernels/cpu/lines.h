@@ -3,7 +3,7 @@
 //
 // With s = sign(y), w = row_scale * alpha and g = gate * (W_O[h] @ s), for every visible pair
 //
-//     lin = w (v . g)                       proximity = max(lin - correction, 0)
+//     lin = w (v . g)                       proximity = max(lin + offset - correction, floor)
 //     a = |w| |gate * v| (rounded up)       correction = 2 sum_i max(s_i p_i - |y_i|, 0)
 //
 // over the coordinates i with |y_i| / rho_i < a, where rho_i = |W_O[h][:, i]| and
@@ -72,10 +72,11 @@ class Clock {
     std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
 };
 
-// max(|y|_1 - |y - part|_1, 0), subtracted coordinate by coordinate: a few huge coordinates of y
-// would swallow the rest of a difference of two norms.
-inline double proximity(int64_t D, const float* part, const float* y) {
-    double total = 0;
+// max(|y|_1 - |y - part|_1 + offset, floor), subtracted coordinate by coordinate: a few huge
+// coordinates of y would swallow the rest of a difference of two norms.
+inline double proximity(int64_t D, const float* part, const float* y, double offset = 0,
+                        double floor = 0) {
+    double total = offset;
     for (int64_t start = 0; start < D; start += CHUNK) {
         const int64_t stop = std::min(D, start + CHUNK);
         F lanes = set1(0.0f);
@@ -88,7 +89,7 @@ inline double proximity(int64_t D, const float* part, const float* y) {
         for (; i < stop; ++i) rest += std::fabs(y[i]) - std::fabs(y[i] - part[i]);
         total += static_cast<double>(sum(lanes)) + rest;
     }
-    return std::max(total, 0.0);
+    return std::max(total, floor);
 }
 
 // 1 / rho of columns whose squares sum to x. One of zeros gets a huge finite number, as 0 * inf
@@ -107,7 +108,7 @@ struct Line {
     double lin = 0;  // of lin
 };
 
-// The pairs of a line with lin > 0 and a above its smallest breakpoint. Keys are held as floats,
+// The pairs of a line with lin + offset above the floor and a above its smallest breakpoint. Keys are held as floats,
 // exact below 2^24, to be compressed as such.
 struct Listed {
     int64_t n = 0;
@@ -221,13 +222,17 @@ class Lines {
         return total;
     }
 
-    // From keys `first` to `last`, all of one chunk: e becomes max(lin, 0), and pairs with lin > 0
-    // and a above the smallest breakpoint are listed. By key: v . g in `dots`; |v| in `norms`,
+    // From keys `first` to `last`, all of one chunk: e becomes max(lin + offset, floor), and pairs
+    // where that is above the floor, and a above the smallest breakpoint, are listed. By key: v . g in `dots`; |v| in `norms`,
     // or where there is a gate its square.
     void linear(Line& line, int64_t first, int64_t last, const float* dots, const float* norms,
                 Listed& list) const {
-        if (l_.value_gate.data) linear_keys<true>(line, first, last, dots, norms, list);
-        else linear_keys<false>(line, first, last, dots, norms, list);
+        const auto keys = l_.value_gate.data
+                              ? (shifted() ? &Lines::linear_keys<true, true>
+                                           : &Lines::linear_keys<true, false>)
+                              : (shifted() ? &Lines::linear_keys<false, true>
+                                           : &Lines::linear_keys<false, false>);
+        (this->*keys)(line, first, last, dots, norms, list);
     }
 
     // Takes the corrections off the listed pairs of a line.
@@ -289,8 +294,11 @@ class Lines {
 
     // Denominator, importances and edges of a row, whose lines are s.heads [H].
     void finish(int64_t row, Scratch& s, Scores& out, Edges& edges) const {
-        const double residual = proximity(l_.D, l_.resid_pre.row(row), l_.y.row(row));
-        const double ffn = l_.ffn.data ? proximity(l_.D, l_.ffn.row(row), l_.y.row(row)) : 0;
+        const auto of = [&](const Matrix& part) {
+            return proximity(l_.D, part.row(row), l_.y.row(row), l_.offset ? l_.offset[row] : 0,
+                             l_.floor);
+        };
+        const double residual = of(l_.resid_pre), ffn = l_.ffn.data ? of(l_.ffn) : 0;
         double total = residual + ffn, lin = 0;
         for (const Line* line : s.heads) {
             total += line->sum;
@@ -303,6 +311,7 @@ class Lines {
         if (total == 0) {
             // Each of the n parts gets 1 / n.
             const double n_parts = 1 + l_.H * (last - first) + (l_.ffn.data ? 1 : 0);
+            out.total[row] = static_cast<float>(n_parts);
             const float share = static_cast<float>(1 / n_parts);
             out.residual[row] = share;
             if (out.ffn) out.ffn[row] = share;
@@ -315,6 +324,7 @@ class Lines {
             }
             return;
         }
+        out.total[row] = static_cast<float>(total);
         out.residual[row] = static_cast<float>(residual / total);
         if (out.ffn) out.ffn[row] = static_cast<float>(ffn / total);
         for (int64_t h = 0; h < l_.H; ++h)
@@ -346,13 +356,20 @@ class Lines {
     Tensor3 W_T_;           // [H, D, V]: columns of W_O, padded to whole vectors
 
   private:
-    template <bool gated>
+    // Whether a pair without weight has a proximity.
+    bool shifted() const { return l_.offset || l_.floor > 0; }
+
+    template <bool gated, bool shifted>
     void linear_keys(Line& line, int64_t first, int64_t last, const float* dots,
                      const float* norms, Listed& list) const {
         const F w_scale = set1(line.w_scale);
         const F a_scale = set1(std::fabs(line.w_scale) * ROUND_UP);
         const F smallest = set1(line.smallest_breakpoint);
         const F zero = set1(0.0f);
+        const F offset = set1(l_.offset ? l_.offset[line.row] : 0.0f);
+        const F floor = set1(l_.floor);
+        const F first_seen = set1(static_cast<float>(first_visible(line.row)));
+        const F last_seen = set1(static_cast<float>(last_visible(line.row) - 1));
         list.reserve(CHUNK + W);
         float *key = &list.key[list.n], *list_w = &list.w[list.n], *list_a = &list.a[list.n];
         int64_t n = 0;
@@ -363,8 +380,15 @@ class Lines {
             const F lin = w * load(dots + j);
             const F v_norm = gated ? sqrt(load(norms + j)) : load(norms + j);
             const F a = e * a_scale * v_norm;
-            const F positive = max(lin, zero);
-            const M listed = both(less(zero, lin), less(smallest, a));
+            F positive = max(lin, zero);
+            M listed = both(less(zero, lin), less(smallest, a));
+            if constexpr (shifted) {
+                const F keys = iota() + set1(static_cast<float>(j));
+                const F bound = lin + offset;
+                positive = unless(less(keys, first_seen),
+                                  unless(less(last_seen, keys), max(bound, floor)));
+                listed = both(less(floor, positive), less(smallest, a));
+            }
             store(line.of_key + j, positive);
             lanes = lanes + unless(listed, positive);
             lin_lanes = lin_lanes + lin;
@@ -383,8 +407,8 @@ class Lines {
     // max(s p - |y|, 0)
     static F beyond(F p, F y) { return max(flip(p - y, sign_of(y)), set1(0.0f)); }
 
-    static float corrected(float& proximity, float over) {
-        return proximity = std::max(proximity - 2 * over, 0.0f);
+    float corrected(float& proximity, float over) const {
+        return proximity = std::max(proximity - 2 * over, l_.floor);
     }
 
     // The buckets of non-negative floats x; `top_bits` belong to the largest there can be.

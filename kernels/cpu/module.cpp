@@ -160,8 +160,9 @@ nb::tuple score_attention(
     std::optional<Floats<3>> value_gate, std::optional<int64_t> window,
     std::optional<double> softcap, std::optional<Packed> sinks, std::optional<Packed> alibi_slopes,
     std::optional<Packed2> log_sum_exp, std::optional<Floats<2>> ffn,
-    std::optional<Packed3> weights, double keep, Out residual, std::optional<Out> ffn_out,
-    Out2 head_total, OutFlags unattributed, Out linear, const std::string& isa, int n_threads) {
+    std::optional<Packed3> weights, std::optional<Packed> offset, double floor, double keep,
+    Out residual, std::optional<Out> ffn_out, Out2 head_total, OutFlags unattributed, Out linear,
+    Out total, const std::string& isa, int n_threads) {
     ifr::Layer l = attention_of(static_cast<int64_t>(rows.shape(0)), q, k, v, scale, window,
                                 softcap, sinks, alibi_slopes);
     l.D = static_cast<int64_t>(y.shape(1));
@@ -183,6 +184,9 @@ nb::tuple score_attention(
         l.log_sum_exp = log_sum_exp->data();
     }
     if (ffn) l.ffn = matrix(*ffn, "ffn", l.R, l.D);
+    if (!(floor >= 0)) throw nb::value_error("floor must be at least 0");
+    l.offset = packed(offset, "offset", l.R);
+    l.floor = static_cast<float>(floor);
     if (weights) {
         check_shape(*weights, "weights", {l.R, l.H, l.S});
         l.weights = weights->data();
@@ -191,13 +195,14 @@ nb::tuple score_attention(
     check_shape(head_total, "head_total", {l.R, l.H});
     check_shape(unattributed, "unattributed", {l.R});
     check_shape(linear, "linear", {l.R});
+    check_shape(total, "total", {l.R});
     if (ffn.has_value() != ffn_out.has_value())
         throw nb::value_error("ffn_out is for parallel blocks, and needed there");
     if (ffn_out) check_shape(*ffn_out, "ffn_out", {l.R});
 
     const Isa kernel = find_isa(isa);
     ifr::Scores out{residual.data(), ffn_out ? ffn_out->data() : nullptr, head_total.data(),
-                    unattributed.data(), linear.data(), {}, {}};
+                    unattributed.data(), linear.data(), total.data(), {}, {}};
     {
         nb::gil_scoped_release released;
         kernel.score_attention(l, n_threads, out);
@@ -260,9 +265,10 @@ NB_MODULE(_native, m) {
           "value_gate"_a.noconvert().none(), "window"_a.none(), "softcap"_a.none(),
           "sinks"_a.noconvert().none(), "alibi_slopes"_a.noconvert().none(),
           "log_sum_exp"_a.noconvert().none(), "ffn"_a.noconvert().none(),
-          "weights"_a.noconvert().none(), "keep"_a,
+          "weights"_a.noconvert().none(), "offset"_a.noconvert().none(), "floor"_a, "keep"_a,
           "residual"_a.noconvert(), "ffn_out"_a.noconvert().none(), "head_total"_a.noconvert(),
-          "unattributed"_a.noconvert(), "linear"_a.noconvert(), "isa"_a, "n_threads"_a);
+          "unattributed"_a.noconvert(), "linear"_a.noconvert(), "total"_a.noconvert(), "isa"_a,
+          "n_threads"_a);
     m.def("score_ffn", &score_ffn, "resid_mid"_a.noconvert(), "resid_post"_a.noconvert(),
           "residual"_a.noconvert(), "ffn"_a.noconvert(), "unattributed"_a.noconvert(), "isa"_a,
           "n_threads"_a);

@@ -36,6 +36,8 @@ struct Layer {
     const float* log_sum_exp = nullptr;   // [R, H]
     Matrix ffn;                           // [R, D]
     const float* weights = nullptr;       // [R, H, S], used where R is 1
+    const float* offset = nullptr;        // [R]
+    float floor = 0;
 };
 
 // Seconds of all threads together by stage, and counts.
@@ -61,7 +63,7 @@ struct Edges {
 struct Scores {
     float *residual, *ffn, *head_total;  // [R], [R] or null, [R, H]
     bool* unattributed;                  // [R]
-    float* linear;                       // [R]
+    float *linear, *total;               // [R]
     std::vector<Edges> edges;            // by row block, in order
     Counters counters;
 };

@@ -45,6 +45,24 @@ def among(m, o, width: tl.constexpr, tile: tl.constexpr):
 
 
 @triton.jit
+def seen(b_distance, window, WINDOW: tl.constexpr):
+    """Whether a row sees the key at that distance below it."""
+    m_seen = b_distance >= 0
+    if WINDOW:
+        m_seen &= b_distance < window
+    return m_seen
+
+
+@triton.jit
+def shifted(b_bound, p_offset, o_r, floor, SHIFTED: tl.constexpr):
+    """Proximities max(bound + offset[row], floor); where not SHIFTED, max(bound, 0)."""
+    if SHIFTED:
+        return tl.maximum(b_bound + tl.load(p_offset + o_r).to(tl.float32), floor)
+    else:
+        return tl.maximum(b_bound, 0.0)
+
+
+@triton.jit
 def log2_scores(b_qk, b_distance, scale, softcap, slope, window, SOFTCAP: tl.constexpr,
                 ALIBI: tl.constexpr, WINDOW: tl.constexpr):  # fmt: skip
     """Base-2 scores of pairs from q . k; -inf where the key is not visible.
@@ -58,10 +76,7 @@ def log2_scores(b_qk, b_distance, scale, softcap, slope, window, SOFTCAP: tl.con
         b_score = softcap * b_tanh
     if ALIBI:
         b_score -= slope * b_distance.to(tl.float32)
-    m_visible = b_distance >= 0
-    if WINDOW:
-        m_visible &= b_distance < window
-    return tl.where(m_visible, b_score * LOG2_E, -float("inf"))
+    return tl.where(seen(b_distance, window, WINDOW), b_score * LOG2_E, -float("inf"))
 
 
 @triton.jit

@@ -6,7 +6,7 @@
    gets 1 / n.
 3. edges: of each row the tokens whose weight exceeds `keep`, in as many slots as can be.
 4. head_weights: of those, each head's importance: a listed pair's from its place, any other's is
-   its lin, formed anew.
+   its lin (and offset, and floor), formed anew.
 
 Shapes: token [R, 32 W], partial [S / BS, R, H], partial_lin [S / BS, R, H], marks [2, R, H, W],
 proximity [R, H, 32 W], folded [S / BF, R, H], total, residual, ffn, linear, unattributed, n_edges
@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import G_SCALE, LOG_SUM_EXP, WORD, first_key, log2_scores
+from .common import G_SCALE, LOG_SUM_EXP, WORD, first_key, log2_scores, shifted
 from .launch import Names, blocks, launch, tile
 
 
@@ -131,12 +131,12 @@ def edges_kernel(
 )  # fmt: skip
 def head_weights_kernel(
     p_q, p_k, p_v, p_g, p_rows, p_slopes, p_lines, p_marks, p_proximity,
-    p_total, p_unattributed, p_source, p_n_edges, p_head_weight,
+    p_total, p_unattributed, p_source, p_n_edges, p_offset, p_head_weight,
     R, n_words, n_slots, stride_qr, stride_qh, stride_ks, stride_kh, stride_vs, stride_vh,
-    scale, softcap, window,
+    scale, softcap, window, floor,
     H: tl.constexpr, H_kv: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     UNIT_K: tl.constexpr, UNIT_V: tl.constexpr, HALVES: tl.constexpr,
-    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr, SHIFTED: tl.constexpr,
     BE: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Program (row, BE slots)."""
@@ -182,7 +182,8 @@ def head_weights_kernel(
             m_listed = ((b_words >> (b_s % WORD).to(tl.int32)) & 1) != 0
             p_listed = p_proximity + i_line * n_words * WORD + b_s
             b_listed = tl.load(p_listed, mask=m_e & m_listed, other=0.0)
-            b_proximity = tl.where(m_listed, b_listed, tl.maximum(b_lin, 0.0))
+            b_linear = shifted(b_lin, p_offset, i_r, floor, SHIFTED)
+            b_proximity = tl.where(m_listed, b_listed, b_linear)
             b_proximity = tl.where(nothing, 1.0, b_proximity)
             o_out = (i_r * n_slots + o_e) * H + i_h
             tl.store(p_head_weight + o_out, b_proximity / total, mask=m_e)

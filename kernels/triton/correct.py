@@ -1,6 +1,6 @@
 """(c) The correction pass: of each listed pair, p = w (gate * v) @ W_O[h] with w = row_scale alpha,
 
-    proximity = max(lin - 2 sum_i max(s_i p_i - |y_i|, 0), 0)
+    proximity = max(lin + offset - 2 sum_i max(s_i p_i - |y_i|, 0), floor)
 
 Light pairs, a line a program: all coordinates that can flip are among the line's candidates, whose
 columns of W_O are read once; u = v W_O is formed there alone. Heavy pairs, a block of rows of one
@@ -19,7 +19,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import CANDIDATES, G_SCALE, HEAVY, LIGHT, LOG_SUM_EXP, WORD, dot, log2_scores
+from .common import (
+    CANDIDATES,
+    G_SCALE,
+    HEAVY,
+    LIGHT,
+    LOG_SUM_EXP,
+    WORD,
+    dot,
+    log2_scores,
+    shifted,
+)
 from .launch import Names, blocks, launch, tile
 
 SHARES = 8  # programs to a block of rows and head, of the heavy pairs
@@ -52,13 +62,14 @@ def project(b_v, b_w, acc):
 )  # fmt: skip
 def light_kernel(
     p_q, p_k, p_v, p_g, p_gate, p_w, p_y, p_rows, p_row_scale, p_slopes,
-    p_lines, p_counts, p_candidates, p_list, p_proximity,
+    p_lines, p_counts, p_candidates, p_list, p_proximity, p_offset,
     R, n_words, stride_qr, stride_qh, stride_ks, stride_kh, stride_vs, stride_vh,
-    stride_gate_r, stride_gate_h, stride_wh, stride_wd, scale, softcap, window,
+    stride_gate_r, stride_gate_h, stride_wh, stride_wd, scale, softcap, window, floor,
     H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, D: tl.constexpr,
     N: tl.constexpr, UNIT_K: tl.constexpr, UNIT_V: tl.constexpr, HALVES: tl.constexpr,
     GATED: tl.constexpr, SCALED: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
-    WINDOW: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    WINDOW: tl.constexpr, SHIFTED: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr,
 ):  # fmt: skip
     i_r, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     i_line, plane = i_r * H + i_h, R.to(tl.int64) * H
@@ -108,7 +119,8 @@ def light_kernel(
             b_v = b_v.to(tl.float32) * b_gate[None, :]
         b_u = project(b_v, b_w, tl.zeros([BP, N], tl.float32))
         b_over = over(b_u, b_alpha * row_scale, b_y[None, :], m_c[None, :])
-        tl.store(p_proximity + b_s, tl.maximum(b_lin - 2 * b_over, 0.0), mask=m_p)
+        b_proximity = shifted(b_lin - 2 * b_over, p_offset, i_r, floor, SHIFTED)
+        tl.store(p_proximity + b_s, b_proximity, mask=m_p)
 
 
 @triton.jit(
@@ -119,14 +131,14 @@ def light_kernel(
 )  # fmt: skip
 def heavy_kernel(
     p_q, p_k, p_v, p_g, p_gate, p_w, p_y, p_rows, p_row_scale, p_slopes,
-    p_lines, p_counts, p_list, p_proximity,
+    p_lines, p_counts, p_list, p_proximity, p_offset,
     R, n_words, stride_qr, stride_qh, stride_ks, stride_kh, stride_vs, stride_vh,
-    stride_gate_r, stride_gate_h, stride_wh, stride_wd, scale, softcap, window,
+    stride_gate_r, stride_gate_h, stride_wh, stride_wd, scale, softcap, window, floor,
     H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, D: tl.constexpr,
     UNIT_K: tl.constexpr, UNIT_V: tl.constexpr, HALVES: tl.constexpr,
     GATED: tl.constexpr, SCALED: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
-    WINDOW: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr,
+    WINDOW: tl.constexpr, SHIFTED: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr,
+    BD: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Program (block of BT rows, head, share): every n-th tile of their pairs laid end to end."""
     i_h, plane = tl.program_id(1).to(tl.int64), R.to(tl.int64) * H
@@ -184,7 +196,8 @@ def heavy_kernel(
             b_u = project(b_v, b_w, tl.zeros([BP, BD], tl.float32))
             b_over += over(b_u, b_alpha, b_y.to(tl.float32), m_d[None, :])
         p_to = p_proximity + b_line * (n_words * WORD) + b_s
-        tl.store(p_to, tl.maximum(b_lin - 2 * b_over, 0.0), mask=m_p)
+        b_proximity = shifted(b_lin - 2 * b_over, p_offset, r64, floor, SHIFTED)
+        tl.store(p_to, b_proximity, mask=m_p)
 
 
 def light(x: Names) -> None:

@@ -69,6 +69,7 @@ def score_attention(inputs: LayerInputs, keep: float) -> AttentionScores:
         "p_head_total": floats(R, H),
         "p_unattributed": torch.empty(R, dtype=torch.bool, device=device),
         "p_linear": floats(R),
+        "p_total": floats(R),
         "p_source": torch.zeros(R, n_slots, dtype=torch.int64, device=device),
         "p_weight": torch.zeros(R, n_slots, device=device),
         "p_head_weight": torch.zeros(R, n_slots, H, device=device),
@@ -88,6 +89,7 @@ def score_attention(inputs: LayerInputs, keep: float) -> AttentionScores:
         EdgeList(row, source, weight, of_rows["p_head_weight"].flatten(0, 1)),
         of_rows["p_unattributed"],
         of_rows["p_linear"],
+        of_rows["p_total"],
     )
 
 
@@ -153,7 +155,6 @@ def _work(x: Names) -> Names:
         "p_list": empty(R, H, n_words * WORD.value, dtype=torch.int32),
         "p_proximity": empty(R, H, n_words * WORD.value),
         "p_folded": empty(blocks(n_keys, x["BF"]), R, H),
-        "p_total": empty(R),
         "p_n_edges": empty(R, dtype=torch.int32),
     }
 
@@ -176,15 +177,18 @@ def _prepared(inputs: LayerInputs) -> tuple[Names, Names]:
     gate = read.get("value_gate")
     gate = None if gate is None else _strided(gate)
     unit_k, unit_v = _unit(K), _unit(V)
+    offset, shifted = read.get("offset"), "offset" in read or inputs.floor > 0
+    if shifted and offset is None:
+        offset = torch.zeros(len(inputs.rows), device=device)
     layer = TILES | {
         "S": S, "H": H, "H_kv": H_kv, "GROUP": H // H_kv, "K": K, "V": V, "D": D,
         "UNIT_K": unit_k, "UNIT_V": unit_v, "HALVES": 1 if dtype == torch.float32 else 2,
         "GATED": gate is not None, "SCALED": inputs.row_scale is not None,
         "SOFTCAP": inputs.softcap is not None, "ALIBI": inputs.alibi_slopes is not None,
         "WINDOW": inputs.window is not None, "SINKS": inputs.sinks is not None,
-        "FFN": inputs.ffn is not None,
+        "FFN": inputs.ffn is not None, "SHIFTED": shifted,
         "scale": float(inputs.scale), "softcap": float(inputs.softcap or 0),
-        "window": inputs.window or 0,
+        "window": inputs.window or 0, "floor": float(inputs.floor),
         "p_k": k, "p_v": v, "p_w": W_T,
         "p_slopes": read.get("alibi_slopes"), "p_sinks": read.get("sinks"),
         "p_rho_inv": torch.empty(H, D, dtype=torch.float32, device=device),
@@ -204,6 +208,7 @@ def _prepared(inputs: LayerInputs) -> tuple[Names, Names]:
         "p_ffn": _dense(read.get("ffn")),
         "p_gate": gate,
         "p_row_scale": _dense(read.get("row_scale")),
+        "p_offset": _dense(offset),
         "p_log_sum_exp": _dense(read.get("log_sum_exp")),
     }
     return layer, of_rows

@@ -43,6 +43,7 @@ from .common import (
     dot,
     first_key,
     log2_scores,
+    seen,
 )
 from .launch import Names, blocks, launch, tile
 
@@ -135,12 +136,12 @@ def pack(b_m, BT: tl.constexpr, BS: tl.constexpr):
 )  # fmt: skip
 def linear_kernel(
     p_q, p_k, p_v, p_g, p_gate, p_v_norm, p_rows, p_slopes, p_lines, p_token, p_partial,
-    p_partial_lin, p_marks,
+    p_partial_lin, p_marks, p_offset,
     R, S, n_words, stride_qr, stride_qh, stride_ks, stride_kh, stride_vs, stride_vh,
-    stride_gate_r, stride_gate_h, scale, softcap, window,
+    stride_gate_r, stride_gate_h, scale, softcap, window, floor,
     H: tl.constexpr, H_kv: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     UNIT_K: tl.constexpr, UNIT_V: tl.constexpr, HALVES: tl.constexpr, GATED: tl.constexpr,
-    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr, SHIFTED: tl.constexpr,
     BT: tl.constexpr, BS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     GROUP: tl.constexpr = H // H_kv
@@ -224,8 +225,15 @@ def linear_kernel(
             else:
                 b_norm = tl.load(p_v_norm + i_kv * S.to(tl.int64) + o_s, mask=m_s, other=0.0)
                 b_a = b_alpha * b_norm[None, :] * ROUND_UP
-            m_listed = (b_lin > 0) & (b_a > b_first[:, None])
-            b_linear = tl.where(m_listed, 0.0, tl.maximum(b_lin, 0.0))
+            m_listed = b_a > b_first[:, None]
+            if SHIFTED:
+                m_seen = seen(b_distance, window, WINDOW)
+                b_lin += tl.load(p_offset + o_r, mask=m_r, other=0.0).to(tl.float32)[:, None]
+                m_listed &= m_seen & (b_lin > floor)
+                b_linear = tl.where(m_seen & ~m_listed, tl.maximum(b_lin, floor), 0.0)
+            else:
+                m_listed &= b_lin > 0
+                b_linear = tl.where(m_listed, 0.0, tl.maximum(b_lin, 0.0))
             b_listed = pack(m_listed, BT, BS)
             b_heavy = pack(m_listed & (b_a > b_limit[:, None]), BT, BS)
             b_token += b_linear

@@ -1,6 +1,6 @@
 """(d) Proximities of the parts that are no head's: the residual stream and the FFN's output.
 
-    proximity(part, y) = max(sum_i |y_i| - |y_i - part_i|, 0)
+    proximity(part, y) = max(sum_i |y_i| - |y_i - part_i| + offset, floor)
 
 subtracted coordinate by coordinate: a few huge coordinates of y would swallow the rest of a
 difference of two norms. All parts in one sweep over D.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .common import shifted
 from .launch import Names, launch
 
 BLOCK_D = 1024
@@ -20,8 +21,8 @@ BLOCK_D = 1024
 
 @triton.jit
 def parts_kernel(
-    p_resid_pre, p_ffn, p_y, p_residual, p_of_ffn,
-    D: tl.constexpr, FFN: tl.constexpr, BD: tl.constexpr,
+    p_resid_pre, p_ffn, p_y, p_offset, p_residual, p_of_ffn, floor,
+    D: tl.constexpr, FFN: tl.constexpr, SHIFTED: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Unnormalized, of a node after attention; with FFN, of a parallel block's."""
     i_r = tl.program_id(0).to(tl.int64)
@@ -36,9 +37,9 @@ def parts_kernel(
         if FFN:
             b_out = tl.load(p_ffn + o_rd, mask=m_d, other=0.0).to(tl.float32)
             b_ffn += tl.abs(b_y) - tl.abs(b_y - b_out)
-    tl.store(p_residual + i_r, tl.maximum(tl.sum(b_residual), 0.0))
+    tl.store(p_residual + i_r, shifted(tl.sum(b_residual), p_offset, i_r, floor, SHIFTED))
     if FFN:
-        tl.store(p_of_ffn + i_r, tl.maximum(tl.sum(b_ffn), 0.0))
+        tl.store(p_of_ffn + i_r, shifted(tl.sum(b_ffn), p_offset, i_r, floor, SHIFTED))
 
 
 @triton.jit

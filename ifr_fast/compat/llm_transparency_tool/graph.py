@@ -1,0 +1,235 @@
+"""The published tool's graphs: networkx, with its node names, built from arrays.
+
+- X0_t: the embedding of token t;
+- A{l}_t: the residual stream after attention in layer l;
+- M{l}_t: the FFN of layer l;
+- I{l}_t: the residual stream after layer l.
+
+Edges run as information does and carry a `weight`. An FFN's is on both of its edges, A to M and
+M to I. The residual edge and the attention to the token itself run between the same nodes: they
+are one edge, with the sum of their weights, and the residual stream's own as `residual`. In a
+parallel block, whose parts have one
+denominator, all edges run from I{l-1} into I{l}, and no A{l} is on a path.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...errors import IfrError
+from . import contributions
+
+if TYPE_CHECKING:
+    import networkx as nx
+
+_Edge = tuple[str, str, dict[str, Any]]
+
+_BLOCKS = 3  # of nodes to a layer: A, M, I; one block, X0, comes before them
+
+
+class LayerWeights(NamedTuple):
+    """One layer's edges among T tokens."""
+
+    target: Tensor  # [N] int64
+    source: Tensor  # [N] int64
+    weight: Tensor  # [N] summed over heads
+    residual: Tensor  # [T] of resid_pre
+    ffn: Tensor  # [T]
+    ffn_residual: Tensor | None  # [T] of resid_mid; None in a parallel block
+
+
+@torch.no_grad()
+def build_full_graph(
+    model: Any, batch_i: int = 0, renormalizing_threshold: float | None = None
+) -> nx.DiGraph:
+    """The contribution graph of all blocks and all tokens of sentence `batch_i`.
+
+    model: a `TransparentLlm` that has run, in whose arithmetic it is; or anything else with its
+    methods, whose decomposition is then formed.
+    renormalizing_threshold: contributions up to it are dropped, each head's by itself, and the
+    others of a node made to sum to 1. Edges of weight 0 are left out.
+
+    Raises IfrError where networkx is not installed.
+    """
+    nx = _networkx()
+    n_layers, n_tokens = model.model_info().n_layers, int(model.tokens().shape[1])
+    of_layers = getattr(model, "layer_weights", None)
+    layers = (
+        _formed_weights(model, batch_i, n_layers, renormalizing_threshold)
+        if of_layers is None
+        else of_layers(batch_i, renormalizing_threshold)
+    )
+    names = np.array(_node_names(n_layers, n_tokens), dtype=object)
+    of_layer = [_layer_edges(i, n_tokens, layer) for i, layer in enumerate(layers)]
+    edges, residual = (_joined(parts) for parts in zip(*of_layer, strict=True))
+    graph = nx.DiGraph()
+    with _uncollected():
+        graph.add_nodes_from(names.tolist())
+        graph.add_weighted_edges_from(_rows(names, edges))
+        graph.add_weighted_edges_from(_rows(names, residual), weight="residual")
+    return graph
+
+
+def build_paths_to_predictions(
+    graph: nx.DiGraph,
+    n_layers: int,
+    n_tokens: int,
+    starting_tokens: Iterable[int],
+    threshold: float,
+) -> list[nx.DiGraph]:
+    """Of a full graph, for each of `starting_tokens` what leads to its prediction over edges with
+    weight above `threshold`: graphs of those edges and their nodes.
+    """
+    nx = _networkx()
+    trees = []
+    known: dict[str, list[_Edge]] = {}
+    with _uncollected():
+        for start in starting_tokens:
+            if not 0 <= start < n_tokens:
+                raise ValueError(
+                    f"starting_tokens: expected positions from 0 to {n_tokens - 1}, got {start}"
+                )
+            output = f"I{n_layers - 1}_{start}"
+            if output not in graph:
+                raise ValueError(f"n_layers: the graph has no node {output}")
+            tree = nx.DiGraph()
+            tree.add_edges_from(_edges_to(graph, output, threshold, known))
+            trees.append(tree)
+    return trees
+
+
+def _edges_to(
+    graph: nx.DiGraph, output: str, threshold: float, known: dict[str, list[_Edge]]
+) -> list[_Edge]:
+    """All edges above the threshold on the way to a node. known: those into a node, of any seen."""
+    reached, waiting, found = {output}, [output], []
+    while waiting:
+        node = waiting.pop()
+        edges = known.get(node)
+        if edges is None:
+            edges = known[node] = [
+                (below, node, data)
+                for below, data in graph.pred[node].items()
+                if data["weight"] > threshold
+            ]
+        found += edges
+        for below, _, _ in edges:
+            if below not in reached:
+                reached.add(below)
+                waiting.append(below)
+    return found
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Within, Python does not look for cycles: a graph is a dict for each edge, none of them
+    garbage, for whose sake it would go through all objects of the process again and again.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _networkx() -> Any:
+    try:
+        import networkx as nx
+    except ImportError as error:
+        raise IfrError(
+            "the graphs of compat.llm_transparency_tool need networkx, which is not installed: "
+            "pip install 'ifr-fast[networkx]'"
+        ) from error
+    return nx
+
+
+def _node_names(n_layers: int, n_tokens: int) -> list[str]:
+    """In blocks of n_tokens: X0, then A, M and I of each layer."""
+    kinds = [f"{kind}{layer}_" for layer in range(n_layers) for kind in "AMI"]
+    return [f"{kind}{token}" for kind in ["X0_", *kinds] for token in range(n_tokens)]
+
+
+class _Edges(NamedTuple):
+    """Edges among the nodes of `_node_names`, by index."""
+
+    source: np.ndarray
+    target: np.ndarray
+    weight: np.ndarray
+
+    def nonzero(self) -> _Edges:
+        some = self.weight != 0
+        return _Edges(self.source[some], self.target[some], self.weight[some])
+
+
+def _joined(parts: Iterable[_Edges]) -> _Edges:
+    return _Edges(*map(np.concatenate, zip(*parts, strict=True)))
+
+
+def _rows(names: np.ndarray, edges: _Edges) -> Iterator[tuple[str, str, float]]:
+    source, target, weight = edges
+    return zip(names[source].tolist(), names[target].tolist(), weight.tolist(), strict=True)
+
+
+def _layer_edges(layer: int, n_tokens: int, weights: LayerWeights) -> tuple[_Edges, _Edges]:
+    """A layer's edges; and those that its residual stream has a share in, with that."""
+    below, mid, ffn, post = (n_tokens * (_BLOCKS * layer + i) for i in range(_BLOCKS + 1))
+    target, source, weight = (
+        x.cpu().numpy() for x in (weights.target, weights.source, weights.weight.double())
+    )
+    residual, of_ffn = (x.cpu().double().numpy() for x in (weights.residual, weights.ffn))
+    itself = target == source
+    through = residual.copy()
+    through[target[itself]] += weight[itself]
+    others = ~itself
+    token = np.arange(len(residual))
+    parallel = weights.ffn_residual is None
+    after_attention, before_ffn = (post, below) if parallel else (mid, mid)
+    edges = [
+        _Edges(below + source[others], after_attention + target[others], weight[others]),
+        _Edges(below + token, after_attention + token, through),
+        _Edges(before_ffn + token, ffn + token, of_ffn),
+        _Edges(ffn + token, post + token, of_ffn),
+    ]
+    if weights.ffn_residual is not None:
+        passed = weights.ffn_residual.cpu().double().numpy()
+        edges.append(_Edges(mid + token, post + token, passed))
+    shared = _Edges(below + token, after_attention + token, residual)
+    return _joined(edges).nonzero(), shared.nonzero()
+
+
+def _formed_weights(
+    model: Any, batch_i: int, n_layers: int, threshold: float | None
+) -> Iterator[LayerWeights]:
+    """Of a model that is not ours, by what its own methods form."""
+
+    def of_sentence(x: Tensor) -> Tensor:
+        return x[batch_i][None]
+
+    for layer in range(n_layers):
+        mid, post = (
+            of_sentence(x) for x in (model.residual_after_attn(layer), model.residual_out(layer))
+        )
+        heads, residual = contributions.get_attention_contributions(
+            of_sentence(model.residual_in(layer)), mid, model.decomposed_attn(batch_i, layer)[None]
+        )
+        ffn, ffn_residual = contributions.get_mlp_contributions(
+            mid, post, of_sentence(model.ffn_out(layer))
+        )
+        if threshold is not None:
+            cut = contributions.apply_threshold_and_renormalize
+            heads, residual = cut(threshold, heads, residual)
+            ffn, ffn_residual = cut(threshold, ffn, ffn_residual)
+        weight = heads[0].sum(-1)
+        target, source = weight.nonzero(as_tuple=True)
+        yield LayerWeights(
+            target, source, weight[target, source], residual[0], ffn[0], ffn_residual[0]
+        )

@@ -1,0 +1,79 @@
+"""Puts this engine in the place of an installed llm_transparency_tool's own."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from ...errors import IfrError
+from . import contributions, graph
+from .model import TransparentLlm
+
+_TOOL = "llm_transparency_tool"
+_CONTRIBUTIONS = (
+    "get_contributions",
+    "get_contributions_with_one_off_part",
+    "get_attention_contributions",
+    "get_mlp_contributions",
+    "get_decomposed_mlp_contributions",
+    "apply_threshold_and_renormalize",
+)
+_GRAPH = ("build_full_graph", "build_paths_to_predictions")
+
+
+def install(*, parity: bool = False) -> Callable[[], None]:
+    """Has an importable llm_transparency_tool, its app included, compute by this engine.
+
+    Its contributions, graphs and `TransformerLensTransparentLlm` are exchanged, in every module of
+    it that is loaded, and so in those that are loaded later. Models opened by it are then ours.
+    parity: in the tool's own arithmetic. Returns a function that puts back what was there.
+
+    Raises IfrError where the tool cannot be imported.
+    """
+    try:
+        theirs = {
+            name: importlib.import_module(f"{_TOOL}.{name}")
+            for name in ("routes.contributions", "routes.graph", "models.tlens_model")
+        }
+        base = importlib.import_module(f"{_TOOL}.models.transparent_llm").TransparentLlm
+    except ImportError as error:
+        raise IfrError(f"install: {_TOOL} cannot be imported ({error})") from error
+
+    class TransformerLensTransparentLlm(TransparentLlm):
+        """Opened by `Tracer`, in place of TransformerLens."""
+
+    TransformerLensTransparentLlm.parity = parity
+    base.register(TransformerLensTransparentLlm)
+    own: dict[str, dict[str, Any]] = {
+        "routes.contributions": {
+            name: _bound(getattr(contributions, name), parity) for name in _CONTRIBUTIONS
+        },
+        "routes.graph": {name: getattr(graph, name) for name in _GRAPH},
+        "models.tlens_model": {"TransformerLensTransparentLlm": TransformerLensTransparentLlm},
+    }
+    exchanged = {
+        id(getattr(module, name)): (getattr(module, name), ours)
+        for where, module in theirs.items()
+        for name, ours in own[where].items()
+    }
+    put: list[tuple[Any, str, Any]] = []
+    for module_name, module in list(sys.modules.items()):
+        if module is None or module_name.split(".")[0] != _TOOL:
+            continue
+        for name, x in list(vars(module).items()):
+            if id(x) in exchanged:
+                put.append((module, name, x))
+                setattr(module, name, exchanged[id(x)][1])
+
+    def restore() -> None:
+        for module, name, x in put:
+            setattr(module, name, x)
+
+    return restore
+
+
+def _bound(function: Callable[..., Any], parity: bool) -> Callable[..., Any]:
+    return functools.update_wrapper(functools.partial(function, parity=parity), function)

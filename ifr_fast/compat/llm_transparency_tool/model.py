@@ -1,0 +1,483 @@
+"""TransparentLlm: the published tool's view of a model, of any that `Tracer` opens.
+
+It holds what its last `run` recorded, one `Recording` a sentence. Whatever is larger (attention
+matrices, contributions of neurons, the decomposed attention) is computed when it is asked for.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ... import capture
+from ...errors import IfrError
+from ...kernels.contract import LayerInputs, visible
+from ...model import answering_layers, evaluating, probe_tokens
+from ...recording import Recording, layer_inputs
+from ...scoring import check_closure, closure, load_kernel
+from ...tokens import encode, token_strings
+from ...tracer import Tracer
+from . import contributions, values
+from .contributions import EPSILON
+from .decomposition import DecomposedAttention
+from .graph import LayerWeights
+from .neurons import Neurons, find_neurons
+from .scores import in_parity, score_attention
+
+_DEVICES = {"gpu": "cuda", "cpu": "cpu"}
+
+
+class NotRunError(IfrError, RuntimeError):
+    """State was asked for before the first `run`."""
+
+
+@dataclass
+class ModelInfo:
+    """What a model is."""
+
+    name: str
+    n_params_estimate: int  # all of its parameters
+    n_layers: int
+    n_heads: int
+    d_model: int
+    d_vocab: int
+
+
+class TransparentLlm:
+    """A language model and what it computed in its last `run`.
+
+    model_name: a Hub name or a directory; None: the default model. hf_model, tokenizer: ones
+    already in memory, in place of it. device: "gpu" or "cpu", dtype: where and in what precision
+    to run it (a model in memory is copied if that changes it). path: a directory to load from.
+
+    parity: the published tool's arithmetic and input, quirks included; else ours
+    (docs/compat-llm-transparency-tool.md). impl, and what models can be opened: as in `Tracer`.
+
+    Methods take a sentence's index in the batch, a layer, a position; shapes are the published
+    tool's. Sentences shorter than the longest are padded on the right; of padding all is 0.
+    """
+
+    parity = False  # unless said otherwise
+
+    def __init__(
+        self,
+        model_name: str | os.PathLike[str] | None = None,
+        hf_model: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        device: str | None = None,
+        dtype: torch.dtype | None = None,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        parity: bool | None = None,
+        impl: str = "auto",
+    ) -> None:
+        if device is not None and device not in _DEVICES:
+            raise ValueError(f"device: expected 'gpu' or 'cpu', got {device!r}")
+        place = None if device is None else torch.device(_DEVICES[device])
+        if hf_model is None:
+            from ...pretrained import load
+
+            options = {} if dtype is None else {"dtype": dtype}
+            hf_model, own = load(model_name if path is None else path, **options)
+            tokenizer = own if tokenizer is None else tokenizer
+            if place is not None:
+                hf_model = hf_model.to(place)
+        else:
+            moves = place is not None and place.type != hf_model.device.type
+            if moves or dtype not in (None, hf_model.dtype):
+                hf_model = copy.deepcopy(hf_model).to(device=place, dtype=dtype)
+        self._open(Tracer(hf_model, tokenizer, impl=impl), model_name, parity)
+
+    @classmethod
+    def of(cls, tracer: Tracer, *, parity: bool | None = None) -> Self:
+        """Of a model that a `Tracer` has opened."""
+        made = cls.__new__(cls)
+        made._open(tracer, None, parity)
+        return made
+
+    def _open(
+        self, tracer: Tracer, name: str | os.PathLike[str] | None, parity: bool | None
+    ) -> None:
+        self.tracer = tracer
+        if parity is not None:
+            self.parity = parity
+        self._name = str(name or getattr(tracer.model.config, "_name_or_path", "") or "")
+        self._recordings: list[Recording] | None = None
+        self._value_bias: list[Tensor] | None = None
+        if self.parity:
+            if any(block.parallel for block in tracer.decoder.blocks):
+                raise ValueError(
+                    "parity: the published tool needs a residual stream between attention and "
+                    "FFN, and this model's blocks are parallel; expected parity=False"
+                )
+            probe = tracer.record(probe_tokens(tracer.decoder), mode="full")
+            self._value_bias = values.biases(probe)
+
+    def copy(self) -> Self:
+        """Another one of the same model, whose `run` leaves this one's state alone."""
+        return copy.copy(self)
+
+    def model_info(self) -> ModelInfo:
+        """Sizes of the model; known before any `run`."""
+        decoder = self.tracer.decoder
+        return ModelInfo(
+            name=self._name,
+            n_params_estimate=sum(x.numel() for x in decoder.model.parameters()),
+            n_layers=decoder.n_layers,
+            n_heads=decoder.n_heads,
+            d_model=decoder.d_model,
+            d_vocab=decoder.vocab_size,
+        )
+
+    def run(self, sentences: str | Sequence[Any]) -> None:
+        """Runs the model on a batch of sentences (or of token ids), and keeps what it computed.
+
+        In parity a string begins with the beginning-of-sequence token, once; else with what the
+        tokenizer puts there.
+        """
+        given = [sentences] if isinstance(sentences, str) else list(sentences)
+        if not given:
+            raise ValueError("sentences: is empty; expected at least one")
+        texts = [self._with_start(x) if self.parity and isinstance(x, str) else x for x in given]
+        self._recordings = self.tracer.record(
+            [encode(text, self.tracer.tokenizer, None) for text in texts]
+        )
+
+    def _with_start(self, sentence: str) -> list[int]:
+        """Token ids that begin with the beginning-of-sequence token, put there or by the
+        tokenizer.
+        """
+        tokenizer = self.tracer.tokenizer
+        if tokenizer is None:
+            raise ValueError("sentences: this model has no tokenizer; pass token ids")
+        start = tokenizer.bos_token_id
+        start = tokenizer.eos_token_id if start is None else start
+        ids: list[int] = tokenizer(sentence)["input_ids"]
+        if start is None or tokenizer("")["input_ids"][:1] == [start]:
+            return ids
+        return [int(start), *ids]
+
+    def batch_size(self) -> int:
+        """Sentences of the last `run`."""
+        return len(self._ran())
+
+    def tokens(self) -> Tensor:
+        """Token ids [batch, pos]."""
+        tokenizer = self.tracer.tokenizer
+        padding = None if tokenizer is None else tokenizer.pad_token_id
+        return self._of_all(lambda recording: recording.token_ids, padding or 0)
+
+    def tokens_to_strings(self, tokens: Tensor) -> list[str]:
+        """The text of each token [pos] by itself."""
+        return token_strings(tokens, self.tracer.tokenizer)
+
+    def logits(self) -> Tensor:
+        """[batch, pos, d_vocab]"""
+        head = self.tracer.decoder.head
+        return self._of_all(lambda recording: head(recording.states))
+
+    @torch.inference_mode()
+    def unembed(self, t: Tensor, normalize: bool) -> Tensor:
+        """What the model's head makes of a vector [D]: logits [d_vocab].
+
+        normalize: apply the final norm first, as the model does to its last layer's output.
+        """
+        decoder = self.tracer.decoder
+        if t.shape != (decoder.d_model,):
+            raise ValueError(f"t: expected shape [{decoder.d_model}], got {list(t.shape)}")
+        t = t.to(decoder.device, decoder.dtype)
+        if not normalize:
+            return decoder.head(t[None])[0]
+        with (
+            capture.exclusively(decoder.model),
+            evaluating(decoder.model),
+            answering_layers(decoder, lambda *_: t[None, None]),
+        ):
+            return decoder.forward(torch.zeros(1, dtype=torch.int64))[1]
+
+    def residual_in(self, layer: int) -> Tensor:
+        """The residual stream before a layer [batch, pos, D]."""
+        layer = self._layer(layer)
+        return self._of_all(lambda recording: recording.layers[layer].resid_pre)
+
+    def residual_after_attn(self, layer: int) -> Tensor:
+        """The residual stream between a layer's attention and its FFN [batch, pos, D].
+
+        Raises ValueError in a parallel block, where there is none.
+        """
+        layer = self._layer(layer)
+        if self.tracer.decoder.blocks[layer].parallel:
+            raise ValueError(
+                f"layer: layer {layer} is a parallel block, without a residual stream between "
+                "attention and FFN"
+            )
+        return self._of_all(lambda recording: self._node(recording, layer)[0].y)
+
+    def residual_out(self, layer: int) -> Tensor:
+        """The residual stream after a layer [batch, pos, D]."""
+        layer = self._layer(layer)
+        return self._of_all(lambda recording: recording.resid_post(layer))
+
+    def ffn_out(self, layer: int) -> Tensor:
+        """What a layer's FFN adds to the residual stream [batch, pos, D]."""
+        layer = self._layer(layer)
+        return self._of_all(lambda recording: _ffn(*self._node(recording, layer)))
+
+    def decomposed_ffn_out(self, batch_i: int, layer: int, pos: int) -> Tensor:
+        """What each neuron adds to the residual stream [hidden, D]."""
+        neurons = self._find_neurons(batch_i, layer, pos)
+        every = torch.arange(len(neurons.activations))
+        return neurons.activations[:, None] * neurons.outputs(every)
+
+    def neuron_activations(self, batch_i: int, layer: int, pos: int) -> Tensor:
+        """The hidden layer after its activation function [hidden], gates included.
+
+        In parity before it, as the tool has it. Raises ValueError where an FFN has no neurons to
+        tell apart.
+        """
+        neurons = self._find_neurons(batch_i, layer, pos)
+        if not self.parity:
+            return neurons.activations
+        if neurons.before is None:
+            raise ValueError(
+                f"layer: the activation function of layer {layer} is not a module, so that what "
+                "it reads is not seen; expected parity=False"
+            )
+        return neurons.before
+
+    def neuron_output(self, layer: int, neuron: int) -> Tensor:
+        """What a neuron adds to the residual stream with an activation of 1 [D]."""
+        neurons = self._find_neurons(0, layer, 0)
+        hidden = len(neurons.activations)
+        if not -hidden <= neuron < hidden:
+            raise ValueError(f"neuron: expected {-hidden} to {hidden - 1}, got {neuron}")
+        return neurons.outputs(torch.tensor([neuron % hidden]))[0]
+
+    def attention_matrix(self, batch_i: int, layer: int, head: int) -> Tensor:
+        """Attention weights of a head [query_pos, key_pos], lower triangular."""
+        recording, layer = self._sentence(batch_i), self._layer(layer)
+        head = self._index("head", head, self.tracer.decoder.n_heads)
+        pattern = _pattern(self._node(recording, layer)[0])[head]
+        missing = self._length() - len(recording)
+        return F.pad(pattern, (0, missing, 0, missing))
+
+    def attention_output(self, batch_i: int, layer: int, pos: int) -> Tensor:
+        """What a layer's attention adds to the residual stream [D], its bias included."""
+        recording, layer = self._sentence(batch_i), self._layer(layer)
+        pos = self._index("pos", pos, len(recording))
+        inputs, _ = self._node(recording, layer)
+        of_ffn = 0 if inputs.ffn is None else inputs.ffn[pos]
+        return inputs.y[pos] - inputs.resid_pre[pos] - of_ffn
+
+    def attention_output_per_head(self, batch_i: int, layer: int, pos: int, head: int) -> Tensor:
+        """What one head adds to the residual stream [D]: the sum of its parts."""
+        recording, layer = self._sentence(batch_i), self._layer(layer)
+        pos = self._index("pos", pos, len(recording))
+        head = self._index("head", head, self.tracer.decoder.n_heads)
+        inputs, _ = self._node(recording, layer)
+        z = _attention_output(inputs, pos)
+        if inputs.value_gate is not None:
+            z = z * inputs.value_gate[pos]
+        added = z[head] @ inputs.W_O[head].to(z.dtype)
+        return added if inputs.row_scale is None else inputs.row_scale[pos] * added
+
+    def decomposed_attn(self, batch_i: int, layer: int) -> Tensor:
+        """What each head moved from each token to each [pos, key_pos, head, D].
+
+        Formed when something reads it; `get_attention_contributions` does not.
+        """
+        recording, layer = self._sentence(batch_i), self._layer(layer)
+        inputs, _ = self._node(recording, layer)
+        length, missing = self._length(), self._length() - len(recording)
+
+        def form() -> Tensor:
+            return F.pad(_parts(inputs), (0, 0, 0, 0, 0, missing, 0, missing))
+
+        def score(resid_pre: Tensor, resid_mid: Tensor, parity: bool) -> tuple[Tensor, Tensor]:
+            node = inputs._replace(
+                resid_pre=resid_pre[: len(recording)], y=resid_mid[: len(recording)], ffn=None
+            )
+            found = score_attention(in_parity(node) if parity else node, 0.0, self.tracer.impl)
+            return (
+                F.pad(found.dense(), (0, 0, 0, missing, 0, missing)),
+                F.pad(found.residual, (0, missing)),
+            )
+
+        H, _, D = inputs.W_O.shape
+        dtype = torch.promote_types(inputs.y.dtype, torch.float32)
+        return DecomposedAttention(
+            (length, length, H, D), dtype, inputs.y.device, functools.cache(form), score
+        )
+
+    @torch.inference_mode()
+    def layer_weights(self, batch_i: int, threshold: float | None) -> list[LayerWeights]:
+        """Edges of the full graph, layer by layer; above the threshold, renormalized, where there
+        is one. Raises IfrError where the parts that were scored do not add up to the model's own.
+        """
+        recording, impl = self._sentence(batch_i), self.tracer.impl
+        keep = 0.0 if threshold is None else max(0.0, threshold)
+        rows, found, closures = torch.arange(len(recording)), [], {}
+        sample = recording.sample(rows)
+        with self.tracer._replaying(recording):
+            for block in self.tracer.decoder.blocks:
+                inputs, resid_post = self._inputs(recording, block.layer)
+                shifted = in_parity(inputs) if self.parity else inputs
+                attention = score_attention(shifted, keep, impl)
+                bias = block.bias.to(inputs.y.device)
+                if self._value_bias is not None:
+                    if bool(self._value_bias[block.layer].any()):
+                        bias = bias + self._moved_by_bias(inputs, block.layer, sample)
+                    bias = bias - EPSILON  # as y is shifted
+                parts = closure(shifted, attention.linear, bias, sample)
+                # The model's own rounding, in however wide a y it was scored.
+                eps = torch.full_like(parts.eps, torch.finfo(inputs.resid_pre.dtype).eps)
+                closures[block.layer] = parts._replace(eps=eps)
+                if threshold is not None:
+                    attention = attention.renormalized(threshold, self.parity)
+                ffn, ffn_residual = attention.ffn, None
+                if resid_post is not None:
+                    ffn, ffn_residual = self._score_ffn(inputs.y, resid_post, threshold)
+                assert ffn is not None
+                edges = attention.token_edges()
+                found.append(LayerWeights(*edges, attention.residual, ffn, ffn_residual))
+        check_closure(closures)
+        return found
+
+    def _score_ffn(
+        self, resid_mid: Tensor, resid_post: Tensor, threshold: float | None
+    ) -> tuple[Tensor, Tensor]:
+        """Contributions [T] of the FFN and of resid_mid to resid_post."""
+        if self.parity:
+            ffn, residual = contributions.get_mlp_contributions(
+                resid_mid, resid_post, resid_post - resid_mid, parity=True
+            )
+        else:
+            scores = load_kernel(self.tracer.impl).score_ffn(resid_mid, resid_post)
+            ffn, residual = scores.ffn, scores.residual
+        if threshold is None:
+            return ffn, residual
+        return contributions.apply_threshold_and_renormalize(
+            threshold, ffn, residual, parity=self.parity
+        )
+
+    def _moved_by_bias(self, inputs: LayerInputs, layer: int, sample: Tensor) -> Tensor:
+        """What a layer's value bias adds to the residual stream at some rows, [C, D]."""
+        assert self._value_bias is not None
+        z = self._value_bias[layer]
+        z = z.repeat_interleave(len(inputs.W_O) // len(z), 0)[None]  # [1, H, V]
+        some = sample.to(z.device)
+        if inputs.value_gate is not None:
+            z = z * inputs.value_gate[some]
+        moved = z.flatten(1) @ inputs.W_O.to(z.dtype).flatten(0, 1)
+        return moved if inputs.row_scale is None else inputs.row_scale[some, None] * moved
+
+    def _ran(self) -> list[Recording]:
+        if self._recordings is None:
+            raise NotRunError("nothing was run yet: call `run` first")
+        return self._recordings
+
+    def _length(self) -> int:
+        return max(map(len, self._ran()))
+
+    def _sentence(self, batch_i: int) -> Recording:
+        recordings = self._ran()
+        return recordings[self._index("batch_i", batch_i, len(recordings))]
+
+    def _layer(self, layer: int) -> int:
+        return self._index("layer", layer, self.tracer.decoder.n_layers)
+
+    @staticmethod
+    def _index(name: str, i: int, n: int) -> int:
+        if not -n <= i < n:
+            raise ValueError(f"{name}: expected {-n} to {n - 1}, got {i}")
+        return i % n
+
+    def _of_all(self, of: Callable[[Recording], Tensor], padding: int = 0) -> Tensor:
+        """`of` each sentence [pos, ...], together [batch, pos, ...]."""
+        found, length = [of(recording) for recording in self._ran()], self._length()
+        if len(found) == 1:
+            return found[0][None]
+        out = found[0].new_full((len(found), length, *found[0].shape[1:]), padding)
+        for row, x in zip(out, found, strict=True):
+            row[: len(x)] = x
+        return out
+
+    @torch.inference_mode()
+    def _node(self, recording: Recording, layer: int) -> tuple[LayerInputs, Tensor | None]:
+        with self.tracer._replaying(recording):
+            return self._inputs(recording, layer)
+
+    def _inputs(self, recording: Recording, layer: int) -> tuple[LayerInputs, Tensor | None]:
+        """A layer's nodes and what they are made of; in parity, values without their bias."""
+        inputs, resid_post = layer_inputs(recording, layer, torch.arange(len(recording)))
+        if self._value_bias is not None and bool(self._value_bias[layer].any()):
+            inputs = inputs._replace(v=inputs.v - self._value_bias[layer])
+        return inputs, resid_post
+
+    def _find_neurons(self, batch_i: int, layer: int, pos: int) -> Neurons:
+        recording, layer = self._sentence(batch_i), self._layer(layer)
+        pos = self._index("pos", pos, len(recording))
+        inputs, resid_post = self._node(recording, layer)
+        z = _attention_output(inputs, pos)
+        if self._value_bias is not None:  # what the layer itself computed
+            bias = self._value_bias[layer]
+            z = z + bias.repeat_interleave(len(z) // len(bias), 0)
+        ffn = _ffn(inputs, resid_post)[pos]
+        return find_neurons(recording, inputs, layer, pos, z, ffn)
+
+
+def _ffn(inputs: LayerInputs, resid_post: Tensor | None) -> Tensor:
+    """What the FFN adds [T, D]."""
+    if resid_post is None:
+        assert inputs.ffn is not None
+        return inputs.ffn
+    return resid_post - inputs.y
+
+
+def _wide(inputs: LayerInputs) -> LayerInputs:
+    return inputs.to(torch.promote_types(inputs.y.dtype, torch.float32))
+
+
+@torch.inference_mode()
+def _pattern(inputs: LayerInputs) -> Tensor:
+    """Attention weights [H, R, S]."""
+    from ...kernels.eager import attention_pattern
+
+    seen = visible(inputs.rows, len(inputs.k), inputs.window).to(inputs.k.device)
+    return attention_pattern(_wide(inputs), seen)
+
+
+def _attention_output(inputs: LayerInputs, pos: int) -> Tensor:
+    """[H, V] of one row, before gates and output projection."""
+    from ...kernels.eager import block_of
+
+    pattern = _pattern(block_of(inputs, slice(pos, pos + 1)))[:, 0]  # [H, S]
+    v = inputs.v[: pattern.shape[1]].to(pattern.dtype)
+    v = v.repeat_interleave(len(pattern) // v.shape[1], 1)
+    return torch.einsum("hj,jhv->hv", pattern, v)
+
+
+@torch.inference_mode()
+def _parts(inputs: LayerInputs) -> Tensor:
+    """All parts of attention, formed: [R, S, H, D]."""
+    x = _wide(inputs)
+    pattern = _pattern(x)
+    H, _, D = x.W_O.shape
+    if x.row_scale is not None:
+        pattern = pattern * x.row_scale[:, None]
+    out = pattern.new_empty(*pattern.shape[1:], H, D)
+    for h in range(H):
+        v = x.v[:, h * x.v.shape[1] // H]  # [S, V]
+        if x.value_gate is not None:
+            v = x.value_gate[:, h, None] * v  # [R, S, V]
+        torch.mul(pattern[h, :, :, None], v @ x.W_O[h], out=out[:, :, h])
+    return out
