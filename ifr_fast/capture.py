@@ -171,10 +171,26 @@ def attention_through(model: PreTrainedModel, handler: AttentionHandler) -> Iter
     with exclusively(model), answering(handler):
         before = model.config._attn_implementation
         try:
-            model.set_attn_implementation(_NAME)
+            _set_attention(model, _NAME)
             yield
         finally:
-            model.set_attn_implementation(before)
+            _set_attention(model, before)
+
+
+_single: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+
+
+def _set_attention(model: PreTrainedModel, name: str) -> None:
+    """`set_attn_implementation`, which walks over all modules: as long as a layer's decode step.
+
+    Where it came down to one config before, that is set directly.
+    """
+    if _single.get(model):
+        model.config._attn_implementation = name
+        return
+    model.set_attn_implementation(name)
+    configs = {id(x.config) for x in model.modules() if isinstance(x, PreTrainedModel)}
+    _single[model] = configs == {id(model.config)} and not model.config.sub_configs
 
 
 _locks: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()

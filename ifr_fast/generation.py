@@ -14,6 +14,7 @@ So a route costs a row of each layer, not a pass. Between two tokens the model i
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -30,7 +31,7 @@ from transformers import (
 )
 
 from . import capture
-from .capture import AttentionCall, LayerCall, LazyMask
+from .capture import AttentionCall, LayerCall
 from .errors import IfrError, UnsupportedArchitectureError
 from .graph import (
     EdgeKind,
@@ -42,10 +43,21 @@ from .graph import (
     grow_layer,
     in_order,
 )
-from .kernels.contract import EdgeList, LayerInputs
-from .model import Block, evaluating, gate_rows, probe_tokens, row_scales
-from .recording import Recording
-from .scoring import LayerScores, check_closure, score_layer, score_rows
+from .kernels.contract import AttentionScores, EdgeList, LayerInputs
+from .model import Block, all_evaluating, gate_rows, probe_tokens, row_scales
+from .recording import LayerRecording, Recording
+from .scoring import (
+    AttendRow,
+    Kernel,
+    LayerScores,
+    cat_on,
+    check_closed,
+    check_closure,
+    closure_rows,
+    load_kernel,
+    row_attention,
+    score_layer,
+)
 from .tokens import token_strings
 
 if TYPE_CHECKING:
@@ -53,6 +65,8 @@ if TYPE_CHECKING:
 
 _ROOM = 1024  # tokens that a store has room for at first, at most, beyond the prompt
 
+_Floats = np.ndarray[Any, np.dtype[np.float64]]
+_Ints = np.ndarray[Any, np.dtype[np.int64]]
 ChooseToken = Callable[[Tensor, Tensor], int]  # token ids [T], logits [vocab] -> the next
 
 
@@ -100,53 +114,166 @@ def chooser(
     return choose
 
 
-class _Past:
-    """Keys and values of a layer, with room for more; doubled when it is used up."""
+class _Nodes:
+    """All nodes (layer, position) known, and what each adds to a graph that reaches it."""
 
-    def __init__(self, k: Tensor, v: Tensor, room: int) -> None:
-        """k, v: [H_kv, T, K], [H_kv, T, V]; room for so many more."""
-        self._length = k.shape[1]
-        self._k, self._v = (self._grown(x, self._length + room) for x in (k, v))
+    def __init__(self, n_layers: int) -> None:
+        self.at: list[dict[int, int]] = [{} for _ in range(n_layers)]  # position -> node
+        self.below: list[list[int]] = []  # positions of the layer below that a node leads to
+        self.flagged: dict[int, list[Node]] = {}  # unattributed ones among a node's
+        self.edges = _Lists()  # an EdgeTable's columns
+        self.heads = _Lists()  # a HeadEdgeTable's columns
+
+
+class _Lists:
+    """Lists [n, 5] of float64 end to end, one for each node."""
+
+    def __init__(self) -> None:
+        self._rows: _Floats = np.empty((1024, 5))
+        self._ends: list[int] = [0]
+
+    def extend(self, rows: _Floats, counts: _Ints) -> None:
+        """More lists, end to end, and how long each is."""
+        begin = self._ends[-1]
+        end = begin + len(rows)
+        if end > len(self._rows):
+            grown = np.empty((2 * end, 5))
+            grown[:begin] = self._rows[:begin]
+            self._rows = grown
+        self._rows[begin:end] = rows
+        self._ends += (begin + counts.cumsum()).tolist()
+
+    def of(self, nodes: list[int]) -> _Floats:
+        """The lists of some nodes, end to end."""
+        begins = np.array([self._ends[i] for i in nodes], dtype=np.int64)
+        counts = np.array([self._ends[i + 1] for i in nodes], dtype=np.int64) - begins
+        ends = counts.cumsum()
+        return self._rows[np.arange(counts.sum()) + np.repeat(begins - ends + counts, counts)]
+
+
+class _Layer:
+    """A layer's keys and values, with room for more that is doubled when it is used up; and its
+    newest row, as the pass goes through it.
+    """
+
+    resid_pre: Tensor  # [1, D]
+    layer_call: LayerCall
+    call: AttentionCall  # of the new row, with its own key and value alone
+    q: Tensor  # [1, H, K]
+    k: Tensor  # [S, H_kv, K], all there are
+    v: Tensor  # [S, H_kv, V]
+    window: int | None  # that its keys have crossed
+    z: Tensor  # [1, H, V]
+    weights: Tensor | None  # [1, H, S] if attention left them
+    mid: Tensor  # [1, D]
+    resid_post: Tensor  # [1, D]
+    inputs: LayerInputs  # that its row was scored from
+    scores: AttentionScores
+
+    def __init__(
+        self, block: Block, recorded: LayerRecording, room: int, attend_row: AttendRow | None
+    ) -> None:
+        self.block = block
+        self.W_O = _where_it_lies(block)
+        self._attend_row = attend_row
+        self._window = block.window if recorded.window is None else recorded.window
+        self._alibi_slopes = recorded.alibi_slopes
+        self._length = len(recorded.k)
+        room += self._length
+        self._k, self._v = _with_room(recorded.k, room), _with_room(recorded.v, room)
 
     @property
     def held(self) -> tuple[Tensor, Tensor]:
-        """[H_kv, T, K], [H_kv, T, V]"""
-        return self._k[:, : self._length], self._v[:, : self._length]
+        """All keys and values: [S, H_kv, K], [S, H_kv, V]."""
+        return self._k[: self._length], self._v[: self._length]
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        """Attention output [1, 1, H, V] of a new row, whose key and value are kept."""
+        if self._length == len(self._k):
+            self._k, self._v = (_with_room(x, 2 * self._length) for x in (self._k, self._v))
+        self._k.narrow(0, self._length, 1).copy_(call.k.squeeze(2))
+        self._v.narrow(0, self._length, 1).copy_(call.v.squeeze(2))
+        self._length += 1
+        self.window = _crossed(self._window, self._length)
+        self.call, self.q = call, call.q.squeeze(2)
+        self.k, self.v = k, v = self.held
+        if self._attend_row is not None:
+            self.z, self.weights = self._attend_row(
+                self.q, k, v, call.scale, window=self.window, softcap=call.softcap,
+                sinks=call.sinks, alibi_slopes=self._alibi_slopes,
+            )  # fmt: skip
+            return self.z[None]
+        z = _attend(
+            call._replace(
+                k=k.transpose(0, 1)[None], v=v.transpose(0, 1)[None],
+                mask=capture.causal_mask(self.window, k.device), alibi_slopes=self._alibi_slopes,
+            ),
+            self.window,
+        )  # fmt: skip
+        self.z, self.weights = z[0], None
+        return z
+
+    def score(self, kernel: Kernel, row: Tensor, keep: float) -> None:
+        """Scores the new row, at position row [1]."""
+        block, call, gate, scale = self.block, self.call, None, None
+        if block.gate_site is not None:
+            gate = gate_rows(block, self.layer_call, self.resid_pre, torch.tensor([0]))
+        if block.row_scaled:
+            scale = row_scales(block, self.resid_pre, self.mid, self.z, gate)
+        self.inputs = LayerInputs(
+            rows=row,
+            resid_pre=self.resid_pre,
+            y=self.resid_post if block.parallel else self.mid,
+            q=self.q,
+            k=self.k,
+            v=self.v,
+            W_O=self.W_O,
+            scale=call.scale,
+            row_scale=scale,
+            value_gate=gate,
+            window=self.window,
+            softcap=call.softcap,
+            sinks=call.sinks,
+            alibi_slopes=self._alibi_slopes,
+            ffn=self.resid_post - self.mid if block.parallel else None,
+            weights=self.weights,
+        )
+        self.scores = kernel.score_attention(self.inputs, keep)
+
+
+def _with_room(x: Tensor, room: int) -> Tensor:
+    """A copy of keys or values [T, H_kv, K] with room for so many, a head's in one piece."""
+    out = x.new_empty(x.shape[1], room, x.shape[2]).transpose(0, 1)
+    out[: len(x)] = x
+    return out
+
+
+def _where_it_lies(block: Block) -> Tensor:
+    """W_O of a block: the model's own weight where it is nothing else. Having just multiplied by
+    that, the model leaves it in the processor's cache.
+    """
+    H, V, D = block.W_O.shape
+    for weight in block.attention.parameters():
+        if weight.shape == (D, H * V) and weight.dtype == block.W_O.dtype:
+            view = weight.detach().view(D, H, V).permute(1, 2, 0)
+            if view.device == block.W_O.device and torch.equal(view, block.W_O):
+                return view
+    return block.W_O
+
+
+class _Alike(NamedTuple):
+    """Layers that are all sequential or all parallel: their rows make one table."""
+
+    layers: list[_Layer]
+    numbers: list[int]  # of the layers
+    bias: Tensor  # [L, D]
 
     @staticmethod
-    def _grown(x: Tensor, room: int) -> Tensor:
-        out = x.new_empty(x.shape[0], room, x.shape[2])
-        out[:, : x.shape[1]] = x
-        return out
-
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """All of [H_kv, S, K], [H_kv, S, V], with those of one more token at the end."""
-        if self._length == self._k.shape[1]:
-            self._k, self._v = (self._grown(x, 2 * self._length) for x in (self._k, self._v))
-        self._k[:, self._length], self._v[:, self._length] = k[:, 0], v[:, 0]
-        self._length += 1
-        return self.held
-
-
-class _NodeEdges(NamedTuple):
-    """What a layer adds to a graph that reaches it at one position."""
-
-    edges: np.ndarray[Any, Any]  # [E, 5] float64: an EdgeTable's columns
-    heads: np.ndarray[Any, Any]  # [M, 5] float64: a HeadEdgeTable's columns
-    unattributed: list[Node]
-    below: list[int]  # positions of the layer below that it leads to
-
-
-class _Row:
-    """One layer's new row, as the pass goes through it."""
-
-    resid_pre: Tensor  # [1, D]
-    call: LayerCall
-    attention: AttentionCall
-    window: int | None
-    z: Tensor  # [1, H, V]
-    mid: Tensor  # [1, D]
-    resid_post: Tensor  # [1, D]
+    def of(layers: list[_Layer], device: torch.device) -> _Alike:
+        """All of these, whose biases go to `device`."""
+        blocks = [x.block for x in layers]
+        bias = torch.stack([block.bias.to(device) for block in blocks])
+        return _Alike(layers, [block.layer for block in blocks], bias)
 
 
 class Generation:
@@ -161,6 +288,7 @@ class Generation:
         n_ahead: int,
     ) -> None:
         self._tracer, self._decoder = tracer, tracer.decoder
+        self._kernel = load_kernel(tracer.impl)
         self._room = min(n_ahead, _ROOM)
         self._threshold, self._granularity = threshold, granularity
         self.token_ids = recording.token_ids
@@ -168,20 +296,26 @@ class Generation:
         self._begin(recording)
 
     def _begin(self, recording: Recording) -> None:
-        self._nodes: list[dict[int, _NodeEdges]] = [{} for _ in self._decoder.blocks]
-        self._past, layers = [], []
-        for x in recording.layers:
-            past = _Past(x.k.transpose(0, 1), x.v.transpose(0, 1), self._room)
-            k, v = (held.transpose(0, 1) for held in past.held)
-            self._past.append(past)
-            layers.append(dataclasses.replace(x, k=k, v=v))
-        self._recording = dataclasses.replace(recording, layers=layers)
-        self._windows = [
-            block.window if recorded.window is None else recorded.window
-            for block, recorded in zip(self._decoder.blocks, recording.layers, strict=True)
+        decoder = self._decoder
+        attend_row = row_attention(self._tracer.impl, recording.layers[0].k.dtype)
+        self._nodes = _Nodes(decoder.n_layers)
+        self._layers, recorded = [], []
+        for block, x in zip(decoder.blocks, recording.layers, strict=True):
+            layer = _Layer(block, x, self._room, attend_row)
+            k, v = layer.held
+            self._layers.append(layer)
+            recorded.append(dataclasses.replace(x, k=k, v=v))
+        self._recording = dataclasses.replace(recording, layers=recorded)
+        self._alike = [
+            _Alike.of(layers, recording.resid_final.device)
+            for parallel in (False, True)
+            if (layers := [x for x in self._layers if x.block.parallel == parallel])
         ]
-        self._of_module = {block.attention: block for block in self._decoder.blocks}
-        self._rotary = self._decoder.rotary_regime(len(recording))
+        devices = {recording.resid_final.device, *(x.W_O.device for x in self._layers)}
+        self._on_one_device = len(devices) == 1
+        self._modules = list(decoder.model.modules())
+        self._of_module = {layer.block.attention: layer for layer in self._layers}
+        self._rotary = decoder.rotary_regime(len(recording))
 
     @torch.inference_mode()
     def first_logits(self) -> Tensor:
@@ -204,102 +338,109 @@ class Generation:
             # Every key would be another in a text of this length.
             self._begin(self._tracer.record(self.token_ids))
             return self.first_logits()
-        scored, logits = self._decode(token_id, position)
-        check_closure({scores.layer: scores.closure for scores in scored})
-        self._keep(scored)
+        logits = self._decode(token_id, position)
+        for alike in self._alike:
+            self._keep_row(alike, position)
         return logits
 
-    def _decode(self, token_id: int, position: int) -> tuple[list[LayerScores], Tensor]:
-        decoder = self._decoder
-        rows = [_Row() for _ in decoder.blocks]
-        scored: list[LayerScores] = []
+    def _decode(self, token_id: int, position: int) -> Tensor:
+        """A decode step, in which the new row of each layer is scored."""
+        decoder, row = self._decoder, torch.tensor([position])
 
         def answer(call: AttentionCall) -> Tensor:
-            layer = self._of_module[call.module].layer
-            row, recorded = rows[layer], self._recording.layers[layer]
-            k, v = self._past[layer].append(call.k[0], call.v[0])
-            row.window = _crossed(self._windows[layer], k.shape[1])
-            row.attention = call._replace(
-                k=k[None], v=v[None], mask=_mask(row.window, k.device),
-                alibi_slopes=recorded.alibi_slopes,
-            )  # fmt: skip
-            z = _attend(row.attention, row.window)
-            row.z = z[0]
-            return z
+            return self._of_module[call.module].attend(call)
 
-        def watch(block: Block) -> list[torch.utils.hooks.RemovableHandle]:
-            row = rows[block.layer]
+        def watch(i: int, layer: _Layer) -> list[torch.utils.hooks.RemovableHandle]:
+            block = layer.block
 
-            def keep_call(hidden: Tensor, call: LayerCall) -> None:
-                row.resid_pre, row.call = hidden[0], call
+            def score() -> None:
+                if block.gate_site is None:
+                    layer.score(self._kernel, row, self._threshold)
+
+            def enter(hidden: Tensor, call: LayerCall) -> None:
+                layer.resid_pre, layer.layer_call = hidden[0], call
+                if i > 0:
+                    self._layers[i - 1].resid_post = hidden[0]
 
             def keep_mid(x: Tensor) -> None:
                 found = x.reshape(1, -1)
-                row.mid = row.resid_pre + found if block.parallel else found
+                layer.mid = layer.resid_pre + found if block.parallel else found
+                if not block.parallel:  # keys, values and W_O are still in the cache
+                    score()
 
             def leave(x: Tensor) -> None:
-                row.resid_post = x[0]
-                if block.gate_site is None:
-                    scored.append(self._score_row(block, row, position))
+                layer.resid_post = x[0]
+                if block.parallel:
+                    score()
 
             site, on = (
                 (block.attention, capture.on_output)
                 if block.mid_site is None
                 else (block.mid_site, capture.on_input)
             )
-            return [
-                capture.on_layer_call(block.module, keep_call),
-                on(site, keep_mid),
-                capture.on_output(block.module, leave),
-            ]
+            handles = [capture.on_layer_call(block.module, enter), on(site, keep_mid)]
+            if block.parallel or i + 1 == len(self._layers):
+                handles.append(capture.on_output(block.module, leave))
+            return handles
 
-        with evaluating(decoder.model), decoder.attention_through(decoder.model, answer):
-            handles = [handle for block in decoder.blocks for handle in watch(block)]
+        with (
+            all_evaluating(self._modules),
+            decoder.attention_through(decoder.model, answer),
+        ):
+            handles = [handle for i, layer in enumerate(self._layers) for handle in watch(i, layer)]
             with capture.hooks(*handles):
                 _, logits = decoder.step(token_id, position)
-            for block in decoder.blocks:  # which run again for their gates
-                if block.gate_site is not None:
-                    scored.append(self._score_row(block, rows[block.layer], position))
-        return scored, logits
+            for layer in self._layers:  # which run again for their gates
+                if layer.block.gate_site is not None:
+                    layer.score(self._kernel, row, self._threshold)
+        return logits
 
-    def _score_row(self, block: Block, row: _Row, position: int) -> LayerScores:
-        call, gate, scale = row.attention, None, None
-        if block.gate_site is not None:
-            gate = gate_rows(block, row.call, row.resid_pre, torch.tensor([0]))
-        if block.row_scaled:
-            scale = row_scales(block, row.resid_pre, row.mid, row.z, gate)
-        inputs = LayerInputs(
-            rows=torch.tensor([position]),
-            resid_pre=row.resid_pre,
-            y=row.resid_post if block.parallel else row.mid,
-            q=call.q[0].transpose(0, 1),
-            k=call.k[0].transpose(0, 1),
-            v=call.v[0].transpose(0, 1),
-            W_O=block.W_O,
-            scale=call.scale,
-            row_scale=scale,
-            value_gate=gate,
-            window=row.window,
-            softcap=call.softcap,
-            sinks=call.sinks,
-            alibi_slopes=call.alibi_slopes,
-            ffn=row.resid_post - row.mid if block.parallel else None,
+    def _keep_row(self, alike: _Alike, position: int) -> None:
+        """Makes nodes of the row that was scored last, in layers that are alike."""
+        layers, device = alike.layers, self._recording.resid_final.device
+        inputs, scores = [x.inputs for x in layers], [x.scores for x in layers]
+        cat = torch.cat if self._on_one_device else functools.partial(cat_on, device)
+        y, linear = cat([x.y for x in inputs]), cat([x.linear for x in scores])
+        ffn, ffn_residual, ffn_unattributed = None, None, None
+        if layers[0].block.parallel:
+            ffn = cat([x.ffn for x in inputs if x.ffn is not None])
+            of_ffn = cat([x.ffn for x in scores if x.ffn is not None])
+        else:
+            resid_post = cat([x.resid_post for x in layers])
+            ffn_residual, of_ffn, ffn_unattributed = self._kernel.score_ffn(y, resid_post)
+            ffn_residual = ffn_residual.float()
+        resid_pre = cat([x.resid_pre for x in inputs])
+        check_closed(closure_rows(y, resid_pre, ffn, alike.bias, linear), alike.numbers)
+        source = cat([x.edges.source for x in scores])
+        rows = torch.arange(len(layers), device=device)
+        counts = torch.tensor([x.edges.source.shape[0] for x in scores], device=device)
+        table = LayerTable(
+            rows,
+            cat([x.residual for x in scores]).float(),
+            of_ffn.float(),
+            ffn_residual,
+            EdgeList(
+                rows.repeat_interleave(counts, output_size=len(source)),
+                source,
+                cat([x.edges.weight for x in scores]),
+                cat([x.edges.head_weight for x in scores]),
+            ),
+            cat([x.unattributed for x in scores]),
+            ffn_unattributed,
         )
-        resid_post = None if block.parallel else row.resid_post
-        impl = self._tracer.impl
-        return score_rows(block, inputs, resid_post, torch.tensor([0]), self._threshold, impl)
+        self._keep(table, np.array(alike.numbers), np.full(len(layers), position))
 
     @torch.inference_mode()
     def graph(self, logits: Tensor) -> RouteGraph:
         """Of the prediction `logits` [vocab], made at the end of the text so far."""
         decoder, end = self._decoder, len(self.token_ids)
-        reached, closures = {end - 1}, {}
-        found: list[_NodeEdges] = []
+        reached, closures, nodes = {end - 1}, {}, self._nodes
+        found: list[int] = []
         with ExitStack() as stack:
             replaying = False
             for layer in reversed(range(decoder.n_layers)):
-                nodes = self._nodes[layer]
-                missing = sorted(t for t in reached if t not in nodes)
+                at = nodes.at[layer]
+                missing = sorted(t for t in reached if t not in at)
                 if missing:
                     if not replaying:
                         stack.enter_context(self._tracer._replaying(self._recording))
@@ -309,20 +450,17 @@ class Generation:
                         self._recording, layer, rows, self._threshold, self._tracer.impl
                     )
                     closures[layer] = scores.closure
-                    self._keep([scores])
-                here = [nodes[t] for t in reached]
+                    table = _table(scores, self._recording.resid_final.device)
+                    self._keep(table, np.full(len(missing), layer), np.array(missing))
+                here = [at[t] for t in reached]
                 found += here
-                reached = set(itertools.chain.from_iterable(node.below for node in here))
+                reached = set(itertools.chain.from_iterable(nodes.below[i] for i in here))
         if closures:
             check_closure(closures)
-        edges, heads = (
-            torch.from_numpy(np.concatenate([node[column] for node in found] or [np.empty((0, 5))]))
-            for column in (0, 1)
-        )
         return in_order(
-            edges.T,
-            heads.T,
-            [flagged for node in found for flagged in node.unattributed],
+            torch.from_numpy(nodes.edges.of(found)).T,
+            torch.from_numpy(nodes.heads.of(found)).T,
+            [flagged for i in found for flagged in nodes.flagged.get(i, ())],
             [block.parallel for block in decoder.blocks],
             tokens=list(self.tokens),
             token_ids=self.token_ids,
@@ -334,114 +472,72 @@ class Generation:
             predictions=self._tracer.likeliest(logits[None])[0],
         )
 
-    def _keep(self, scored: list[LayerScores]) -> None:
-        """Makes nodes of what was scored."""
-        for parallel in (False, True):
-            of_kind = [s for s in scored if (s.ffn_residual is None) == parallel]
-            if of_kind:
-                self._keep_alike(of_kind)
-
-    def _keep_alike(self, scored: list[LayerScores]) -> None:
-        """The same of blocks that are all sequential or all parallel: as one table, whose rows
-        are nodes.
-        """
-        device = self._recording.resid_final.device
-        layers = torch.cat([torch.full((len(s.rows),), s.layer) for s in scored])
-        positions = torch.cat([s.rows for s in scored])
-        n_nodes = len(layers)
-        grown, _ = grow_layer(
-            0,
-            _one_table(scored, device),
-            torch.ones(max(n_nodes, len(self.token_ids)), dtype=torch.bool, device=device),
-            self._threshold,
-            self._granularity,
-        )
-        layer_of, position_of = layers.numpy(), positions.numpy()
-        parts, passes = [], np.zeros(n_nodes, dtype=bool)
-        parallel = scored[0].ffn_residual is None
+    def _keep(self, table: LayerTable, layer_of: _Ints, position_of: _Ints) -> None:
+        """Makes nodes of the rows [N] of a table. layer_of, position_of: [N], where they stand."""
+        device, n, nodes = table.rows.device, len(layer_of), self._nodes
+        reached = torch.ones(max(n, len(self.token_ids)), dtype=torch.bool, device=device)
+        grown, _ = grow_layer(0, table, reached, self._threshold, self._granularity)
+        parts: list[tuple[np.ndarray[Any, Any], ...]] = []
+        below: list[list[int]] = [[] for _ in range(n)]
         for step in grown.steps:
             kept = step.kept.nonzero().squeeze(1)
-            node, source = step.target[kept].cpu().numpy(), step.source[kept].cpu().numpy()
-            if step.kind != EdgeKind.ATTENTION:
+            node, source = _numpy(step.target[kept]), _numpy(step.source[kept])
+            if step.kind == EdgeKind.ATTENTION:
+                for i, j in zip(node.tolist(), source.tolist(), strict=True):
+                    below[i].append(j)
+            else:
                 source = position_of[node]
-                if parallel or step.kind == EdgeKind.RESIDUAL_MID:
-                    passes[node] = True
+                if table.ffn_residual is None or step.kind == EdgeKind.RESIDUAL_MID:
+                    for i in node.tolist():
+                        below[i].append(int(position_of[i]))
             kind = np.full(len(node), int(step.kind))
-            weight = step.weight[kept].float().cpu().numpy()
-            parts.append(
-                (node, np.stack([layer_of[node], kind, position_of[node], source, weight], 1))
-            )
-        entry, head = (x.cpu().numpy() for x in grown.head_kept.nonzero(as_tuple=True))
+            parts.append((node, kind, source, _numpy(step.weight[kept].float())))
+        entry, head = grown.head_kept.nonzero(as_tuple=True)
         attention = grown.steps[-1]
-        node = attention.target.cpu().numpy()[entry]
-        source = attention.source.cpu().numpy()[entry]
-        weight = grown.head_weight.float().cpu().numpy()[entry, head]
-        heads = np.stack([layer_of[node], head, position_of[node], source, weight], 1)
-        of_heads = _split(node, heads, n_nodes)
-        of_edges = _split(
-            np.concatenate([node for node, _ in parts]),
-            np.concatenate([columns for _, columns in parts]),
-            n_nodes,
-        )
-        flagged: list[list[Node]] = [[] for _ in range(n_nodes)]
+        of_heads = [_numpy(attention.target[entry]), _numpy(head), _numpy(attention.source[entry])]
+        of_heads.append(_numpy(grown.head_weight[entry, head].float()))
+        first = len(nodes.below)
+        nodes.below += below
+        of_edges = [np.concatenate(x) for x in zip(*parts, strict=True)]
+        for lists, columns in ((nodes.edges, of_edges), (nodes.heads, of_heads)):
+            target, which, source, weight = columns
+            rows = np.stack([layer_of[target], which, position_of[target], source, weight], 1)
+            order = target.argsort(kind="stable")
+            lists.extend(rows[order], np.bincount(target, minlength=n))
         for is_mid, _, flags in grown.unattributed:
             place = NodeKind.MID if is_mid else NodeKind.POST
             for i in flags.nonzero().squeeze(1).tolist():
-                flagged[i].append(Node(int(layer_of[i]), place, int(position_of[i])))
+                flagged = Node(int(layer_of[i]), place, int(position_of[i]))
+                nodes.flagged.setdefault(first + i, []).append(flagged)
         for i, (layer, position) in enumerate(
-            zip(layers.tolist(), positions.tolist(), strict=True)
+            zip(layer_of.tolist(), position_of.tolist(), strict=True)
         ):
-            edges = of_edges[i]
-            below = edges[edges[:, 1] == EdgeKind.ATTENTION, 3].astype(np.int64).tolist()
-            if passes[i]:
-                below.append(position)
-            self._nodes[layer][position] = _NodeEdges(edges, of_heads[i], flagged[i], below)
+            nodes.at[layer][position] = first + i
 
 
-def _one_table(scored: list[LayerScores], device: torch.device) -> LayerTable:
-    """Several layers' scores as one, with a row for each of their rows in turn."""
+def _table(scores: LayerScores, device: torch.device) -> LayerTable:
+    """A layer's scores as a table whose rows are nodes."""
 
-    def joined(parts: list[Tensor]) -> Tensor:
-        return torch.cat([x.to(device) for x in parts])
+    def move(x: Tensor | None) -> Any:
+        return None if x is None else x.to(device)
 
-    starts = list(itertools.accumulate((len(s.rows) for s in scored), initial=0))
-    edges = [s.attention.edges for s in scored]
-    parallel = scored[0].ffn_residual is None
     return LayerTable(
-        torch.arange(starts[-1], device=device),
-        joined([s.residual for s in scored]),
-        joined([s.ffn for s in scored]),
-        None if parallel else joined([s.ffn_residual for s in scored]),  # type: ignore[misc]
-        EdgeList(
-            joined([e.row + start for e, start in zip(edges, starts[:-1], strict=True)]),
-            joined([e.source for e in edges]),
-            joined([e.weight for e in edges]),
-            joined([e.head_weight for e in edges]),
-        ),
-        joined([s.unattributed for s in scored]),
-        None if parallel else joined([s.ffn_unattributed for s in scored]),  # type: ignore[misc]
+        torch.arange(len(scores.rows), device=device),
+        move(scores.residual),
+        move(scores.ffn),
+        move(scores.ffn_residual),
+        EdgeList(*map(move, scores.attention.edges)),
+        move(scores.unattributed),
+        move(scores.ffn_unattributed),
     )
 
 
-def _split(of: np.ndarray[Any, Any], rows: np.ndarray[Any, Any], n: int) -> list[Any]:
-    """The rows of each of n owners; `of` says whose each is."""
-    order = of.argsort(kind="stable")
-    bounds = np.searchsorted(of[order], np.arange(1, n))
-    return np.split(rows[order], bounds)
+def _numpy(x: Tensor) -> np.ndarray[Any, Any]:
+    return x.cpu().numpy()
 
 
 def _crossed(window: int | None, n_tokens: int) -> int | None:
     return None if window is None or window >= n_tokens else window
-
-
-def _mask(window: int | None, device: torch.device) -> LazyMask:
-    """What was seen to be the model's mask when it was recorded."""
-
-    def function(_: Any, __: Any, rows: Tensor, keys: Tensor) -> Tensor:
-        seen = keys <= rows
-        return seen if window is None else seen & (keys > rows - window)
-
-    return LazyMask(function, device)
 
 
 def _attend(call: AttentionCall, window: int | None) -> Tensor:

@@ -322,11 +322,14 @@ def _pack(*columns: Tensor) -> Tensor:
 
 
 def _order(columns: Tensor, keys: tuple[int, ...]) -> Tensor:
-    """Indices that sort by several rows of `columns`, the first of `keys` first."""
-    order = torch.arange(columns.shape[1])
-    for key in reversed(keys):
-        order = order[columns[key][order].argsort(stable=True)]
-    return order
+    """Indices that sort by several rows of `columns`, whole numbers, the first of `keys` first."""
+    packed = torch.zeros(columns.shape[1], dtype=torch.int64)
+    if len(packed) == 0:
+        return packed
+    # Layers, kinds or heads, and two positions of at most 2^24 fit into 63 bits.
+    for column in columns[list(keys)].long():
+        packed = packed * (column.max() + 1) + column
+    return packed.argsort()
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,7 +23,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, NoReturn
 
@@ -286,7 +286,14 @@ def answering_layers(
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Within, the model is in eval mode; each module's own flag is restored after."""
-    training = [module for module in model.modules() if module.training]
+    with all_evaluating(model.modules()):
+        yield
+
+
+@contextmanager
+def all_evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Within, each of `modules` is in eval mode; its own flag is restored after."""
+    training = [module for module in modules if module.training]
     for module in training:
         module.training = False
     try:

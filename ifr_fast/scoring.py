@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
@@ -27,6 +27,23 @@ class Kernel(Protocol):
     def score_attention(self, inputs: LayerInputs, keep: float) -> AttentionScores: ...
 
     def score_ffn(self, resid_mid: Tensor, resid_post: Tensor) -> FFNScores: ...
+
+
+class AttendRow(Protocol):
+    """Attention of the last of S positions alone, and the weights that it was computed with."""
+
+    def __call__(
+        self,
+        q: Tensor,  # [1, H, K]
+        k: Tensor,  # [S, H_kv, K]
+        v: Tensor,  # [S, H_kv, V]
+        scale: float,
+        *,
+        window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+        alibi_slopes: Tensor | None,
+    ) -> tuple[Tensor, Tensor]: ...  # [1, H, V], [1, H, S]
 
 
 def block_rows(device: torch.device) -> int:
@@ -117,6 +134,17 @@ def load_kernel(impl: str) -> Kernel:
             return triton
         case _:
             raise ValueError(f"impl: no kernel {impl!r}")
+
+
+def row_attention(impl: str, dtype: torch.dtype) -> AttendRow | None:
+    """An attention function that leaves its weights to `LayerInputs.weights`, where the kernel has
+    one for a model in `dtype`.
+    """
+    if impl != "cpu" or dtype != torch.float32:
+        return None
+    from .kernels.cpu.kernel import attend_row
+
+    return attend_row
 
 
 class TokenEdges(NamedTuple):
@@ -307,15 +335,25 @@ def closure(inputs: LayerInputs, linear: Tensor, bias: Tensor, sample: Tensor) -
     """The rows of a layer that are checked. bias: [D]; sample: indices of rows, on the CPU."""
 
     def take(x: Tensor) -> Tensor:
-        chosen = x if len(sample) == len(x) else x[sample.to(x.device)]
-        return chosen.to(torch.promote_types(inputs.y.dtype, torch.float32))
+        return x if len(sample) == len(x) else x[sample.to(x.device)]
 
-    y, resid_pre = take(inputs.y), take(inputs.resid_pre)
+    ffn = None if inputs.ffn is None else take(inputs.ffn)
+    return closure_rows(take(inputs.y), take(inputs.resid_pre), ffn, bias, take(linear))
+
+
+def closure_rows(
+    y: Tensor, resid_pre: Tensor, ffn: Tensor | None, bias: Tensor, linear: Tensor
+) -> Closure:
+    """Rows to be checked: y, resid_pre, in parallel blocks ffn [C, D]; bias [D] or [C, D]; linear
+    [C].
+    """
+    wide = torch.promote_types(y.dtype, torch.float32)
+    eps = torch.full_like(y[:, 0], torch.finfo(y.dtype).eps, dtype=wide)
+    y, resid_pre = y.to(wide), resid_pre.to(wide)
     moved = y - resid_pre - bias
-    if inputs.ffn is not None:
-        moved = moved - take(inputs.ffn)
-    eps = torch.full_like(y[:, 0], torch.finfo(inputs.y.dtype).eps)
-    return Closure(y, resid_pre, moved, take(linear), eps)
+    if ffn is not None:
+        moved = moved - ffn
+    return Closure(y, resid_pre, moved, linear.to(wide), eps)
 
 
 def closure_errors(rows: Closure) -> Tensor:
@@ -340,13 +378,12 @@ def closure_errors(rows: Closure) -> Tensor:
 def check_closure(of_layer: dict[int, Closure]) -> None:
     """Raises IfrError where a layer's `closure_errors` are above 1; one read by the host."""
     device = next(iter(of_layer.values())).y.device
-    y, resid_pre, moved, linear, eps = zip(*of_layer.values(), strict=True)
+    rows = Closure(*(cat_on(device, parts) for parts in zip(*of_layer.values(), strict=True)))
+    check_closed(rows, [layer for layer, of in of_layer.items() for _ in range(len(of.linear))])
 
-    def joined(parts: tuple[Tensor, ...]) -> Tensor:
-        return torch.cat([x.to(device) for x in parts])
 
-    rows = Closure(joined(y), joined(resid_pre), joined(moved), joined(linear), joined(eps))
-    layers = [layer for layer, of in of_layer.items() for _ in range(len(of.linear))]
+def check_closed(rows: Closure, layers: list[int]) -> None:
+    """Raises IfrError where `closure_errors` are above 1, with the layer of that row."""
     for layer, error in zip(layers, closure_errors(rows).tolist(), strict=True):
         if not error <= 1:
             raise IfrError(
@@ -354,6 +391,11 @@ def check_closure(of_layer: dict[int, Closure]) -> None:
                 f"model computed ({error:.1f} times what rounding explains); were its weights "
                 "changed after it was opened, or are they not finite?"
             )
+
+
+def cat_on(device: torch.device, parts: Iterable[Tensor]) -> Tensor:
+    """All of `parts`, wherever they are, along their first dimension."""
+    return torch.cat([x if x.device == device else x.to(device) for x in parts])
 
 
 def _check_shapes(inputs: LayerInputs) -> None:
@@ -370,6 +412,7 @@ def _check_shapes(inputs: LayerInputs) -> None:
         "alibi_slopes": (H,),
         "log_sum_exp": (R, H),
         "ffn": (R, D),
+        "weights": (R, H, S),
         "offset": (R,),
     }
     for name, shape in expected.items():

@@ -61,8 +61,10 @@ inline void product(int m, int64_t n, const float* A, int64_t lda, const float* 
 }
 
 // ND dot products at once: out[r] = x . B[r] for x [n] and rows B[r] [n], n a multiple of W.
+// `squared`: B's elements are squared first.
 constexpr int ND = W > 8 ? W : 8;
 
+template <bool squared = false>
 inline void dots(int64_t n, const float* x, const float* const B[ND], float out[ND]) {
     F c[ND];
 #pragma GCC unroll 16
@@ -70,7 +72,10 @@ inline void dots(int64_t n, const float* x, const float* const B[ND], float out[
     for (int64_t i = 0; i < n; i += W) {
         const F a = load(x + i);
 #pragma GCC unroll 16
-        for (int r = 0; r < ND; ++r) c[r] = fma(a, load(B[r] + i), c[r]);
+        for (int r = 0; r < ND; ++r) {
+            const F b = load(B[r] + i);
+            c[r] = fma(a, squared ? b * b : b, c[r]);
+        }
     }
 #if defined(IFR_AVX2)
     const F c0123 = _mm256_hadd_ps(_mm256_hadd_ps(c[0], c[1]), _mm256_hadd_ps(c[2], c[3]));

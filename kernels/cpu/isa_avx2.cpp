@@ -13,6 +13,9 @@
 namespace ifr::avx2 {
 #include "vec.h"
 #include "gemm.h"
+#include "lines.h"
+#include "blocks.h"
+#include "row.h"
 #include "score_impl.h"
 }  // namespace ifr::avx2
 

@@ -15,6 +15,9 @@
 namespace ifr::avx512 {
 #include "vec.h"
 #include "gemm.h"
+#include "lines.h"
+#include "blocks.h"
+#include "row.h"
 #include "score_impl.h"
 }  // namespace ifr::avx512
 

@@ -1,4 +1,5 @@
-"""The native CPU kernel: one fused pass over row blocks, in C++ (score_impl.h).
+"""The native CPU kernel: one fused pass over row blocks, or over one row, in C++ (blocks.h,
+row.h).
 
 Same face and values as eager.py, sums in float32: bfloat16 and float16 inputs are upcast, float64
 is refused. Runs on as many threads as torch is set to, those of torch's own OpenMP pool where it
@@ -14,12 +15,14 @@ Without a C++ compiler at installation there is no `_native`: importing this mod
 from __future__ import annotations
 
 import os
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]
 
 from ..contract import AttentionScores, EdgeList, FFNScores, LayerInputs
 
@@ -31,6 +34,7 @@ except ImportError as error:
     _import_error = error
 
 ISA: str | None = os.environ.get("IFR_FAST_CPU_ISA")
+_PACKED = {"row_scale", "sinks", "alibi_slopes", "log_sum_exp", "weights", "offset"}
 STAGES = ("prepare", "scores", "softmax", "linear", "correct", "finish")
 
 
@@ -72,26 +76,20 @@ def score_attention(inputs: LayerInputs, keep: float) -> AttentionScores:
 def score_attention_counted(inputs: LayerInputs, keep: float) -> tuple[AttentionScores, Counters]:
     """`score_attention`, and what it took."""
     native = _load()
-    prepared: dict[str, Any] = {
-        name: _prepared(name, x) for name, x in inputs._asdict().items() if isinstance(x, Tensor)
-    }
-    x = inputs._replace(**prepared)
-    R, H, _ = x.q.shape
-    residual = _empty(R)
-    ffn = None if x.ffn is None else _empty(R)
-    head_total = _empty(R, H)
+    R, H, _ = inputs.q.shape
+    residual, linear, total, head_total = _empty(R), _empty(R), _empty(R), _empty(R, H)
+    ffn = None if inputs.ffn is None else _empty(R)
     unattributed = _empty(R, dtype=torch.bool)
-    linear, total = _empty(R), _empty(R)
     *edges, (pairs, listed, visited, seconds) = native.score_attention(
-        **x._asdict(),
+        **{name: _prepared(name, x) for name, x in zip(inputs._fields, inputs, strict=True)},
         keep=keep,
-        residual=residual,
-        ffn_out=ffn,
-        head_total=head_total,
-        unattributed=unattributed,
-        linear=linear,
-        total=total,
-        isa=ISA or native.isas()[0],
+        residual=to_dlpack(residual),
+        ffn_out=None if ffn is None else to_dlpack(ffn),
+        head_total=to_dlpack(head_total),
+        unattributed=to_dlpack(unattributed),
+        linear=to_dlpack(linear),
+        total=to_dlpack(total),
+        isa=_isa(native),
         n_threads=torch.get_num_threads(),
     )
     scores = AttentionScores(
@@ -114,11 +112,44 @@ def score_ffn(resid_mid: Tensor, resid_post: Tensor) -> FFNScores:
     native.score_ffn(
         resid_mid=_prepared("resid_mid", resid_mid),
         resid_post=_prepared("resid_post", resid_post),
-        **scores._asdict(),
-        isa=ISA or native.isas()[0],
+        **{name: to_dlpack(x) for name, x in zip(scores._fields, scores, strict=True)},
+        isa=_isa(native),
         n_threads=torch.get_num_threads(),
     )
     return scores
+
+
+def attend_row(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of the last position alone, as `LayerInputs` describes it: q [1, H, K], k [S, H_kv,
+    K], v [S, H_kv, V]. Returns its output [1, H, V] and its weights [1, H, S], float32.
+    """
+    native = _load()
+    z, weights = _empty(*q.shape[:2], v.shape[2]), _empty(*q.shape[:2], len(k))
+    native.attend_row(
+        q=_prepared("q", q),
+        k=_prepared("k", k),
+        v=_prepared("v", v),
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        sinks=_prepared("sinks", sinks),
+        alibi_slopes=_prepared("alibi_slopes", alibi_slopes),
+        z=to_dlpack(z),
+        weights=to_dlpack(weights),
+        isa=_isa(native),
+        n_threads=torch.get_num_threads(),
+    )
+    return z, weights
 
 
 def _load() -> ModuleType:
@@ -129,22 +160,36 @@ def _load() -> ModuleType:
     return _native
 
 
+@cache
+def _best_isa(native: ModuleType) -> str:
+    return str(native.isas()[0])
+
+
+def _isa(native: ModuleType) -> str:
+    return ISA or _best_isa(native)
+
+
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(*shape, dtype=dtype, device="cpu")
 
 
-def _prepared(name: str, x: Tensor) -> Tensor:
-    """As the extension takes it: on the CPU, float32, no gradient, last dimension contiguous."""
-    if x.device.type != "cpu":
+def _prepared(name: str, x: Any) -> Any:
+    """As the extension takes it. A tensor: on the CPU, float32, last dimension contiguous; as a
+    DLPack capsule, as asking a tensor for one takes longer than the rest of a call.
+    """
+    if not isinstance(x, Tensor):
+        return x
+    if not x.is_cpu:
         raise ValueError(f"{name}: impl='cpu' takes CPU tensors, got one on {x.device}")
     if name == "rows":
-        return x.to(torch.int64).contiguous()
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(
-            f"{name}: impl='cpu' takes float32, bfloat16 or float16 and sums in float32, got "
-            f"{x.dtype}; impl='eager' and 'reference' compute in float64"
-        )
-    x = x.detach().to(torch.float32)
-    if name == "W_O" or (x.dim() > 1 and name != "log_sum_exp" and x.stride(-1) == 1):
-        return x
-    return x.contiguous()
+        return to_dlpack(x.to(torch.int64).contiguous())
+    if x.dtype is not torch.float32:
+        if x.dtype not in (torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"{name}: impl='cpu' takes float32, bfloat16 or float16 and sums in float32, got "
+                f"{x.dtype}; impl='eager' and 'reference' compute in float64"
+            )
+        x = x.to(torch.float32)
+    if name != "W_O" and (x.stride(-1) != 1 or name in _PACKED):
+        x = x.contiguous()
+    return to_dlpack(x.detach())

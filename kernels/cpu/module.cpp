@@ -23,9 +23,11 @@ namespace {
 template <int rank>
 using Floats = nb::ndarray<const float, nb::ndim<rank>, nb::device::cpu>;
 using Packed = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Packed3 = nb::ndarray<const float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 using Packed2 = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Out = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Out2 = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Out3 = nb::ndarray<float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 using OutFlags = nb::ndarray<bool, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Rows = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
@@ -33,6 +35,7 @@ struct Isa {
     const char* name;
     void (*score_attention)(const ifr::Layer&, int, ifr::Scores&);
     void (*score_ffn)(const ifr::FFNParts&, int);
+    void (*attend_row)(const ifr::Layer&, int, const ifr::Attention&);
     bool usable;
 };
 
@@ -40,12 +43,12 @@ struct Isa {
 std::vector<Isa> isas() {
     std::vector<Isa> all;
 #if defined(__x86_64__)
-    all.push_back({"avx2", ifr::avx2::score_attention, ifr::avx2::score_ffn,
+    all.push_back({"avx2", ifr::avx2::score_attention, ifr::avx2::score_ffn, ifr::avx2::attend_row,
                    __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")});
 #endif
-    all.push_back({"baseline", ifr::baseline::score_attention, ifr::baseline::score_ffn, true});
+    all.push_back({"baseline", ifr::baseline::score_attention, ifr::baseline::score_ffn, ifr::baseline::attend_row, true});
 #if defined(__x86_64__)
-    all.push_back({"avx512", ifr::avx512::score_attention, ifr::avx512::score_ffn,
+    all.push_back({"avx512", ifr::avx512::score_attention, ifr::avx512::score_ffn, ifr::avx512::attend_row,
                    __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")});
 #endif
@@ -123,48 +126,59 @@ nb::object joined(const std::vector<ifr::Edges>& edges, List list, size_t width)
     return nb::ndarray<nb::numpy, T, nb::ndim<1>>(all->data(), {n}, owner).cast();
 }
 
-nb::tuple score_attention(
-    Rows rows, Floats<2> resid_pre, Floats<2> y, Floats<3> q, Floats<3> k, Floats<3> v,
-    Floats<3> W_O, double scale, std::optional<Packed> row_scale,
-    std::optional<Floats<3>> value_gate, std::optional<int64_t> window,
-    std::optional<double> softcap, std::optional<Packed> sinks, std::optional<Packed> alibi_slopes,
-    std::optional<Packed2> log_sum_exp, std::optional<Floats<2>> ffn, std::optional<Packed> offset,
-    double floor, double keep, Out residual, std::optional<Out> ffn_out, Out2 head_total,
-    OutFlags unattributed, Out linear, Out total, const std::string& isa, int n_threads) {
+// What attention is computed from, checked.
+ifr::Layer attention_of(int64_t R, const Floats<3>& q, const Floats<3>& k, const Floats<3>& v,
+                        double scale, std::optional<int64_t> window, std::optional<double> softcap,
+                        const std::optional<Packed>& sinks,
+                        const std::optional<Packed>& alibi_slopes) {
     ifr::Layer l{};
-    l.R = static_cast<int64_t>(rows.shape(0));
+    l.R = R;
     l.S = static_cast<int64_t>(k.shape(0));
     l.H = static_cast<int64_t>(q.shape(1));
     l.H_kv = static_cast<int64_t>(k.shape(1));
     l.K = static_cast<int64_t>(q.shape(2));
     l.V = static_cast<int64_t>(v.shape(2));
-    l.D = static_cast<int64_t>(y.shape(1));
     if (l.H_kv < 1 || l.H < 1 || l.H % l.H_kv)
         throw nb::value_error("q's heads must be a multiple of k's and v's");
-    if (l.D < 1 || l.D >= 1 << 24 || l.S >= 1 << 24)
-        throw nb::value_error("D must be at least 1, and D and the number of keys below 2^24");
-    if (n_threads < 1) throw nb::value_error("n_threads must be at least 1");
+    if (l.S >= 1 << 24) throw nb::value_error("the number of keys must be below 2^24");
     if (window && *window < 1) throw nb::value_error("window must be at least 1");
     if (softcap && !(*softcap > 0)) throw nb::value_error("softcap must be above 0");
+    l.q = tensor3(q, "q", {l.R, l.H, l.K});
+    l.k = tensor3(k, "k", {l.S, l.H_kv, l.K});
+    l.v = tensor3(v, "v", {l.S, l.H_kv, l.V});
+    l.scale = static_cast<float>(scale);
+    l.window = window.value_or(0);
+    l.softcap = static_cast<float>(softcap.value_or(0));
+    l.sinks = packed(sinks, "sinks", l.H);
+    l.alibi_slopes = packed(alibi_slopes, "alibi_slopes", l.H);
+    return l;
+}
+
+nb::tuple score_attention(
+    Rows rows, Floats<2> resid_pre, Floats<2> y, Floats<3> q, Floats<3> k, Floats<3> v,
+    Floats<3> W_O, double scale, std::optional<Packed> row_scale,
+    std::optional<Floats<3>> value_gate, std::optional<int64_t> window,
+    std::optional<double> softcap, std::optional<Packed> sinks, std::optional<Packed> alibi_slopes,
+    std::optional<Packed2> log_sum_exp, std::optional<Floats<2>> ffn,
+    std::optional<Packed3> weights, std::optional<Packed> offset, double floor, double keep,
+    Out residual, std::optional<Out> ffn_out, Out2 head_total, OutFlags unattributed, Out linear,
+    Out total, const std::string& isa, int n_threads) {
+    ifr::Layer l = attention_of(static_cast<int64_t>(rows.shape(0)), q, k, v, scale, window,
+                                softcap, sinks, alibi_slopes);
+    l.D = static_cast<int64_t>(y.shape(1));
+    if (l.D < 1 || l.D >= 1 << 24) throw nb::value_error("D must be at least 1, and below 2^24");
+    if (n_threads < 1) throw nb::value_error("n_threads must be at least 1");
     l.rows = rows.data();
     for (int64_t r = 0; r < l.R; ++r)
         if (l.rows[r] < 0 || l.rows[r] >= l.S || (r && l.rows[r] <= l.rows[r - 1]))
             throw nb::value_error("rows must be strictly ascending positions among the keys");
     l.resid_pre = matrix(resid_pre, "resid_pre", l.R, l.D);
     l.y = matrix(y, "y", l.R, l.D);
-    l.q = tensor3(q, "q", {l.R, l.H, l.K});
-    l.k = tensor3(k, "k", {l.S, l.H_kv, l.K});
-    l.v = tensor3(v, "v", {l.S, l.H_kv, l.V});
     check_shape(W_O, "W_O", {l.H, l.V, l.D});
     l.W_O = {W_O.data(), W_O.stride(0), W_O.stride(1), W_O.stride(2)};
-    l.scale = static_cast<float>(scale);
     l.keep = static_cast<float>(keep);
     l.row_scale = packed(row_scale, "row_scale", l.R);
     if (value_gate) l.value_gate = tensor3(*value_gate, "value_gate", {l.R, l.H, l.V});
-    l.window = window.value_or(0);
-    l.softcap = static_cast<float>(softcap.value_or(0));
-    l.sinks = packed(sinks, "sinks", l.H);
-    l.alibi_slopes = packed(alibi_slopes, "alibi_slopes", l.H);
     if (log_sum_exp) {
         check_shape(*log_sum_exp, "log_sum_exp", {l.R, l.H});
         l.log_sum_exp = log_sum_exp->data();
@@ -173,6 +187,10 @@ nb::tuple score_attention(
     if (!(floor >= 0)) throw nb::value_error("floor must be at least 0");
     l.offset = packed(offset, "offset", l.R);
     l.floor = static_cast<float>(floor);
+    if (weights) {
+        check_shape(*weights, "weights", {l.R, l.H, l.S});
+        l.weights = weights->data();
+    }
     check_shape(residual, "residual", {l.R});
     check_shape(head_total, "head_total", {l.R, l.H});
     check_shape(unattributed, "unattributed", {l.R});
@@ -218,6 +236,23 @@ void score_ffn(Floats<2> resid_mid, Floats<2> resid_post, Out residual, Out ffn,
     kernel.score_ffn(x, n_threads);
 }
 
+void attend_row(Floats<3> q, Floats<3> k, Floats<3> v, double scale, std::optional<int64_t> window,
+                std::optional<double> softcap, std::optional<Packed> sinks,
+                std::optional<Packed> alibi_slopes, Out3 z, Out3 weights, const std::string& isa,
+                int n_threads) {
+    ifr::Layer l = attention_of(1, q, k, v, scale, window, softcap, sinks, alibi_slopes);
+    if (l.S < 1) throw nb::value_error("k must hold at least one key");
+    if (n_threads < 1) throw nb::value_error("n_threads must be at least 1");
+    const int64_t row = l.S - 1;
+    l.rows = &row;
+    check_shape(z, "z", {1, l.H, l.V});
+    check_shape(weights, "weights", {1, l.H, l.S});
+    const ifr::Attention out{z.data(), weights.data()};
+    const Isa kernel = find_isa(isa);
+    nb::gil_scoped_release released;
+    kernel.attend_row(l, n_threads, out);
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -230,10 +265,15 @@ NB_MODULE(_native, m) {
           "value_gate"_a.noconvert().none(), "window"_a.none(), "softcap"_a.none(),
           "sinks"_a.noconvert().none(), "alibi_slopes"_a.noconvert().none(),
           "log_sum_exp"_a.noconvert().none(), "ffn"_a.noconvert().none(),
-          "offset"_a.noconvert().none(), "floor"_a, "keep"_a, "residual"_a.noconvert(),
-          "ffn_out"_a.noconvert().none(), "head_total"_a.noconvert(), "unattributed"_a.noconvert(),
-          "linear"_a.noconvert(), "total"_a.noconvert(), "isa"_a, "n_threads"_a);
+          "weights"_a.noconvert().none(), "offset"_a.noconvert().none(), "floor"_a, "keep"_a,
+          "residual"_a.noconvert(), "ffn_out"_a.noconvert().none(), "head_total"_a.noconvert(),
+          "unattributed"_a.noconvert(), "linear"_a.noconvert(), "total"_a.noconvert(), "isa"_a,
+          "n_threads"_a);
     m.def("score_ffn", &score_ffn, "resid_mid"_a.noconvert(), "resid_post"_a.noconvert(),
           "residual"_a.noconvert(), "ffn"_a.noconvert(), "unattributed"_a.noconvert(), "isa"_a,
           "n_threads"_a);
+    m.def("attend_row", &attend_row, "q"_a.noconvert(), "k"_a.noconvert(), "v"_a.noconvert(),
+          "scale"_a, "window"_a.none(), "softcap"_a.none(), "sinks"_a.noconvert().none(),
+          "alibi_slopes"_a.noconvert().none(), "z"_a.noconvert(), "weights"_a.noconvert(),
+          "isa"_a, "n_threads"_a);
 }

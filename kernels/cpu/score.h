@@ -35,6 +35,7 @@ struct Layer {
     const float* alibi_slopes = nullptr;  // [H]
     const float* log_sum_exp = nullptr;   // [R, H]
     Matrix ffn;                           // [R, D]
+    const float* weights = nullptr;       // [R, H, S], used where R is 1
     const float* offset = nullptr;        // [R]
     float floor = 0;
 };
@@ -46,6 +47,12 @@ struct Counters {
     int64_t pairs = 0;    // (row, head, visible key)
     int64_t listed = 0;   // pairs with lin > 0 and a coordinate that can flip
     int64_t visited = 0;  // coordinates, of all pairs together
+    void add(const Counters& other) {
+        for (int i = 0; i < N_STAGES; ++i) seconds[i] += other.seconds[i];
+        pairs += other.pairs;
+        listed += other.listed;
+        visited += other.visited;
+    }
 };
 
 struct Edges {
@@ -61,6 +68,10 @@ struct Scores {
     Counters counters;
 };
 
+struct Attention {
+    float *z, *weights;  // [H, V], [H, S]
+};
+
 struct FFNParts {
     int64_t R, D;
     Matrix resid_mid, resid_post;
@@ -72,6 +83,7 @@ struct FFNParts {
     namespace isa {                                                       \
     void score_attention(const Layer& layer, int n_threads, Scores& out); \
     void score_ffn(const FFNParts& parts, int n_threads);                 \
+    void attend_row(const Layer& layer, int n_threads, const Attention& out); \
     }
 IFR_DECLARE(baseline)
 #if defined(__x86_64__)
