@@ -62,10 +62,12 @@ def score_given(
     real = (source <= positions[row]) & (weight > 0)
     row, source, weight, head_weight = (x[real] for x in (row, source, weight, head_weight))
     residual, ffn, head_total = scores.residual, scores.ffn, scores.head_total
+    total = scores.total
     if bool(flat.any()):
         # 1/n each was of S keys; a row has fewer.
         n_keys = (positions + 1).to(residual.dtype)
         share = 1 / (1 + H * n_keys + (ffn is not None))
+        total = total.where(~flat, 1 / share)
         residual = residual.where(~flat, share)
         ffn = None if ffn is None else ffn.where(~flat, share)
         head_total = head_total.where(~flat[:, None], (share * n_keys)[:, None])
@@ -77,7 +79,7 @@ def score_given(
         weight = torch.cat([weight, H * share[its]])
         head_weight = torch.cat([head_weight, share[its, None].expand(-1, H)])
     edges = EdgeList(row, source, weight, head_weight)
-    return AttentionScores(residual, ffn, head_total, edges, flat, scores.linear)
+    return AttentionScores(residual, ffn, head_total, edges, flat, scores.linear, total)
 
 
 def _without(flat: Tensor, row: Tensor, *columns: Tensor) -> tuple[Tensor, ...]:
