@@ -254,7 +254,7 @@ def neuron_scores(
         of_residual = (y.abs() - (y - ffn.before).abs()).sum(-1).clamp(min=0)
         total, n_parts = total + of_residual, n_parts + 1
         if ffn.inputs.ffn is not None:
-            of_attention, n_pairs = _of_attention(ffn.inputs, y, of_residual, impl)
+            of_attention, n_pairs = _of_attention(ffn.inputs, y, impl)
             total, n_parts = total + of_attention, n_parts + n_pairs
     unattributed = total == 0
     total = torch.where(unattributed, n_parts, total)
@@ -280,18 +280,10 @@ def neuron_scores(
     )
 
 
-def _of_attention(
-    inputs: LayerInputs, y: Tensor, of_residual: Tensor, impl: str
-) -> tuple[Tensor, Tensor]:
-    """Summed proximity of all pairs of a parallel block's rows, [R], and how many there are, [R].
-
-    A kernel gives shares alone. With y itself as one more part, whose proximity is |y|_1, they
-    say what they are shares of.
-    """
-    scores = load_kernel(impl).score_attention(inputs._replace(ffn=inputs.y), 1.0)
-    assert scores.ffn is not None
-    whole = y.abs().sum(-1)
-    total = whole / scores.ffn.to(y.dtype)
+def _of_attention(inputs: LayerInputs, y: Tensor, impl: str) -> tuple[Tensor, Tensor]:
+    """Of a parallel block's rows, the summed proximity of all pairs and their number, both [R]."""
+    scores = load_kernel(impl).score_attention(inputs, 1.0)
+    total = scores.total.masked_fill(scores.unattributed, 0).to(y.dtype)
     n_keys = visible(inputs.rows, len(inputs.k), inputs.window).sum(-1).to(y)
     return scores.head_total.to(y.dtype).sum(-1) * total, inputs.q.shape[1] * n_keys
 

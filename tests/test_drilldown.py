@@ -413,7 +413,8 @@ def test_neurons_where_nothing_is_attributed(family: str, monkeypatch: pytest.Mo
     rows = drilldown._ffn_rows
 
     def cancelled(*args: Any) -> Any:
-        return rows(*args)._replace(post=torch.zeros(1, 36))
+        found, y = rows(*args), torch.zeros(1, 36)
+        return found._replace(post=y, inputs=found.inputs._replace(y=y))
 
     monkeypatch.setattr(drilldown, "_ffn_rows", cancelled)
     scores = tracer.neurons(text, layer=LAYER, position=4)
