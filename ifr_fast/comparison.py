@@ -194,6 +194,8 @@ def compare(
     positions: pairs of a position in the first and one in the second text, ascending, which stand
     for each other. Default: texts of equal length token by token, others as their tokens match.
     """
+    if not isinstance(second, RouteGraph):
+        raise ValueError(f"other: expected a RouteGraph, got {type(second).__name__}")
     shapes = [(g.n_layers, g.n_heads, g.parallel.tolist()) for g in (first, second)]
     if shapes[0] != shapes[1]:
         (l0, h0, _), (l1, h1, _) = shapes

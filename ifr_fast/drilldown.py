@@ -7,13 +7,13 @@ Everything is read off a Recording; a graph's nodes and edges say where to look.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .graph import Node, NodeKind, Prediction
+from .graph import Node, NodeKind, Prediction, as_index
 from .kernels.contract import LayerInputs, visible
 from .lens import direct_logits, lens_logits
 from .neurons import NeuronBases, activations
@@ -21,9 +21,6 @@ from .prefill import attended
 from .recording import Recording, layer_inputs
 from .scoring import check_closure, load_kernel, score_layer
 from .tokens import token_strings
-
-if TYPE_CHECKING:
-    pass
 
 _MAP_ELEMENTS = 1 << 22  # of [R, S, H] that are scored at once
 
@@ -46,11 +43,16 @@ class NodeLens:
 
     def rank(self, token_id: int) -> int:
         """The token's place: 1 is the most probable; tokens that tie share the better place."""
-        return int((self.logits > self.logits[token_id]).sum()) + 1
+        return int((self.logits > self.logits[self._known(token_id)]).sum()) + 1
 
     def probability(self, token_id: int) -> float:
         """What the softmax of the logits gives the token."""
-        return float(self.logits.double().softmax(-1)[token_id])
+        return float(self.logits.double().softmax(-1)[self._known(token_id)])
+
+    def _known(self, token_id: int) -> int:
+        if not 0 <= as_index("token_id", token_id) < len(self.logits):
+            raise ValueError(f"token_id: expected 0 to {len(self.logits) - 1}, got {token_id}")
+        return token_id
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +91,8 @@ class NeuronScores:
 
     def top(self, k: int = 10) -> list[list[Neuron]]:
         """The k most important neurons of each row, most important first."""
+        if as_index("k", k) < 1:
+            raise ValueError(f"k: expected at least 1, got {k}")
         found = []
         order = self.importance.argsort(dim=-1, descending=True, stable=True)[:, :k]
         for chosen, activation, importance in zip(
@@ -250,7 +254,7 @@ def neuron_scores(
         of_residual = (y.abs() - (y - ffn.before).abs()).sum(-1).clamp(min=0)
         total, n_parts = total + of_residual, n_parts + 1
         if ffn.inputs.ffn is not None:
-            of_attention, n_pairs = _of_attention(ffn.inputs, y, of_residual, impl)
+            of_attention, n_pairs = _of_attention(ffn.inputs, y, impl)
             total, n_parts = total + of_attention, n_parts + n_pairs
     unattributed = total == 0
     total = torch.where(unattributed, n_parts, total)
@@ -276,18 +280,10 @@ def neuron_scores(
     )
 
 
-def _of_attention(
-    inputs: LayerInputs, y: Tensor, of_residual: Tensor, impl: str
-) -> tuple[Tensor, Tensor]:
-    """Summed proximity of all pairs of a parallel block's rows, [R], and how many there are, [R].
-
-    A kernel gives shares alone. With y itself as one more part, whose proximity is |y|_1, they
-    say what they are shares of.
-    """
-    scores = load_kernel(impl).score_attention(inputs._replace(ffn=inputs.y), 1.0)
-    assert scores.ffn is not None
-    whole = y.abs().sum(-1)
-    total = whole / scores.ffn.to(y.dtype)
+def _of_attention(inputs: LayerInputs, y: Tensor, impl: str) -> tuple[Tensor, Tensor]:
+    """Of a parallel block's rows, the summed proximity of all pairs and their number, both [R]."""
+    scores = load_kernel(impl).score_attention(inputs, 1.0)
+    total = scores.total.masked_fill(scores.unattributed, 0).to(y.dtype)
     n_keys = visible(inputs.rows, len(inputs.k), inputs.window).sum(-1).to(y)
     return scores.head_total.to(y.dtype).sum(-1) * total, inputs.q.shape[1] * n_keys
 

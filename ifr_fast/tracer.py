@@ -655,6 +655,8 @@ class Tracer:
         """
         if as_index("k", k) < 1:
             raise ValueError(f"k: expected at least 1, got {k}")
+        if not isinstance(nodes, Iterable):
+            raise ValueError(f"nodes: expected a node or several, got {nodes!r}")
         single = isinstance(nodes, tuple) and len(nodes) == 3 and isinstance(nodes[1], str)
         given: list[Any] = [nodes] if single else list(nodes)
         if not given:

@@ -243,6 +243,12 @@ def test_lens_of_one_node_and_what_is_refused() -> None:
         tracer.logit_lens(text, (0, "post", 13))
     with pytest.raises(ValueError, match="nodes: is empty"):
         tracer.logit_lens(text, [])
+    with pytest.raises(ValueError, match="nodes: expected a node or several, got 3"):
+        tracer.logit_lens(text, 3)  # type: ignore[call-overload]
+    for of in (one.rank, one.probability):
+        for token_id in (-1, len(one.logits)):
+            with pytest.raises(ValueError, match=f"token_id: expected 0 to .*, got {token_id}"):
+                of(token_id)
     with pytest.raises(ValueError, match="k: expected at least 1, got 0"):
         tracer.logit_lens(text, (0, "post", 3), k=0)
 
@@ -370,6 +376,8 @@ def test_neurons(neuron_case: Case, kind: str, monkeypatch: pytest.MonkeyPatch) 
 def test_the_most_important_neurons_come_first() -> None:
     tracer, oracle, text = case("gpt2")
     scores = tracer.neurons(text, layer=LAYER)
+    with pytest.raises(ValueError, match="k: expected at least 1, got -1"):
+        scores.top(-1)
     (top,) = scores.top(5)
     expected = shares_of_neurons(oracle, LAYER, NodeKind.POST)[0][-1].topk(5)
     assert [n.neuron for n in top] == expected.indices.tolist()
@@ -405,7 +413,8 @@ def test_neurons_where_nothing_is_attributed(family: str, monkeypatch: pytest.Mo
     rows = drilldown._ffn_rows
 
     def cancelled(*args: Any) -> Any:
-        return rows(*args)._replace(post=torch.zeros(1, 36))
+        found, y = rows(*args), torch.zeros(1, 36)
+        return found._replace(post=y, inputs=found.inputs._replace(y=y))
 
     monkeypatch.setattr(drilldown, "_ffn_rows", cancelled)
     scores = tracer.neurons(text, layer=LAYER, position=4)
@@ -654,6 +663,8 @@ def test_differences_refused() -> None:
     other = Tracer(tiny_model("gpt_neox").eval(), None).trace(tiny_text(5))
     with pytest.raises(ValueError, match="other: expected a graph of a model with the same layers"):
         graph.compare(other)
+    with pytest.raises(ValueError, match="other: expected a RouteGraph, got int"):
+        graph.compare(3)  # type: ignore[arg-type]
     for positions in ([(0, 5)], [(1, 1), (1, 2)], [(2, 1), (1, 2)], [(-1, 0)]):
         with pytest.raises(ValueError, match="positions: expected pairs"):
             graph.compare(graph, positions=positions)

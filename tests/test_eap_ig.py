@@ -208,6 +208,8 @@ def test_attribute_is_called_as_eap_ig_calls_it() -> None:
         attribute(tracer("gpt2"), Graph.from_model(tracer("phi")), loader, None)
     with pytest.raises(ValueError, match="texts: is empty"):
         attribute(own, graph, [], None)
+    with pytest.raises(ValueError, match="dataloader: expected batches"):
+        attribute(own, graph, [("a text", None, None)], None)
 
 
 @pytest.mark.default_model
@@ -279,6 +281,24 @@ def test_greedy_stays_connected(graph: Graph) -> None:
     graph.apply_greedy(1, prune=False)
     (first,) = [edge for edge in graph.edges.values() if edge.in_graph]
     assert first.score == max(edge.score for edge in edges.values())
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_greedy_begins_with_the_circuit_or_with_nothing(graph: Graph, reset: bool) -> None:
+    graph.scores = torch.rand(graph.scores.shape, generator=torch.Generator().manual_seed(0))
+    graph.apply_topn(150)
+    assert graph.count_included_edges() > 10
+    begun = {"logits"} | {e.parent for e in graph.edges.values() if e.in_graph and not reset}
+    expected = set() if reset else {name for name, e in graph.edges.items() if e.in_graph}
+    taken: set[str] = set()
+    for _ in range(30):  # as EAP-IG says it: always the best edge into what is in the circuit
+        open_edges = [e for e in graph.edges.values() if e.child in begun and e.name not in taken]
+        best = max(open_edges, key=lambda edge: edge.score)
+        taken.add(best.name)
+        begun.add(best.parent)
+    graph.apply_greedy(30, reset=reset, prune=False)
+    assert {name for name, e in graph.edges.items() if e.in_graph} == expected | taken
+    assert {name for name, node in graph.nodes.items() if node.in_graph} == begun
 
 
 def test_threshold(graph: Graph) -> None:

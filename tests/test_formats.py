@@ -354,6 +354,9 @@ def test_attribution_graph_without_predictions_and_names_by_default() -> None:
     assert re.fullmatch("[a-z0-9-]+", document["metadata"]["slug"])
     with pytest.raises(ValueError, match="max_links: expected at least 1, got 0"):
         graph.to_neuronpedia(max_links=0)
+    for name in ("slug", "scan"):
+        with pytest.raises(ValueError, match=f"{name}: expected a string, got 3"):
+            graph.to_neuronpedia(**{name: 3})  # type: ignore[arg-type]
 
 
 def test_wrong_table_and_missing_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import importlib
+import io
 import math
+import pickle
 import re
 import sys
 from functools import cache
@@ -425,6 +428,12 @@ def test_decomposed_ffn() -> None:
     torch.testing.assert_close(torch.cat([got, torch.tensor([residual])]), expected)
 
 
+def ran() -> TransparentLlm:
+    ours = TransparentLlm(hf_model=tiny_model("llama").eval())
+    ours.run([tiny_text(4)])
+    return ours
+
+
 @pytest.mark.parametrize(
     ("call", "names"),
     [
@@ -442,6 +451,10 @@ def test_decomposed_ffn() -> None:
         (lambda: build_paths(nx.DiGraph(), 1, 3, [3], 0.1), "starting_tokens"),
         (lambda: build_paths(nx.DiGraph(), 1, 3, [0], 0.1), "n_layers"),
         (lambda: TransparentLlm(device="tpu"), "device"),
+        (lambda: ran().residual_in("1"), "layer"),
+        (lambda: ran().attention_matrix(0, 0, 6), "head"),
+        (lambda: build_full_graph(ran(), 1), "batch_i"),
+        (lambda: build_full_graph(ran(), 0, math.nan), "renormalizing_threshold"),
     ],
 )
 def test_wrong_arguments_are_named(call: Any, names: str) -> None:
@@ -675,6 +688,27 @@ def test_the_decomposition_is_formed_only_when_it_is_read(monkeypatch: pytest.Mo
     assert len(formed) == 1
 
 
+def test_the_decomposition_leaves_torch_as_any_tensor_does() -> None:
+    ours = TransparentLlm(hf_model=tiny_model("llama").eval())
+    ours.run([tiny_text(5)])
+    parts = ours.decomposed_attn(0, 1)
+    expected = parts.clone()
+    assert type(expected) is torch.Tensor
+    assert expected.abs().sum() > 0
+    stored = io.BytesIO()
+    torch.save(parts, stored)
+    stored.seek(0)
+    for got in (
+        torch.from_numpy(parts.cpu().numpy()),
+        torch.tensor(parts.tolist()),
+        copy.deepcopy(parts),
+        torch.load(stored, weights_only=True),
+        pickle.loads(pickle.dumps(parts)),
+    ):
+        assert type(got) is torch.Tensor
+        assert torch.equal(got, expected)
+
+
 def test_changed_weights_are_noticed() -> None:
     made = tiny_model("qwen2").eval()
     ours = TransparentLlm(hf_model=made, parity=True)
@@ -767,7 +801,18 @@ def test_install(parity: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert isinstance(of, base)
         assert of.parity is parity
         assert of.model_info().name == "a name"
-        of.run([tiny_text(12)])
+        # As the app's own `load_model` and `run_inference` do.
+        of = app.TransformerLensTransparentLlm(
+            model_name="a name",
+            hf_model=made,
+            tokenizer=None,
+            device="cpu",
+            dtype=torch.float32,
+            supported_model_name="another",
+        )
+        with torch.inference_mode():
+            of = of.copy()
+            of.run([tiny_text(12)])
         expected = TransparentLlm(hf_model=made, parity=parity)
         expected.run([tiny_text(12)])
         graph = utils.build_full_graph(of, 0, 0.04)

@@ -223,31 +223,38 @@ class Graph:
         self, n_edges: int, absolute: bool = True, reset: bool = True, prune: bool = True
     ) -> None:
         """Makes the circuit of n edges from the logits down, each time the one that scores highest
-        among those into nodes that are in it. Arguments as in `apply_threshold`.
+        among those into nodes that are in it.
+
+        reset: begin with nothing but the logits; else with the nodes and edges that are in the
+        circuit, which are among the n where they are chosen again. Others as in `apply_threshold`.
         """
         total = int(self.real_edge_mask.sum())
         if not 0 <= as_index("n_edges", n_edges) <= total:
             raise ValueError(f"n_edges: expected 0 to {total} edges, got {n_edges}")
-        ranked, real = self._ranked(absolute), self.real_edge_mask
-        children, chosen = self._children, torch.zeros_like(self.in_graph)
+        ranked, real, children = self._ranked(absolute), self.real_edge_mask, self._children
+        chosen, nodes = self.in_graph.clone(), self.nodes_in_graph.clone()
+        if reset:
+            chosen[:], nodes[:] = False, False
         waiting: list[tuple[float, int, int]] = []
-        reached: set[int] = set()
 
-        def reach(node: int) -> None:
-            reached.add(node)
-            columns = (children == node).nonzero().squeeze(1)
+        def offer(into: int) -> None:
+            columns = (children == into).nonzero().squeeze(1)
             for i, j in real[:, columns].nonzero().tolist():
                 column = int(columns[j])
                 heapq.heappush(waiting, (-float(ranked[i, column]), i, column))
 
-        reach(self.n_forward)
+        for node in [*nodes.nonzero().squeeze(1).tolist(), self.n_forward]:
+            offer(node)
         while waiting and n_edges:
             _, i, j = heapq.heappop(waiting)
             chosen[i, j] = True
             n_edges -= 1
-            if i not in reached:
-                reach(i)
-        self._choose(chosen, reset, prune)
+            if not nodes[i]:
+                nodes[i] = True
+                offer(i)
+        self.in_graph, self.nodes_in_graph = chosen, nodes
+        if prune:
+            self.prune()
 
     def prune(self) -> None:
         """Keeps of the circuit what lies on a path from `input` to `logits`."""
@@ -432,9 +439,18 @@ def attribute(
         raise ValueError(f"aggregation: expected 'sum' or 'mean', got {aggregation!r}")
     if graph.cfg != Graph.from_model(model).cfg:
         raise ValueError("graph: was made of another model")
-    texts = (text for clean, *_ in dataloader for text in clean)
-    scores = _mean_scores(graph, model, texts, True, False, None)
+    scores = _mean_scores(graph, model, _clean_texts(dataloader), True, False, None)
     graph.scores.copy_(scores / graph.cfg["d_model"] if aggregation == "mean" else scores)
+
+
+def _clean_texts(dataloader: Iterable[Any]) -> Iterator[Any]:
+    for clean, *_ in dataloader:
+        if isinstance(clean, str):  # else its characters would be the texts
+            raise ValueError(
+                f"dataloader: expected batches (clean, corrupted, label) with a list of texts in "
+                f"clean, got {clean!r}"
+            )
+        yield from clean
 
 
 def _mean_scores(

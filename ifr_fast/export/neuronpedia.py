@@ -53,9 +53,12 @@ class _Link(NamedTuple):
 
 
 def to_neuronpedia(graph: RouteGraph, slug: str | None, scan: str, max_links: int) -> str:
-    """The document. Raises ValueError for a `max_links` below 1."""
+    """The document. Raises ValueError for a `max_links` below 1 and names that are no strings."""
     if as_index("max_links", max_links) < 1:
         raise ValueError(f"max_links: expected at least 1, got {max_links}")
+    for argument, name in (("slug", "" if slug is None else slug), ("scan", scan)):
+        if not isinstance(name, str):
+            raise ValueError(f"{argument}: expected a string, got {name!r}")
     prompt = "".join(graph.tokens)
     links, flow = _strongest(graph, max_links)
     nodes = list(dict.fromkeys(link.source for link in links))

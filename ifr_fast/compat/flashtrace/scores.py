@@ -180,13 +180,9 @@ class _Proximities(NamedTuple):
 
 
 def _proximities(kernel: Kernel, inputs: LayerInputs, threshold: float) -> _Proximities:
-    """The kernel gives shares of a total. With y itself for `resid_pre`, whose proximity is
-    |y|_1, the total is known from the share that it gets.
-    """
-    wide = torch.promote_types(inputs.y.dtype, torch.float32)
-    y = inputs.y.to(wide)
-    scores = kernel.score_attention(inputs._replace(resid_pre=inputs.y), 0.0)
-    scale = y.abs().sum(-1) / scores.residual
+    """The shares that the kernel gives, times their total; 0 where it shares out."""
+    scores = kernel.score_attention(inputs, 0.0)
+    scale = scores.total.masked_fill(scores.unattributed, 0)
     row, source, weight, head_weight = scores.edges
     head_weight = head_weight * scale[row, None]
     weight = weight * scale[row]
@@ -195,7 +191,7 @@ def _proximities(kernel: Kernel, inputs: LayerInputs, threshold: float) -> _Prox
         head_weight = head_weight.where(head_weight >= threshold, 0)
         weight = head_weight.sum(-1)
         ffn = None if ffn is None else ffn.where(ffn >= threshold, 0)
-    residual = _proximity(inputs.resid_pre.to(wide), y)
+    residual = scores.residual * scale
     beside = residual if ffn is None else residual + ffn
     return _Proximities(row, source, weight, head_weight, residual, beside)
 

@@ -84,5 +84,20 @@ class DecomposedAttention(torch.Tensor):
 
         return func(*tree_map(form, args), **tree_map(form, kwargs or {}))
 
+    # What torch refuses, or does not know how to do, for tensors that it holds no numbers of.
+
+    def numpy(self, *, force: bool = False) -> Any:
+        return self.formed().numpy(force=force)
+
+    def tolist(self) -> Any:
+        return self.formed().tolist()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        memo[id(self)] = copied = self.formed().clone()
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.formed().__reduce_ex__(protocol)
+
     def __repr__(self) -> str:  # type: ignore[override]
         return f"DecomposedAttention({list(self.shape)}, not formed)"

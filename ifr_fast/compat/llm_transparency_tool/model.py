@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ... import capture
 from ...errors import IfrError
+from ...graph import as_index
 from ...kernels.contract import LayerInputs, visible
 from ...model import answering_layers, evaluating, probe_tokens
 from ...recording import Recording, layer_inputs
@@ -58,6 +60,8 @@ class TransparentLlm:
     model_name: a Hub name or a directory; None: the default model. hf_model, tokenizer: ones
     already in memory, in place of it. device: "gpu" or "cpu", dtype: where and in what precision
     to run it (a model in memory is copied if that changes it). path: a directory to load from.
+    supported_model_name: taken, as the published app passes it, and without effect: it says which
+    of TransformerLens's models a custom one is like, which is not asked for here.
 
     parity: the published tool's arithmetic and input, quirks included; else ours
     (docs/compat-llm-transparency-tool.md). impl, and what models can be opened: as in `Tracer`.
@@ -75,6 +79,7 @@ class TransparentLlm:
         tokenizer: PreTrainedTokenizerBase | None = None,
         device: str | None = None,
         dtype: torch.dtype | None = None,
+        supported_model_name: str | None = None,
         path: str | os.PathLike[str] | None = None,
         *,
         parity: bool | None = None,
@@ -323,6 +328,8 @@ class TransparentLlm:
         """Edges of the full graph, layer by layer; above the threshold, renormalized, where there
         is one. Raises IfrError where the parts that were scored do not add up to the model's own.
         """
+        if threshold is not None and math.isnan(threshold):
+            raise ValueError("renormalizing_threshold: expected a number or None, got nan")
         recording, impl = self._sentence(batch_i), self.tracer.impl
         keep = 0.0 if threshold is None else max(0.0, threshold)
         rows, found, closures = torch.arange(len(recording)), [], {}
@@ -397,7 +404,7 @@ class TransparentLlm:
 
     @staticmethod
     def _index(name: str, i: int, n: int) -> int:
-        if not -n <= i < n:
+        if not -n <= as_index(name, i) < n:
             raise ValueError(f"{name}: expected {-n} to {n - 1}, got {i}")
         return i % n
 
