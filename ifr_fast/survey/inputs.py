@@ -234,7 +234,7 @@ class Source:
         if not isinstance(record, Mapping):
             return Problem(context, f"is no record but {type(record).__name__}")
         text, words, ids = (record.get(key) for key in (reading.text_field, "words", "token_ids"))
-        words, ids = (x.tolist() if hasattr(x, "tolist") else x for x in (words, ids))
+        words, ids = (_of_array(x) for x in (words, ids))
         for name, of in (("words", words), ("token_ids", ids)):
             if of is not None and not isinstance(of, list | tuple):
                 return Problem(context, f"its {name!r} are no list but {type(of).__name__}")
@@ -262,6 +262,11 @@ class Source:
         labels = {name: record.get(reading.label_by[name]) for name in reading.labels}
         words, ids = (None if x is None else list(x) for x in (words, ids))
         return Item(context, corpus, text, words, ids, labels)
+
+
+def _of_array(x: Any) -> Any:
+    """An array's or a tensor's values as a list; anything else as it is."""
+    return x.tolist() if hasattr(x, "tolist") else x
 
 
 def as_unicode(text: str) -> str:
