@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 
 from ifr_fast import FormatError, IfrError, Tracer
 from ifr_fast.cli import app
-from ifr_fast.survey import Source, State, Survey, survey
+from ifr_fast.survey import Problem, Source, State, Survey, survey
 from ifr_fast.survey import parts as parts_module
 from ifr_fast.survey.documents import Cutter, Document, Vocabulary
 from ifr_fast.survey.inputs import Item, Progress, Reading
@@ -333,10 +333,95 @@ def test_bad_input_is_reported_with_its_place(tracer: Tracer, tmp_path: Path) ->
         survey(folder, tmp_path / "strict", model=tracer, split="line", strict=True, **SMALL)
 
 
-def test_nothing_to_survey(tracer: Tracer, tmp_path: Path) -> None:
-    (tmp_path / "empty.txt").touch()
-    with pytest.raises(IfrError, match=r"nothing could be surveyed.*is empty"):
-        survey(tmp_path / "empty.txt", tmp_path / "out", model=tracer)
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.txt", b""), ("a.txt", b"\r\n \n"), ("a.jsonl", b"\r\n\r\n"), ("a.gz", gzip.compress(b""))],
+)
+def test_nothing_to_survey(name: str, content: bytes, tracer: Tracer, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(IfrError, match=rf"nothing could be surveyed.*{name}: is empty"):
+        survey(tmp_path / name, tmp_path / "out", model=tracer, split="line")
+
+
+def test_no_documents_at_all(tracer: Tracer, tmp_path: Path) -> None:
+    with pytest.raises(IfrError, match=r"nothing could be surveyed.*c: is empty"):
+        survey(Source(iter([]), "c"), tmp_path, model=tracer)
+
+
+def _problems(source: Source) -> list[str]:
+    return [str(x) for x in source.items(Reading(), Progress()) if isinstance(x, Problem)]
+
+
+def test_words_and_token_ids_of_other_types() -> None:
+    records = [
+        {"token_ids": 5},
+        {"words": "the cat"},
+        {"token_ids": {"a": 1}},
+        {"token_ids": [1.0, 2.0]},
+        {"token_ids": np.arange(4)},
+        {"token_ids": torch.arange(4)},
+        {"words": ("the", "cat")},
+    ]
+    assert _problems(Source(records, "c")) == [
+        "c:0: its 'token_ids' are no list but int",
+        "c:1: its 'words' are no list but str",
+        "c:2: its 'token_ids' are no list but dict",
+        "c:3: its 'token_ids' are not all integers",
+    ]
+    items = [x for x in Source(records, "c").items(Reading(), Progress()) if isinstance(x, Item)]
+    assert [x.token_ids for x in items] == [[0, 1, 2, 3], [0, 1, 2, 3], None]
+    assert items[2].words == ["the", "cat"]
+
+
+def test_a_gzip_file_broken_within(tmp_path: Path) -> None:
+    """Not cut short: its deflate stream is damaged."""
+    path = tmp_path / "a.jsonl.gz"
+    raw = bytearray(gzip.compress(os.urandom(20_000).hex().encode(), mtime=0))
+    raw[10] = 0xFF  # an impossible kind of block
+    path.write_bytes(raw)
+    (source,) = Source(path).files()
+    (told,) = _problems(source)
+    assert "is broken" in told
+
+
+def test_a_parquet_row_that_is_not_utf8(tmp_path: Path) -> None:
+    offsets, raw = pa.py_buffer(np.array([0, 2, 4, 6], np.int32)), pa.py_buffer(b"ab\xff\xfecd")
+    text = pa.StringArray.from_buffers(3, offsets, raw)
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": text}), path)
+    (source,) = Source(path).files()
+    items = list(source.items(Reading(), Progress()))
+    assert [x.text for x in items if isinstance(x, Item)] == ["ab", "cd"]
+    (told,) = _problems(source)
+    assert told.startswith(f"{path}:1: has text that is not UTF-8")
+
+
+def test_what_an_iterable_raises_is_no_problem_of_the_text(tracer: Tracer, tmp_path: Path) -> None:
+    """A stream that breaks off must not pass for a whole one."""
+    texts = [sentence(i) for i in range(6)]
+
+    def broken() -> Any:
+        yield from texts[:4]
+        raise ConnectionError("the line is dead")
+
+    with pytest.raises(ConnectionError):
+        survey(Source(broken(), "c"), tmp_path, model=tracer, **SMALL)
+    assert not Survey.open(tmp_path).complete
+    found = survey(Source(texts, "c"), tmp_path, model=tracer, resume=True, **SMALL)
+    assert found.corpora.read("documents")["documents"].tolist() == [6]
+
+
+def test_a_folder_around_the_output(
+    tracer: Tracer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`ifr-fast survey . --out survey`: what it has written is no text of it."""
+    (tmp_path / "a.txt").write_text(sentence(0))
+    monkeypatch.chdir(tmp_path)
+    first = survey(".", "survey", model=tracer, **SMALL)
+    again = survey(".", "survey", model=tracer, resume=True, **SMALL)
+    assert again.problems == []
+    assert_same_rows(again, first)
+    assert again.corpora.read("corpus")["corpus"].tolist() == [tmp_path.name.partition(".")[0]]
 
 
 @pytest.mark.parametrize("split", ["file", "line", "paragraph"])
@@ -461,6 +546,7 @@ def test_what_is_not_the_same_survey_is_not_gone_on_with(
     (tmp_path / "else" / "thesis.tex").touch()
     with pytest.raises(FormatError, match="expected an empty directory"):
         survey(records, tmp_path / "else", model=tracer, **SMALL)
+    assert [x.name for x in (tmp_path / "else").iterdir()] == ["thesis.tex"]
 
 
 def test_a_corrupt_part_is_named(tracer: Tracer, records: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import permutations, product
 from pathlib import Path
 from typing import Any
@@ -485,6 +486,24 @@ def test_contrast_looks_at_the_last_prediction(tmp_path: Path) -> None:
     assert row["q"] <= 0.05
     with pytest.raises(ValueError, match="no corpus 'third'"):
         contrast(survey, "odd", "third")
+
+
+def test_contrasts_of_other_corpora_have_other_names(tmp_path: Path) -> None:
+    """Their files are named so, and most of a name may be no part of a file's name."""
+    columns = made_up(12, 8)
+    names = np.array(["日本", "中国", "a/b", "a b", "A-b", "a-b"], object)
+    columns["corpus"] = names[columns["document"] % 6]
+    survey = written(tmp_path, columns)
+    found = [contrast(survey, name, "a-b", permutations=9).name for name in names[:-1]]
+    assert len(set(found)) == 5
+    assert all(re.fullmatch(r"contrast_[a-z0-9_-]+", name) for name in found)
+
+
+def test_a_contrast_needs_two_prompts_each(tmp_path: Path) -> None:
+    columns = made_up(6, 8)
+    columns["corpus"] = np.where(columns["document"] == 0, "one", "rest").astype(object)
+    with pytest.raises(NotApplicableError, match="at least 2 in 'one', got 1"):
+        contrast(written(tmp_path, columns), "one", "rest")
 
 
 # Units

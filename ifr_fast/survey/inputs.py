@@ -11,6 +11,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,7 +89,7 @@ class Source:
         Raises ValueError where there is nothing.
         """
         corpus, equals, path = given.partition("=")
-        if not equals or Path(given).exists() or "/" in corpus:
+        if not equals or os.path.exists(given) or "/" in corpus:
             return Source(given)
         if not corpus or not path:
             raise ValueError(f"inputs: expected PATH or CORPUS=PATH, got {given!r}")
@@ -106,7 +107,8 @@ class Source:
             raise ValueError(
                 f"inputs: no file or directory {str(path)[:80]!r}; texts in memory are a Source"
             )
-        corpus = self.corpus or as_unicode(path.name.partition(".")[0] or path.name)
+        name = path.name or path.resolve().name  # of ".", too
+        corpus = self.corpus or as_unicode(name.partition(".")[0] or name)
         if not path.is_dir():
             return [Source(path, corpus, self.name or str(path))]
         found = [
@@ -138,11 +140,19 @@ class Source:
         return self.corpus or "documents"
 
     def items(self, reading: Reading, progress: Progress) -> Iterator[Item | Problem]:
-        """Its documents, in order."""
-        before, size = progress.done, self.size
+        """Its documents, in order. What a source that is no file raises is not caught: how much of
+        it there would have been is not known.
+        """
+        before, size, nothing = progress.done, self.size, True
         try:
-            yield from self._items(reading, progress)
+            for item in self._items(reading, progress):
+                nothing = False
+                yield item
+            if nothing:
+                yield Problem(self.title, "is empty")
         except OSError as error:
+            if not isinstance(self.of, Path):
+                raise
             yield Problem(self.title, f"cannot be read ({error.strerror or first_line(error)})")
         if size is not None:
             progress.done = before + size
@@ -181,7 +191,7 @@ class Source:
                     yield from told(self._records(_json_lines(file, self.title), reading))
                 else:
                     yield from told(self._texts(file, reading))
-            except (EOFError, gzip.BadGzipFile) as error:
+            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
                 yield Problem(self.title, f"is broken ({first_line(error)}); read up to there")
 
     def _texts(self, file: IO[bytes], reading: Reading) -> Iterator[Item | Problem]:
@@ -224,7 +234,10 @@ class Source:
         if not isinstance(record, Mapping):
             return Problem(context, f"is no record but {type(record).__name__}")
         text, words, ids = (record.get(key) for key in (reading.text_field, "words", "token_ids"))
-        words, ids = (None if x is None else list(x) for x in (words, ids))
+        words, ids = (_of_array(x) for x in (words, ids))
+        for name, of in (("words", words), ("token_ids", ids)):
+            if of is not None and not isinstance(of, list | tuple):
+                return Problem(context, f"its {name!r} are no list but {type(of).__name__}")
         if text is None and words is None and ids is None:
             given = ", ".join(sorted(map(str, record))[:8])
             return Problem(
@@ -247,7 +260,13 @@ class Source:
             value = record.get(reading.label_by["corpus"])
             corpus = corpus if value is None else as_unicode(str(value))
         labels = {name: record.get(reading.label_by[name]) for name in reading.labels}
+        words, ids = (None if x is None else list(x) for x in (words, ids))
         return Item(context, corpus, text, words, ids, labels)
+
+
+def _of_array(x: Any) -> Any:
+    """An array's or a tensor's values as a list; anything else as it is."""
+    return x.tolist() if hasattr(x, "tolist") else x
 
 
 def as_unicode(text: str) -> str:
@@ -371,7 +390,7 @@ def _parquet_rows(path: Path, title: str, progress: Progress) -> Iterator[Any]:
             if file.metadata.num_rows == 0:
                 yield Problem(title, "is empty")
             for batch in file.iter_batches(batch_size=_ROWS):
-                for record in batch.to_pylist():
+                for record in _batch_records(batch, title, row):
                     row += 1
                     progress.done = before + size * row // total
                     yield record
@@ -379,10 +398,26 @@ def _parquet_rows(path: Path, title: str, progress: Progress) -> Iterator[Any]:
         yield Problem(f"{title} row {row}", f"is broken ({first_line(error)}); read up to there")
 
 
-def _iterated(of: Any) -> Iterable[Any]:
+def _batch_records(batch: pa.RecordBatch, title: str, before: int) -> Iterable[Any]:
+    """Its rows; what Parquet calls a string need not be UTF-8."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        return [_batch_record(batch.slice(i, 1), title, before + i) for i in range(len(batch))]
+
+
+def _batch_record(row: pa.RecordBatch, title: str, number: int) -> Any:
+    try:
+        return row.to_pylist()[0]
+    except UnicodeDecodeError as error:
+        return Problem(f"{title}:{number}", f"has text that is not UTF-8 ({error.reason})")
+
+
+def _iterated(of: Any) -> Iterator[Any]:
     """What a source that is no file gives."""
     if not isinstance(of, str):
-        return of
+        yield from of
+        return
     try:
         import datasets
     except ImportError as error:
@@ -392,6 +427,8 @@ def _iterated(of: Any) -> Iterable[Any]:
     name, _, split = of.removeprefix("hf:").partition(":")
     name, _, config = name.partition(",")
     try:
-        return datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
+        yield from datasets.load_dataset(
+            name, config or None, split=split or "train", streaming=True
+        )
     except Exception as error:  # of whatever library it comes from
-        raise IfrError(f"inputs: {of!r} cannot be opened ({first_line(error)})") from error
+        raise IfrError(f"inputs: {of!r} cannot be read ({first_line(error)})") from error

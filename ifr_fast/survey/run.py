@@ -23,7 +23,7 @@ from ..tracer import Tracer
 from .documents import Cutter, Vocabulary
 from .engines import Engine, LocalEngine, ModelSource, Scoring, ray_engine
 from .feed import Feed, Window
-from .inputs import SPLITS, Reading, Split, expand
+from .inputs import SPLITS, Reading, Source, Split, expand
 from .parts import Shape, part_end, write_corpora, write_manifest, write_part
 from .schema import Problem, Survey, part_path, read_manifest, whole_parts
 
@@ -100,8 +100,8 @@ def survey(
             raise ValueError(f"{name}: expected at least 1, got {number}")
     if workers is not None and engine != "ray":
         raise ValueError("workers: goes with engine='ray'")
-    sources = expand(inputs)
     directory = Path(out)
+    sources = _others(expand(inputs), directory)
     with ExitStack() as stack:
         begun = _enter(directory, resume, stack)
         runner, tokenizer = _engine(engine, model, impl, model_options or {}, workers, stack)
@@ -240,8 +240,22 @@ def _reading(text_field: str, split: Split, label_by: Sequence[str] | Mapping[st
     return Reading(text_field, split, dict(label_by))
 
 
+def _others(sources: list[Source], directory: Path) -> list[Source]:
+    """Without the files of the survey itself, where an input is a folder around it."""
+    inside = directory.resolve()
+    found = [
+        source
+        for source in sources
+        if not (isinstance(source.of, Path) and source.of.resolve().is_relative_to(inside))
+    ]
+    if not found:
+        raise ValueError(f"inputs: expected files that are not in {str(directory)!r}, the output")
+    return found
+
+
 def _enter(directory: Path, resume: bool, stack: ExitStack) -> dict[str, Any] | None:
     """The manifest of the survey that is to be gone on with; None where a new one begins."""
+    _check_empty(directory)
     try:
         for table in ("predictions", "heads"):
             os.makedirs(directory / table, exist_ok=True)
@@ -252,9 +266,7 @@ def _enter(directory: Path, resume: bool, stack: ExitStack) -> dict[str, Any] | 
         raise IfrError(f"{directory}: cannot be written ({error.strerror})") from error
     _sweep(directory)
     if not (directory / "survey.json").exists():
-        others = [x.name for x in directory.iterdir() if x.name not in _OWN]
-        if others or whole_parts(directory):
-            raise FormatError(f"{directory}: holds other things; expected an empty directory")
+        _check_empty(directory)
         return None
     manifest = read_manifest(directory)
     if not resume:
@@ -265,6 +277,16 @@ def _enter(directory: Path, resume: bool, stack: ExitStack) -> dict[str, Any] | 
 
 
 _OWN = {"predictions", "heads", ".lock"}
+
+
+def _check_empty(directory: Path) -> None:
+    """Raises FormatError where there is no survey, but something else."""
+    if not directory.is_dir() or (directory / "survey.json").exists():
+        return
+    others = [x for x in directory.iterdir()
+              if x.name not in _OWN and not x.name.startswith(".ifr_fast.")]  # fmt: skip
+    if others or whole_parts(directory):
+        raise FormatError(f"{directory}: holds other things; expected an empty directory")
 
 
 def _sweep(directory: Path) -> None:

@@ -194,8 +194,13 @@ def frequency(
     lines = [
         f"At {threshold:g}, {number(heads_in)} of {L * H} heads are in a prediction's graph on "
         f"average; {_count(interval.value > 0.5)} are in more than half of the graphs, and "
-        f"{_count(interval.value < 0.001)} in fewer than one in a thousand; the lowest layer "
-        f"in which a route changes position is {number(lowest_layer)} on average."
+        f"{_count(interval.value < 0.001)} in fewer than one in a thousand; "
+        + (
+            "no route changes position."
+            if np.isnan(lowest_layer)
+            else "the lowest layer in which a route changes position is "
+            f"{number(lowest_layer)} on average."
+        )
         for threshold, interval, heads_in, lowest_layer in zip(
             thresholds, of, count, depth, strict=True
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from hashlib import sha256
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -105,7 +106,8 @@ def contrast(
     first, second: corpora of the survey, each document a prompt. position: "last", the last
     prediction of each prompt (that of its last token), or "all" of them.
 
-    A row of the table is a quantity or a component, compared by importance.
+    A row of the table is a quantity or a component, compared by importance. Raises
+    NotApplicableError where a set has fewer than two prompts.
     """
     if position not in ("last", "all"):
         raise ValueError(f"position: expected 'last' or 'all', got {position!r}")
@@ -131,6 +133,9 @@ def contrast(
             chosen = (part["position"] == ends[1][at]).astype(np.float64)
         return {"n": chosen, "x": x * chosen[:, None]}
 
+    for name in (first, second):
+        if (units.corpus == units.corpora.index(name)).sum() < 2:
+            raise NotApplicableError(f"documents: expected at least 2 in {name!r}, got 1")
     sums = units.sum(survey.predictions, columns, values)
     groups = [units.corpus == units.corpora.index(name) for name in (first, second)]
     of = compare(
@@ -228,8 +233,9 @@ def _last_positions(survey: Survey) -> tuple[NDArray[np.int64], NDArray[np.int64
 
 
 def _slug(name: str) -> str:
-    """What may stand in a file's name."""
-    return "".join(c if c.isascii() and c.isalnum() else "-" for c in name)[:40].lower()
+    """What may stand in a file's name, and is no other corpus' name."""
+    kept = "".join(c if c.isascii() and c.isalnum() else "-" for c in name)[:40].lower()
+    return kept if kept == name else f"{kept}-{sha256(name.encode()).hexdigest()[:6]}"
 
 
 def _surest(q: Floats, difference: Floats, alpha: float, most: int = 5) -> list[int]:
