@@ -21,7 +21,6 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from . import capture, prefill
 from .errors import MemoryBudgetError, UnsupportedArchitectureError
-from .kernels.triton import room as triton_room
 from .memory import available_memory, describe_bytes
 from .model import Block, Decoder
 from .recording import RecordingMode
@@ -117,8 +116,10 @@ class Sizes(NamedTuple):
         if mode is RecordingMode.LEAN:
             rows = min(rows, block_rows(self.device))
         if self.device.type == "cuda":
+            from .kernels.triton import room
+
             H = max(x.heads for x in self.layers)
-            taken = triton_room.work_bytes(rows, n_tokens, H, self.d_model, self.itemsize)
+            taken = room.work_bytes(rows, n_tokens, H, self.d_model, self.itemsize)
             return taken + n_tokens * _SCORED
         taken = 0
         if self.itemsize < 4:

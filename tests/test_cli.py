@@ -742,9 +742,9 @@ def test_plans_are_printed(ifr: Any, tiny_dir: Path) -> None:
     assert "96 tokens, in one pass" in here.out
     assert "recording takes about" in here.out
     assert ifr("plan", 96, "--model", tiny_dir, "--max-memory", "1MB").code == 2
-    on_paper = ifr("plan", 4096, "--config", tiny_dir, "--device-memory", "1GB")
+    on_paper = ifr("plan", 4096, "--config", tiny_dir, "--device-memory", "4GB")
     assert on_paper.code == 0, on_paper.err
-    assert "fits into 1 GB" in on_paper.out
+    assert "fits into 4 GB" in on_paper.out
     refused = ifr("plan", 4096, "--config", tiny_dir, "--device-memory", "10MB")
     assert refused.code == 2
     for options in (

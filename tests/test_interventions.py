@@ -182,10 +182,12 @@ def test_ablating_nothing_is_the_plain_model(family):
     nothing = torch.zeros(len(texts), L, H, dtype=torch.bool)
     for values in (zero_activations(decoder), mean_activations(decoder, texts)):
         got = ablated_logits(decoder, texts, values, nothing, nothing[:, :, 0])
-        assert torch.equal(got, run(decoder, texts))
+        # Sums of several threads round apart by an ulp or two.
+        torch.testing.assert_close(got, run(decoder, texts), atol=1e-6, rtol=1e-6)
         some = nothing.clone()
         some[:, 1, 2] = True
-        assert not torch.equal(got, ablated_logits(decoder, texts, values, some, nothing[:, :, 0]))
+        changed = ablated_logits(decoder, texts, values, some, nothing[:, :, 0])
+        assert (changed - got).abs().max() > 1e-3
 
 
 def test_ablating_everything_leaves_the_embeddings_alone():
