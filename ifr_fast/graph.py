@@ -28,6 +28,7 @@ from itertools import pairwise
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, SupportsIndex
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -255,16 +256,14 @@ def assemble(grown: list[Grown], parallel: list[bool], **fields: Any) -> RouteGr
 def in_order(
     edges: Tensor, heads: Tensor, unattributed: list[Node], parallel: list[bool], **fields: Any
 ) -> RouteGraph:
-    """The RouteGraph of edges and heads' edges in any order, as [5, E] and [5, M] float64: the
-    columns of their tables.
+    """The RouteGraph of edges and heads' edges in any order, as [5, E] and [5, M] float64 on the
+    CPU: the columns of their tables.
     """
     with torch.inference_mode(False):
         # By layer, then kind, target, source; by layer, then target, source, head.
-        edges = edges[:, _order(edges, (0, 1, 2, 3))]
-        heads = heads[:, _order(heads, (0, 2, 3, 1))]
         return RouteGraph(
-            edges=EdgeTable._make([*edges[:4].long(), edges[4].float()]),
-            head_edges=HeadEdgeTable._make([*heads[:4].long(), heads[4].float()]),
+            edges=EdgeTable._make(_sorted(edges, (0, 1, 2, 3))),
+            head_edges=HeadEdgeTable._make(_sorted(heads, (0, 2, 3, 1))),
             unattributed=sorted(unattributed),
             parallel=torch.tensor(parallel),
             **fields,
@@ -321,15 +320,19 @@ def _pack(*columns: Tensor) -> Tensor:
     return torch.stack([column.double() for column in columns])
 
 
-def _order(columns: Tensor, keys: tuple[int, ...]) -> Tensor:
-    """Indices that sort by several rows of `columns`, whole numbers, the first of `keys` first."""
-    packed = torch.zeros(columns.shape[1], dtype=torch.int64)
-    if len(packed) == 0:
-        return packed
+def _sorted(table: Tensor, keys: tuple[int, ...]) -> list[Tensor]:
+    """The columns [5, N] of a table, four of whole numbers and one of weights, by some of the
+    former, the first of `keys` first.
+    """
+    columns = table.numpy()
+    whole = columns[:4].astype(np.int64)
     # Layers, kinds or heads, and two positions of at most 2^24 fit into 63 bits.
-    for column in columns[list(keys)].long():
-        packed = packed * (column.max() + 1) + column
-    return packed.argsort()
+    packed = np.zeros(whole.shape[1], dtype=np.int64)
+    for column in whole[list(keys)]:
+        packed = packed * (column.max(initial=0) + 1) + column
+    order = packed.argsort()
+    weights = columns[4, order].astype(np.float32)
+    return [torch.from_numpy(column) for column in (*whole[:, order], weights)]
 
 
 @dataclass(frozen=True, eq=False)

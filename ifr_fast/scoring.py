@@ -29,23 +29,6 @@ class Kernel(Protocol):
     def score_ffn(self, resid_mid: Tensor, resid_post: Tensor) -> FFNScores: ...
 
 
-class AttendRow(Protocol):
-    """Attention of the last of S positions alone, and the weights that it was computed with."""
-
-    def __call__(
-        self,
-        q: Tensor,  # [1, H, K]
-        k: Tensor,  # [S, H_kv, K]
-        v: Tensor,  # [S, H_kv, V]
-        scale: float,
-        *,
-        window: int | None,
-        softcap: float | None,
-        sinks: Tensor | None,
-        alibi_slopes: Tensor | None,
-    ) -> tuple[Tensor, Tensor]: ...  # [1, H, V], [1, H, S]
-
-
 def block_rows(device: torch.device) -> int:
     """How many rows are replayed and scored at once, of a model on `device`."""
     return _BLOCK_ROWS.get(device.type, _BLOCK_ROWS["cpu"])
@@ -134,17 +117,6 @@ def load_kernel(impl: str) -> Kernel:
             return triton
         case _:
             raise ValueError(f"impl: no kernel {impl!r}")
-
-
-def row_attention(impl: str, dtype: torch.dtype) -> AttendRow | None:
-    """An attention function that leaves its weights to `LayerInputs.weights`, where the kernel has
-    one for a model in `dtype`.
-    """
-    if impl != "cpu" or dtype != torch.float32:
-        return None
-    from .kernels.cpu.kernel import attend_row
-
-    return attend_row
 
 
 class TokenEdges(NamedTuple):
@@ -412,7 +384,6 @@ def _check_shapes(inputs: LayerInputs) -> None:
         "alibi_slopes": (H,),
         "log_sum_exp": (R, H),
         "ffn": (R, D),
-        "weights": (R, H, S),
         "offset": (R,),
     }
     for name, shape in expected.items():

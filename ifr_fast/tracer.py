@@ -793,8 +793,15 @@ class Tracer:
 
 def likeliest(logits: Tensor, tokenizer: PreTrainedTokenizerBase | None) -> list[list[Prediction]]:
     """The tokens that each row of `logits` [R, vocab] makes most probable."""
+    return most_probable(logits.float().softmax(-1), tokenizer)
+
+
+def most_probable(
+    probabilities: Tensor, tokenizer: PreTrainedTokenizerBase | None
+) -> list[list[Prediction]]:
+    """The tokens with the highest of each row of `probabilities` [R, vocab]."""
     found = []
-    top = logits.float().softmax(-1).topk(min(_PREDICTIONS, logits.shape[-1]))
+    top = probabilities.topk(min(_PREDICTIONS, probabilities.shape[-1]))
     for ids, values in zip(top.indices.cpu(), top.values.tolist(), strict=True):
         entries = zip(token_strings(ids, tokenizer), ids.tolist(), values, strict=True)
         found.append([Prediction(*entry) for entry in entries])

@@ -44,7 +44,6 @@ class LayerInputs(NamedTuple):
     alibi_slopes: Tensor | None = None  # [H] scores get slope * (j - t)
     log_sum_exp: Tensor | None = None  # [R, H] of the scores, natural log, if the forward gave it
     ffn: Tensor | None = None  # [R, D] the FFN's output, a part of y in parallel blocks
-    weights: Tensor | None = None  # [R, H, S] alpha, if the forward gave it; a kernel may use it
     offset: Tensor | None = None  # [R] added to each part's |y|_1 - |y - p|_1
     floor: float = 0.0  # proximities are clipped from below here, at least 0
 

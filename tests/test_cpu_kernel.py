@@ -178,17 +178,85 @@ def test_one_row_agrees_with_the_oracle(shape: tuple[int, ...], flags: set[str])
     x = x._replace(k=in_a_cache(x.k), v=in_a_cache(x.v))
     assert_scores_close(kernel.score_attention(x, 0.0), expected, shape[0])
 
-    z, weights = kernel.attend_row(
-        x.q, x.k, x.v, x.scale, window=x.window, softcap=x.softcap, sinks=x.sinks,
-        alibi_slopes=x.alibi_slopes,
-    )  # fmt: skip
+    layer, scores = step_layer(x)
+    z = attended(layer, x)
     alpha = reference.attention_pattern(inputs)
-    torch.testing.assert_close(weights.double(), alpha, rtol=0, atol=1e-6)
     heads_of_kv = shape[1] // shape[2]
     output = torch.einsum("rhs,shv->rhv", alpha, inputs.v.repeat_interleave(heads_of_kv, 1))
-    torch.testing.assert_close(z.double(), output, rtol=1e-5, atol=1e-5)
-    got = kernel.score_attention(x._replace(weights=weights), 0.0)
-    assert_scores_close(got, expected, shape[0])
+    torch.testing.assert_close(z.double()[0], output, rtol=1e-5, atol=1e-5)
+    score_step(layer, x)
+    ours = inputs._replace(offset=None, floor=0.0)  # a step knows no other tool's arithmetic
+    assert_scores_close(scores.take(), reference.score_attention(ours, 0.0), shape[0])
+
+
+def step_layer(x: LayerInputs) -> tuple[kernel.StepLayer, kernel.StepScores]:
+    """A layer in which the last of the inputs' keys and values is still to come, and room after."""
+    scores = kernel.StepScores(x.q.shape[1])
+    S = len(x.k)
+    k, v = (of.new_full((S + 5, *of.shape[1:]), float("nan")) for of in (x.k, x.v))
+    k[: S - 1], v[: S - 1] = x.k[:-1], x.v[:-1]
+    return kernel.StepLayer(k, v, S - 1, x.W_O, x.alibi_slopes, scores), scores
+
+
+def attended(layer: kernel.StepLayer, x: LayerInputs) -> Tensor:
+    return layer.attend(
+        x.q[:, :, None], x.k[-1:].transpose(0, 1)[None], x.v[-1:].transpose(0, 1)[None], x.scale,
+        window=x.window, softcap=x.softcap, sinks=x.sinks,
+    )  # fmt: skip
+
+
+def score_step(layer: kernel.StepLayer, x: LayerInputs, keep: float = 0.0) -> None:
+    layer.score(x.resid_pre, x.y, keep, row_scale=x.row_scale, value_gate=x.value_gate, ffn=x.ffn)
+
+
+@pytest.mark.usefixtures("poisoned", "isa")
+def test_steps_of_several_layers_are_taken_together() -> None:
+    """Row after row of one text, in two layers whose scores are taken together."""
+    inputs = [make_inputs(9, 40, 6, 3, 8, 12, 33, seed=seed) for seed in (1, 2)]
+    scores = kernel.StepScores(6)
+    layers = []
+    for x in map(float32, inputs):
+        k, v = (of.new_full((40, *of.shape[1:]), float("nan")) for of in (x.k, x.v))
+        k[:3], v[:3] = x.k[:3], x.v[:3]
+        layers.append(kernel.StepLayer(k, v, 3, x.W_O, None, scores))
+    for row in range(3, 12):
+        expected = []
+        for layer, x in zip(layers, inputs, strict=True):
+            of_row = x._replace(
+                rows=torch.tensor([row]), resid_pre=x.resid_pre[row - 3 : row - 2],
+                y=x.y[row - 3 : row - 2], q=x.q[row - 3 : row - 2],
+                k=x.k[: row + 1], v=x.v[: row + 1],
+            )  # fmt: skip
+            expected.append(reference.score_attention(of_row, 0.01))
+            attended(layer, float32(of_row))
+            score_step(layer, float32(of_row), 0.01)
+        got = scores.take()
+        assert got.residual.shape == (2,)
+        for i, want in enumerate(expected):
+            mine = got.edges.row == i
+            one = kernel.AttentionScores(
+                got.residual[i : i + 1], None, got.head_total[i : i + 1],
+                kernel.EdgeList(got.edges.row[mine] * 0, *(e[mine] for e in got.edges[1:])),
+                got.unattributed[i : i + 1], got.linear[i : i + 1], got.total[i : i + 1],
+            )  # fmt: skip
+            assert_scores_close(one, want, row + 1)
+    assert scores.take().residual.shape == (0,)
+
+
+def test_steps_that_do_not_fit_are_refused() -> None:
+    x = float32(last_row(7, 6, 3, 8, 8, 20))
+    layer, _ = step_layer(x)
+    with pytest.raises(ValueError, match="no row has attended"):
+        score_step(layer, x)
+    with pytest.raises(ValueError, match=r"q: expected shape \[1, 6, 1, 8\]"):
+        attended(layer, x._replace(q=x.q[:, :5]))
+    for _ in range(6):
+        attended(layer, x)
+    with pytest.raises(ValueError, match="no room"):
+        attended(layer, x)
+    score_step(layer, x)
+    with pytest.raises(ValueError, match="no row has attended"):
+        score_step(layer, x)
 
 
 @pytest.mark.parametrize("W_O", ["[H, D, V]", "[D, H, V]", "[H, V, D]"])
@@ -208,18 +276,21 @@ def test_output_maps_are_read_as_they_lie(W_O: str, R: int) -> None:
 @pytest.mark.usefixtures("isa")
 def test_bits_of_one_row_do_not_depend_on_threads_or_the_run() -> None:
     x = float32(last_row(1500, 6, 3, 16, 24, 300, flags={"sinks", "softcap"}))
-    attention = {"window": None, "softcap": x.softcap, "sinks": x.sinks, "alibi_slopes": None}
+
+    def step() -> tuple[Tensor, kernel.AttentionScores]:
+        layer, scores = step_layer(x)
+        z = attended(layer, x)
+        score_step(layer, x, 0.01)
+        return z, scores.take()
+
     with threads(1):
-        z, weights = kernel.attend_row(x.q, x.k, x.v, x.scale, **attention)
-        computed = kernel.score_attention(x, 0.01)
-        given = kernel.score_attention(x._replace(weights=weights), 0.01)
+        computed, (z, given) = kernel.score_attention(x, 0.01), step()
     for n in (1, 2, 3):
         with threads(n):
-            again = kernel.attend_row(x.q, x.k, x.v, x.scale, **attention)
-            assert torch.equal(again[0], z)
-            assert torch.equal(again[1], weights)
             assert_bits_equal(kernel.score_attention(x, 0.01), computed)
-            assert_bits_equal(kernel.score_attention(x._replace(weights=weights), 0.01), given)
+            again = step()
+            assert torch.equal(again[0], z)
+            assert_bits_equal(again[1], given)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

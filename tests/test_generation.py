@@ -12,7 +12,7 @@ from tiny import FAMILIES, VOCAB, account, tiny_model, tiny_text
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import ifr_fast.generation as module
-from ifr_fast import Tracer, UnsupportedArchitectureError, scoring
+from ifr_fast import Tracer, UnsupportedArchitectureError, decoding, scoring
 from ifr_fast.generation import GenerationStep
 from ifr_fast.pretrained import load
 
@@ -70,23 +70,23 @@ def test_every_node_is_scored_once_and_no_text_run_twice(monkeypatch):
     list(tracer.generate(tiny_text(3), max_new_tokens=1))  # the check that precedes the first
     scored: list[tuple[int, int]] = []
     runs: list[int] = []
-    of_rows, of_step = scoring.score_rows, module._Layer.score
+    of_rows, of_step = scoring.score_rows, decoding._Layer.score
     forward = tracer.model.model.forward
 
     def counting(block, inputs, *args):
         scored.extend((block.layer, row) for row in inputs.rows.tolist())
         return of_rows(block, inputs, *args)
 
-    def counting_new(layer, kernel, row, keep):
-        scored.append((layer.block.layer, int(row)))
-        return of_step(layer, kernel, row, keep)
+    def counting_new(layer, keep):
+        scored.append((layer.block.layer, layer.n_keys - 1))
+        return of_step(layer, keep)
 
     def running(input_ids, **kwargs):
         runs.append(input_ids.shape[1])
         return forward(input_ids=input_ids, **kwargs)
 
     monkeypatch.setattr(scoring, "score_rows", counting)
-    monkeypatch.setattr(module._Layer, "score", counting_new)
+    monkeypatch.setattr(decoding._Layer, "score", counting_new)
     monkeypatch.setattr(tracer.model.model, "forward", running)
     list(tracer.generate(tiny_text(20), **OPTIONS))
     assert runs == [20] + [1] * (NEW - 1)

@@ -1,5 +1,5 @@
 """The native CPU kernel: one fused pass over row blocks, or over one row, in C++ (blocks.h,
-row.h).
+row.h), and decode steps that leave a row to it (step.cpp).
 
 Same face and values as eager.py, sums in float32: bfloat16 and float16 inputs are upcast, float64
 is refused. Runs on as many threads as torch is set to, those of torch's own OpenMP pool where it
@@ -34,7 +34,7 @@ except ImportError as error:
     _import_error = error
 
 ISA: str | None = os.environ.get("IFR_FAST_CPU_ISA")
-_PACKED = {"row_scale", "sinks", "alibi_slopes", "log_sum_exp", "weights", "offset"}
+_PACKED = {"row_scale", "sinks", "alibi_slopes", "log_sum_exp", "offset"}
 STAGES = ("prepare", "scores", "softmax", "linear", "correct", "finish")
 
 
@@ -119,37 +119,90 @@ def score_ffn(resid_mid: Tensor, resid_post: Tensor) -> FFNScores:
     return scores
 
 
-def attend_row(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    *,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    alibi_slopes: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Attention of the last position alone, as `LayerInputs` describes it: q [1, H, K], k [S, H_kv,
-    K], v [S, H_kv, V]. Returns its output [1, H, V] and its weights [1, H, S], float32.
+class StepScores:
+    """Scores of rows that are added one by one, each of a layer of its own."""
+
+    def __init__(self, n_heads: int) -> None:
+        self.native = _load().StepScores(n_heads)
+
+    def take(self) -> AttentionScores:
+        """Those of all rows added; none are left."""
+        residual, ffn, head_total, edges, unattributed, linear, total = self.native.take()
+        return AttentionScores(
+            torch.from_numpy(residual),
+            None if ffn is None else torch.from_numpy(ffn),
+            torch.from_numpy(head_total),
+            EdgeList(*map(torch.from_numpy, edges)),
+            torch.from_numpy(unattributed).view(torch.bool),
+            torch.from_numpy(linear),
+            torch.from_numpy(total),
+        )
+
+
+class StepLayer:
+    """A layer in decode steps: each adds a key and a value, attends to all, and scores its row.
+
+    k, v: stores [room, H_kv, K], [room, H_kv, V] float32 whose first `n_keys` are filled; a step
+    fills the next. W_O: [H, V, D] float32. All are read where they lie, and kept. Scores are added
+    to `scores`.
     """
-    native = _load()
-    z, weights = _empty(*q.shape[:2], v.shape[2]), _empty(*q.shape[:2], len(k))
-    native.attend_row(
-        q=_prepared("q", q),
-        k=_prepared("k", k),
-        v=_prepared("v", v),
-        scale=scale,
-        window=window,
-        softcap=softcap,
-        sinks=_prepared("sinks", sinks),
-        alibi_slopes=_prepared("alibi_slopes", alibi_slopes),
-        z=to_dlpack(z),
-        weights=to_dlpack(weights),
-        isa=_isa(native),
-        n_threads=torch.get_num_threads(),
-    )
-    return z, weights
+
+    def __init__(
+        self,
+        k: Tensor,
+        v: Tensor,
+        n_keys: int,
+        W_O: Tensor,
+        alibi_slopes: Tensor | None,
+        scores: StepScores,
+    ) -> None:
+        native = _load()
+        self._scores = scores.native
+        self._native = native.StepLayer(
+            to_dlpack(k), to_dlpack(v), n_keys, _prepared("W_O", W_O),
+            _prepared("alibi_slopes", alibi_slopes), _isa(native),
+        )  # fmt: skip
+        self._z_shape = 1, 1, W_O.shape[0], v.shape[2]
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        *,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """Attention output [1, 1, H, V] of a new position: q [1, H, 1, K], k [1, H_kv, 1, K], v
+        [1, H_kv, 1, V], float32. Raises ValueError where the store has no room.
+        """
+        z = _empty(*self._z_shape)
+        self._native.attend(
+            _prepared("q", q), _prepared("k", k), _prepared("v", v), scale, window, softcap,
+            _prepared("sinks", sinks), to_dlpack(z), torch.get_num_threads(),
+        )  # fmt: skip
+        return z
+
+    def score(
+        self,
+        resid_pre: Tensor,
+        y: Tensor,
+        keep: float,
+        *,
+        row_scale: Tensor | None = None,
+        value_gate: Tensor | None = None,
+        ffn: Tensor | None = None,
+    ) -> None:
+        """Adds the scores of the position that attended last, from the same weights; as
+        `LayerInputs` describes it with R = 1, edges with weight > `keep`.
+        """
+        self._native.score(
+            _prepared("resid_pre", resid_pre), _prepared("y", y),
+            _prepared("row_scale", row_scale), _prepared("value_gate", value_gate),
+            _prepared("ffn", ffn), keep, self._scores, torch.get_num_threads(),
+        )  # fmt: skip
 
 
 def _load() -> ModuleType:

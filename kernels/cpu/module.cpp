@@ -1,114 +1,8 @@
 // The Python face of the kernel: checks shapes and strides, picks the instruction set, writes
 // into arrays that Python allocated; only the edge lists, whose length it finds, are its own.
-
-#include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
-#include <nanobind/stl/optional.h>
-#include <nanobind/stl/string.h>
-#include <nanobind/stl/vector.h>
-
-#include <optional>
-#include <stdexcept>
-#include <string>
-#include <vector>
-
-#include "score.h"
-#include "team.h"
-
-namespace nb = nanobind;
-using namespace nb::literals;
+#include "binding.h"
 
 namespace {
-
-template <int rank>
-using Floats = nb::ndarray<const float, nb::ndim<rank>, nb::device::cpu>;
-using Packed = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using Packed3 = nb::ndarray<const float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
-using Packed2 = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-using Out = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using Out2 = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-using Out3 = nb::ndarray<float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
-using OutFlags = nb::ndarray<bool, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using Rows = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-
-struct Isa {
-    const char* name;
-    void (*score_attention)(const ifr::Layer&, int, ifr::Scores&);
-    void (*score_ffn)(const ifr::FFNParts&, int);
-    void (*attend_row)(const ifr::Layer&, int, const ifr::Attention&);
-    bool usable;
-};
-
-// Best first; what is not to be picked by itself comes after the baseline.
-std::vector<Isa> isas() {
-    std::vector<Isa> all;
-#if defined(__x86_64__)
-    all.push_back({"avx2", ifr::avx2::score_attention, ifr::avx2::score_ffn, ifr::avx2::attend_row,
-                   __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")});
-#endif
-    all.push_back({"baseline", ifr::baseline::score_attention, ifr::baseline::score_ffn, ifr::baseline::attend_row, true});
-#if defined(__x86_64__)
-    all.push_back({"avx512", ifr::avx512::score_attention, ifr::avx512::score_ffn, ifr::avx512::attend_row,
-                   __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")});
-#endif
-    return all;
-}
-
-std::vector<std::string> usable_isas() {
-    std::vector<std::string> names;
-    for (const Isa& isa : isas())
-        if (isa.usable) names.emplace_back(isa.name);
-    return names;
-}
-
-Isa find_isa(const std::string& name) {
-    for (const Isa& isa : isas())
-        if (isa.usable && name == isa.name) return isa;
-    throw nb::value_error(("this processor has no instruction set '" + name + "'").c_str());
-}
-
-template <class Array>
-void check_shape(const Array& x, const char* name, std::initializer_list<int64_t> shape) {
-    std::string expected, got;
-    bool equal = true;
-    size_t i = 0;
-    for (int64_t n : shape) {
-        const int64_t size = static_cast<int64_t>(x.shape(i++));
-        equal &= size == n;
-        expected += (expected.empty() ? "" : ", ") + std::to_string(n);
-        got += (got.empty() ? "" : ", ") + std::to_string(size);
-    }
-    if (!equal)
-        throw nb::value_error(
-            (std::string(name) + ": expected shape [" + expected + "], got [" + got + "]").c_str());
-}
-
-template <class Array>
-void check_last_contiguous(const Array& x, const char* name) {
-    const size_t last = x.ndim() - 1;
-    if (x.stride(last) != 1 && x.shape(last) > 1)
-        throw nb::value_error(
-            (std::string(name) + " must be contiguous in its last dimension").c_str());
-}
-
-ifr::Tensor3 tensor3(const Floats<3>& x, const char* name, std::initializer_list<int64_t> shape) {
-    check_shape(x, name, shape);
-    check_last_contiguous(x, name);
-    return {x.data(), x.stride(0), x.stride(1), 1};
-}
-
-ifr::Matrix matrix(const Floats<2>& x, const char* name, int64_t R, int64_t D) {
-    check_shape(x, name, {R, D});
-    check_last_contiguous(x, name);
-    return {x.data(), x.stride(0)};
-}
-
-const float* packed(const std::optional<Packed>& x, const char* name, int64_t n) {
-    if (!x) return nullptr;
-    check_shape(*x, name, {n});
-    return x->data();
-}
 
 // The blocks' lists end to end, as a numpy array that owns its memory.
 template <class T, class List>
@@ -160,7 +54,7 @@ nb::tuple score_attention(
     std::optional<Floats<3>> value_gate, std::optional<int64_t> window,
     std::optional<double> softcap, std::optional<Packed> sinks, std::optional<Packed> alibi_slopes,
     std::optional<Packed2> log_sum_exp, std::optional<Floats<2>> ffn,
-    std::optional<Packed3> weights, std::optional<Packed> offset, double floor, double keep,
+    std::optional<Packed> offset, double floor, double keep,
     Out residual, std::optional<Out> ffn_out, Out2 head_total, OutFlags unattributed, Out linear,
     Out total, const std::string& isa, int n_threads) {
     ifr::Layer l = attention_of(static_cast<int64_t>(rows.shape(0)), q, k, v, scale, window,
@@ -187,10 +81,6 @@ nb::tuple score_attention(
     if (!(floor >= 0)) throw nb::value_error("floor must be at least 0");
     l.offset = packed(offset, "offset", l.R);
     l.floor = static_cast<float>(floor);
-    if (weights) {
-        check_shape(*weights, "weights", {l.R, l.H, l.S});
-        l.weights = weights->data();
-    }
     check_shape(residual, "residual", {l.R});
     check_shape(head_total, "head_total", {l.R, l.H});
     check_shape(unattributed, "unattributed", {l.R});
@@ -236,26 +126,10 @@ void score_ffn(Floats<2> resid_mid, Floats<2> resid_post, Out residual, Out ffn,
     kernel.score_ffn(x, n_threads);
 }
 
-void attend_row(Floats<3> q, Floats<3> k, Floats<3> v, double scale, std::optional<int64_t> window,
-                std::optional<double> softcap, std::optional<Packed> sinks,
-                std::optional<Packed> alibi_slopes, Out3 z, Out3 weights, const std::string& isa,
-                int n_threads) {
-    ifr::Layer l = attention_of(1, q, k, v, scale, window, softcap, sinks, alibi_slopes);
-    if (l.S < 1) throw nb::value_error("k must hold at least one key");
-    if (n_threads < 1) throw nb::value_error("n_threads must be at least 1");
-    const int64_t row = l.S - 1;
-    l.rows = &row;
-    check_shape(z, "z", {1, l.H, l.V});
-    check_shape(weights, "weights", {1, l.H, l.S});
-    const ifr::Attention out{z.data(), weights.data()};
-    const Isa kernel = find_isa(isa);
-    nb::gil_scoped_release released;
-    kernel.attend_row(l, n_threads, out);
-}
-
 }  // namespace
 
 NB_MODULE(_native, m) {
+    nb::set_leak_warnings(false);  // what lives until the interpreter ends is no leak
     m.def("isas", &usable_isas, "Instruction sets that this processor has, the default first.");
     m.def("pool", &ifr::Team::pool,
           "The OpenMP library whose threads are used; empty where each call makes its own.");
@@ -265,15 +139,12 @@ NB_MODULE(_native, m) {
           "value_gate"_a.noconvert().none(), "window"_a.none(), "softcap"_a.none(),
           "sinks"_a.noconvert().none(), "alibi_slopes"_a.noconvert().none(),
           "log_sum_exp"_a.noconvert().none(), "ffn"_a.noconvert().none(),
-          "weights"_a.noconvert().none(), "offset"_a.noconvert().none(), "floor"_a, "keep"_a,
+          "offset"_a.noconvert().none(), "floor"_a, "keep"_a,
           "residual"_a.noconvert(), "ffn_out"_a.noconvert().none(), "head_total"_a.noconvert(),
           "unattributed"_a.noconvert(), "linear"_a.noconvert(), "total"_a.noconvert(), "isa"_a,
           "n_threads"_a);
     m.def("score_ffn", &score_ffn, "resid_mid"_a.noconvert(), "resid_post"_a.noconvert(),
           "residual"_a.noconvert(), "ffn"_a.noconvert(), "unattributed"_a.noconvert(), "isa"_a,
           "n_threads"_a);
-    m.def("attend_row", &attend_row, "q"_a.noconvert(), "k"_a.noconvert(), "v"_a.noconvert(),
-          "scale"_a, "window"_a.none(), "softcap"_a.none(), "sinks"_a.noconvert().none(),
-          "alibi_slopes"_a.noconvert().none(), "z"_a.noconvert(), "weights"_a.noconvert(),
-          "isa"_a, "n_threads"_a);
+    bind_step(m);
 }

@@ -5,6 +5,7 @@
 
 constexpr int64_t ROW_KEYS = 256;         // keys per task, a multiple of CHUNK
 constexpr int64_t COORDINATE_TASKS = 16;  // at most
+constexpr int64_t AHEAD = 4096;           // bytes: a processor's own prefetching ends with a page
 constexpr int Z_VECTORS = 8;              // of an attention output, held in registers
 
 // The keys of one row in tasks, and its lines.
@@ -54,7 +55,9 @@ class Row : protected Lines {
             scaled(l_.K, l_.q.at(0, hk * group_ + m), q_scale(), q);
             std::fill(q + l_.K, q + Kp_, 0.0f);
         }
+        const int64_t last = last_visible(0) - 1;
         for_keys(task, l_.k, l_.K, s, [&](int64_t j, const float* const* k) {
+            for (int i = 0; i < ND; ++i) fetch(l_.v.at(std::min(j + i, last), hk), l_.V, 0);
             for (int64_t m = 0; m < group_; ++m)
                 dots(Kp_, s.q.get() + m * Kp_, k, lines_[hk * group_ + m].of_key + j);
         });
@@ -71,6 +74,7 @@ class Row : protected Lines {
             const float* rows[ND];
             for (int k = 0; k < ND; ++k) {
                 rows[k] = x.at(std::min(j + k, last), hk);
+                fetch(rows[k], width);
                 if (width == padded) continue;
                 float* copy = s.padded.get() + k * padded;
                 std::copy_n(rows[k], width, copy);
@@ -79,6 +83,11 @@ class Row : protected Lines {
             }
             use(j, rows);
         }
+    }
+
+    static void fetch(const float* row, int64_t width, int64_t ahead = AHEAD) {
+        const char* from = reinterpret_cast<const char*>(row) + ahead;
+        for (int64_t i = 0; i < 4 * width; i += 64) __builtin_prefetch(from + i);
     }
 
     const int64_t Kp_, Vp_, first_key_, n_keys_, key_tasks_;
@@ -200,7 +209,9 @@ class OneRow : Row {
           y_(Dp_),
           g_parts_(column_tasks_ * layer.H * Vp_),
           dots_(layer.H * n_keys_),
-          norms_((layer.value_gate.data ? layer.H : layer.H_kv) * n_keys_),
+          norms_(layer.norms && !layer.value_gate.data
+                     ? 0
+                     : (layer.value_gate.data ? layer.H : layer.H_kv) * n_keys_),
           lowest_(static_cast<size_t>(column_tasks_ * layer.H)) {
         W_T_ = W_T_in_place_ ? Tensor3{layer.W_O.data, layer.W_O.s0, layer.W_O.s2}
                              : Tensor3{W_T_buffer_.get(), layer.D * Vp_, Vp_};
@@ -257,6 +268,7 @@ class OneRow : Row {
                 F squares[4];
                 for (int k = 0; k < 4; ++k) {
                     w[k] = W_T_.at(h, column[k]);
+                    fetch(w[k], l_.V, 16 * W_T_.s1);
                     squares[k] = set1(0.0f);
                 }
                 float* g = g_part + h * Vp_;
@@ -321,7 +333,7 @@ class OneRow : Row {
                 dots(Vp_, s.g.get() + m * Vp_, v, dots_.get() + h * n_keys_ + j - first_key_);
                 if (gated) dots<true>(Vp_, s.weights.get() + m * Vp_, v, norms_of(h) + j);
             }
-            if (gated) return;
+            if (gated || l_.norms) return;
             float* norms = norms_of(hk) + j;
             dots<true>(Vp_, s.weights.get(), v, norms);
             for (int i = 0; i < ND; i += W) store(norms + i, sqrt(load(norms + i)));
@@ -341,7 +353,9 @@ class OneRow : Row {
         else softmax(line);
         clock.lap(SOFTMAX);
         const float* dots = dots_.get() + h * n_keys_ - first_key_;
-        const float* norms = norms_of(l_.value_gate.data ? h : h / group_);
+        const float* norms = l_.value_gate.data ? norms_of(h)
+                             : l_.norms         ? l_.norms + h / group_ * l_.norms_stride
+                                                : norms_of(h / group_);
         s.listed.n = 0;
         for (int64_t chunk = first_key_; chunk < line.last; chunk += CHUNK)
             linear(line, std::max(chunk, line.first), std::min(chunk + CHUNK, line.last), dots,

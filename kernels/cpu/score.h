@@ -35,7 +35,9 @@ struct Layer {
     const float* alibi_slopes = nullptr;  // [H]
     const float* log_sum_exp = nullptr;   // [R, H]
     Matrix ffn;                           // [R, D]
-    const float* weights = nullptr;       // [R, H, S], used where R is 1
+    const float* weights = nullptr;       // [H, S] of one row, if attention left them
+    const float* norms = nullptr;         // [H_kv, norms_stride] of v's rows, if they are known
+    int64_t norms_stride = 0;             // more than S by a vector of keys at least
     const float* offset = nullptr;        // [R]
     float floor = 0;
 };

@@ -1,0 +1,388 @@
+"""A decode step: one new token is run through the model alone, its attention reading stored keys
+and values, and each layer's new row is scored as the pass leaves it.
+
+Then its keys and values and W_O are still in a processor's cache, and what the row was scored
+from can be forgotten. Two stores do the work of a layer: the native kernel's own, which hands the
+weights of attention on to scoring, and `TensorLayer` for all other kernels, devices and dtypes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from . import capture
+from .capture import AttentionCall, LayerCall
+from .kernels.contract import AttentionScores, EdgeList, LayerInputs
+from .model import Block, Decoder, all_evaluating, gate_rows, row_scales
+from .recording import LayerRecording
+from .scoring import Kernel, cat_on, load_kernel
+
+
+class StepScores(Protocol):
+    """Scores of rows that are added one by one, each of a layer of its own."""
+
+    def take(self) -> AttentionScores: ...  # of all rows added; none are left
+
+
+class StepLayer(Protocol):
+    """A layer in decode steps: each adds a key and a value, attends to all, and scores its row."""
+
+    def attend(
+        self,
+        q: Tensor,  # [1, H, 1, K]
+        k: Tensor,  # [1, H_kv, 1, K]
+        v: Tensor,  # [1, H_kv, 1, V]
+        scale: float,
+        *,
+        window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor: ...  # [1, 1, H, V]
+
+    def score(
+        self,
+        resid_pre: Tensor,  # [1, D]
+        y: Tensor,  # [1, D]
+        keep: float,
+        *,
+        row_scale: Tensor | None,  # [1]
+        value_gate: Tensor | None,  # [1, H, V]
+        ffn: Tensor | None,  # [1, D]
+    ) -> None: ...  # adds to what scores it was made with
+
+
+class TensorScores:
+    """`StepScores` on `device`, of rows that any kernel scores."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._added: list[AttentionScores] = []
+
+    def add(self, scores: AttentionScores) -> None:
+        self._added.append(scores)
+
+    def take(self) -> AttentionScores:
+        added, self._added = self._added, []
+        cat = functools.partial(cat_on, self._device)
+        lists = [x.edges for x in added]
+        counts = torch.tensor([len(x.source) for x in lists], device=self._device)
+        source = cat([x.source for x in lists])
+        rows = torch.arange(len(added), device=self._device)
+        return AttentionScores(
+            cat([x.residual for x in added]),
+            None if added[0].ffn is None else cat([x.ffn for x in added if x.ffn is not None]),
+            cat([x.head_total for x in added]),
+            EdgeList(
+                rows.repeat_interleave(counts, output_size=len(source)),
+                source,
+                cat([x.weight for x in lists]),
+                cat([x.head_weight for x in lists]),
+            ),
+            cat([x.unattributed for x in added]),
+            cat([x.linear for x in added]),
+            cat([x.total for x in added]),
+        )
+
+
+class TensorLayer:
+    """`StepLayer` by any kernel. k, v: stores [room, H_kv, K], [room, H_kv, V] whose first `n_keys`
+    are filled; W_O: [H, V, D].
+    """
+
+    def __init__(
+        self,
+        k: Tensor,
+        v: Tensor,
+        n_keys: int,
+        W_O: Tensor,
+        alibi_slopes: Tensor | None,
+        kernel: Kernel,
+        scores: TensorScores,
+    ) -> None:
+        self._k, self._v, self._n_keys, self._W_O = k, v, n_keys, W_O
+        self._alibi_slopes = alibi_slopes
+        self._kernel, self._scores = kernel, scores
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        *,
+        window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        for store, new in ((self._k, k), (self._v, v)):
+            store.narrow(0, self._n_keys, 1).copy_(new.squeeze(2))
+        self._n_keys += 1
+        self._q, self._scale = q, scale
+        self._window, self._softcap, self._sinks = window, softcap, sinks
+        k, v = (x[: self._n_keys].transpose(0, 1)[None] for x in (self._k, self._v))
+        if softcap is None and sinks is None and self._alibi_slopes is None:
+            begin = 0 if window is None else max(0, self._n_keys - window)
+            # The heads that share a key are so many rows that read it, unmasked.
+            grouped = q.reshape(1, k.shape[1], -1, q.shape[-1])
+            z = nn.functional.scaled_dot_product_attention(
+                grouped, k[:, :, begin:], v[:, :, begin:], scale=scale
+            )
+            return z.reshape(1, 1, q.shape[1], -1)
+        mask = capture.causal_mask(window, k.device)
+        call = AttentionCall(
+            nn.Identity(), q, k, v, mask, scale, softcap, sinks, self._alibi_slopes
+        )
+        return capture.attend_rows(call, q, torch.tensor([self._n_keys - 1], device=k.device))
+
+    def score(
+        self,
+        resid_pre: Tensor,
+        y: Tensor,
+        keep: float,
+        *,
+        row_scale: Tensor | None,
+        value_gate: Tensor | None,
+        ffn: Tensor | None,
+    ) -> None:
+        inputs = LayerInputs(
+            rows=torch.tensor([self._n_keys - 1]),
+            resid_pre=resid_pre,
+            y=y,
+            q=self._q.squeeze(2),
+            k=self._k[: self._n_keys],
+            v=self._v[: self._n_keys],
+            W_O=self._W_O,
+            scale=self._scale,
+            row_scale=row_scale,
+            value_gate=value_gate,
+            window=self._window,
+            softcap=self._softcap,
+            sinks=self._sinks,
+            alibi_slopes=self._alibi_slopes,
+            ffn=ffn,
+        )
+        self._scores.add(self._kernel.score_attention(inputs, keep))
+
+
+class NewRows(NamedTuple):
+    """A decode step's rows, one of each of N layers that are all sequential or all parallel."""
+
+    layers: list[int]  # ascending
+    resid_pre: Tensor  # [N, D]
+    y: Tensor  # [N, D] resid_mid, or resid_post in parallel blocks
+    ffn: Tensor | None  # [N, D], parallel blocks only
+    resid_post: Tensor | None  # [N, D], sequential blocks only
+    bias: Tensor  # [N, D]
+    scores: AttentionScores
+
+
+class _Layer:
+    """A layer as the pass goes through it, and its store, whose room is doubled when used up."""
+
+    layer_call: LayerCall
+    resid_pre: Tensor  # [1, D]
+    z: Tensor  # [1, H, V]
+    mid: Tensor  # [1, D]
+    resid_post: Tensor  # [1, D]
+    ffn: Tensor | None  # [1, D], parallel blocks only
+
+    def __init__(self, block: Block, recorded: LayerRecording, room: int, open_: _Open) -> None:
+        self.block = block
+        self.W_O = _where_it_lies(block)
+        self.window = block.window if recorded.window is None else recorded.window
+        self.alibi_slopes = recorded.alibi_slopes
+        self.n_keys = len(recorded.k)
+        self.k, self.v = (
+            _with_room(x, self.n_keys, self.n_keys + room) for x in (recorded.k, recorded.v)
+        )
+        self._open, self._step = open_, open_(self)
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        """Attention output [1, 1, H, V] of a new row, whose key and value are kept."""
+        if self.n_keys == len(self.k):
+            self.k, self.v = (_with_room(x, len(x), 2 * len(x)) for x in (self.k, self.v))
+            self._step = self._open(self)
+        self.n_keys += 1
+        z = self._step.attend(
+            call.q, call.k, call.v, call.scale,
+            window=self.window, softcap=call.softcap, sinks=call.sinks,
+        )  # fmt: skip
+        self.z = z[0]
+        return z
+
+    def score(self, keep: float) -> None:
+        """Scores the row that attended last."""
+        block, gate, scale = self.block, None, None
+        if block.gate_site is not None:
+            gate = gate_rows(block, self.layer_call, self.resid_pre, torch.tensor([0]))
+        if block.row_scaled:
+            scale = row_scales(block, self.resid_pre, self.mid, self.z, gate)
+        self.ffn = self.resid_post - self.mid if block.parallel else None
+        y = self.resid_post if block.parallel else self.mid
+        self._step.score(self.resid_pre, y, keep, row_scale=scale, value_gate=gate, ffn=self.ffn)
+
+    def watch(self, below: _Layer | None, last: bool, keep: float) -> Iterator[RemovableHandle]:
+        """Hooks that see a step's row pass, and score it unless it has a gate. below: the layer
+        that it comes from; last: whether none comes after this one.
+        """
+        block = self.block
+
+        def enter(hidden: Tensor, call: LayerCall) -> None:
+            self.resid_pre, self.layer_call = hidden[0], call
+            if below is not None:
+                below.resid_post = hidden[0]
+
+        def keep_mid(x: Tensor) -> None:
+            found = x.reshape(1, -1)
+            self.mid = self.resid_pre + found if block.parallel else found
+            if not block.parallel and block.gate_site is None:
+                self.score(keep)
+
+        def leave(x: Tensor) -> None:
+            self.resid_post = x[0]
+            if block.parallel and block.gate_site is None:
+                self.score(keep)
+
+        yield capture.on_layer_call(block.module, enter)
+        if block.mid_site is None:
+            yield capture.on_output(block.attention, keep_mid)
+        else:
+            yield capture.on_input(block.mid_site, keep_mid)
+        if block.parallel or last:
+            yield capture.on_output(block.module, leave)
+
+
+_Open = Callable[[_Layer], StepLayer]
+
+
+def _with_room(x: Tensor, n_keys: int, room: int) -> Tensor:
+    """A copy of the first `n_keys` of keys or values [T, H_kv, K], with room for `room` in all, a
+    head's in one piece.
+    """
+    out = x.new_empty(x.shape[1], room, x.shape[2]).transpose(0, 1)
+    out[:n_keys] = x[:n_keys]
+    return out
+
+
+def _where_it_lies(block: Block) -> Tensor:
+    """W_O of a block: the model's own weight where it is nothing else. Having just multiplied by
+    that, the model leaves it in the processor's cache.
+    """
+    H, V, D = block.W_O.shape
+    for weight in block.attention.parameters():
+        if weight.shape == (D, H * V) and weight.dtype == block.W_O.dtype:
+            view = weight.detach().view(D, H, V).permute(1, 2, 0)
+            if view.device == block.W_O.device and torch.equal(view, block.W_O):
+                return view
+    return block.W_O
+
+
+class _Alike:
+    """Layers that are all sequential or all parallel: their rows make one table."""
+
+    def __init__(
+        self,
+        blocks: list[Block],
+        recorded: list[LayerRecording],
+        room: int,
+        impl: str,
+        device: torch.device,
+    ) -> None:
+        self.scores, open_ = _scored_by(impl, recorded[0].k.dtype, blocks[0], device)
+        self.layers = [
+            _Layer(block, x, room, open_) for block, x in zip(blocks, recorded, strict=True)
+        ]
+        self.numbers = [block.layer for block in blocks]
+        self.bias = torch.stack([block.bias.to(device) for block in blocks])
+        self._device = device
+        self._on_one_device = all(x.W_O.device == device for x in self.layers)
+
+    def take(self) -> NewRows:
+        """The rows of the step that has just been done."""
+        layers = self.layers
+        cat = torch.cat if self._on_one_device else functools.partial(cat_on, self._device)
+        resid_pre = cat([x.resid_pre for x in layers])
+        resid_post = cat([x.resid_post for x in layers])
+        scores = self.scores.take()
+        if layers[0].block.parallel:
+            ffn = cat([x.ffn for x in layers if x.ffn is not None])
+            return NewRows(self.numbers, resid_pre, resid_post, ffn, None, self.bias, scores)
+        y = cat([x.mid for x in layers])
+        return NewRows(self.numbers, resid_pre, y, None, resid_post, self.bias, scores)
+
+
+def _scored_by(
+    impl: str, dtype: torch.dtype, block: Block, device: torch.device
+) -> tuple[StepScores, _Open]:
+    """What a group of layers is scored by, and with."""
+    if impl == "cpu" and dtype == torch.float32:
+        from .kernels.cpu import kernel as cpu
+
+        native = cpu.StepScores(block.W_O.shape[0])
+        return native, lambda x: cpu.StepLayer(x.k, x.v, x.n_keys, x.W_O, x.alibi_slopes, native)
+    kernel, scores = load_kernel(impl), TensorScores(device)
+    return scores, lambda x: TensorLayer(x.k, x.v, x.n_keys, x.W_O, x.alibi_slopes, kernel, scores)
+
+
+class Decoding:
+    """Decode steps of one text, after `recorded` was recorded of its beginning.
+
+    room: tokens that stores have room for at first, beyond those recorded. keep: edges with
+    weight above it are listed. device: where rows are brought together.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        recorded: list[LayerRecording],
+        room: int,
+        impl: str,
+        keep: float,
+        device: torch.device,
+    ) -> None:
+        self._decoder, self._keep = decoder, keep
+        self._alike = []
+        for parallel in (False, True):
+            of = [i for i, block in enumerate(decoder.blocks) if block.parallel == parallel]
+            if of:
+                blocks, those = [decoder.blocks[i] for i in of], [recorded[i] for i in of]
+                self._alike.append(_Alike(blocks, those, room, impl, device))
+        layers = [layer for alike in self._alike for layer in alike.layers]
+        self._layers = sorted(layers, key=lambda layer: layer.block.layer)
+        self._of_module = {layer.block.attention: layer for layer in self._layers}
+        self._modules = list(decoder.model.modules())
+
+    def held(self, layer: int) -> tuple[Tensor, Tensor]:
+        """All keys and values of a layer: [S, H_kv, K], [S, H_kv, V]."""
+        of = self._layers[layer]
+        return of.k[: of.n_keys], of.v[: of.n_keys]
+
+    def step(self, token_id: int, position: int) -> tuple[Tensor, list[NewRows]]:
+        """Runs the model on the token at `position`, the end of the text so far. Returns the logits
+        [vocab] of the one after it, and the row of each layer, scored.
+        """
+
+        def answer(call: AttentionCall) -> Tensor:
+            return self._of_module[call.module].attend(call)
+
+        with (
+            all_evaluating(self._modules),
+            self._decoder.attention_through(self._decoder.model, answer),
+        ):
+            below: _Layer | None = None
+            handles: list[RemovableHandle] = []
+            for layer in self._layers:
+                handles += layer.watch(below, layer is self._layers[-1], self._keep)
+                below = layer
+            with capture.hooks(*handles):
+                _, logits = self._decoder.step(token_id, position)
+            for layer in self._layers:  # which run again for their gates
+                if layer.block.gate_site is not None:
+                    layer.score(self._keep)
+        return logits, [alike.take() for alike in self._alike]
