@@ -3,9 +3,9 @@
     python bench/generation.py --context 2048 --tokens 24
 
 A plain decode step (sdpa, DynamicCache, inference mode) and a step of `Tracer.generate` of the same
-token are run in turn; the first two of each are not counted, and figures are medians. The rows
-scored in a step are those of the new token, one a layer, and rows of the prompt that no step
-reached before: a step that needs none of these is counted apart.
+token are run in turn; the first two of each are not counted, and figures are medians. Scored in a
+step are the rows of the new token, one a layer, and rows of the prompt that no step reached before:
+a step that needs none of these is counted apart.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ import time
 import torch
 from transformers import DynamicCache
 
-from ifr_fast import Tracer
+from ifr_fast import Tracer, generation
 from ifr_fast.benchmark import first_tokens, prose
-from ifr_fast.scoring import load_kernel
 
 WARM_UP = 2
 
@@ -35,15 +34,14 @@ def main() -> None:
 
     tracer = Tracer.from_pretrained(options.model)
     prompt = first_tokens(prose(), tracer.tokenizer, options.context)
-    kernel, scored = load_kernel(tracer.impl), 0
-    score_attention = kernel.score_attention
+    scored, score_layer = 0, generation.score_layer
 
-    def counting(inputs, keep):
+    def counting(recording, layer, rows, *rest):
         nonlocal scored
-        scored += len(inputs.rows)
-        return score_attention(inputs, keep)
+        scored += len(rows)
+        return score_layer(recording, layer, rows, *rest)
 
-    kernel.score_attention = counting
+    generation.score_layer = counting
     cache = DynamicCache(config=tracer.model.config)
     with torch.inference_mode():
         tracer.model(prompt[None], past_key_values=cache, logits_to_keep=1)
@@ -66,17 +64,16 @@ def main() -> None:
         routed.append(time.perf_counter() - began)
         rows.append(scored)
         scored = 0
-    least = min(rows)
-    alone = [t for t, n in zip(routed[WARM_UP:], rows[WARM_UP:], strict=True) if n == least]
+    alone = [t for t, n in zip(routed[WARM_UP:], rows[WARM_UP:], strict=True) if n == 0]
     decode, with_route, new = (
         1e3 * statistics.median(x) for x in (plain[WARM_UP:], routed[WARM_UP:], alone)
     )
     print(f"{options.context} tokens of context, {torch.get_num_threads()} threads, {tracer.impl}")
-    print(f"rows scored for the prompt's first route: {first}")
-    print(f"rows scored in each step after it: {', '.join(map(str, rows))}")
+    print(f"rows of the prompt scored for the first route: {first}")
+    print(f"in each step after it: {', '.join(map(str, rows))}")
     print(f"transformers' decode step: {decode:.1f} ms")
     print(f"a step with its route: {with_route:.1f} ms, {with_route / decode - 1:+.1%}")
-    print(f"{len(alone)} of these score {least} rows: {new:.1f} ms, {new / decode - 1:+.1%}")
+    print(f"{len(alone)} of these score none of the prompt: {new:.1f} ms, {new / decode - 1:+.1%}")
 
 
 if __name__ == "__main__":

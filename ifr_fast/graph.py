@@ -200,8 +200,25 @@ def grow_layer(
     Returns them, and which positions' `resid_pre` [T] bool they reach. No value is read by the
     host: sizes depend on shapes alone.
     """
+    grown = edges_into(layer, table, reached[table.rows], threshold, granularity)
+    *own, attention = grown.steps
+    leads_to_pre = torch.zeros(len(reached), dtype=torch.int32, device=table.rows.device)
+    leads_to_pre.index_add_(0, attention.source, attention.kept.int())
+    passes = own[-1].kept
+    if table.ffn_residual is None:
+        passes = passes | own[0].kept
+    leads_to_pre.index_add_(0, table.rows, passes.int())
+    return grown, leads_to_pre > 0
+
+
+def edges_into(
+    layer: int, table: LayerTable, post: Tensor, threshold: float, granularity: Granularity
+) -> Grown:
+    """The edges into those posts of a table that are reached, by `post` [R] bool.
+
+    All of the table may be numpy arrays: it is done with what these and tensors have in common.
+    """
     rows, (row, source, edge_weight, head_weight) = table.rows, table.edges
-    post = reached[rows]
     ffn_kept = post & (table.ffn > threshold)
     steps = [Steps(EdgeKind.FFN, rows, rows, table.ffn, ffn_kept)]
     if table.ffn_residual is None:
@@ -227,13 +244,8 @@ def grow_layer(
     attention_kept = (edge_weight > threshold) & mid[row]
     steps.append(Steps(EdgeKind.ATTENTION, rows[row], source, edge_weight, attention_kept))
 
-    leads_to_pre = torch.zeros(len(reached), dtype=torch.int32, device=rows.device)
-    leads_to_pre.index_add_(0, source, attention_kept.int())
-    if table.ffn_residual is None:
-        passes = passes | ffn_kept
-    leads_to_pre.index_add_(0, rows, passes.int())
     head_kept = head_kept & attention_kept[:, None]
-    return Grown(layer, steps, head_weight, head_kept, unattributed), leads_to_pre > 0
+    return Grown(layer, steps, head_weight, head_kept, unattributed)
 
 
 def assemble(grown: list[Grown], parallel: list[bool], **fields: Any) -> RouteGraph:

@@ -9,10 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from .graph import EdgeKind, Granularity, LayerTable, Node, NodeKind, grow_layer
+from .graph import EdgeKind, Granularity, LayerTable, Node, NodeKind, edges_into
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 Ints = np.ndarray[Any, np.dtype[np.int64]]
@@ -84,23 +83,20 @@ class Nodes:
         The table's rows are numbered from 0; its edges' sources are positions.
         """
         n, first = len(layers), len(self.below)
-        n_positions = max(n, 1 + max(positions))
-        reached = torch.ones(n_positions, dtype=torch.bool, device=table.rows.device)
-        grown, _ = grow_layer(0, table, reached, self._threshold, self._granularity)
+        everywhere: Any = np.ones(n, bool)
+        # Of arrays, as the table is.
+        grown: Any = edges_into(0, _arrays(table), everywhere, self._threshold, self._granularity)
         *own, attention = grown.steps  # those at the node's own position, and the others
         layer_of, position_of = np.array(layers), np.array(positions)
-
-        def column(own_values: list[Tensor], of_attention: Tensor) -> Any:
-            return _numpy(torch.cat([*own_values, of_attention]))
-
-        node = column([x.target for x in own], attention.target)
-        source = np.concatenate([np.tile(position_of, len(own)), _numpy(attention.source)])
-        weight = column([x.weight.float() for x in own], attention.weight.float())
-        sizes = [n] * len(own) + [len(node) - n * len(own)]
-        kind = np.repeat([int(x.kind) for x in grown.steps], sizes)
-        kept = column([x.kept for x in own], attention.kept).nonzero()[0]
-        kept = kept[node[kept].argsort(kind="stable")]
-        node, kind, source, weight = (x[kept] for x in (node, kind, source, weight))
+        node, weight, kept = (
+            np.concatenate([getattr(step, name) for step in grown.steps])
+            for name in ("target", "weight", "kept")
+        )
+        source = np.concatenate([*[position_of] * len(own), attention.source])
+        kind = np.repeat([int(x.kind) for x in grown.steps], [len(x.kept) for x in grown.steps])
+        (at,) = kept.nonzero()
+        at = at[node[at].argsort(kind="stable")]
+        node, kind, source, weight = node[at], kind[at], source[at], weight[at]
         self.edges.extend(
             _rows(layer_of[node], kind, position_of[node], source, weight), _ends(node, n)
         )
@@ -112,18 +108,16 @@ class Nodes:
             self.below.append(below[begin:end])
             begin = end
 
-        entry, head = (_numpy(x) for x in grown.head_kept.nonzero(as_tuple=True))
-        node, source = (_numpy(x)[entry] for x in (attention.target, attention.source))
-        weight = _numpy(grown.head_weight.float())[entry, head]
-        order = node.argsort(kind="stable")
-        node = node[order]
+        entry, head = grown.head_kept.nonzero()
+        entry, head = (x[attention.target[entry].argsort(kind="stable")] for x in (entry, head))
+        node, source = attention.target[entry], attention.source[entry]
+        weight = grown.head_weight[entry, head]
         self.heads.extend(
-            _rows(layer_of[node], head[order], position_of[node], source[order], weight[order]),
-            _ends(node, n),
+            _rows(layer_of[node], head, position_of[node], source, weight), _ends(node, n)
         )
         for is_mid, _, flags in grown.unattributed:
             place = NodeKind.MID if is_mid else NodeKind.POST
-            for i in _numpy(flags).nonzero()[0].tolist():
+            for i in flags.nonzero()[0].tolist():
                 flagged = Node(layers[i], place, positions[i])
                 self._flagged.setdefault(first + i, []).append(flagged)
         for i, (layer, position) in enumerate(zip(layers, positions, strict=True)):
@@ -142,5 +136,8 @@ def _ends(node: Ints, n: int) -> Ints:
     return np.bincount(node, minlength=n).cumsum()
 
 
-def _numpy(x: Tensor) -> np.ndarray[Any, Any]:
-    return x.cpu().numpy()
+def _arrays(x: Any) -> Any:
+    """A table with numpy arrays in place of tensors; floating ones in float32."""
+    if isinstance(x, Tensor):
+        return (x.float() if x.is_floating_point() else x).cpu().numpy()
+    return x if x is None else type(x)._make(map(_arrays, x))
