@@ -44,6 +44,24 @@ class _Granularity(StrEnum):
     HEAD = "head"
 
 
+# Options that several commands have.
+_Model = Annotated[
+    str | None, typer.Option("--model", "-m", help="Hub name or directory; default SmolLM2.")
+]
+_Chat = Annotated[
+    Path | None, typer.Option(help="Read chat messages from a JSON file ('-': standard input).")
+]
+_Threshold = Annotated[
+    float, typer.Option("--threshold", "-t", help="Keep edges above this importance.")
+]
+_By = Annotated[_Granularity, typer.Option(help="Compare summed attention edges, or single heads.")]
+_Impl = Annotated[str, typer.Option(help="auto, reference, eager, cpu or triton.")]
+_MaxMemory = Annotated[
+    str | None,
+    typer.Option("--max-memory", help="Memory to keep within, the model's included: 8GB."),
+]
+
+
 def main() -> None:
     """Runs the command; wrong input and what a machine lacks end in one line and exit code 2.
 
@@ -93,13 +111,8 @@ def trace(
     file: Annotated[
         Path | None, typer.Option("--file", "-f", help="Read the text from a file.")
     ] = None,
-    chat: Annotated[
-        Path | None,
-        typer.Option(help="Read chat messages from a JSON file ('-': standard input)."),
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Hub name or directory; default SmolLM2.")
-    ] = None,
+    chat: _Chat = None,
+    model: _Model = None,
     position: Annotated[
         str,
         typer.Option(
@@ -108,13 +121,9 @@ def trace(
             help="Explain what is predicted after this token; or after several: 3,5,7 or -4:.",
         ),
     ] = "-1",
-    threshold: Annotated[
-        float, typer.Option("--threshold", "-t", help="Keep edges above this importance.")
-    ] = 0.04,
-    granularity: Annotated[
-        _Granularity, typer.Option(help="Compare summed attention edges, or single heads.")
-    ] = _Granularity.TOKEN,
-    impl: Annotated[str, typer.Option(help="auto, reference, eager, cpu or triton.")] = "auto",
+    threshold: _Threshold = 0.04,
+    granularity: _By = _Granularity.TOKEN,
+    impl: _Impl = "auto",
     recording_path: Annotated[
         Path | None,
         typer.Option(
@@ -124,10 +133,7 @@ def trace(
             "has left it. A whole one is read: its own text, where none is given.",
         ),
     ] = None,
-    max_memory: Annotated[
-        str | None,
-        typer.Option("--max-memory", help="Memory to keep within, the model's included: 8GB."),
-    ] = None,
+    max_memory: _MaxMemory = None,
     top_paths: Annotated[
         int, typer.Option("--top-paths", "-k", help="How many routes to print.")
     ] = 5,
@@ -204,27 +210,18 @@ def generate(
     file: Annotated[
         Path | None, typer.Option("--file", "-f", help="Read the prompt from a file.")
     ] = None,
-    chat: Annotated[
-        Path | None,
-        typer.Option(help="Read chat messages from a JSON file ('-': standard input)."),
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Hub name or directory; default SmolLM2.")
-    ] = None,
+    chat: _Chat = None,
+    model: _Model = None,
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", "-n", help="How many tokens to add at most.")
     ] = 32,
-    threshold: Annotated[
-        float, typer.Option("--threshold", "-t", help="Keep edges above this importance.")
-    ] = 0.04,
-    granularity: Annotated[
-        _Granularity, typer.Option(help="Compare summed attention edges, or single heads.")
-    ] = _Granularity.TOKEN,
+    threshold: _Threshold = 0.04,
+    granularity: _By = _Granularity.TOKEN,
     temperature: Annotated[
         float, typer.Option(help="Above 0: draw tokens at random; 0: take the most probable.")
     ] = 0.0,
     seed: Annotated[int, typer.Option(help="Of what is drawn at random.")] = 0,
-    impl: Annotated[str, typer.Option(help="auto, reference, eager, cpu or triton.")] = "auto",
+    impl: _Impl = "auto",
     sources: Annotated[
         int, typer.Option("--sources", "-k", help="How many sources of each token to print.")
     ] = 4,
@@ -284,9 +281,7 @@ def generate(
 
 @app.command()
 def bench(
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Hub name or directory; default SmolLM2.")
-    ] = None,
+    model: _Model = None,
     lengths: Annotated[
         str, typer.Option("--lengths", "-n", help="Tokens of text to measure, by commas.")
     ] = "128,512",
@@ -294,7 +289,7 @@ def bench(
         Path | None,
         typer.Option("--file", "-f", help="Read the text from a file; default: English prose."),
     ] = None,
-    impl: Annotated[str, typer.Option(help="auto, reference, eager, cpu or triton.")] = "auto",
+    impl: _Impl = "auto",
     repeat: Annotated[int, typer.Option(help="Rounds; their median is reported.")] = 5,
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Write the figures as JSON.")
@@ -402,13 +397,8 @@ def _print_throughput(document: dict[str, Any], results: list[Throughput]) -> No
 @app.command()
 def plan(
     tokens: Annotated[int, typer.Argument(help="The length of the text.")],
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Hub name or directory; default SmolLM2.")
-    ] = None,
-    max_memory: Annotated[
-        str | None,
-        typer.Option("--max-memory", help="Memory to keep within, the model's included: 8GB."),
-    ] = None,
+    model: _Model = None,
+    max_memory: _MaxMemory = None,
     config: Annotated[
         Path | None,
         typer.Option(help="A config.json, or its directory: on paper, without the weights."),
@@ -460,9 +450,7 @@ def survey(
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The directory to write.")],
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Hub name or directory; default SmolLM2.")
-    ] = None,
+    model: _Model = None,
     label_by: Annotated[
         list[str] | None,
         typer.Option(
@@ -498,7 +486,7 @@ def survey(
         bool, typer.Option("--resume", help="Go on with what an interrupted run has left.")
     ] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first problem.")] = False,
-    impl: Annotated[str, typer.Option(help="auto, reference, eager, cpu or triton.")] = "auto",
+    impl: _Impl = "auto",
     device_map: Annotated[
         str | None,
         typer.Option("--device-map", help="Where the model goes: cuda:0, or auto for several."),
@@ -558,9 +546,7 @@ def report(
 def circuits(
     out: Annotated[Path, typer.Option(help="A folder for tables, figures and the report.")],
     task: Annotated[str, typer.Option(help="ioi or greater-than.")] = "ioi",
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Hub name or directory; default SmolLM2.")
-    ] = None,
+    model: _Model = None,
     prompts: Annotated[int, typer.Option("--prompts", "-n", help="How many to make.")] = 50,
     seed: Annotated[int, typer.Option(help="Of prompts, random graphs and intervals.")] = 0,
     threshold: Annotated[
@@ -577,7 +563,7 @@ def circuits(
     input_prompts: Annotated[
         int, typer.Option("--input-prompts", help="Prompts whose tokens are deleted.")
     ] = 20,
-    impl: Annotated[str, typer.Option(help="auto, reference, eager, cpu or triton.")] = "auto",
+    impl: _Impl = "auto",
 ) -> None:
     """Compare a task's routes with activation patching, and see how faithful they are.
 
