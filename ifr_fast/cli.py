@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import platform
 import sys
-from contextlib import nullcontext
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from enum import StrEnum
 from importlib import metadata
 from importlib.util import find_spec
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
     from .graph import Hop, RouteGraph
     from .tracer import Tracer
 
+_STDOUT = Path("-")
+_DTYPES = ("bfloat16", "float16", "float32", "float64")
 DEMO_TEXT = "When Mary and John went to the store, John gave a drink to"
 
 app = typer.Typer(
@@ -42,6 +47,24 @@ app = typer.Typer(
 class _Granularity(StrEnum):
     TOKEN = "token"
     HEAD = "head"
+
+
+# Options that several commands have.
+_Model = Annotated[
+    str | None, typer.Option("--model", "-m", help="Hub name or directory; default SmolLM2.")
+]
+_Chat = Annotated[
+    Path | None, typer.Option(help="Read chat messages from a JSON file ('-': standard input).")
+]
+_Threshold = Annotated[
+    float, typer.Option("--threshold", "-t", help="Keep edges above this importance.")
+]
+_By = Annotated[_Granularity, typer.Option(help="Compare summed attention edges, or single heads.")]
+_Impl = Annotated[str, typer.Option(help="auto, reference, eager, cpu or triton.")]
+_MaxMemory = Annotated[
+    str | None,
+    typer.Option("--max-memory", help="Memory to keep within, the model's included: 8GB."),
+]
 
 
 def main() -> None:
@@ -93,13 +116,8 @@ def trace(
     file: Annotated[
         Path | None, typer.Option("--file", "-f", help="Read the text from a file.")
     ] = None,
-    chat: Annotated[
-        Path | None,
-        typer.Option(help="Read chat messages from a JSON file ('-': standard input)."),
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Hub name or directory; default SmolLM2.")
-    ] = None,
+    chat: _Chat = None,
+    model: _Model = None,
     position: Annotated[
         str,
         typer.Option(
@@ -108,13 +126,9 @@ def trace(
             help="Explain what is predicted after this token; or after several: 3,5,7 or -4:.",
         ),
     ] = "-1",
-    threshold: Annotated[
-        float, typer.Option("--threshold", "-t", help="Keep edges above this importance.")
-    ] = 0.04,
-    granularity: Annotated[
-        _Granularity, typer.Option(help="Compare summed attention edges, or single heads.")
-    ] = _Granularity.TOKEN,
-    impl: Annotated[str, typer.Option(help="auto, reference, eager, cpu or triton.")] = "auto",
+    threshold: _Threshold = 0.04,
+    granularity: _By = _Granularity.TOKEN,
+    impl: _Impl = "auto",
     recording_path: Annotated[
         Path | None,
         typer.Option(
@@ -124,15 +138,15 @@ def trace(
             "has left it. A whole one is read: its own text, where none is given.",
         ),
     ] = None,
-    max_memory: Annotated[
-        str | None,
-        typer.Option("--max-memory", help="Memory to keep within, the model's included: 8GB."),
-    ] = None,
+    max_memory: _MaxMemory = None,
     top_paths: Annotated[
         int, typer.Option("--top-paths", "-k", help="How many routes to print.")
     ] = 5,
     json_path: Annotated[
-        Path | None, typer.Option("--json", help="Write the graph as JSON.")
+        Path | None,
+        typer.Option(
+            "--json", help="Write the graph as JSON ('-', here as below: standard output)."
+        ),
     ] = None,
     html_path: Annotated[
         Path | None, typer.Option("--html", help="Write a page that draws the graph.")
@@ -160,11 +174,12 @@ def trace(
     """Explain one prediction: print its strongest routes, tokens and heads."""
     given = not (text is None and file is None and chat is None)
     source = _read(text, file, chat)
-    outputs = _check_outputs(
-        {"--json": json_path, "--html": html_path, "--png": png_path, "--save": save_path,
-         "--graphml": graphml_path, "--dot": dot_path, "--parquet": parquet_path,
-         "--neuronpedia": neuronpedia_path}
-    )  # fmt: skip
+    paths = {"--json": json_path, "--html": html_path, "--png": png_path, "--save": save_path,
+             "--graphml": graphml_path, "--dot": dot_path, "--parquet": parquet_path,
+             "--neuronpedia": neuronpedia_path}  # fmt: skip
+    outputs = _check_outputs(paths)
+    if recording_path is not None:
+        _check_recording(recording_path, outputs)
     if top_paths < 1:
         raise ValueError(f"--top-paths: expected at least 1, got {top_paths}")
     from .graph import check_threshold
@@ -189,47 +204,41 @@ def trace(
             source = tracer.load_recording(recording_path)
     graph = tracer.trace(source, position=where, threshold=threshold, granularity=granularity.value)
     # Files first: whoever reads what is printed may stop reading.
-    _write(graph, json_path, html_path, png_path, save_path)
-    _write_formats(graph, tracer, graphml_path, dot_path, parquet_path, neuronpedia_path)
-    for path in outputs:
-        Console(stderr=True).print(Text(f"wrote {printable(str(path))}"), soft_wrap=True)
-    _print_graph(graph, top_paths)
+    _write(graph, tracer, paths)
+    _say_written(outputs)
+    if _STDOUT not in outputs:
+        _print_graph(graph, top_paths)
 
 
 @app.command()
 def generate(
     text: Annotated[
-        str | None, typer.Argument(help="The prompt; '-' reads standard input.")
+        str | None,
+        typer.Argument(help="The prompt; '-' reads standard input. Without any, a demonstration."),
     ] = None,
     file: Annotated[
         Path | None, typer.Option("--file", "-f", help="Read the prompt from a file.")
     ] = None,
-    chat: Annotated[
-        Path | None,
-        typer.Option(help="Read chat messages from a JSON file ('-': standard input)."),
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Hub name or directory; default SmolLM2.")
-    ] = None,
+    chat: _Chat = None,
+    model: _Model = None,
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", "-n", help="How many tokens to add at most.")
     ] = 32,
-    threshold: Annotated[
-        float, typer.Option("--threshold", "-t", help="Keep edges above this importance.")
-    ] = 0.04,
-    granularity: Annotated[
-        _Granularity, typer.Option(help="Compare summed attention edges, or single heads.")
-    ] = _Granularity.TOKEN,
+    threshold: _Threshold = 0.04,
+    granularity: _By = _Granularity.TOKEN,
     temperature: Annotated[
         float, typer.Option(help="Above 0: draw tokens at random; 0: take the most probable.")
     ] = 0.0,
     seed: Annotated[int, typer.Option(help="Of what is drawn at random.")] = 0,
-    impl: Annotated[str, typer.Option(help="auto, reference, eager, cpu or triton.")] = "auto",
+    impl: _Impl = "auto",
     sources: Annotated[
         int, typer.Option("--sources", "-k", help="How many sources of each token to print.")
     ] = 4,
     json_path: Annotated[
-        Path | None, typer.Option("--json", help="Write tokens and graphs, a line of JSON each.")
+        Path | None,
+        typer.Option(
+            "--json", help="Write tokens and graphs, a line of JSON each ('-': standard output)."
+        ),
     ] = None,
 ) -> None:
     """Continue a text, and print each new token with the tokens that it came from."""
@@ -237,8 +246,10 @@ def generate(
     outputs = _check_outputs({"--json": json_path})
     if sources < 1:
         raise ValueError(f"--sources: expected at least 1, got {sources}")
-    if temperature < 0:
-        raise ValueError(f"--temperature: expected at least 0, got {temperature}")
+    if not (temperature >= 0 and math.isfinite(temperature)):
+        raise ValueError(f"--temperature: expected a number from 0 up, got {temperature}")
+    if not 0 <= seed < 1 << 64:
+        raise ValueError(f"--seed: expected 0 to {(1 << 64) - 1}, got {seed}")
     from .graph import check_threshold
 
     check_threshold(threshold)
@@ -259,6 +270,14 @@ def generate(
     console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
     lines = []
     for step in steps:
+        if outputs:
+            fields = {"token_id": step.token_id, "token": step.token}
+            document = {**fields, "probability": step.probability}
+            document["graph"] = json.loads(step.graph.to_json())
+            lines.append(json.dumps(document, allow_nan=False))
+        if _STDOUT in outputs:
+            print(lines.pop(), flush=True)
+            continue
         importance = step.graph.token_importance()
         best = importance.argsort(descending=True, stable=True)[:sources].tolist()
         origins = ", ".join(
@@ -272,21 +291,14 @@ def generate(
                 ("  from ", "dim"), origins or "nothing above the threshold",
             )
         )  # fmt: skip
-        if outputs:
-            fields = {"token_id": step.token_id, "token": step.token}
-            document = {**fields, "probability": step.probability}
-            document["graph"] = json.loads(step.graph.to_json())
-            lines.append(json.dumps(document, allow_nan=False) + "\n")
-    for path in outputs:
-        write_text(path, "".join(lines))
-        Console(stderr=True).print(Text(f"wrote {printable(str(path))}"), soft_wrap=True)
+    if outputs and _STDOUT not in outputs:
+        write_text(outputs[0], "".join(line + "\n" for line in lines))
+    _say_written(outputs)
 
 
 @app.command()
 def bench(
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Hub name or directory; default SmolLM2.")
-    ] = None,
+    model: _Model = None,
     lengths: Annotated[
         str, typer.Option("--lengths", "-n", help="Tokens of text to measure, by commas.")
     ] = "128,512",
@@ -294,10 +306,11 @@ def bench(
         Path | None,
         typer.Option("--file", "-f", help="Read the text from a file; default: English prose."),
     ] = None,
-    impl: Annotated[str, typer.Option(help="auto, reference, eager, cpu or triton.")] = "auto",
+    impl: _Impl = "auto",
     repeat: Annotated[int, typer.Option(help="Rounds; their median is reported.")] = 5,
     json_path: Annotated[
-        Path | None, typer.Option("--json", help="Write the figures as JSON.")
+        Path | None,
+        typer.Option("--json", help="Write the figures as JSON ('-': standard output)."),
     ] = None,
 ) -> None:
     """Measure what attribution costs here, beside the model's own forward pass."""
@@ -326,9 +339,11 @@ def bench(
             results.append(measure(tracer, token_ids[:T], repeat=repeat, on_round=show))
     document = report(tracer, results)
     for path in outputs:
-        write_text(path, json.dumps(document, indent=1) + "\n")
-        console.print(Text(f"wrote {printable(str(path))}"), soft_wrap=True)
-    _print_throughput(document, results)
+        with _target(path) as file:
+            write_text(file, json.dumps(document, indent=1) + "\n")
+    _say_written(outputs)
+    if _STDOUT not in outputs:
+        _print_throughput(document, results)
 
 
 def _position(given: str) -> int | slice | list[int]:
@@ -402,13 +417,8 @@ def _print_throughput(document: dict[str, Any], results: list[Throughput]) -> No
 @app.command()
 def plan(
     tokens: Annotated[int, typer.Argument(help="The length of the text.")],
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Hub name or directory; default SmolLM2.")
-    ] = None,
-    max_memory: Annotated[
-        str | None,
-        typer.Option("--max-memory", help="Memory to keep within, the model's included: 8GB."),
-    ] = None,
+    model: _Model = None,
+    max_memory: _MaxMemory = None,
     config: Annotated[
         Path | None,
         typer.Option(help="A config.json, or its directory: on paper, without the weights."),
@@ -427,7 +437,11 @@ def plan(
     if config is None:
         if device_memory is not None:
             raise ValueError("--device-memory: goes with --config")
-        console.print(str(_open(model, "auto", max_memory).plan(tokens)))
+        tracer = _open(model, "auto", max_memory)
+        limit = tracer.decoder.max_length
+        if limit is not None and tokens > limit:
+            raise ValueError(f"tokens: {tokens} is more than the model's context of {limit}")
+        console.print(str(tracer.plan(tokens)))
         return
     if model is not None or max_memory is not None:
         raise ValueError("--config: goes with --device-memory and --dtype alone")
@@ -436,13 +450,17 @@ def plan(
 
     from .plan import plan_for
 
-    chosen = getattr(torch, dtype, None)
-    if not isinstance(chosen, torch.dtype) or not chosen.is_floating_point:
-        raise ValueError(f"--dtype: expected bfloat16, float16 or float32, got {dtype!r}")
+    if dtype not in _DTYPES:
+        raise ValueError(f"--dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}")
     if not config.exists():
         raise ValueError(f"--config: no file or directory {str(config)!r}")
     room = None if device_memory is None else parse_bytes(device_memory, "--device-memory")
-    found = plan_for(AutoConfig.from_pretrained(config), tokens, device_memory=room, dtype=chosen)
+    try:
+        read = AutoConfig.from_pretrained(config)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"--config: {config} cannot be read: {reason}") from error
+    found = plan_for(read, tokens, device_memory=room, dtype=getattr(torch, dtype))
     console.print(str(found))
     if room is not None:
         from .memory import describe_bytes
@@ -460,9 +478,7 @@ def survey(
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The directory to write.")],
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Hub name or directory; default SmolLM2.")
-    ] = None,
+    model: _Model = None,
     label_by: Annotated[
         list[str] | None,
         typer.Option(
@@ -498,7 +514,7 @@ def survey(
         bool, typer.Option("--resume", help="Go on with what an interrupted run has left.")
     ] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first problem.")] = False,
-    impl: Annotated[str, typer.Option(help="auto, reference, eager, cpu or triton.")] = "auto",
+    impl: _Impl = "auto",
     device_map: Annotated[
         str | None,
         typer.Option("--device-map", help="Where the model goes: cuda:0, or auto for several."),
@@ -558,9 +574,7 @@ def report(
 def circuits(
     out: Annotated[Path, typer.Option(help="A folder for tables, figures and the report.")],
     task: Annotated[str, typer.Option(help="ioi or greater-than.")] = "ioi",
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Hub name or directory; default SmolLM2.")
-    ] = None,
+    model: _Model = None,
     prompts: Annotated[int, typer.Option("--prompts", "-n", help="How many to make.")] = 50,
     seed: Annotated[int, typer.Option(help="Of prompts, random graphs and intervals.")] = 0,
     threshold: Annotated[
@@ -577,13 +591,14 @@ def circuits(
     input_prompts: Annotated[
         int, typer.Option("--input-prompts", help="Prompts whose tokens are deleted.")
     ] = 20,
-    impl: Annotated[str, typer.Option(help="auto, reference, eager, cpu or triton.")] = "auto",
+    impl: _Impl = "auto",
 ) -> None:
     """Compare a task's routes with activation patching, and see how faithful they are.
 
     Takes minutes to hours; the same command goes on where it was interrupted.
     """
     from .circuits.report import Settings, make_report
+    from .graph import check_threshold
 
     settings = Settings(
         task=task,
@@ -596,8 +611,15 @@ def circuits(
         input_prompts=input_prompts,
     )
     settings.check()
-    out.mkdir(parents=True, exist_ok=True)
-    make_report(_open(model, impl), out, settings, model_name=model)
+    check_threshold(threshold)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out: {out} is a file; expected a folder to write")
+    tracer = _open(model, impl)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out: {out} cannot be made ({error.strerror})") from error
+    make_report(tracer, out, settings, model_name=model)
     Console(highlight=False, soft_wrap=True).print(Text((out / "report.md").read_text()))
 
 
@@ -609,8 +631,10 @@ def doctor(
     import torch
 
     from .pretrained import DEFAULT_NAME, cache_dir, default_model_dir
-    from .scoring import explain_impl
+    from .scoring import IMPLEMENTATIONS, explain_impl
 
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"--impl: expected one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_row("ifr-fast", __version__)
     table.add_row("Python", f"{platform.python_version()} on {platform.platform()}")
@@ -690,6 +714,11 @@ def _check_outputs(options: dict[str, Path | None]) -> list[Path]:
     chosen = {option: path for option, path in options.items() if path is not None}
     option_of: dict[str, str] = {}
     for option, path in chosen.items():
+        if path == _STDOUT:
+            other = option_of.setdefault("-", option)
+            if other != option:
+                raise ValueError(f"{option}: standard output is what {other} writes to")
+            continue
         if path.is_dir():
             raise ValueError(f"{option}: {path} is a directory; expected a file to write")
         if path.exists() and not path.is_file():  # written to, not replaced (storage.py)
@@ -706,6 +735,40 @@ def _check_outputs(options: dict[str, Path | None]) -> list[Path]:
     return list(chosen.values())
 
 
+def _check_recording(path: Path, outputs: list[Path]) -> None:
+    """Says what a recording cannot be kept in, before the model is opened."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"--recording: {path} is no file that a recording can be kept in")
+    target = os.path.realpath(path)
+    folder = os.path.dirname(target)
+    if not path.exists() and not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
+        raise ValueError(f"--recording: {path}: {folder} is no directory that can be written to")
+    if any(os.path.realpath(output) == target for output in outputs):
+        raise ValueError(
+            f"--recording: {path} is to be written as an output; expected another file"
+        )
+
+
+@contextmanager
+def _target(path: Path) -> Iterator[Path]:
+    """Where to write: the path, or for '-' a file whose content then goes to standard output."""
+    if path != _STDOUT:
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        whole = Path(folder) / "output"
+        yield whole
+        sys.stdout.flush()
+        sys.stdout.buffer.write(whole.read_bytes())
+
+
+def _say_written(outputs: list[Path]) -> None:
+    console = Console(stderr=True)
+    for path in outputs:
+        if path != _STDOUT:
+            console.print(Text(f"wrote {printable(str(path))}"), soft_wrap=True)
+
+
 def _open(model: str | None, impl: str, max_memory: str | None = None) -> Tracer:
     console = Console(stderr=True)
     with console.status("loading the model") if console.is_terminal else nullcontext():
@@ -718,46 +781,32 @@ def _open(model: str | None, impl: str, max_memory: str | None = None) -> Tracer
         return Tracer.from_pretrained(model, impl=impl, max_memory=max_memory)
 
 
-def _write(
-    graph: RouteGraph,
-    json_path: Path | None,
-    html_path: Path | None,
-    png_path: Path | None,
-    save_path: Path | None,
-) -> None:
+def _write(graph: RouteGraph, tracer: Tracer, paths: dict[str, Path | None]) -> None:
     from .storage import whole_file, write_text
 
-    if save_path is not None:
-        graph.save(save_path)
-    if json_path is not None:
-        write_text(json_path, graph.to_json())
-    if html_path is not None:
-        write_text(html_path, graph.to_html())
-    if png_path is not None:
+    def png(file: Path) -> None:
         figure = graph.plot()
-        with whole_file(png_path) as temporary:
+        with whole_file(file) as temporary:
             figure.savefig(temporary, format="png", dpi=150)
 
-
-def _write_formats(
-    graph: RouteGraph,
-    tracer: Tracer,
-    graphml_path: Path | None,
-    dot_path: Path | None,
-    parquet_path: Path | None,
-    neuronpedia_path: Path | None,
-) -> None:
-    from .storage import write_text
-
-    if graphml_path is not None:
-        write_text(graphml_path, graph.to_graphml())
-    if dot_path is not None:
-        write_text(dot_path, graph.to_dot())
-    if parquet_path is not None:
-        graph.to_parquet(parquet_path)
-    if neuronpedia_path is not None:
+    def neuronpedia(file: Path) -> None:
         scan = Path(tracer.model.config.name_or_path).name.lower()
-        write_text(neuronpedia_path, graph.to_neuronpedia(scan=scan or "unknown"))
+        write_text(file, graph.to_neuronpedia(scan=scan or "unknown"))
+
+    writers: dict[str, Callable[[Path], object]] = {
+        "--json": lambda file: write_text(file, graph.to_json()),
+        "--html": lambda file: write_text(file, graph.to_html()),
+        "--png": png,
+        "--save": graph.save,
+        "--graphml": lambda file: write_text(file, graph.to_graphml()),
+        "--dot": lambda file: write_text(file, graph.to_dot()),
+        "--parquet": graph.to_parquet,
+        "--neuronpedia": neuronpedia,
+    }
+    for option, path in paths.items():
+        if path is not None:
+            with _target(path) as file:
+                writers[option](file)
 
 
 def _quote(token: str) -> str:
@@ -784,11 +833,14 @@ def _print_graph(graph: RouteGraph, n_routes: int) -> None:
         for position, (first, *_) in zip(graph.span.positions, graph.span.predictions, strict=True):
             line("  after ", name(position), " ", (_quote(first.token), "bold green"),
                  f" ({first.probability:.2f})")  # fmt: skip
-    line((f"  {len(graph.edges.layer)} edges above {graph.threshold:g} among {len(graph.tokens)} "
-          f"tokens and {graph.n_layers} layers", "dim"))  # fmt: skip
+    n_edges, T = len(graph.edges.layer), len(graph.tokens)
+    line((f"  {n_edges} edge{'s'[:n_edges != 1]} above {graph.threshold:g} among {T} "
+          f"token{'s'[:T != 1]} and {graph.n_layers} layers", "dim"))  # fmt: skip
     if graph.unattributed:
         line((f"  {len(graph.unattributed)} nodes are unattributed: no part moved them towards "
               "what they are", "yellow"))  # fmt: skip
+    if not n_edges:
+        return
 
     line()
     line(("strongest routes", "bold"), ("  weight, then from where to where", "dim"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from math import isfinite
 from pathlib import Path
 
 import torch
@@ -44,7 +45,8 @@ def parse_bytes(text: str | int, name: str = "max_memory") -> int:
     unit = _UNITS[found[2]]
     if found[3]:
         unit = 1024 ** (len(str(unit)) // 3)
-    n = int(float(found[1]) * unit)
+    size = float(found[1]) * unit
+    n = int(size) if isfinite(size) else 0
     if n < 1:
         raise ValueError(f"{name}: expected a size such as 8GB or 500MB, got {text!r}")
     return n

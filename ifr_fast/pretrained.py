@@ -113,6 +113,8 @@ def load_tokenizer(
 
 def _source(name: str | os.PathLike[str] | None) -> str | Path:
     """A directory that holds a model, or a name of the Hub."""
+    if name is not None and not os.fspath(name):
+        raise ValueError("model: is empty; expected a name of the Hub or a directory")
     path = default_model() if name is None else Path(os.fspath(name))
     if name is None or _names_a_directory(os.fspath(name)):
         if not path.is_dir():

@@ -226,8 +226,7 @@ def test_doctor(ifr: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     asked = ifr("doctor", "--impl", "reference").out
     assert re.search(r"on cpu\s+reference, asked for", asked)
     assert not (tmp_path / "models").exists()
-    unknown = ifr("doctor", "--impl", "nonsense")
-    assert "expected one of auto" in unknown.out + unknown.err
+    assert_one_error(ifr("doctor", "--impl", "nonsense"), "--impl: expected one of auto")
 
 
 def test_text_from_an_argument_a_file_and_stdin(trace: Any, tmp_path: Path) -> None:
@@ -321,6 +320,7 @@ def test_nothing_above_the_threshold(trace: Any) -> None:
     ran = trace("some words", "--threshold", "1")
     assert ran.code == 0, ran
     assert "0 edges above 1 " in ran.out
+    assert len(ran.out.splitlines()) == 3  # no headings over nothing
 
 
 def test_control_characters_do_not_reach_the_terminal(trace: Any, tmp_path: Path) -> None:
@@ -455,6 +455,52 @@ def test_one_path_for_two_outputs(trace: Any, tmp_path: Path) -> None:
     assert not same.exists()
 
 
+def test_a_dash_writes_to_standard_output(ifr: Any, tiny_dir: Path, tiny_tracer: Tracer) -> None:
+    """What is written there stands alone: nothing else is printed, no file is called '-'."""
+    graph = tiny_tracer.trace("some words")
+    for option, expected in (
+        ("--json", graph.to_json()),
+        ("--dot", graph.to_dot()),
+        ("--graphml", graph.to_graphml()),
+        ("--html", graph.to_html()),
+    ):
+        ran = ifr("trace", "-m", tiny_dir, "some words", option, "-")
+        assert ran == Ran(0, expected, "")
+    ran = shell("trace", "-m", tiny_dir, "some words", "--json", "-")
+    assert ran == Ran(0, graph.to_json(), "")
+    ran = ifr("generate", "-m", tiny_dir, "some words", "-n", 3, "--json", "-")
+    assert (ran.code, ran.err) == (0, "")
+    steps = list(tiny_tracer.generate("some words", max_new_tokens=3))
+    written = [json.loads(line) for line in ran.out.splitlines()]
+    assert [step["token_id"] for step in written] == [step.token_id for step in steps]
+    ran = ifr("bench", "-m", tiny_dir, "-n", 8, "--repeat", 1, "--json", "-")
+    assert (ran.code, ran.err) == (0, "")
+    assert json.loads(ran.out)["subject"]["model"] == str(tiny_dir.name)
+    assert not Path("-").exists()
+
+
+def test_a_dash_beside_a_file(trace: Any, tiny_tracer: Tracer, tmp_path: Path) -> None:
+    path = tmp_path / "graph"
+    ran = trace("some words", "--json", "-", "--save", path)
+    assert ran == Ran(0, tiny_tracer.trace("some words").to_json(), f"wrote {path}\n")
+    assert RouteGraph.load(path).tokens == list("some words")
+    assert_one_error(trace("abc", "--json", "-", "--dot", "-"), "--dot", "--json")
+
+
+def test_a_full_standard_output(tiny_dir: Path) -> None:
+    for more in ([], ["--json", "-"]):
+        with open("/dev/full", "wb") as full:
+            ran = subprocess.run(
+                [COMMAND, "trace", "-m", tiny_dir, "some words", *more],
+                stdout=full,
+                stderr=subprocess.PIPE,
+                text=True,
+                check=False,
+            )
+        assert ran.returncode == 2
+        assert ran.stderr == "error: [Errno 28] No space left on device\n"
+
+
 # Bad input
 
 
@@ -476,6 +522,12 @@ def test_one_path_for_two_outputs(trace: Any, tmp_path: Path) -> None:
         (["--file", "missing.txt"], ["--file: missing.txt", "No such file"]),
         (["--file", "."], ["--file: . cannot be read", "directory"]),
         (["--chat", "missing.json"], ["--chat: missing.json", "No such file"]),
+        (["abc", "--recording", "."], ["--recording: .", "no file"]),
+        (["abc", "--recording", "/dev/null"], ["--recording: /dev/null", "no file"]),
+        (["abc", "--recording", "no/such"], ["--recording: no/such", "no directory"]),
+        (["abc", "--recording", "o"], ["--recording: o", "another file"]),
+        (["abc", "--max-memory", "9" * 400], ["--max-memory: expected a size"]),
+        (["abc", "--model", ""], ["model: is empty"]),
     ],
     ids=lambda x: " ".join(x)[:40],
 )
@@ -654,6 +706,10 @@ def test_generate_draws_by_seed(ifr: Any, tiny_dir: Path) -> None:
         (("--temperature", -1), "--temperature"),
         (("-k", 0), "--sources"),
         (("-t", 2), "threshold"),
+        (("--temperature", "nan"), "--temperature"),
+        (("--temperature", "inf"), "--temperature"),
+        (("--seed", -1), "--seed"),
+        (("--seed", 1 << 64), "--seed"),
     ],
 )
 def test_generate_refuses_bad_options(ifr: Any, tiny_dir: Path, options: Any, word: str) -> None:
@@ -754,3 +810,33 @@ def test_plans_are_printed(ifr: Any, tiny_dir: Path) -> None:
         ("--config", tiny_dir, "--dtype", "int8"),
     ):
         assert ifr("plan", 96, *options).code == 2
+    assert_one_error(ifr("plan", 97, "--model", tiny_dir), "tokens: 97", "context of 96")
+
+
+def test_plans_on_paper_say_what_they_cannot_read(ifr: Any, tiny_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{broken")
+    for path in (tmp_path, tmp_path / "config.json"):
+        assert_one_error(ifr("plan", 96, "--config", path), f"--config: {path}")
+    for dtype in ("tensor", "float8_e5m2", "int8"):
+        assert_one_error(ifr("plan", 96, "--config", tiny_dir, "--dtype", dtype), "--dtype")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--out", "file"), ("--out: file", "expected a folder")),
+        (("--out", "new", "--threshold", "nan"), ("threshold", "nan")),
+        (("--out", "new", "--model", "./missing"), ("no directory",)),
+    ],
+)
+def test_circuits_refuses_bad_options_and_makes_no_folder(
+    ifr: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: Any,
+    words: tuple[str, ...],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    assert_one_error(ifr("circuits", *options), *words)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -217,6 +217,18 @@ def test_plot_saves_a_picture(tmp_path: Path, parallel: bool, n_tokens: int) -> 
     assert sum(drawn) == len(graph.edges.layer)
 
 
+@pytest.mark.parametrize("n_tokens", [1, 2, 14, 90])
+def test_columns_of_a_plot_are_never_wide(n_tokens: int) -> None:
+    """A single token's loops do not fill the page."""
+    pytest.importorskip("matplotlib")
+    figure = trace(False, n_layers=2, n_tokens=n_tokens, threshold=0.1).plot()
+    axes = figure.axes[0]
+    left, right = axes.get_xlim()
+    inches = axes.get_position().width * figure.get_figwidth() / (right - left)
+    assert 0.2 < inches <= 1.0 + 1e-9
+    assert left <= -0.7
+
+
 @pytest.mark.filterwarnings("error")
 def test_plot_of_hostile_tokens(tmp_path: Path, hostile: RouteGraph) -> None:
     pytest.importorskip("matplotlib")

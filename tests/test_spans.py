@@ -16,6 +16,7 @@ from test_graph import assert_same_bits, assert_same_graph
 from tiny import tiny_model, tiny_text
 
 from ifr_fast import FormatError, RouteGraph, Tracer
+from ifr_fast.export.labels import visible
 from ifr_fast.recording import Recording
 
 T = 20
@@ -207,6 +208,15 @@ def test_every_form_has_all_starts(tmp_path: Path):
                 importance[node[2]] += weight
                 weight = graph.starts[position]
     torch.testing.assert_close(importance.float(), graph.token_importance(), rtol=1e-5, atol=1e-8)
-    graph.plot().savefig(tmp_path / "span.png")
+    figure = graph.plot()
+    figure.savefig(tmp_path / "span.png")
+    assert graph.span is not None
+    boxes = {  # upright ones; tokens' own labels may be so too, below the axes
+        round(text.xy[0]): text.get_text()
+        for text in figure.axes[0].texts
+        if text.get_rotation() == 90 and text.xy[1] > graph.n_layers
+    }
+    of_each = zip(graph.span.positions, graph.span.predictions, strict=True)
+    assert boxes == {position: visible(of[0].token) for position, of in of_each}
     assert (tmp_path / "span.png").stat().st_size > 1000
     assert '"positions":[2,5]' in graph.to_html()

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import ifr_fast.survey.analyses
 from ifr_fast.cli import app
+from ifr_fast.survey.analyses import plots
 from ifr_fast.survey.report import Report, report
 from ifr_fast.survey.schema import Survey
 
@@ -130,3 +131,14 @@ def test_the_documentation_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     help_ = CliRunner().invoke(app, ["report", "--help"], env={"COLUMNS": "200"}).output
     existing = set(re.findall(r"--\w[\w-]*", re.sub(r"\x1b\[[\d;]*m", "", help_)))
     assert set(re.findall(r"`(--\w[\w-]*)", page)) <= existing
+
+
+def test_axes_of_what_is_counted_have_whole_numbers() -> None:
+    with plots.figure(3, 2) as figure:
+        left, right = figure.subplots(1, 2)
+        plots.heads(left, np.zeros((3, 6)), title="heads", marked=[(2, 5)])
+        right.plot([0, 1, 2], [0.1, 0.3, 0.2])
+        plots.label(right, "layers", "layer", "share")
+    for ticks in (left.get_xticks(), left.get_yticks(), right.get_xticks()):
+        assert [float(tick).is_integer() for tick in ticks] == [True] * len(ticks)
+    assert not all(float(tick).is_integer() for tick in right.get_yticks())

@@ -24,6 +24,7 @@ _MID = 0.6  # height of mid within its layer
 _GAP = 0.5  # width of a gap, in columns
 _LABEL = 22  # characters of a token
 _CHARACTER, _ABOVE = 0.085, 0.95  # inches: a character, and the room above the layers
+_WIDEST = 1.0  # inches: a column
 _INK, _MUTED, _FAINT, _BAND, _CHIP = "#1a1f26", "#56616d", "#dfe4e9", "#f6f8fa", "#eef1f4"
 _COLOR = {"residual": "#8a95a1", "attention": "#2b5fd9", "FFN": "#c2560a"}
 _TINT, _ALERT = "#14a394", "#c01f7a"
@@ -75,17 +76,23 @@ def plot(graph: RouteGraph) -> Figure:
     below = 0.35 + max(0.15, longest * _CHARACTER)
     across = max(6.0, place.width * column + 1.0)
     up = max(2.0, graph.n_layers * 0.26)
-    height = up + below + _ABOVE
+    outcomes = _outcomes(graph, labels)
+    above = _ABOVE
+    if graph.span is not None:  # a label stands upright on each of its columns
+        above += max((len(text) for text in outcomes.values()), default=0) * _CHARACTER
+    height = up + below + above
     figure = Figure(figsize=(across, height), facecolor="white")
     axes = figure.add_axes((0.6 / across, below / height, 1 - 0.85 / across, up / height))
-    axes.set_xlim(-0.7, place.width - 0.3)
+    # A text of few tokens leaves room at both sides, or its loops would be as wide as the page.
+    beside = max(0.0, (across - 0.85) / _WIDEST - (place.width + 0.4)) / 2
+    axes.set_xlim(-0.7 - beside, place.width - 0.3 + beside)
     axes.set_ylim(-0.15, graph.n_layers + 0.35)
 
     _draw_frame(axes, graph, place)
     _draw_edges(axes, _lines(graph, place))
     _draw_nodes(axes, graph, place)
     _draw_tokens(axes, graph, place, texts, labels, upright)
-    _draw_outcome(axes, graph, place, labels)
+    _draw_outcome(axes, graph, place, outcomes, labels.families)
     _draw_heading(figure, graph, height)
     return figure
 
@@ -239,29 +246,43 @@ def _draw_tokens(
         edge += _GAP if column.gap else 1.0
 
 
-def _draw_outcome(axes: Axes, graph: RouteGraph, place: _Place, labels: _Labels) -> None:
+def _outcomes(graph: RouteGraph, labels: _Labels) -> dict[int, str]:
+    """What is predicted after each position explained; of a single one, how probable it is too."""
+    if graph.span is not None:
+        each = zip(graph.span.positions, graph.span.predictions, strict=True)
+        return {position: labels.of(of[0].token) for position, of in each if of}
+    if not graph.predictions:
+        return {}
+    best = graph.predictions[0]
+    return {graph.position: f"{labels.of(best.token)}  {best.probability:.0%}"}
+
+
+def _draw_outcome(
+    axes: Axes, graph: RouteGraph, place: _Place, outcomes: dict[int, str], families: list[str]
+) -> None:
+    alone = graph.span is None
     for position in graph.starts:
         x, y = place.pre(graph.n_layers, position)
         axes.plot([x, x], [y, y + 0.35], color=_INK, linewidth=1.4, clip_on=False)
-    if not graph.predictions:
-        return
-    on_right = x > place.width / 2
-    best = graph.predictions[0]
-    axes.annotate(
-        f"{labels.of(best.token)}  {best.probability:.0%}",
-        (x, y + 0.35),
-        xytext=(14 if on_right else -14, 3),
-        textcoords="offset points",
-        annotation_clip=False,
-        va="bottom",
-        ha="right" if on_right else "left",
-        fontsize=10,
-        fontweight="bold",
-        family=labels.families,
-        color="white",
-        parse_math=False,
-        bbox={"boxstyle": "round,pad=0.3", "facecolor": _INK, "edgecolor": "none"},
-    )
+        if position not in outcomes:
+            continue
+        on_right = x > place.width / 2
+        axes.annotate(
+            outcomes[position],
+            (x, y + 0.35),
+            xytext=((14 if on_right else -14) if alone else 0, 3),
+            textcoords="offset points",
+            annotation_clip=False,
+            va="bottom",
+            ha=("right" if on_right else "left") if alone else "center",
+            rotation=0 if alone else 90,
+            fontsize=10 if alone else 8,
+            fontweight="bold",
+            family=families,
+            color="white",
+            parse_math=False,
+            bbox={"boxstyle": "round,pad=0.3", "facecolor": _INK, "edgecolor": "none"},
+        )
 
 
 def _draw_heading(figure: Figure, graph: RouteGraph, height: float) -> None:
@@ -277,11 +298,12 @@ def _draw_heading(figure: Figure, graph: RouteGraph, height: float) -> None:
         handles.append(
             Line2D([], [], color=_ALERT, marker="o", ls="", fillstyle="none", label="unattributed")
         )
+    T = len(graph.tokens)
     edges = "by head" if graph.granularity == "head" else "summed over heads"
     figure.text(
         0.008,
         1 - 0.12 / height,
-        f"{len(graph.tokens)} tokens, {graph.n_layers} layers, {len(graph.edges.layer)} edges "
+        f"{T} token{'s'[: T != 1]}, {graph.n_layers} layers, {len(graph.edges.layer)} edges "
         f"above {graph.threshold:g} ({edges})",
         va="top",
         fontsize=8,

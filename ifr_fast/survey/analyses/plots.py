@@ -27,6 +27,8 @@ GROUPS = (
     *("#6b3fa0", "#4d7c0f", "#7fb2ff", "#8b4a2b", "#ff8fb0", "#1a1f26"),
     *("#9fd8b4", "#c9b8ff"),
 )
+# Axes with whole numbers, by their names.
+_COUNTED = ("layer", "head", "offset", "heads, most frequent first", "heads, strongest first")
 STYLE: dict[str, Any] = {
     "font.family": "sans-serif",
     "font.size": 8,
@@ -81,10 +83,15 @@ def figure(width: float, height: float) -> Iterator[Figure]:
 
 
 def label(axes: Axes, title: str, x: str, y: str) -> None:
-    """Names a panel and its axes."""
+    """Names a panel and its axes; what is counted has whole numbers."""
+    from matplotlib.ticker import MaxNLocator
+
     axes.set_title(title)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
+    for axis, name in ((axes.xaxis, x), (axes.yaxis, y)):
+        if name in _COUNTED:
+            axis.set_major_locator(MaxNLocator(integer=True))
 
 
 def band(axes: Axes, interval: Interval, color: str, name: str, style: str = "-") -> None:
@@ -106,7 +113,6 @@ def heads(
 ) -> None:
     """A map of values [L, H]: layers upwards, heads across. NaN is left blank."""
     from matplotlib import colormaps
-    from matplotlib.ticker import MaxNLocator
 
     low, high = limits if limits is not None else (0.0, float(np.nanmax(values, initial=0)) or 1.0)
     shades = colormaps[colors].with_extremes(bad="#eef1f4")
@@ -116,10 +122,11 @@ def heads(
     )  # fmt: skip
     if marked:
         layer, head = np.array(marked).T
-        axes.scatter(head, layer, s=14, marker="s", facecolors="none", edgecolors=ALERT, lw=1.0)
+        for color, width in (("white", 2.2), (ALERT, 1.0)):  # to be seen on dark cells too
+            axes.scatter(
+                head, layer, s=14, marker="s", facecolors="none", edgecolors=color, lw=width
+            )
     label(axes, title, "head", "layer")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     parent = axes.get_figure()
     assert parent is not None
     colorbar = parent.colorbar(image, ax=axes, pad=0.02, aspect=30)
