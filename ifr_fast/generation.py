@@ -91,7 +91,10 @@ def chooser(
         scores = processors(token_ids[None].to(logits.device), logits[None].float())[0]
         if not do_sample:
             return int(scores.argmax())
-        return int(torch.multinomial(scores.softmax(-1), 1, generator=generator))
+        weights = scores.softmax(-1)
+        if not bool(weights[0].isfinite()):
+            raise ValueError(f"temperature: {temperature} leaves no finite scores to draw from")
+        return int(torch.multinomial(weights, 1, generator=generator))
 
     return choose
 

@@ -223,8 +223,7 @@ class Tracer:
         mode: RecordingMode | str | None = None,
         path: str | os.PathLike[str] | None = None,
     ) -> Recording:
-        if mode is not None and mode not in list(RecordingMode):
-            raise ValueError(f"mode: expected 'full' or 'lean', got {mode!r}")
+        mode = _check_mode(mode)
         if path is not None and mode == RecordingMode.FULL:
             raise ValueError("path: only lean recordings are made in a file; save a full one")
         strings = token_strings(token_ids, self.tokenizer)
@@ -233,7 +232,7 @@ class Tracer:
             return record_to_file(decoder, token_ids, strings, path, position)
         plan = self._plan(
             len(token_ids),
-            mode=None if mode is None else RecordingMode(mode),
+            mode=mode,
             place=None if path is None else Place.FILE,
             path=path,
         )
@@ -244,16 +243,28 @@ class Tracer:
             decoder, token_ids, strings, position, place=place[plan.place], path=path
         )
 
-    def plan(self, n_tokens: int, *, max_memory: int | str | None = None) -> Plan:
+    def plan(
+        self,
+        n_tokens: int,
+        *,
+        mode: RecordingMode | str | None = None,
+        path: str | os.PathLike[str] | None = None,
+        max_memory: int | str | None = None,
+    ) -> Plan:
         """Memory and time to expect of recording `n_tokens`: full where that fits, else lean, in
         chunks where it is long; else in host memory, or in a file mapped into memory.
 
-        max_memory: in place of the tracer's. The time is from one layer, measured once.
+        mode, path: as `record` would be given them. max_memory: in place of the tracer's. The time
+        is from one layer, measured once.
 
         Raises MemoryBudgetError where nothing fits.
         """
         plan = self._plan(
-            n_tokens, max_memory=None if max_memory is None else parse_bytes(max_memory)
+            n_tokens,
+            mode=_check_mode(mode),
+            place=None if path is None else Place.FILE,
+            max_memory=None if max_memory is None else parse_bytes(max_memory),
+            path=path,
         )
         return replace(plan, seconds=self._speed.seconds(self.decoder, n_tokens))
 
@@ -320,12 +331,9 @@ class Tracer:
     ) -> list[Recording]:
         if len(texts) == 1:
             return [self._record(texts[0], positions[0], mode)]
-        if mode is None:
-            mode = self.plan(len(texts) * len(texts[0])).mode
-        elif mode not in list(RecordingMode):
-            raise ValueError(f"mode: expected 'full' or 'lean', got {mode!r}")
+        mode = _check_mode(mode) or self._plan(len(texts) * len(texts[0])).mode
         strings = [token_strings(text, self.tokenizer) for text in texts]
-        return record_together(self.decoder, texts, strings, RecordingMode(mode), positions)
+        return record_together(self.decoder, texts, strings, mode, positions)
 
     @overload
     def trace(  # type: ignore[overload-overlap]
@@ -806,6 +814,12 @@ def most_probable(
         entries = zip(token_strings(ids, tokenizer), ids.tolist(), values, strict=True)
         found.append([Prediction(*entry) for entry in entries])
     return found
+
+
+def _check_mode(mode: RecordingMode | str | None) -> RecordingMode | None:
+    if mode is not None and mode not in list(RecordingMode):
+        raise ValueError(f"mode: expected 'full' or 'lean', got {mode!r}")
+    return None if mode is None else RecordingMode(mode)
 
 
 class _HeadOnly(NamedTuple):
