@@ -29,7 +29,7 @@ from . import contributions
 if TYPE_CHECKING:
     import networkx as nx
 
-_Edge = tuple[str, str, dict[str, Any]]
+_Neighbours = dict[str, dict[str, dict[str, Any]]]  # of each node, and the edge's data
 
 _BLOCKS = 3  # of nodes to a layer: A, M, I; one block, X0, comes before them
 
@@ -58,7 +58,7 @@ def build_full_graph(
 
     Raises IfrError where networkx is not installed.
     """
-    nx = _networkx()
+    networkx = _networkx()
     n_layers, n_tokens = model.model_info().n_layers, int(model.tokens().shape[1])
     of_layers = getattr(model, "layer_weights", None)
     layers = (
@@ -69,12 +69,14 @@ def build_full_graph(
     names = np.array(_node_names(n_layers, n_tokens), dtype=object)
     of_layer = [_layer_edges(i, n_tokens, layer) for i, layer in enumerate(layers)]
     edges, residual = (_joined(parts) for parts in zip(*of_layer, strict=True))
-    graph = nx.DiGraph()
     with _uncollected():
-        graph.add_nodes_from(names.tolist())
-        graph.add_weighted_edges_from(_rows(names, edges))
-        graph.add_weighted_edges_from(_rows(names, residual), weight="residual")
-    return graph
+        after: _Neighbours = {name: {} for name in names.tolist()}
+        before: _Neighbours = {name: {} for name in after}
+        for source, target, weight in _rows(names, edges):
+            after[source][target] = before[target][source] = {"weight": weight}
+        for source, target, weight in _rows(names, residual):
+            after[source][target]["residual"] = weight
+        return _digraph(networkx, after, before)
 
 
 def build_paths_to_predictions(
@@ -87,44 +89,52 @@ def build_paths_to_predictions(
     """Of a full graph, for each of `starting_tokens` what leads to its prediction over edges with
     weight above `threshold`: graphs of those edges and their nodes.
     """
-    nx = _networkx()
+    networkx = _networkx()
     trees = []
-    known: dict[str, list[_Edge]] = {}
     with _uncollected():
+        into = dict(networkx.reverse_view(graph).adjacency())
+        above: dict[str, list[tuple[str, dict[str, Any]]]] = {}  # of `into`, where it was asked for
         for start in starting_tokens:
             if not 0 <= start < n_tokens:
                 raise ValueError(
                     f"starting_tokens: expected positions from 0 to {n_tokens - 1}, got {start}"
                 )
             output = f"I{n_layers - 1}_{start}"
-            if output not in graph:
+            if output not in into:
                 raise ValueError(f"n_layers: the graph has no node {output}")
-            tree = nx.DiGraph()
-            tree.add_edges_from(_edges_to(graph, output, threshold, known))
-            trees.append(tree)
+            after: _Neighbours = {output: {}}
+            before: _Neighbours = {}
+            waiting = [output]
+            while waiting:
+                node = waiting.pop()
+                edges = above.get(node)
+                if edges is None:
+                    edges = above[node] = [
+                        (below, data)
+                        for below, data in into[node].items()
+                        if data["weight"] > threshold
+                    ]
+                sources = before[node] = {}
+                for below, data in edges:
+                    targets = after.get(below)
+                    if targets is None:
+                        targets = after[below] = {}
+                        waiting.append(below)
+                    targets[node] = sources[below] = data.copy()
+            trees.append(_digraph(networkx, after, before))
     return trees
 
 
-def _edges_to(
-    graph: nx.DiGraph, output: str, threshold: float, known: dict[str, list[_Edge]]
-) -> list[_Edge]:
-    """All edges above the threshold on the way to a node. known: those into a node, of any seen."""
-    reached, waiting, found = {output}, [output], []
-    while waiting:
-        node = waiting.pop()
-        edges = known.get(node)
-        if edges is None:
-            edges = known[node] = [
-                (below, node, data)
-                for below, data in graph.pred[node].items()
-                if data["weight"] > threshold
-            ]
-        found += edges
-        for below, _, _ in edges:
-            if below not in reached:
-                reached.add(below)
-                waiting.append(below)
-    return found
+def _digraph(networkx: Any, after: _Neighbours, before: _Neighbours) -> nx.DiGraph:
+    """The graph of each node's edges to others and from others, which share their edges' data.
+
+    What `add_edges_from` would make of them, which takes several times as long: networkx's own
+    structure, dicts of dicts of dicts, has no public way to be filled at once.
+    """
+    graph = networkx.DiGraph()
+    graph._node = {name: {} for name in after}
+    graph._adj, graph._pred = after, before
+    return graph
 
 
 @contextmanager
