@@ -356,7 +356,7 @@ def test_a_model_that_is_not_ours() -> None:
             return ours.decomposed_attn(batch_i, layer) + 0.0
 
         def __getattr__(self, name: str) -> Any:
-            if name == "layer_weights":
+            if name == "edge_weights":
                 raise AttributeError(name)
             return getattr(ours, name)
 

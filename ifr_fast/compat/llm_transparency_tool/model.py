@@ -23,17 +23,17 @@ from ... import capture
 from ...errors import IfrError
 from ...graph import as_index
 from ...kernels.contract import LayerInputs, visible
-from ...model import answering_layers, evaluating, probe_tokens
+from ...model import Block, answering_layers, evaluating, probe_tokens
 from ...recording import Recording, layer_inputs
-from ...scoring import check_closure, closure, load_kernel
+from ...scoring import Closure, cat_on, check_closure, closure, load_kernel
 from ...tokens import encode, token_strings
 from ...tracer import Tracer
-from . import contributions, values
+from . import contributions, scores, values
 from .contributions import EPSILON
 from .decomposition import DecomposedAttention
-from .graph import LayerWeights
+from .graph import EdgeWeights
 from .neurons import Neurons, find_neurons
-from .scores import in_parity, score_attention
+from .scores import ScoredLayer, in_parity, score_attention
 
 _DEVICES = {"gpu": "cuda", "cpu": "cpu"}
 
@@ -311,7 +311,8 @@ class TransparentLlm:
             node = inputs._replace(
                 resid_pre=resid_pre[: len(recording)], y=resid_mid[: len(recording)], ffn=None
             )
-            found = score_attention(in_parity(node) if parity else node, 0.0, self.tracer.impl)
+            node = in_parity(node) if parity else node
+            found = scores.contributions([score_attention(node, 0.0, self.tracer.impl)])
             return (
                 F.pad(found.dense(), (0, 0, 0, missing, 0, missing)),
                 F.pad(found.residual, (0, missing)),
@@ -324,40 +325,59 @@ class TransparentLlm:
         )
 
     @torch.inference_mode()
-    def layer_weights(self, batch_i: int, threshold: float | None) -> list[LayerWeights]:
-        """Edges of the full graph, layer by layer; above the threshold, renormalized, where there
-        is one. Raises IfrError where the parts that were scored do not add up to the model's own.
+    def edge_weights(self, batch_i: int, threshold: float | None) -> EdgeWeights:
+        """Edges of the full graph; above the threshold, renormalized, where there is one.
+
+        Raises IfrError where the parts that were scored do not add up to the model's own.
         """
         if threshold is not None and math.isnan(threshold):
             raise ValueError("renormalizing_threshold: expected a number or None, got nan")
-        recording, impl = self._sentence(batch_i), self.tracer.impl
+        recording, blocks = self._sentence(batch_i), self.tracer.decoder.blocks
         keep = 0.0 if threshold is None else max(0.0, threshold)
-        rows, found, closures = torch.arange(len(recording)), [], {}
-        sample = recording.sample(rows)
+        sample = recording.sample(torch.arange(len(recording)))
+        scored, of_ffn, closures = [], {}, {}
         with self.tracer._replaying(recording):
-            for block in self.tracer.decoder.blocks:
+            for block in blocks:
                 inputs, resid_post = self._inputs(recording, block.layer)
                 shifted = in_parity(inputs) if self.parity else inputs
-                attention = score_attention(shifted, keep, impl)
-                bias = block.bias.to(inputs.y.device)
-                if self._value_bias is not None:
-                    if bool(self._value_bias[block.layer].any()):
-                        bias = bias + self._moved_by_bias(inputs, block.layer, sample)
-                    bias = bias - EPSILON  # as y is shifted
-                parts = closure(shifted, attention.linear, bias, sample)
-                # The model's own rounding, in however wide a y it was scored.
-                eps = torch.full_like(parts.eps, torch.finfo(inputs.resid_pre.dtype).eps)
-                closures[block.layer] = parts._replace(eps=eps)
-                if threshold is not None:
-                    attention = attention.renormalized(threshold, self.parity)
-                ffn, ffn_residual = attention.ffn, None
+                layer = score_attention(shifted, keep, self.tracer.impl)
+                scored.append(layer)
+                closures[block.layer] = self._closure(inputs, shifted, layer, block, sample)
                 if resid_post is not None:
-                    ffn, ffn_residual = self._score_ffn(inputs.y, resid_post, threshold)
-                assert ffn is not None
-                edges = attention.token_edges()
-                found.append(LayerWeights(*edges, attention.residual, ffn, ffn_residual))
+                    of_ffn[block.layer] = self._score_ffn(inputs.y, resid_post, threshold)
         check_closure(closures)
-        return found
+        attention = scores.contributions(scored)
+        if threshold is not None:
+            attention = attention.renormalized(threshold, self.parity)
+        residual = attention.residual.view(len(blocks), -1)
+        in_parallel = [(x, torch.zeros_like(x)) for x in attention.ffn.view_as(residual)]
+        ffn, ffn_residual = (
+            cat_on(residual.device, parts).view_as(residual)
+            for parts in zip(*(of_ffn.get(i, x) for i, x in enumerate(in_parallel)), strict=True)
+        )
+        parallel = torch.tensor([block.parallel for block in blocks])
+        return EdgeWeights(*attention.token_edges(), residual, ffn, ffn_residual, parallel)
+
+    def _closure(
+        self,
+        inputs: LayerInputs,
+        shifted: LayerInputs,
+        layer: ScoredLayer,
+        block: Block,
+        sample: Tensor,
+    ) -> Closure:
+        """The rows of a layer that are checked, as they were scored: `inputs`, `shifted` where in
+        parity.
+        """
+        bias, linear = block.bias.to(inputs.y.device), layer.scores.linear
+        if self._value_bias is None:
+            return closure(inputs, linear, bias, sample)
+        if bool(self._value_bias[block.layer].any()):
+            bias = bias + self._moved_by_bias(inputs, block.layer, sample)
+        parts = closure(shifted, linear, bias - EPSILON, sample)
+        # The model's own rounding, in however wide a y it was scored.
+        eps = torch.full_like(parts.eps, torch.finfo(inputs.resid_pre.dtype).eps)
+        return parts._replace(eps=eps)
 
     def _score_ffn(
         self, resid_mid: Tensor, resid_post: Tensor, threshold: float | None
@@ -368,8 +388,8 @@ class TransparentLlm:
                 resid_mid, resid_post, resid_post - resid_mid, parity=True
             )
         else:
-            scores = load_kernel(self.tracer.impl).score_ffn(resid_mid, resid_post)
-            ffn, residual = scores.ffn, scores.residual
+            found = load_kernel(self.tracer.impl).score_ffn(resid_mid, resid_post)
+            ffn, residual = found.ffn, found.residual
         if threshold is None:
             return ffn, residual
         return contributions.apply_threshold_and_renormalize(
