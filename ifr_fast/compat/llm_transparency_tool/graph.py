@@ -250,5 +250,5 @@ def _formed_weights(
         row = layer * len(weight) + target
         found.append((row, source, weight[target, source], residual, ffn, ffn_residual))
     device = found[0][0].device
-    columns = (cat_on(device, parts) for parts in zip(*found, strict=True))
-    return EdgeWeights(*columns, parallel=torch.zeros(n_layers, dtype=torch.bool))
+    columns = [cat_on(device, parts) for parts in zip(*found, strict=True)]
+    return EdgeWeights(*columns, torch.zeros(n_layers, dtype=torch.bool))

@@ -25,7 +25,7 @@ from ...graph import as_index
 from ...kernels.contract import LayerInputs, visible
 from ...model import Block, answering_layers, evaluating, probe_tokens
 from ...recording import Recording, layer_inputs
-from ...scoring import Closure, cat_on, check_closure, closure, load_kernel
+from ...scoring import Closure, cat_on, check_closure, closure
 from ...tokens import encode, token_strings
 from ...tracer import Tracer
 from . import contributions, scores, values
@@ -344,7 +344,11 @@ class TransparentLlm:
                 scored.append(layer)
                 closures[block.layer] = self._closure(inputs, shifted, layer, block, sample)
                 if resid_post is not None:
-                    of_ffn[block.layer] = self._score_ffn(inputs.y, resid_post, threshold)
+                    pair = scores.score_ffn(inputs.y, resid_post, self.parity, self.tracer.impl)
+                    if threshold is not None:
+                        cut = contributions.apply_threshold_and_renormalize
+                        pair = cut(threshold, *pair, parity=self.parity)
+                    of_ffn[block.layer] = pair
         check_closure(closures)
         attention = scores.contributions(scored)
         if threshold is not None:
@@ -378,23 +382,6 @@ class TransparentLlm:
         # The model's own rounding, in however wide a y it was scored.
         eps = torch.full_like(parts.eps, torch.finfo(inputs.resid_pre.dtype).eps)
         return parts._replace(eps=eps)
-
-    def _score_ffn(
-        self, resid_mid: Tensor, resid_post: Tensor, threshold: float | None
-    ) -> tuple[Tensor, Tensor]:
-        """Contributions [T] of the FFN and of resid_mid to resid_post."""
-        if self.parity:
-            ffn, residual = contributions.get_mlp_contributions(
-                resid_mid, resid_post, resid_post - resid_mid, parity=True
-            )
-        else:
-            found = load_kernel(self.tracer.impl).score_ffn(resid_mid, resid_post)
-            ffn, residual = found.ffn, found.residual
-        if threshold is None:
-            return ffn, residual
-        return contributions.apply_threshold_and_renormalize(
-            threshold, ffn, residual, parity=self.parity
-        )
 
     def _moved_by_bias(self, inputs: LayerInputs, layer: int, sample: Tensor) -> Tensor:
         """What a layer's value bias adds to the residual stream at some rows, [C, D]."""

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...given import given_rows
 from ...kernels.contract import AttentionScores, LayerInputs
 from ...scoring import cat_on, load_kernel
 from .contributions import EPSILON, FLOOR, offset
@@ -104,6 +105,25 @@ def score_attention(inputs: LayerInputs, keep: float, impl: str) -> ScoredLayer:
     """
     scores = load_kernel(impl).score_attention(inputs, keep)
     return ScoredLayer(scores, inputs.offset, inputs.window)
+
+
+def score_ffn(
+    resid_mid: Tensor, resid_post: Tensor, parity: bool, impl: str
+) -> tuple[Tensor, Tensor]:
+    """Contributions [T] of the FFN's output and of resid_mid to resid_post, each [T, D]."""
+    kernel = load_kernel(impl)
+    if not parity:
+        scores = kernel.score_ffn(resid_mid, resid_post)
+        return scores.ffn, scores.residual
+    # What a kernel takes an offset and a floor for is a node with attention: here to nothing.
+    T, D = resid_post.shape
+    nothing = resid_post.new_zeros(T, 1, 1, 1)
+    ffn = resid_post - resid_mid
+    node = given_rows(nothing, resid_post.new_zeros(1, 1, D), resid_mid, resid_post, ffn)
+    found = kernel.score_attention(in_parity(node), 1.0)
+    assert found.ffn is not None
+    total = found.ffn + found.residual
+    return found.ffn / total, found.residual / total
 
 
 def contributions(layers: Sequence[ScoredLayer]) -> AttentionContributions:
