@@ -251,4 +251,6 @@ def _formed_weights(
         found.append((row, source, weight[target, source], residual, ffn, ffn_residual))
     device = found[0][0].device
     columns = [cat_on(device, parts) for parts in zip(*found, strict=True)]
-    return EdgeWeights(*columns, torch.zeros(n_layers, dtype=torch.bool))
+    row, source, weight, residual, ffn, passed = columns
+    parallel = torch.zeros(n_layers, dtype=torch.bool)
+    return EdgeWeights(row, source, weight, residual, ffn, passed, parallel)
