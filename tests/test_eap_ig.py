@@ -399,7 +399,7 @@ def test_scores_that_json_has_no_number_for(graph: Graph, tmp_path: Path, value:
     graph.scores[0, -1] = 0
     if not math.isnan(value):  # a node without a score has NaN, and is written without
         graph.nodes_scores = torch.full((graph.n_forward,), value)
-        with pytest.raises(ValueError, match="^scores: expected finite numbers, .* of input$"):
+        with pytest.raises(ValueError, match=r"^scores: expected finite numbers, .* of input$"):
             graph.to_json(path)
     assert path.read_bytes() == before
     document["edges"]["input->logits"]["score"] = value
