@@ -530,6 +530,27 @@ def test_neurons_add_up_to_the_ffn(family: str) -> None:
             close(difference, torch.zeros(36))
 
 
+@pytest.mark.parametrize("parity", [False, True])
+def test_neurons_behind_a_norm(parity: bool) -> None:
+    ours = TransparentLlm(hf_model=tiny_model("gemma2").eval(), parity=parity)
+    ours.run([tiny_text(12)])
+    for pos in (0, 5):
+        neurons = ours.decomposed_ffn_out(0, 1, pos)
+        close(neurons.sum(0), ours.ffn_out(1)[0, pos])
+        assert len(neurons) == len(ours.neuron_activations(0, 1, pos))
+    with pytest.raises(ValueError, match=r"^layer: a norm after the FFN of layer 1 "):
+        ours.neuron_output(1, 3)
+
+
+def test_neurons_count_from_the_end() -> None:
+    ours = TransparentLlm(hf_model=tiny_model("llama").eval())
+    ours.run([tiny_text(5)])
+    F = len(ours.neuron_activations(0, 1, 2))
+    assert torch.equal(ours.neuron_output(1, -1), ours.neuron_output(1, F - 1))
+    with pytest.raises(ValueError, match=f"^neuron: expected {-F} to {F - 1}, got {F}$"):
+        ours.neuron_output(1, F)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_neuron_activations_in_parity_are_those_before_the_function(family: str) -> None:
     made = tiny_model(family).eval()

@@ -32,7 +32,7 @@ from . import contributions, scores, values
 from .contributions import EPSILON
 from .decomposition import DecomposedAttention
 from .graph import EdgeWeights
-from .neurons import Neurons, find_neurons
+from .neurons import Neurons, basis_of, find_neurons
 from .scores import ScoredLayer, in_parity, score_attention
 
 _DEVICES = {"gpu": "cuda", "cpu": "cpu"}
@@ -240,8 +240,7 @@ class TransparentLlm:
     def decomposed_ffn_out(self, batch_i: int, layer: int, pos: int) -> Tensor:
         """What each neuron adds to the residual stream [hidden, D]."""
         neurons = self._find_neurons(batch_i, layer, pos)
-        every = torch.arange(len(neurons.activations))
-        return neurons.activations[:, None] * neurons.outputs(every)
+        return neurons.activations[:, None] * neurons.outputs
 
     def neuron_activations(self, batch_i: int, layer: int, pos: int) -> Tensor:
         """The hidden layer after its activation function [hidden], gates included.
@@ -260,12 +259,18 @@ class TransparentLlm:
         return neurons.before
 
     def neuron_output(self, layer: int, neuron: int) -> Tensor:
-        """What a neuron adds to the residual stream with an activation of 1 [D]."""
-        neurons = self._find_neurons(0, layer, 0)
-        hidden = len(neurons.activations)
-        if not -hidden <= neuron < hidden:
-            raise ValueError(f"neuron: expected {-hidden} to {hidden - 1}, got {neuron}")
-        return neurons.outputs(torch.tensor([neuron % hidden]))[0]
+        """What a neuron adds to the residual stream with an activation of 1 [D].
+
+        Raises ValueError behind a norm, where that differs from position to position.
+        """
+        layer = self._layer(layer)
+        basis = basis_of(self.tracer._bases, layer)
+        if basis.row_scaled:
+            raise ValueError(
+                f"layer: a norm after the FFN of layer {layer} scales what its neurons add, at "
+                "each position by itself; see decomposed_ffn_out"
+            )
+        return basis.W[self._index("neuron", neuron, len(basis.W))]
 
     def attention_matrix(self, batch_i: int, layer: int, head: int) -> Tensor:
         """Attention weights of a head [query_pos, key_pos], lower triangular."""
@@ -440,13 +445,8 @@ class TransparentLlm:
     def _find_neurons(self, batch_i: int, layer: int, pos: int) -> Neurons:
         recording, layer = self._sentence(batch_i), self._layer(layer)
         pos = self._index("pos", pos, len(recording))
-        inputs, resid_post = self._node(recording, layer)
-        z = _attention_output(inputs, pos)
-        if self._value_bias is not None:  # what the layer itself computed
-            bias = self._value_bias[layer]
-            z = z + bias.repeat_interleave(len(z) // len(bias), 0)
-        ffn = _ffn(inputs, resid_post)[pos]
-        return find_neurons(recording, inputs, layer, pos, z, ffn)
+        ffn = _ffn(*self._node(recording, layer))[pos]
+        return find_neurons(recording, layer, pos, self.tracer._bases, ffn)
 
 
 def _ffn(inputs: LayerInputs, resid_post: Tensor | None) -> Tensor:
