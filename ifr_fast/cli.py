@@ -188,6 +188,14 @@ def trace(
     if max_memory is not None:
         parse_bytes(max_memory, "--max-memory")
     check_threshold(threshold)
+    if png_path is not None:
+        from .export.plot import check_plot
+
+        check_plot()
+    if parquet_path is not None:
+        from .export.tables import check_parquet
+
+        check_parquet()
     where = _position(position)
     tracer = _open(model, impl, max_memory)
     if recording_path is not None:

@@ -215,10 +215,13 @@ def ffn_output(recording: Recording, layer: int, position: int) -> Tensor:
 def neuron_output(
     recording: Recording, layer: int, neuron: int, position: int, bases: NeuronBases
 ) -> Tensor:
-    """[D] what one neuron adds to the stream at a position, in float32 or wider."""
+    """[D] what one neuron, negative from the end, adds to the stream at a position, in float32 or
+    wider.
+    """
     basis, rows = bases[layer], torch.tensor([position])
-    if not 0 <= neuron < len(basis.W):
-        raise ValueError(f"neuron: expected 0 to {len(basis.W) - 1}, got {neuron}")
+    F = len(basis.W)
+    if not -F <= neuron < F:
+        raise ValueError(f"neuron: expected {-F} to {F - 1}, got {neuron}")
     added = _ffn_rows(recording, layer, rows).added
     values, scale = activations(recording, layer, rows, basis, added)
     wide = added.dtype

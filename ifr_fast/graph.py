@@ -471,27 +471,29 @@ class RouteGraph:
         """The part of this graph that one token's information takes: the edges on paths from its
         embedding to the prediction, with the weights that they have here.
         """
-        reached = self.reach(source)
-        position = reached.source
-        embed = torch.zeros(1, len(self.tokens))
-        embed[0, position] = 1
-        pre = torch.cat([embed, reached.post[:-1]])
-        below = torch.where(self.parallel[:, None], pre, reached.mid)
+        from .reach import reached_in_graph
+
+        position = _position("source", source, len(self.tokens))
+        mid, post = reached_in_graph(self, position)
+        embed = torch.zeros(1, len(self.tokens), dtype=torch.bool)
+        embed[0, position] = True
+        pre = torch.cat([embed, post[:-1]])
+        below = torch.where(self.parallel[:, None], pre, mid)
 
         def kept(layer: Tensor, source: Tensor, into_post: Tensor) -> Tensor:
-            return torch.where(into_post, below[layer, source], pre[layer, source]) > 0
+            return torch.where(into_post, below[layer, source], pre[layer, source])
 
         layer, kind, _, source_of, _ = self.edges
         into_post = (kind == EdgeKind.FFN) | (kind == EdgeKind.RESIDUAL_POST)
         edges = kept(layer, source_of, into_post)
         layer, _, _, source_of, _ = self.head_edges
         heads = kept(layer, source_of, torch.zeros_like(layer, dtype=torch.bool))
-        of_kind = {NodeKind.MID: reached.mid, NodeKind.POST: reached.post}
+        of_kind = {NodeKind.MID: mid, NodeKind.POST: post}
         return dataclasses.replace(
             self,
             edges=EdgeTable(*(column[edges] for column in self.edges)),
             head_edges=HeadEdgeTable(*(column[heads] for column in self.head_edges)),
-            unattributed=[n for n in self.unattributed if of_kind[n.kind][n.layer, n.position] > 0],
+            unattributed=[n for n in self.unattributed if of_kind[n.kind][n.layer, n.position]],
         )
 
     def compare(

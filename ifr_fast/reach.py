@@ -45,15 +45,31 @@ class Reach:
 
 def reach_in_graph(graph: RouteGraph, source: int) -> Reach:
     """Along a graph's edges."""
+    return _reach(source, *_flows(graph, source), graph.parallel.tolist())
+
+
+def reached_in_graph(graph: RouteGraph, source: int) -> tuple[Tensor, Tensor]:
+    """Whether a path leads from a token to each `mid` (in a parallel block, `post`) and `post`:
+    [L, T] bool each. A path of many layers may weigh less than floating point holds.
+    """
+    mids, posts = _flows(graph, source, weighted=False)
+    return torch.stack(mids) > 0, torch.stack(posts) > 0
+
+
+def _flows(
+    graph: RouteGraph, source: int, weighted: bool = True
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Of each layer, what reaches `mid` and `post`: the weight of all paths, or 1."""
     flow = _one_hot(len(graph.tokens), source)
     mids, posts = [], []
     for layer in range(graph.n_layers):
         for step in reversed(graph.steps(layer)):
-            carried = flow[step.source] * step.weight.double()
+            carried = flow[step.source] * step.weight.double() if weighted else flow[step.source]
             flow = torch.zeros_like(flow).index_add_(0, step.target, carried)
+            flow = flow if weighted else flow.clamp_(max=1)
             mids.append(flow)
         posts.append(mids[-1] if graph.parallel[layer] else mids.pop())
-    return _reach(source, mids, posts, graph.parallel.tolist())
+    return mids, posts
 
 
 def reach_in_routes(routes: Routes, source: int) -> Reach:

@@ -584,6 +584,25 @@ def test_outputs_that_cannot_be_written(trace: Any, tmp_path: Path, option: str)
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    ("option", "module", "extra"),
+    [("--parquet", "pyarrow.parquet", "tables"), ("--png", "matplotlib.figure", "plot")],
+)
+def test_a_missing_package_is_told_before_the_work(
+    trace: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    option: str,
+    module: str,
+    extra: str,
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr(ifr_fast.cli, "_open", lambda *_: pytest.fail("the model was opened"))
+    ran = trace("abc", option, tmp_path / "out", "--json", tmp_path / "good")
+    assert_one_error(ran, module.partition(".")[0], f"pip install 'ifr-fast[{extra}]'")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="expected: root may write anywhere")
 def test_a_folder_without_permission(trace: Any, tmp_path: Path) -> None:
     folder = tmp_path / "folder"

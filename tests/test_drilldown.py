@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -302,7 +303,7 @@ def test_what_all_parts_add_is_the_logits(family: str) -> None:
 def test_promoted_by_neurons(neuron_case: Case) -> None:
     tracer, oracle, text = neuron_case
     parts = oracle.neurons(LAYER)[6]
-    for neuron in (0, 17):
+    for neuron in (0, 17, -1, -len(parts)):
         found = tracer.promoted_tokens(text, layer=LAYER, position=6, neuron=neuron)
         assert_close(found.part, parts[neuron])
         assert_close(found.logits, oracle.direct(parts[neuron], 6))
@@ -316,8 +317,10 @@ def test_promoted_tokens_refuses() -> None:
         tracer.promoted_tokens(text, layer=0, source=0)
     with pytest.raises(ValueError, match="source: expected a position up to 3, got 4"):
         tracer.promoted_tokens(text, layer=0, head=0, position=3, source=4)
-    with pytest.raises(ValueError, match="neuron: expected 0 to 49, got 50"):
+    with pytest.raises(ValueError, match="neuron: expected -50 to 49, got 50"):
         tracer.promoted_tokens(text, layer=0, neuron=50)
+    with pytest.raises(ValueError, match="neuron: expected -50 to 49, got -51"):
+        tracer.promoted_tokens(text, layer=0, neuron=-51)
     with pytest.raises(ValueError, match="head: expected -6 to 5, got 6"):
         tracer.promoted_tokens(text, layer=0, head=6)
 
@@ -540,6 +543,24 @@ def test_routes_from_a_token() -> None:
             assert set(drawn) == {top} | nx.ancestors(drawn, top)
     with pytest.raises(ValueError, match="source: expected -13 to 12, got 13"):
         graph.routes_from(13)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi"])
+def test_routes_whose_weight_rounds_to_0_are_routes(family: str) -> None:
+    """As in deep models: a product of many small weights."""
+    tracer, _, text = case(family)
+    graph = tracer.trace(text, threshold=0.02)
+    weak = dataclasses.replace(
+        graph, edges=graph.edges._replace(weight=torch.full_like(graph.edges.weight, 1e-38))
+    )
+    assert float(weak.reach(0).predictions.max()) == 0
+    for source in range(T):
+        part, expected = weak.routes_from(source), graph.routes_from(source)
+        for got, column in zip(part.edges[:4], expected.edges[:4], strict=True):
+            assert torch.equal(got, column)
+        for got, column in zip(part.head_edges, expected.head_edges, strict=True):
+            assert torch.equal(got, column)
+    assert len(weak.routes_from(0).edges.layer) > 3
 
 
 @pytest.mark.parametrize("family", ["llama", "phi"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -384,6 +385,27 @@ def test_json_round_trip(graph: Graph, tmp_path: Path) -> None:
     graph.nodes_scores = None
     graph.to_json(path)
     assert Graph.from_json(path).nodes_scores is None
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_scores_that_json_has_no_number_for(graph: Graph, tmp_path: Path, value: float) -> None:
+    path = tmp_path / "graph.json"
+    graph.to_json(path)
+    document = json.loads(path.read_text())
+    before = path.read_bytes()
+    graph.scores[0, -1] = value
+    with pytest.raises(ValueError, match=r"^scores: expected finite numbers, .* of input->logits$"):
+        graph.to_json(path)
+    graph.scores[0, -1] = 0
+    if not math.isnan(value):  # a node without a score has NaN, and is written without
+        graph.nodes_scores = torch.full((graph.n_forward,), value)
+        with pytest.raises(ValueError, match=r"^scores: expected finite numbers, .* of input$"):
+            graph.to_json(path)
+    assert path.read_bytes() == before
+    document["edges"]["input->logits"]["score"] = value
+    path.write_text(json.dumps(document))
+    with pytest.raises(FormatError, match="input->logits has a score of"):
+        Graph.from_json(path)
 
 
 def test_files_that_are_no_component_graph(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ import torch
 from test_export import HOSTILE, N_TOKENS, VOCABULARY, trace, tracer
 
 from ifr_fast.errors import IfrError
+from ifr_fast.export.tables import check_parquet
 from ifr_fast.graph import EdgeKind, RouteGraph
 
 # What Neuronpedia's published schema (apps/webapp/app/api/graph/graph-schema.json, version 1.0.0)
@@ -371,6 +372,11 @@ def test_wrong_table_and_missing_packages(monkeypatch: pytest.MonkeyPatch, tmp_p
         return own(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    for call in (graph.to_pandas, graph.to_arrow, lambda: graph.to_parquet(tmp_path / "x")):
+    for call in (
+        graph.to_pandas,
+        graph.to_arrow,
+        lambda: graph.to_parquet(tmp_path / "x"),
+        check_parquet,
+    ):
         with pytest.raises(IfrError, match=r"pip install 'ifr-fast\[tables\]'"):
             call()

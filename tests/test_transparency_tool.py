@@ -356,7 +356,7 @@ def test_a_model_that_is_not_ours() -> None:
             return ours.decomposed_attn(batch_i, layer) + 0.0
 
         def __getattr__(self, name: str) -> Any:
-            if name == "layer_weights":
+            if name == "edge_weights":
                 raise AttributeError(name)
             return getattr(ours, name)
 
@@ -528,6 +528,27 @@ def test_neurons_add_up_to_the_ffn(family: str) -> None:
         close(difference, other)  # the projection's bias
         if family in ("llama", "phi3"):
             close(difference, torch.zeros(36))
+
+
+@pytest.mark.parametrize("parity", [False, True])
+def test_neurons_behind_a_norm(parity: bool) -> None:
+    ours = TransparentLlm(hf_model=tiny_model("gemma2").eval(), parity=parity)
+    ours.run([tiny_text(12)])
+    for pos in (0, 5):
+        neurons = ours.decomposed_ffn_out(0, 1, pos)
+        close(neurons.sum(0), ours.ffn_out(1)[0, pos])
+        assert len(neurons) == len(ours.neuron_activations(0, 1, pos))
+    with pytest.raises(ValueError, match=r"^layer: a norm after the FFN of layer 1 "):
+        ours.neuron_output(1, 3)
+
+
+def test_neurons_count_from_the_end() -> None:
+    ours = TransparentLlm(hf_model=tiny_model("llama").eval())
+    ours.run([tiny_text(5)])
+    F = len(ours.neuron_activations(0, 1, 2))
+    assert torch.equal(ours.neuron_output(1, -1), ours.neuron_output(1, F - 1))
+    with pytest.raises(ValueError, match=f"^neuron: expected {-F} to {F - 1}, got {F}$"):
+        ours.neuron_output(1, F)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -733,6 +754,37 @@ def test_sentences_of_the_default_model(smol: Tracer) -> None:
     neurons = ours.decomposed_ffn_out(0, 20, -1)
     assert neurons.shape == (1536, 576)
     close(neurons.sum(0), ours.ffn_out(20)[0, -1])
+
+
+def test_graphs_are_plain_and_their_users_own() -> None:
+    """As if filled by networkx's own methods; a change of one is seen in no other."""
+    found = tiny_case("gpt2")
+    full = build_full_graph(found.ours, 0, 0.04)
+    trees = build_paths(full, 3, T, [T - 1, T - 2, T - 1], 0.0)
+    assert max(map(len, trees)) > 10
+    for graph in (full, *trees):
+        again = nx.DiGraph()
+        again.add_nodes_from(graph)
+        again.add_edges_from((u, v, dict(data)) for u, v, data in graph.edges(data=True))
+        assert type(graph) is nx.DiGraph
+        assert nx.utils.graphs_equal(graph, again)
+        assert set(graph.in_edges) == set(again.in_edges)
+        assert nx.utils.graphs_equal(graph.reverse().reverse(), again)
+        assert {type(weight) for *_, weight in graph.edges(data="weight")} == {float}
+    before = [copy.deepcopy(graph) for graph in (full, *trees)]
+    source, target = next(iter(trees[0].edges))
+    trees[0][source][target]["weight"] = -1.0
+    assert trees[0].pred[target][source]["weight"] == -1.0
+    trees[0].nodes[source]["seen"] = True
+    trees[0].add_edge(target, "mine", weight=2.0)
+    trees[0].remove_node(source)
+    assert "mine" in trees[0].succ[target]
+    assert source not in trees[0].pred[target]
+    for graph, own in zip((full, *trees[1:]), (before[0], *before[2:]), strict=True):
+        assert nx.utils.graphs_equal(graph, own)
+    assert (
+        build_paths(nx.DiGraph([("X0_0", "I2_1", {"weight": 0.1})]), 3, 2, [1], 0.1)[0].size() == 0
+    )
 
 
 def test_the_collector_is_as_it_was() -> None:

@@ -275,7 +275,11 @@ class Graph:
         self.in_graph &= on_path[:N, None] & above[children] & below[children]
 
     def to_json(self, filename: str | os.PathLike[str]) -> None:
-        """Writes the JSON that EAP-IG's `Graph.from_json` and the MIB benchmark read."""
+        """Writes the JSON that EAP-IG's `Graph.from_json` and the MIB benchmark read.
+
+        Raises ValueError where a score is not finite, which JSON has no number for. (A node
+        without a score has none in the file.)
+        """
         nodes: dict[str, dict[str, Any]] = {}
         for node in self.nodes.values():
             nodes[node.name] = {"in_graph": node.in_graph}
@@ -285,6 +289,9 @@ class Graph:
             edge.name: {"score": edge.score, "in_graph": edge.in_graph}
             for edge in self.edges.values()
         }
+        for name, entry in [*nodes.items(), *edges.items()]:
+            if not math.isfinite(entry.get("score", 0)):
+                raise ValueError(f"scores: expected finite numbers, got {entry['score']} of {name}")
         document = {"cfg": self.cfg, "nodes": nodes, "edges": edges}
         write_text(filename, json.dumps(document, allow_nan=False))
 
@@ -387,6 +394,8 @@ class Graph:
         for i, j, name, *_ in self._named():
             edge = edges[name]
             scores[i][j] = float(edge["score"])
+            if not math.isfinite(scores[i][j]):
+                raise ValueError(f"edges: {name} has a score of {edge['score']}, not a number")
             in_graph[i][j] = _flag(name, edge["in_graph"])
             n_edges += 1
         if len(edges) != n_edges:

@@ -58,14 +58,20 @@ class _Place(NamedTuple):
         return self.x[position], layer + _MID
 
 
-def plot(graph: RouteGraph) -> Figure:
-    """The figure; `savefig` writes it. It grows with the tokens reached and with the layers."""
+def check_plot() -> None:
+    """Raises IfrError where `plot` could not run."""
     try:
-        from matplotlib.figure import Figure
+        import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise IfrError(
             "plot needs matplotlib, which is not installed: pip install 'ifr-fast[plot]'"
         ) from error
+
+
+def plot(graph: RouteGraph) -> Figure:
+    """The figure; `savefig` writes it. It grows with the tokens reached and with the layers."""
+    check_plot()
+    from matplotlib.figure import Figure
 
     place = _place(graph)
     labels = _Labels()

@@ -86,12 +86,19 @@ def to_arrow(graph: RouteGraph, table: TableName) -> pa.Table:
     return found.replace_schema_metadata({METADATA: json.dumps(_metadata(graph)).encode()})
 
 
-def to_parquet(graph: RouteGraph, path: str | os.PathLike[str], table: TableName) -> None:
-    """Writes one of the tables, whole or not at all."""
+def check_parquet() -> None:
+    """Raises IfrError where `to_parquet` could not run."""
     try:
-        import pyarrow.parquet as pq
+        import pyarrow.parquet  # noqa: F401
     except ImportError as error:
         raise _absent("to_parquet", "pyarrow") from error
+
+
+def to_parquet(graph: RouteGraph, path: str | os.PathLike[str], table: TableName) -> None:
+    """Writes one of the tables, whole or not at all."""
+    check_parquet()
+    import pyarrow.parquet as pq
+
     found = to_arrow(graph, table)
     with whole_file(path) as temporary:
         pq.write_table(found, temporary)

@@ -177,7 +177,8 @@ class Blocks : Lines {
     // sums up to sign: they are tabled once, and each row adds one entry instead of four rows.
     void form_g(int64_t task, Thread& s) {
         Clock clock(s.counters);
-        const int64_t h = task % l_.H, start = task / l_.H * G_ROWS;
+        const int64_t row_tasks = (l_.R + G_ROWS - 1) / G_ROWS;
+        const int64_t h = task / row_tasks, start = task % row_tasks * G_ROWS;
         const int64_t stop = std::min(l_.R, start + G_ROWS);
         for (int64_t r = start; r < stop; ++r)
             std::fill_n(g_.get() + (r * l_.H + h) * Vp_, Vp_, 0.0f);

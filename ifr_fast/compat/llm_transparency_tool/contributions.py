@@ -26,7 +26,8 @@ def offset(y: Tensor) -> Tensor:
     """‖y‖₁ − ‖y − EPSILON‖₁ of y [..., D], in float64: what parity adds to every part's score of
     y − EPSILON.
     """
-    return (2 * y - EPSILON).clamp_(-EPSILON, EPSILON).sum(-1, dtype=torch.float64)
+    half = EPSILON / 2
+    return 2 * (y - half).clamp_(-half, half).sum(-1).double()
 
 
 @torch.no_grad()

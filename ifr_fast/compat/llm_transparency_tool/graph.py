@@ -24,25 +24,27 @@ import torch
 from torch import Tensor
 
 from ...errors import IfrError
+from ...scoring import cat_on
 from . import contributions
 
 if TYPE_CHECKING:
     import networkx as nx
 
-_Edge = tuple[str, str, dict[str, Any]]
+_Neighbours = dict[str, dict[str, dict[str, Any]]]  # of each node, and the edge's data
 
 _BLOCKS = 3  # of nodes to a layer: A, M, I; one block, X0, comes before them
 
 
-class LayerWeights(NamedTuple):
-    """One layer's edges among T tokens."""
+class EdgeWeights(NamedTuple):
+    """The edges of L layers among T tokens; a row is layer * T + token."""
 
-    target: Tensor  # [N] int64
-    source: Tensor  # [N] int64
+    target: Tensor  # [N] int64, a row
+    source: Tensor  # [N] int64, a token
     weight: Tensor  # [N] summed over heads
-    residual: Tensor  # [T] of resid_pre
-    ffn: Tensor  # [T]
-    ffn_residual: Tensor | None  # [T] of resid_mid; None in a parallel block
+    residual: Tensor  # [L, T] of resid_pre
+    ffn: Tensor  # [L, T]
+    ffn_residual: Tensor  # [L, T] of resid_mid; 0 in parallel blocks
+    parallel: Tensor  # [L] bool
 
 
 @torch.no_grad()
@@ -58,23 +60,24 @@ def build_full_graph(
 
     Raises IfrError where networkx is not installed.
     """
-    nx = _networkx()
+    networkx = _networkx()
     n_layers, n_tokens = model.model_info().n_layers, int(model.tokens().shape[1])
-    of_layers = getattr(model, "layer_weights", None)
-    layers = (
+    own = getattr(model, "edge_weights", None)
+    weights = (
         _formed_weights(model, batch_i, n_layers, renormalizing_threshold)
-        if of_layers is None
-        else of_layers(batch_i, renormalizing_threshold)
+        if own is None
+        else own(batch_i, renormalizing_threshold)
     )
     names = np.array(_node_names(n_layers, n_tokens), dtype=object)
-    of_layer = [_layer_edges(i, n_tokens, layer) for i, layer in enumerate(layers)]
-    edges, residual = (_joined(parts) for parts in zip(*of_layer, strict=True))
-    graph = nx.DiGraph()
+    edges, residual = _edges(weights, n_tokens)
     with _uncollected():
-        graph.add_nodes_from(names.tolist())
-        graph.add_weighted_edges_from(_rows(names, edges))
-        graph.add_weighted_edges_from(_rows(names, residual), weight="residual")
-    return graph
+        after: _Neighbours = {name: {} for name in names.tolist()}
+        before: _Neighbours = {name: {} for name in after}
+        for source, target, weight in _rows(names, edges):
+            after[source][target] = before[target][source] = {"weight": weight}
+        for source, target, weight in _rows(names, residual):
+            after[source][target]["residual"] = weight
+        return _digraph(networkx, after, before)
 
 
 def build_paths_to_predictions(
@@ -87,44 +90,53 @@ def build_paths_to_predictions(
     """Of a full graph, for each of `starting_tokens` what leads to its prediction over edges with
     weight above `threshold`: graphs of those edges and their nodes.
     """
-    nx = _networkx()
+    networkx = _networkx()
     trees = []
-    known: dict[str, list[_Edge]] = {}
     with _uncollected():
+        into = dict(networkx.reverse_view(graph).adjacency())
+        above: dict[str, list[tuple[str, dict[str, Any]]]] = {}  # of `into`, where it was asked for
         for start in starting_tokens:
             if not 0 <= start < n_tokens:
                 raise ValueError(
                     f"starting_tokens: expected positions from 0 to {n_tokens - 1}, got {start}"
                 )
             output = f"I{n_layers - 1}_{start}"
-            if output not in graph:
+            if output not in into:
                 raise ValueError(f"n_layers: the graph has no node {output}")
-            tree = nx.DiGraph()
-            tree.add_edges_from(_edges_to(graph, output, threshold, known))
-            trees.append(tree)
+            after: _Neighbours = {output: {}}
+            before: _Neighbours = {}
+            waiting = [output]
+            while waiting:
+                node = waiting.pop()
+                edges = above.get(node)
+                if edges is None:
+                    edges = above[node] = [
+                        (below, data)
+                        for below, data in into[node].items()
+                        if data["weight"] > threshold
+                    ]
+                sources = before[node] = {}
+                for below, data in edges:
+                    targets = after.get(below)
+                    if targets is None:
+                        targets = after[below] = {}
+                        waiting.append(below)
+                    targets[node] = sources[below] = data.copy()
+            # A node without an edge is in no tree; of a tree's nodes, only the output can be one.
+            trees.append(_digraph(networkx, *((after, before) if before[output] else ({}, {}))))
     return trees
 
 
-def _edges_to(
-    graph: nx.DiGraph, output: str, threshold: float, known: dict[str, list[_Edge]]
-) -> list[_Edge]:
-    """All edges above the threshold on the way to a node. known: those into a node, of any seen."""
-    reached, waiting, found = {output}, [output], []
-    while waiting:
-        node = waiting.pop()
-        edges = known.get(node)
-        if edges is None:
-            edges = known[node] = [
-                (below, node, data)
-                for below, data in graph.pred[node].items()
-                if data["weight"] > threshold
-            ]
-        found += edges
-        for below, _, _ in edges:
-            if below not in reached:
-                reached.add(below)
-                waiting.append(below)
-    return found
+def _digraph(networkx: Any, after: _Neighbours, before: _Neighbours) -> nx.DiGraph:
+    """The graph of each node's edges to others and from others, which share their edges' data.
+
+    What `add_edges_from` would make of them, which takes several times as long: networkx's own
+    structure, dicts of dicts of dicts, has no public way to be filled at once.
+    """
+    graph = networkx.DiGraph()
+    graph._node = {name: {} for name in after}
+    graph._adj, graph._pred = after, before
+    return graph
 
 
 @contextmanager
@@ -171,7 +183,8 @@ class _Edges(NamedTuple):
 
 
 def _joined(parts: Iterable[_Edges]) -> _Edges:
-    return _Edges(*map(np.concatenate, zip(*parts, strict=True)))
+    columns = zip(*parts, strict=True)
+    return _Edges(*(np.concatenate([x.reshape(-1) for x in column]) for column in columns))
 
 
 def _rows(names: np.ndarray, edges: _Edges) -> Iterator[tuple[str, str, float]]:
@@ -179,37 +192,41 @@ def _rows(names: np.ndarray, edges: _Edges) -> Iterator[tuple[str, str, float]]:
     return zip(names[source].tolist(), names[target].tolist(), weight.tolist(), strict=True)
 
 
-def _layer_edges(layer: int, n_tokens: int, weights: LayerWeights) -> tuple[_Edges, _Edges]:
-    """A layer's edges; and those that its residual stream has a share in, with that."""
-    below, mid, ffn, post = (n_tokens * (_BLOCKS * layer + i) for i in range(_BLOCKS + 1))
+def _edges(weights: EdgeWeights, n_tokens: int) -> tuple[_Edges, _Edges]:
+    """All edges; and those that the residual stream has a share in, with that."""
     target, source, weight = (
         x.cpu().numpy() for x in (weights.target, weights.source, weights.weight.double())
     )
-    residual, of_ffn = (x.cpu().double().numpy() for x in (weights.residual, weights.ffn))
-    itself = target == source
-    through = residual.copy()
-    through[target[itself]] += weight[itself]
+    residual, of_ffn, passed = (
+        x.cpu().double().numpy() for x in (weights.residual, weights.ffn, weights.ffn_residual)
+    )
+    parallel = weights.parallel.numpy()
+    T = residual.shape[1]  # of this sentence; `n_tokens` are those of the longest
+    layer, token = target // T, target % T
+    through, itself = residual.copy(), token == source
+    through[layer[itself], token[itself]] += weight[itself]
     others = ~itself
-    token = np.arange(len(residual))
-    parallel = weights.ffn_residual is None
-    after_attention, before_ffn = (post, below) if parallel else (mid, mid)
+    layer, token, source, weight = (x[others] for x in (layer, token, source, weight))
+
+    below = n_tokens * _BLOCKS * np.arange(len(residual))[:, None] + np.arange(T)  # [L, T]
+    mid, ffn, post = (below + n_tokens * i for i in range(1, _BLOCKS + 1))
+    after_attention = np.where(parallel[:, None], post, mid)
+    before_ffn = np.where(parallel[:, None], below, mid)
     edges = [
-        _Edges(below + source[others], after_attention + target[others], weight[others]),
-        _Edges(below + token, after_attention + token, through),
-        _Edges(before_ffn + token, ffn + token, of_ffn),
-        _Edges(ffn + token, post + token, of_ffn),
+        _Edges(below[layer, source], after_attention[layer, token], weight),
+        _Edges(below, after_attention, through),
+        _Edges(before_ffn, ffn, of_ffn),
+        _Edges(ffn, post, of_ffn),
+        _Edges(mid, post, passed),
     ]
-    if weights.ffn_residual is not None:
-        passed = weights.ffn_residual.cpu().double().numpy()
-        edges.append(_Edges(mid + token, post + token, passed))
-    shared = _Edges(below + token, after_attention + token, residual)
-    return _joined(edges).nonzero(), shared.nonzero()
+    return _joined(edges).nonzero(), _joined([_Edges(below, after_attention, residual)]).nonzero()
 
 
 def _formed_weights(
     model: Any, batch_i: int, n_layers: int, threshold: float | None
-) -> Iterator[LayerWeights]:
+) -> EdgeWeights:
     """Of a model that is not ours, by what its own methods form."""
+    found: list[tuple[Tensor, ...]] = []
 
     def of_sentence(x: Tensor) -> Tensor:
         return x[batch_i][None]
@@ -230,6 +247,10 @@ def _formed_weights(
             ffn, ffn_residual = cut(threshold, ffn, ffn_residual)
         weight = heads[0].sum(-1)
         target, source = weight.nonzero(as_tuple=True)
-        yield LayerWeights(
-            target, source, weight[target, source], residual[0], ffn[0], ffn_residual[0]
-        )
+        row = layer * len(weight) + target
+        found.append((row, source, weight[target, source], residual, ffn, ffn_residual))
+    device = found[0][0].device
+    columns = [cat_on(device, parts) for parts in zip(*found, strict=True)]
+    row, source, weight, residual, ffn, passed = columns
+    parallel = torch.zeros(n_layers, dtype=torch.bool)
+    return EdgeWeights(row, source, weight, residual, ffn, passed, parallel)

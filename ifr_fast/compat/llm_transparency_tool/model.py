@@ -23,17 +23,17 @@ from ... import capture
 from ...errors import IfrError
 from ...graph import as_index
 from ...kernels.contract import LayerInputs, visible
-from ...model import answering_layers, evaluating, probe_tokens
+from ...model import Block, answering_layers, evaluating, probe_tokens
 from ...recording import Recording, layer_inputs
-from ...scoring import check_closure, closure, load_kernel
+from ...scoring import Closure, cat_on, check_closure, closure
 from ...tokens import encode, token_strings
 from ...tracer import Tracer
-from . import contributions, values
+from . import contributions, scores, values
 from .contributions import EPSILON
 from .decomposition import DecomposedAttention
-from .graph import LayerWeights
-from .neurons import Neurons, find_neurons
-from .scores import in_parity, score_attention
+from .graph import EdgeWeights
+from .neurons import Neurons, basis_of, find_neurons
+from .scores import ScoredLayer, in_parity, score_attention
 
 _DEVICES = {"gpu": "cuda", "cpu": "cpu"}
 
@@ -240,8 +240,7 @@ class TransparentLlm:
     def decomposed_ffn_out(self, batch_i: int, layer: int, pos: int) -> Tensor:
         """What each neuron adds to the residual stream [hidden, D]."""
         neurons = self._find_neurons(batch_i, layer, pos)
-        every = torch.arange(len(neurons.activations))
-        return neurons.activations[:, None] * neurons.outputs(every)
+        return neurons.activations[:, None] * neurons.outputs
 
     def neuron_activations(self, batch_i: int, layer: int, pos: int) -> Tensor:
         """The hidden layer after its activation function [hidden], gates included.
@@ -260,12 +259,18 @@ class TransparentLlm:
         return neurons.before
 
     def neuron_output(self, layer: int, neuron: int) -> Tensor:
-        """What a neuron adds to the residual stream with an activation of 1 [D]."""
-        neurons = self._find_neurons(0, layer, 0)
-        hidden = len(neurons.activations)
-        if not -hidden <= neuron < hidden:
-            raise ValueError(f"neuron: expected {-hidden} to {hidden - 1}, got {neuron}")
-        return neurons.outputs(torch.tensor([neuron % hidden]))[0]
+        """What a neuron adds to the residual stream with an activation of 1 [D].
+
+        Raises ValueError behind a norm, where that differs from position to position.
+        """
+        layer = self._layer(layer)
+        basis = basis_of(self.tracer._bases, layer)
+        if basis.row_scaled:
+            raise ValueError(
+                f"layer: a norm after the FFN of layer {layer} scales what its neurons add, at "
+                "each position by itself; see decomposed_ffn_out"
+            )
+        return basis.W[self._index("neuron", neuron, len(basis.W))]
 
     def attention_matrix(self, batch_i: int, layer: int, head: int) -> Tensor:
         """Attention weights of a head [query_pos, key_pos], lower triangular."""
@@ -311,7 +316,8 @@ class TransparentLlm:
             node = inputs._replace(
                 resid_pre=resid_pre[: len(recording)], y=resid_mid[: len(recording)], ffn=None
             )
-            found = score_attention(in_parity(node) if parity else node, 0.0, self.tracer.impl)
+            node = in_parity(node) if parity else node
+            found = scores.contributions([score_attention(node, 0.0, self.tracer.impl)])
             return (
                 F.pad(found.dense(), (0, 0, 0, missing, 0, missing)),
                 F.pad(found.residual, (0, missing)),
@@ -324,57 +330,63 @@ class TransparentLlm:
         )
 
     @torch.inference_mode()
-    def layer_weights(self, batch_i: int, threshold: float | None) -> list[LayerWeights]:
-        """Edges of the full graph, layer by layer; above the threshold, renormalized, where there
-        is one. Raises IfrError where the parts that were scored do not add up to the model's own.
+    def edge_weights(self, batch_i: int, threshold: float | None) -> EdgeWeights:
+        """Edges of the full graph; above the threshold, renormalized, where there is one.
+
+        Raises IfrError where the parts that were scored do not add up to the model's own.
         """
         if threshold is not None and math.isnan(threshold):
             raise ValueError("renormalizing_threshold: expected a number or None, got nan")
-        recording, impl = self._sentence(batch_i), self.tracer.impl
+        recording, blocks = self._sentence(batch_i), self.tracer.decoder.blocks
         keep = 0.0 if threshold is None else max(0.0, threshold)
-        rows, found, closures = torch.arange(len(recording)), [], {}
-        sample = recording.sample(rows)
+        sample = recording.sample(torch.arange(len(recording)))
+        scored, of_ffn, closures = [], {}, {}
         with self.tracer._replaying(recording):
-            for block in self.tracer.decoder.blocks:
+            for block in blocks:
                 inputs, resid_post = self._inputs(recording, block.layer)
                 shifted = in_parity(inputs) if self.parity else inputs
-                attention = score_attention(shifted, keep, impl)
-                bias = block.bias.to(inputs.y.device)
-                if self._value_bias is not None:
-                    if bool(self._value_bias[block.layer].any()):
-                        bias = bias + self._moved_by_bias(inputs, block.layer, sample)
-                    bias = bias - EPSILON  # as y is shifted
-                parts = closure(shifted, attention.linear, bias, sample)
-                # The model's own rounding, in however wide a y it was scored.
-                eps = torch.full_like(parts.eps, torch.finfo(inputs.resid_pre.dtype).eps)
-                closures[block.layer] = parts._replace(eps=eps)
-                if threshold is not None:
-                    attention = attention.renormalized(threshold, self.parity)
-                ffn, ffn_residual = attention.ffn, None
+                layer = score_attention(shifted, keep, self.tracer.impl)
+                scored.append(layer)
+                closures[block.layer] = self._closure(inputs, shifted, layer, block, sample)
                 if resid_post is not None:
-                    ffn, ffn_residual = self._score_ffn(inputs.y, resid_post, threshold)
-                assert ffn is not None
-                edges = attention.token_edges()
-                found.append(LayerWeights(*edges, attention.residual, ffn, ffn_residual))
+                    pair = scores.score_ffn(inputs.y, resid_post, self.parity, self.tracer.impl)
+                    if threshold is not None:
+                        cut = contributions.apply_threshold_and_renormalize
+                        pair = cut(threshold, *pair, parity=self.parity)
+                    of_ffn[block.layer] = pair
         check_closure(closures)
-        return found
-
-    def _score_ffn(
-        self, resid_mid: Tensor, resid_post: Tensor, threshold: float | None
-    ) -> tuple[Tensor, Tensor]:
-        """Contributions [T] of the FFN and of resid_mid to resid_post."""
-        if self.parity:
-            ffn, residual = contributions.get_mlp_contributions(
-                resid_mid, resid_post, resid_post - resid_mid, parity=True
-            )
-        else:
-            scores = load_kernel(self.tracer.impl).score_ffn(resid_mid, resid_post)
-            ffn, residual = scores.ffn, scores.residual
-        if threshold is None:
-            return ffn, residual
-        return contributions.apply_threshold_and_renormalize(
-            threshold, ffn, residual, parity=self.parity
+        attention = scores.contributions(scored)
+        if threshold is not None:
+            attention = attention.renormalized(threshold, self.parity)
+        residual = attention.residual.view(len(blocks), -1)
+        in_parallel = [(x, torch.zeros_like(x)) for x in attention.ffn.view_as(residual)]
+        ffn, ffn_residual = (
+            cat_on(residual.device, parts).view_as(residual)
+            for parts in zip(*(of_ffn.get(i, x) for i, x in enumerate(in_parallel)), strict=True)
         )
+        parallel = torch.tensor([block.parallel for block in blocks])
+        return EdgeWeights(*attention.token_edges(), residual, ffn, ffn_residual, parallel)
+
+    def _closure(
+        self,
+        inputs: LayerInputs,
+        shifted: LayerInputs,
+        layer: ScoredLayer,
+        block: Block,
+        sample: Tensor,
+    ) -> Closure:
+        """The rows of a layer that are checked, as they were scored: `inputs`, `shifted` where in
+        parity.
+        """
+        bias, linear = block.bias.to(inputs.y.device), layer.scores.linear
+        if self._value_bias is None:
+            return closure(inputs, linear, bias, sample)
+        if bool(self._value_bias[block.layer].any()):
+            bias = bias + self._moved_by_bias(inputs, block.layer, sample)
+        parts = closure(shifted, linear, bias - EPSILON, sample)
+        # The model's own rounding, in however wide a y it was scored.
+        eps = torch.full_like(parts.eps, torch.finfo(inputs.resid_pre.dtype).eps)
+        return parts._replace(eps=eps)
 
     def _moved_by_bias(self, inputs: LayerInputs, layer: int, sample: Tensor) -> Tensor:
         """What a layer's value bias adds to the residual stream at some rows, [C, D]."""
@@ -433,13 +445,8 @@ class TransparentLlm:
     def _find_neurons(self, batch_i: int, layer: int, pos: int) -> Neurons:
         recording, layer = self._sentence(batch_i), self._layer(layer)
         pos = self._index("pos", pos, len(recording))
-        inputs, resid_post = self._node(recording, layer)
-        z = _attention_output(inputs, pos)
-        if self._value_bias is not None:  # what the layer itself computed
-            bias = self._value_bias[layer]
-            z = z + bias.repeat_interleave(len(z) // len(bias), 0)
-        ffn = _ffn(inputs, resid_post)[pos]
-        return find_neurons(recording, inputs, layer, pos, z, ffn)
+        ffn = _ffn(*self._node(recording, layer))[pos]
+        return find_neurons(recording, layer, pos, self.tracer._bases, ffn)
 
 
 def _ffn(inputs: LayerInputs, resid_post: Tensor | None) -> Tensor:

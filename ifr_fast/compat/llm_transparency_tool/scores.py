@@ -12,53 +12,65 @@ max(offset, FLOOR).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...kernels.contract import LayerInputs, visible
-from ...scoring import load_kernel
+from ...given import given_rows
+from ...kernels.contract import AttentionScores, LayerInputs
+from ...scoring import cat_on, load_kernel
 from .contributions import EPSILON, FLOOR, offset
 
 
+class ScoredLayer(NamedTuple):
+    """What a kernel found of all rows of a layer."""
+
+    scores: AttentionScores
+    offset: Tensor | None  # [T] in parity
+    window: int | None  # keys that a row sees, itself included
+
+
 class AttentionContributions(NamedTuple):
-    """Contributions of T rows' parts: pairs of row and key, sparse, and one number for those that
-    the row does not see.
+    """Contributions of the parts of R rows, those of L layers end to end: pairs of row and key,
+    sparse, and one number for the keys that a row does not see.
     """
 
-    target: Tensor  # [N] int64
+    row: Tensor  # [N] int64, layer * n_keys + position
     source: Tensor  # [N] int64
     heads: Tensor  # [N, H]
-    residual: Tensor  # [T]
-    ffn: Tensor | None  # [T] in parallel blocks, whose parts have one denominator
-    unseen: Tensor  # [T] of each head at each key not seen; 0 but in parity
-    window: int | None  # keys that a row sees, itself included
-    linear: Tensor  # [T] `AttentionScores.linear`
+    residual: Tensor  # [R]
+    ffn: Tensor  # [R] in parallel blocks, whose parts have one denominator; else 0
+    unseen: Tensor  # [R] of each head at each key not seen; 0 but in parity
+    n_seen: Tensor  # [R] int64, keys that a row sees, itself the last
+    n_keys: int
 
     def _seen(self) -> Tensor:
-        T = len(self.residual)
-        return visible(torch.arange(T, device=self.residual.device), T, self.window)
+        """[R, n_keys]"""
+        keys = torch.arange(self.n_keys, device=self.residual.device)
+        last = keys.repeat(len(self.residual) // self.n_keys)[:, None]
+        return (keys <= last) & (keys > last - self.n_seen[:, None])
 
     def dense(self) -> Tensor:
-        """[T, T, H], of a result that kept every pair."""
+        """[R, n_keys, H], of a result that kept every pair."""
         unseen = torch.where(self._seen(), 0, self.unseen[:, None]).to(self.heads.dtype)
         found = unseen[..., None].repeat(1, 1, self.heads.shape[1])
-        return found.index_put_((self.target, self.source), self.heads)
+        return found.index_put_((self.row, self.source), self.heads)
 
     def token_edges(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Target, source and weight [M] of all pairs whose sum over heads is not 0."""
+        """Row, source and weight [M] of all pairs whose sum over heads is not 0."""
         weight = self.heads.sum(-1)
         undefined = self.residual.isnan()
         if not bool(undefined.any() | self.unseen.any()):
             some = weight.nonzero().squeeze(1)
-            return self.target[some], self.source[some], weight[some]
+            return self.row[some], self.source[some], weight[some]
         H = self.heads.shape[1]
         found = torch.where(self._seen(), 0, H * self.unseen[:, None]).to(weight.dtype)
-        found.index_put_((self.target, self.source), weight)
+        found.index_put_((self.row, self.source), weight)
         found[undefined] = torch.nan
-        target, source = found.nonzero(as_tuple=True)
-        return target, source, found[target, source]
+        row, source = found.nonzero(as_tuple=True)
+        return row, source, found[row, source]
 
     def renormalized(self, threshold: float, parity: bool) -> AttentionContributions:
         """Contributions above the threshold, each head's by itself, over their sum in the row.
@@ -66,29 +78,19 @@ class AttentionContributions(NamedTuple):
         Where none is above it, 0; in parity 0 / 0.
         """
         H = self.heads.shape[1]
-        heads, residual, unseen = (
-            x * (x > threshold) for x in (self.heads, self.residual, self.unseen)
+        heads, residual, ffn, unseen = (
+            x * (x > threshold) for x in (self.heads, self.residual, self.ffn, self.unseen)
         )
-        total = residual.index_add(0, self.target, heads.sum(-1))
-        total = total + H * n_unseen(len(residual), self.window).to(total.device) * unseen
-        ffn = self.ffn
-        if ffn is not None:
-            ffn = ffn * (ffn > threshold)
-            total = total + ffn
+        total = (residual + ffn).index_add(0, self.row, heads.sum(-1))
+        total = total + H * (self.n_keys - self.n_seen) * unseen
         if not parity:
             total = total + (total == 0)
         return self._replace(
-            heads=heads / total[self.target, None],
+            heads=heads / total[self.row, None],
             residual=residual / total,
-            ffn=None if ffn is None else ffn / total,
+            ffn=ffn / total,
             unseen=unseen / total,
         )
-
-
-def n_unseen(n_tokens: int, window: int | None) -> Tensor:
-    """Keys that each row of a text does not see: [T] int64."""
-    seen = torch.arange(1, n_tokens + 1)
-    return n_tokens - (seen if window is None else seen.clamp(max=window))
 
 
 def in_parity(inputs: LayerInputs) -> LayerInputs:
@@ -97,31 +99,54 @@ def in_parity(inputs: LayerInputs) -> LayerInputs:
     return inputs._replace(y=y - EPSILON, offset=offset(y).to(y.dtype), floor=FLOOR)
 
 
-def score_attention(inputs: LayerInputs, keep: float, impl: str) -> AttentionContributions:
-    """Contributions of all rows' parts, in parity where the inputs are; pairs whose sum over heads
-    is above `keep`.
+def score_attention(inputs: LayerInputs, keep: float, impl: str) -> ScoredLayer:
+    """Scores all rows of a layer, in parity where the inputs are; pairs whose sum over heads is
+    above `keep`.
     """
     scores = load_kernel(impl).score_attention(inputs, keep)
-    edges = scores.edges
-    kept = (edges.weight > keep).nonzero().squeeze(1)
-    contributions = AttentionContributions(
-        edges.row[kept],
-        edges.source[kept],
-        edges.head_weight[kept],
-        scores.residual,
-        scores.ffn,
-        torch.zeros_like(scores.residual),
-        inputs.window,
-        scores.linear,
+    return ScoredLayer(scores, inputs.offset, inputs.window)
+
+
+def score_ffn(
+    resid_mid: Tensor, resid_post: Tensor, parity: bool, impl: str
+) -> tuple[Tensor, Tensor]:
+    """Contributions [T] of the FFN's output and of resid_mid to resid_post, each [T, D]."""
+    kernel = load_kernel(impl)
+    if not parity:
+        scores = kernel.score_ffn(resid_mid, resid_post)
+        return scores.ffn, scores.residual
+    # What a kernel takes an offset and a floor for is a node with attention: here to nothing.
+    T, D = resid_post.shape
+    nothing = resid_post.new_zeros(T, 1, 1, 1)
+    ffn = resid_post - resid_mid
+    node = given_rows(nothing, resid_post.new_zeros(1, 1, D), resid_mid, resid_post, ffn)
+    found = kernel.score_attention(in_parity(node), 1.0)
+    assert found.ffn is not None
+    total = found.ffn + found.residual
+    return found.ffn / total, found.residual / total
+
+
+def contributions(layers: Sequence[ScoredLayer]) -> AttentionContributions:
+    """Of layers scored alike, in parity or not."""
+    scores = [layer.scores for layer in layers]
+    T, H = scores[0].head_total.shape
+    device = scores[0].residual.device
+    row = cat_on(device, [x.edges.row + i * T for i, x in enumerate(scores)])
+    source, weight, heads = (
+        cat_on(device, [x.edges[column] for x in scores]) for column in (1, 2, 3)
     )
-    if inputs.offset is None:
-        return contributions
-    T, H = scores.head_total.shape
-    unseen = inputs.offset.to(scores.total.dtype).clamp(min=inputs.floor)
-    total = scores.total + H * n_unseen(T, inputs.window).to(unseen.device) * unseen
-    share = scores.total / total
-    return contributions._replace(
-        heads=contributions.heads * share[contributions.target, None],
-        residual=scores.residual * share,
-        unseen=unseen / total,
-    )
+    kept = (weight > 0).nonzero().squeeze(1)  # what is not is padding
+    row, source, heads = row[kept], source[kept], heads[kept]
+    residual = cat_on(device, [x.residual for x in scores])
+    ffn = cat_on(device, [torch.zeros_like(x.residual) if x.ffn is None else x.ffn for x in scores])
+    seen = torch.arange(1, T + 1)
+    n_seen = cat_on(device, [seen.clamp(max=layer.window or T) for layer in layers])
+    unseen = torch.zeros_like(residual)
+    offsets = [layer.offset for layer in layers if layer.offset is not None]
+    if offsets:
+        of_seen = cat_on(device, [x.total for x in scores])
+        unseen = cat_on(device, offsets).to(of_seen.dtype).clamp(min=FLOOR)
+        total = of_seen + H * (T - n_seen) * unseen
+        share = of_seen / total
+        heads, residual, unseen = heads * share[row, None], residual * share, unseen / total
+    return AttentionContributions(row, source, heads, residual, ffn, unseen, n_seen, T)
