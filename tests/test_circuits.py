@@ -270,7 +270,7 @@ def test_patching_a_text_with_its_own_activations_has_no_effect():
     assert not effects.ffn.any()
     seen = circuits.observe(decoder, task.texts)
     with circuits.restarting(decoder):
-        for layer, t, n in itertools.product(range(decoder.n_layers), (0, 3, 6), (1, 2, 5, 11)):
+        for layer, t, n in itertools.product((0, 2), (0, 6), (1, 5, 11)):
             of = torch.arange(3).repeat(4)[:n]
             z = seen.z[layer][of, t : t + 1]
             got = seen.restart(layer, of, t, t + 1, z=z)
@@ -840,7 +840,8 @@ def test_the_command_writes_its_report(task, saved, tmp_path):
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
     document = json.loads((out / "results.json").read_text())
     assert max(document["exact"].values()) <= 1e-5
-    assert "heads with an effect that they rank lowest" in report.lower()
+    if task == "ioi":  # in the other, every head has an effect or none has
+        assert "Heads with an effect that they rank lowest" in report
     assert "The model solves" in report
     assert "over thresholds" in report
     cost = {(row["what"], row["prompts"]): row for row in document["cost"]}

@@ -27,6 +27,8 @@ class Interval(NamedTuple):
     high: float
 
     def __str__(self) -> str:
+        if math.isnan(self.value):
+            return "not defined"
         return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
 

@@ -201,7 +201,8 @@ def survival(
 
     values: put in place of what is ablated, means over a reference corpus; by default those of each
     prompt's own references, position by position (`Prompt.references`). checkpoint: a folder
-    that keeps what is done, prompt by prompt, so that more can be added. Graphs have granularity "head".
+    that keeps what is done, prompt by prompt, so that more can be added.
+    Graphs have granularity "head".
     """
     if mode not in ("keep", "remove"):
         raise ValueError(f"mode: expected 'keep' or 'remove', got {mode!r}")

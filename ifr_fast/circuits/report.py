@@ -501,7 +501,7 @@ def _roc_figure(results: Results, L: int, H: int) -> Figure:
         axes.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=0.8, label="chance: 0.50")
         axes.set(xlabel="false positive rate", ylabel="true positive rate")
         axes.set_title(f"against patching ({direction}): {int(hits.sum())} of {L * H} heads")
-        axes.legend(fontsize=7, title="area under the curve", title_fontsize=7)
+        axes.legend(fontsize=7, title="area under the curve", title_fontsize=7, loc="lower right")
     return figure
 
 
@@ -516,6 +516,8 @@ def _heads_figure(results: Results, L: int, H: int) -> Figure:
         limit = float(values.abs().max()) or 1.0
         image = axes.imshow(values, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
         axes.set(title=name, xlabel="head", ylabel="layer")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.get_major_locator().set_params(integer=True)
         figure.colorbar(image, ax=axes, fraction=0.05)
     return figure
 
@@ -607,7 +609,7 @@ def _cost_text(results: Results) -> str:
     twins = by_name[costs.ROUTES_OF_BOTH][-1]
     return (
         f"{results.cost[0].threads} threads; patching heads alone.\n\n{table}\n"
-        f"On the same {each.prompts} prompts, patching heads at each position takes "
+        f"Of the same prompts ({each.prompts}), patching heads at each position takes "
         f"**{each.seconds / same.seconds:,.0f} times** as long as plain routes and "
         f"{each.seconds / twins.seconds:,.0f} times as long as contrastive ones (which trace the "
         f"twins too); patching heads at all positions at once {heads.seconds / same.seconds:,.0f} "
@@ -643,6 +645,11 @@ def _agreement_texts(results: Results, tracer: Tracer) -> list[str]:
         if direction != "published":
             values = {name: found.auc.value for name, found in by_account.items()}
             best = max(values, key=lambda name: values[name])
+            if math.isnan(values[best]):
+                parts.append(
+                    "Heads with an effect must be some, and not all: no area is defined.\n"
+                )
+                continue
             parts.append(f"The largest area is that of {best}, {by_account[best].auc}.\n")
             for name in (ACCOUNTS[0], ACCOUNTS[1]):
                 parts.append(_disagreement(results, direction, name, H))
@@ -677,8 +684,6 @@ def _disagreement(results: Results, direction: str, name: str, H: int) -> str:
     order = scores.argsort(descending=True, stable=True).tolist()
     missed = [i for i in reversed(order) if bool(hits[i])][:_SHOWN]
     extra = [i for i in order if not bool(hits[i])][:_SHOWN]
-    if math.isnan(found.value):
-        return "No area is defined: heads with an effect must be some, and not all of them.\n"
     verdict = "is poor" if found.value < _POOR else "is not poor"
     return (
         f"The area of {name}, {found}, {verdict} (below {_POOR} is called so). "
@@ -691,7 +696,7 @@ def _survival_texts(of: Survival, s: Settings) -> list[str]:
     full, empty = (mean_interval(x[0], seed=s.seed) for x in (of.full, of.empty))
     parts = [
         f"The logit difference is {full} with nothing set to its mean, and {empty} with everything "
-        f"(the graphs' zero is not 0). The model solves {int(of.solved.sum())} of "
+        f"(where small graphs begin, and not at 0). The model solves {int(of.solved.sum())} of "
         f"{len(of.solved)} prompts, that is, prefers the right tokens; in the others a share of "
         "the logit difference is a share of its error. Shares are of means over all prompts.\n"
     ]
