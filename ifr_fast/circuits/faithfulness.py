@@ -220,8 +220,9 @@ def survival(
         for i in range(len(task)):
             path = None if folder is None else folder / f"{i}.safetensors"
             prompt, of_prompt = task.prompts[i], digest.copy()
-            asked = [mode, at, draws, seed, prompt.token_ids, prompt.right, prompt.wrong]
-            asked += [prompt.references] if values is None else []
+            references = prompt.references if values is None else None
+            answers = prompt.right, prompt.wrong
+            asked = (mode, at, draws, seed, prompt.token_ids, *answers, references)
             of_prompt.update(json.dumps(asked).encode())
             identity = of_prompt.hexdigest()
             if path is not None and path.exists():

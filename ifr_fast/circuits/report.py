@@ -14,6 +14,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -202,9 +203,7 @@ def make_report(
             for name, rows in stages.of(
                 f"inputs-{reach.replace(' ', '-')}",
                 [len(few), available(tracer)],
-                lambda keep_last=keep_last: token_faithfulness(
-                    tracer, few, keep_last=keep_last, seed=settings.seed
-                ),
+                partial(token_faithfulness, tracer, few, keep_last=keep_last, seed=settings.seed),
             ).items()
         }
         for reach, keep_last in INPUTS.items()
