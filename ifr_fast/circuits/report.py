@@ -90,7 +90,7 @@ class Settings:
     patch_prompts: int | None = None  # the first so many are patched; None: all
     keep_prompts: int | None = None  # the first so many are ablated; None: all that are patched
     thresholds: tuple[float, ...] = THRESHOLDS  # of the graphs that are kept
-    remove_thresholds: tuple[float, ...] = (THRESHOLDS[0], THRESHOLDS[-1])
+    remove_thresholds: tuple[float, ...] = (0.01, 0.04)
     draws: int = 20  # of random graphs
     cost_prompts: int = 5  # that are patched position by position
     input_prompts: int = 20
