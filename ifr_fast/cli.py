@@ -575,6 +575,10 @@ def circuits(
         int | None,
         typer.Option("--keep-prompts", help="Ablate the first so many; default as patched."),
     ] = None,
+    keep_threshold: Annotated[
+        list[float] | None,
+        typer.Option(help="Of the graphs that are kept; may be given again. Default: six."),
+    ] = None,
     cost_prompts: Annotated[
         int, typer.Option("--cost-prompts", help="Prompts to patch position by position.")
     ] = 5,
@@ -597,6 +601,7 @@ def circuits(
         threshold=threshold,
         patch_prompts=patch_prompts,
         keep_prompts=keep_prompts,
+        **({"thresholds": tuple(keep_threshold)} if keep_threshold else {}),
         draws=draws,
         cost_prompts=cost_prompts,
         input_prompts=input_prompts,
