@@ -601,7 +601,7 @@ def circuits(
         threshold=threshold,
         patch_prompts=patch_prompts,
         keep_prompts=keep_prompts,
-        **({"thresholds": tuple(keep_threshold)} if keep_threshold else {}),
+        thresholds=tuple(keep_threshold) if keep_threshold else Settings.thresholds,
         draws=draws,
         cost_prompts=cost_prompts,
         input_prompts=input_prompts,

@@ -749,7 +749,8 @@ def _verdict(of: Survival, unit: Unit) -> str:
         said += (
             f" Where they fail on a prompt that the model solves ({int(lost.sum())} times), the "
             f"logit difference is {float(full):.2f} before, {float(routes):.2f} with the routes "
-            f"alone, {float(random):.2f} with random graphs and {float(empty):.2f} with nothing kept."
+            f"alone, {float(random):.2f} with random graphs and {float(empty):.2f} with "
+            "nothing kept."
         )
     return said + "\n"
 
