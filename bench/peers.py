@@ -48,6 +48,7 @@ from ifr_fast.benchmark import (
     prose,
     subject,
 )
+from ifr_fast.circuits.inputs import flashtrace_arguments
 from ifr_fast.pretrained import load
 
 TOLERANCE = 1e-4  # of importances, which lie between 0 and 1; all sides compute in float32
@@ -119,42 +120,8 @@ def flashtrace(tracer: Tracer, recording: Recording) -> list[Peer]:
 
     if not isinstance(core.tqdm, functools.partial):
         core.tqdm = functools.partial(core.tqdm, disable=True)  # it draws a bar a call
-    model, T = tracer.model, len(recording)
-    geometry = core.extract_model_metadata(model)
-    ids = recording.token_ids[None].to(model.device)
-    attention = model.config._attn_implementation
-    cache, hooks = core.attach_hooks(geometry.layers, model.dtype)
-    model.set_attn_implementation("eager")  # no other gives the weights
-    try:
-        with torch.inference_mode():
-            attentions = model(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                use_cache=False,
-                output_attentions=True,
-            ).attentions
-    finally:
-        model.set_attn_implementation(attention)
-        for hook in hooks:
-            hook.remove()
-    given: dict[str, Any] = {
-        "cache": cache,
-        "attentions": attentions,
-        "weight_pack": core.build_weight_pack(geometry, model.dtype),
-        "params": core.IFRParameters(
-            n_layers=geometry.n_layers,
-            n_heads_q=geometry.n_heads_q,
-            n_kv_heads=geometry.n_kv_heads,
-            head_dim=geometry.head_dim,
-            group_size=geometry.group_size,
-            d_model=geometry.d_model,
-            sequence_length=T,
-            model_dtype=model.dtype,
-            chunk_tokens=128,
-            sink_chunk_tokens=32,
-        ),
-        "rotary_emb": geometry.rotary_emb,
-    }
+    T, L = len(recording), tracer.decoder.n_layers
+    given = flashtrace_arguments(tracer.model, recording.token_ids)
     found: list[Any] = []  # the last result, so that the gate need not compute it again
 
     def all_positions() -> None:
@@ -165,7 +132,7 @@ def flashtrace(tracer: Tracer, recording: Recording) -> list[Peer]:
 
     def means() -> tuple[Tensor, Tensor, Tensor]:
         """Ours: tokens [T, T], heads [T, H] and residual [T], averaged over layers."""
-        L, H = tracer.decoder.n_layers, tracer.decoder.n_heads
+        H = tracer.decoder.n_heads
         tokens, heads, residual = torch.zeros(T, T), torch.zeros(T, H), torch.zeros(T)
         for scores in tracer.contributions(recording, keep=0):
             tokens += dense(scores, T).cpu() / L
@@ -180,14 +147,14 @@ def flashtrace(tracer: Tracer, recording: Recording) -> list[Peer]:
             theirs.head_importance_matrix,
             theirs.resid_attn_fraction_total,
         )
-        return largest((a, b / geometry.n_layers) for a, b in zip(means(), sums, strict=True))
+        return largest((a, b / L) for a, b in zip(means(), sums, strict=True))
 
     def deviation_of_last() -> float:
         theirs = last_position()
         tokens, heads, _ = means()
         sums = (theirs.token_importance_total, theirs.head_importance_total)
         ours = (tokens[-1], heads[-1])
-        return largest((a, b / geometry.n_layers) for a, b in zip(ours, sums, strict=True))
+        return largest((a, b / L) for a, b in zip(ours, sums, strict=True))
 
     return [
         Peer(

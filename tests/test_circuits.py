@@ -7,6 +7,7 @@ import importlib.util
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,10 +38,12 @@ from ifr_fast.circuits import (
     selected,
     survival,
 )
-from ifr_fast.circuits.agreement import bootstrap, ranks
+from ifr_fast.circuits.agreement import bootstrap, ranks, share_interval
 from ifr_fast.circuits.inputs import (
     METHODS,
+    _curves,
     deletion_groups,
+    direct_reads,
     insertion_area,
     mass_left,
     rise_and_mas,
@@ -49,6 +52,7 @@ from ifr_fast.circuits.published import GPT2_SMALL, as_mask, published_circuit
 from ifr_fast.circuits.tasks import EVENTS, IOI_TEMPLATES, NAMES, OBJECTS, PLACES
 from ifr_fast.cli import app
 from ifr_fast.errors import FormatError
+from ifr_fast.storage import load_tensors
 
 
 def word_tokenizer(digits: str = r"\d{2}", but: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
@@ -244,13 +248,38 @@ def swept(tracer: Tracer, task: Task, direction: str, each: bool) -> tuple[Tenso
 def test_sweeps_are_those_of_whole_runs_one_by_one(family, positions, direction):
     tracer = Tracer(tiny_model(family, dtype=torch.float64))
     task = small_task(1 if family == "gptj" else 2)
-    got = patch(tracer.decoder, task, direction=direction, positions=positions)
+    paired = direction == "denoise"
+    got = patch(tracer.decoder, task, direction=direction, positions=positions, paired=paired)
     heads, ffn = swept(tracer, task, direction, positions == "each")
     assert heads.abs().max() > 0.01
     torch.testing.assert_close(got.heads.float(), heads, atol=1e-5, rtol=0)
     torch.testing.assert_close(got.ffn.float(), ffn, atol=1e-5, rtol=0)
     if positions == "each":
         torch.testing.assert_close(got.summed().heads.float(), heads.sum(-1), atol=1e-4, rtol=0)
+
+
+def test_patching_a_text_with_its_own_activations_has_no_effect():
+    """In float32, at every position and in batches of every size; twins that do not differ, and
+    twins that do, whose own activations are put in.
+    """
+    decoder, task = Tracer(tiny_model("llama")).decoder, small_task()
+    same = Task("same", 0, [replace(p, twin_ids=p.token_ids) for p in task.prompts])
+    assert [p.first_difference for p in same.prompts] == [len(p.token_ids) for p in same.prompts]
+    effects = patch(decoder, same)
+    assert not effects.heads.any()
+    assert not effects.ffn.any()
+    seen = circuits.observe(decoder, task.texts)
+    with circuits.restarting(decoder):
+        for layer, t, n in itertools.product((0, 2), (0, 6), (1, 5, 11)):
+            of = torch.arange(3).repeat(4)[:n]
+            z = seen.z[layer][of, t : t + 1]
+            got = seen.restart(layer, of, t, t + 1, z=z)
+            assert (got - seen.logits[of]).abs().max() <= 1e-6
+            z = z.clone()
+            z[:, :, 1] = 0
+            alone = seen.restart(layer, of, t, t + 1, z=z, paired=False)
+            paired = seen.restart(layer, of, t, t + 1, z=z)
+            torch.testing.assert_close(paired, alone, atol=1e-5, rtol=1e-5)
 
 
 def test_ablation_sweeps():
@@ -309,6 +338,9 @@ def test_an_interrupted_sweep_goes_on(tmp_path, monkeypatch):
     assert torch.equal(got.heads, whole.heads)
     assert torch.equal(got.ffn, whole.ffn)
     assert (got.runs, got.passes) == (whole.runs, whole.passes)
+    again = patch(decoder, task, checkpoint=tmp_path)
+    kept = [load_tensors(x, "ifr_fast.patching", 1)[1]["seconds"] for x in tmp_path.iterdir()]
+    assert again.seconds > sum(kept) > 0
     with pytest.raises(FormatError, match="of another model, task or kind"):
         patch(decoder, task, direction="noise", checkpoint=tmp_path)
 
@@ -464,6 +496,18 @@ def test_bootstrap_intervals_cover():
     assert (nothing.low, nothing.high) == (1, 1)
 
 
+def test_intervals_of_shares():
+    """Wilson's: the shares p for which the share found is z standard errors of p away."""
+    for hits, n in ((0, 12), (7, 12), (50, 50), (48, 50)):
+        found = share_interval(torch.arange(n) < hits)
+        assert found.value == hits / n
+        for edge in (found.low, found.high):
+            error = (edge * (1 - edge) / n) ** 0.5
+            at_the_end = edge in (0, 1) and edge == found.value
+            assert at_the_end or abs(abs(edge - found.value) - 1.959964 * error) < 1e-6
+    assert math.isnan(share_interval(torch.zeros(0, dtype=torch.bool)).value)
+
+
 def test_agreement_of_scores_with_effects():
     generator = torch.Generator().manual_seed(0)
     truth = torch.zeros(30, dtype=torch.float64)
@@ -597,6 +641,16 @@ def test_survival_is_what_ablated_runs_say(tmp_path):
                 got = kept.logit_difference[unit, "routes"][i, m : m + 1]
                 torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
     assert len(list(folder.iterdir())) == 2
+    assert kept.solved.tolist() == (kept.full[0] > 0).tolist()
+    for what, i in (("ld", 0), ("probability", 1)):
+        routes, random = (kept.left("position", m, what) for m in ("routes", "random"))
+        share = (routes - random) / kept.full[i][:, None]
+        assert torch.equal(kept.beats_random("position", what), share > 0)
+        # Two thresholds: the trapezoid's height is the mean of its sides.
+        torch.testing.assert_close(
+            kept.area("position", "routes", what), (routes / kept.full[i][:, None]).mean(1)
+        )
+        assert torch.equal(kept.area_beats_random("position", what), share.mean(1) > 0)
     again = survival(tracer, task, values, thresholds=(0.1, 0.02), draws=2, checkpoint=folder)
     for key, value in kept.probability.items():
         assert torch.equal(again.probability[key], value)
@@ -690,6 +744,45 @@ def test_rise_and_mas_are_those_of_flashtrace():
         assert got == pytest.approx(expected[:2], abs=1e-5)
 
 
+@pytest.mark.skipif(
+    importlib.util.find_spec("flashtrace") is None, reason="expected: flashtrace is not installed"
+)
+def test_direct_reads_of_the_answer_are_flashtraces_importances():
+    tokenizer = word_tokenizer()
+    tracer = Tracer(word_model(tokenizer), tokenizer)
+    task = circuits.ioi(tokenizer, 3)
+    for i in range(3):
+        ours = METHODS["direct reads, answer appended"](tracer, task, i)
+        torch.testing.assert_close(ours, METHODS["FlashTrace"](tracer, task, i), atol=1e-5, rtol=0)
+        before = METHODS["direct reads"](tracer, task, i)
+        assert (ours - before).abs().max() > 1e-3
+
+
+def test_direct_reads_are_sums_over_heads_and_layers():
+    tracer = Tracer(tiny_model("gpt2"))
+    text = tiny_text(9).tolist()
+    oracle = Tracer(tracer.model, impl="reference")
+    expected = torch.zeros(9)
+    for scores in oracle.contributions(text, keep=0):
+        for _, target, source, weight in zip(*scores.head_edges, strict=True):
+            expected[source] += weight if target == 8 else 0
+    torch.testing.assert_close(direct_reads(tracer, text), expected, atol=1e-5, rtol=0)
+
+
+def test_the_last_token_can_be_left_in_place():
+    tokenizer = word_tokenizer()
+    tracer = Tracer(word_model(tokenizer), tokenizer)
+    task = circuits.ioi(tokenizer, 1)
+    text = task.texts[0]
+    last_first = torch.arange(len(text)).float()
+    others = last_first.clone()
+    others[-1] = -1
+    same = _curves(tracer, task, 0, {"a": last_first, "b": others}, 20, True)
+    assert (same["a"].rise, same["a"].insertion) == (same["b"].rise, same["b"].insertion)
+    apart = _curves(tracer, task, 0, {"a": last_first, "b": others}, 20, False)
+    assert apart["a"].rise != apart["b"].rise
+
+
 def test_attributions():
     tokenizer = word_tokenizer()
     tracer = Tracer(word_model(tokenizer), tokenizer)
@@ -746,8 +839,11 @@ def test_the_command_writes_its_report(task, saved, tmp_path):
     for picture in ("roc.png", "heads.png", "keep.png"):
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
     document = json.loads((out / "results.json").read_text())
-    assert document["exact"]["none"] == 0
     assert max(document["exact"].values()) <= 1e-5
+    if task == "ioi":  # in the other, every head has an effect or none has
+        assert "Heads with an effect that they rank lowest" in report
+    assert "The model solves" in report
+    assert "over thresholds" in report
     cost = {(row["what"], row["prompts"]): row for row in document["cost"]}
     assert cost["routes", 4]["runs"] == 4
     each = cost["patching, heads at each position", 1]

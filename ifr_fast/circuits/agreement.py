@@ -7,7 +7,9 @@ draws them with replacement and takes the means, and what follows from them, ane
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from statistics import NormalDist
 from typing import NamedTuple
 
 import torch
@@ -25,6 +27,8 @@ class Interval(NamedTuple):
     high: float
 
     def __str__(self) -> str:
+        if math.isnan(self.value):
+            return "not defined"
         return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
 
@@ -127,6 +131,19 @@ def bootstrap(
 def mean_interval(x: Tensor, *, seed: int = 0) -> Interval:
     """Of the mean of x [P], one number a prompt."""
     return bootstrap(lambda chosen: x.double()[chosen].mean(-1), len(x), seed=seed)
+
+
+def share_interval(hits: Tensor) -> Interval:
+    """Of the share of hits, bool [P]: Wilson's score interval, which has a width at 0 and 1, too;
+    NaN where there are none to count.
+    """
+    n = len(hits)
+    if n == 0:
+        return Interval(math.nan, math.nan, math.nan)
+    p, z = float(hits.double().mean()), NormalDist().inv_cdf((1 + LEVEL) / 2)
+    middle = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2)
+    return Interval(p, max(0.0, middle - half), min(1.0, middle + half))
 
 
 def ratio_interval(x: Tensor, y: Tensor, *, seed: int = 0) -> Interval:

@@ -1,16 +1,20 @@
 """What routes cost beside patching: seconds and forward passes, of the same prompts in one run.
 
 Routes are `Tracer.trace` of the prompts as one batch. Patching is at its fastest: batched, begun at
-the patched layer and, one position at a time, at the patched position; heads alone. A prompt's
-forward pass, in a batch like theirs, is the unit.
+the patched layer and, one position at a time, at the patched position; heads alone, without the
+runs that make own activations exact. A prompt's forward pass, in a batch like theirs, is the unit.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
+
+import torch
 
 from ..tracer import Tracer
 from .interventions import run, text_batches
@@ -26,6 +30,7 @@ class Cost(NamedTuple):
     runs: int  # of the model, whole or restarted
     passes: float  # what these computed, in whole forward passes
     seconds: float
+    threads: int
 
     @property
     def seconds_each(self) -> float:
@@ -38,12 +43,20 @@ HEADS, EACH = "patching, heads", "patching, heads at each position"
 
 
 def measure_cost(
-    tracer: Tracer, task: Task, sample: Task, *, threshold: float, repeat: int = 3
+    tracer: Tracer,
+    task: Task,
+    sample: Task,
+    *,
+    threshold: float,
+    repeat: int = 3,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> list[Cost]:
     """FORWARD, ROUTES and ROUTES_OF_BOTH of all of `task` and of its `sample` alone, medians of
     `repeat`; patching (HEADS, EACH) of the sample, once.
+
+    checkpoint: a folder that keeps what patching did, layer by layer, and the seconds of each.
     """
-    decoder = tracer.decoder
+    decoder, threads = tracer.decoder, torch.get_num_threads()
 
     def forward(some: Task) -> None:
         for together in text_batches(decoder, [len(text) for text in some.texts]):
@@ -69,12 +82,18 @@ def measure_cost(
             if i > 0:  # the first round warms up
                 taken.append(time.perf_counter() - begin)
     found = [
-        Cost(what, len(some), n * len(some), n * len(some), statistics.median(taken))
+        Cost(what, len(some), n * len(some), n * len(some), statistics.median(taken), threads)
         for (what, some, n, _), taken in zip(jobs, seconds, strict=True)
     ]
     for what, positions in ((HEADS, "all"), (EACH, "each")):
-        begin = time.perf_counter()
-        effects = patch(decoder, sample, positions=positions, ffn=False)  # type: ignore[arg-type]
-        took = time.perf_counter() - begin
-        found.append(Cost(what, len(sample), effects.runs, effects.passes, took))
+        effects = patch(
+            decoder,
+            sample,
+            positions=positions,  # type: ignore[arg-type]
+            ffn=False,
+            paired=False,
+            checkpoint=None if checkpoint is None else Path(checkpoint) / positions,
+        )
+        counted = effects.runs, effects.passes, effects.seconds
+        found.append(Cost(what, len(sample), *counted, threads))
     return found

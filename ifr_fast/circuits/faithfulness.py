@@ -43,11 +43,12 @@ from .patching import Activations, ablated_logits, mean_activations
 from .tasks import Task
 
 Unit = Literal["component", "position"]
+Of = Literal["ld", "probability"]
 Mode = Literal["keep", "remove"]
 
 UNITS: tuple[Unit, ...] = ("component", "position")
 METHODS = ("routes", "attention", "attention without the first token", "random")
-THRESHOLDS = (0.01, 0.02, 0.04)
+THRESHOLDS = (0.005, 0.01, 0.015, 0.02, 0.03, 0.04)
 _FORMAT = "ifr_fast.faithfulness"
 _VERSION = 1
 
@@ -145,18 +146,42 @@ class Survival:
     full: tuple[Tensor, Tensor]  # [P] logit difference and probability with nothing ablated
     empty: tuple[Tensor, Tensor]  # [P] with everything ablated
 
-    def share(self, unit: Unit, method: str, of: Literal["ld", "probability"] = "ld") -> Tensor:
-        """[P, M] of what there was before, random graphs' mean over draws."""
-        table, i = (self.logit_difference, 0) if of == "ld" else (self.probability, 1)
-        left = table[unit, method]
-        left = left.mean(-1) if left.ndim == 3 else left
-        return left / self.full[i][:, None]
+    @property
+    def solved(self) -> Tensor:
+        """[P] bool: whether the model prefers the right tokens with nothing ablated. Where it does
+        not, the share of a logit difference that is kept is a share of an error.
+        """
+        return self.full[0] > 0
 
-    def beats_random(self, unit: Unit) -> Tensor:
+    def left(self, unit: Unit, method: str, of: Of = "ld") -> Tensor:
+        """[P, M] logit difference or probability, random graphs' mean over draws."""
+        found = (self.logit_difference if of == "ld" else self.probability)[unit, method]
+        return found.mean(-1) if found.ndim == 3 else found
+
+    def share(self, unit: Unit, method: str, of: Of = "ld") -> Tensor:
+        """[P, M] of what there was before."""
+        return self.left(unit, method, of) / self.full[of == "probability"][:, None]
+
+    def area(self, unit: Unit, method: str, of: Of = "ld") -> Tensor:
+        """[P] the mean of the share over the logarithm of the threshold, by trapezoids; the share
+        itself where there is one threshold.
+        """
+        share, x = self.share(unit, method, of), torch.tensor(self.thresholds).double().log()
+        if len(x) == 1:
+            return share[:, 0]
+        return torch.trapezoid(share, x) / (x[-1] - x[0])
+
+    def beats_random(self, unit: Unit, of: Of = "ld") -> Tensor:
         """[P, M] bool: whether the routes keep a larger share of the logit difference than the mean
         of the random graphs (in "remove" mode: whether less is left without them).
         """
-        routes, random = self.share(unit, "routes"), self.share(unit, "random")
+        return self._better(self.share(unit, "routes", of), self.share(unit, "random", of))
+
+    def area_beats_random(self, unit: Unit, of: Of = "ld") -> Tensor:
+        """[P] bool: the same of areas over thresholds."""
+        return self._better(self.area(unit, "routes", of), self.area(unit, "random", of))
+
+    def _better(self, routes: Tensor, random: Tensor) -> Tensor:
         return routes > random if self.mode == "keep" else routes < random
 
 
@@ -176,7 +201,8 @@ def survival(
 
     values: put in place of what is ablated, means over a reference corpus; by default those of each
     prompt's own references, position by position (`Prompt.references`). checkpoint: a folder
-    that keeps what is done, prompt by prompt. Graphs have granularity "head".
+    that keeps what is done, prompt by prompt, so that more can be added.
+    Graphs have granularity "head".
     """
     if mode not in ("keep", "remove"):
         raise ValueError(f"mode: expected 'keep' or 'remove', got {mode!r}")
@@ -186,25 +212,28 @@ def survival(
     if draws < 1:
         raise ValueError(f"draws: expected at least 1, got {draws}")
     decoder, folder = tracer.decoder, None if checkpoint is None else Path(checkpoint)
-    asked = [mode, at, draws, seed, task.texts, [[p.right, p.wrong] for p in task.prompts]]
-    asked += [[p.references for p in task.prompts]] if values is None else []
-    digest = hashlib.sha256(decoder.fingerprint().encode() + json.dumps(asked).encode())
+    digest = hashlib.sha256(decoder.fingerprint().encode())
     for x in values or ():
         digest.update(x.double().cpu().contiguous().numpy().tobytes())
     found = []
     with progress(f"{mode}-only", len(task)) as show:
         for i in range(len(task)):
             path = None if folder is None else folder / f"{i}.safetensors"
+            prompt, of_prompt = task.prompts[i], digest.copy()
+            references = prompt.references if values is None else None
+            answers = prompt.right, prompt.wrong
+            asked = (mode, at, draws, seed, prompt.token_ids, *answers, references)
+            of_prompt.update(json.dumps(asked).encode())
+            identity = of_prompt.hexdigest()
             if path is not None and path.exists():
                 tensors, fields = load_tensors(path, _FORMAT, _VERSION)
-                if fields.get("identity") != digest.hexdigest():
+                if fields.get("identity") != identity:
                     raise FormatError(f"{path}: of another model, task or setting than asked for")
             else:
                 tensors = _survival_of(tracer, task, i, values, mode, at, draws, seed)
                 if path is not None:
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    identity = {"identity": digest.hexdigest()}
-                    save_tensors(path, _FORMAT, _VERSION, tensors, identity)
+                    save_tensors(path, _FORMAT, _VERSION, tensors, {"identity": identity})
             found.append(tensors)
             show(i + 1)
 

@@ -9,7 +9,17 @@ order. Both as FlashTrace 0.1.1 computes them (`faithfulness_test_skip_tokens`),
 white space left out of it; but of the next token alone, without an end-of-text token behind it.
 Insertion starts from padding alone and puts tokens back in the same order: the larger, the better.
 
+The last token is deleted like any other, by that protocol: a method that names it first, the
+position where the answer is predicted, wins by breaking the prediction and not by finding what it
+rests on. So all curves can also be had with the last token left in place.
+
 Attributions are numbers of at least 0 for each token; those with signs by their size.
+
+- Routes: the weight of all paths from the prediction to a token.
+- Direct reads: the importances of what one row read by attention, summed over layers. That is
+  FlashTrace's arithmetic, on our kernels: no path leads on from what was read.
+- "Answer appended": both explain the position of the answer itself, put behind the prompt, as
+  FlashTrace does, in place of the position before it.
 """
 
 from __future__ import annotations
@@ -21,6 +31,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..model import Decoder, evaluating
 from ..progress import progress
@@ -109,10 +120,13 @@ def token_faithfulness(
     methods: Sequence[str] | None = None,
     *,
     steps: int = STEPS,
+    keep_last: bool = False,
     seed: int = 0,
 ) -> dict[str, list[Curves]]:
     """Curves of every prompt under each of `methods` (see `METHODS`), by default those that can
     run here, and under "random", a random order.
+
+    keep_last: the last token is never deleted.
     """
     chosen = available(tracer) if methods is None else list(methods)
     for name in chosen:
@@ -124,19 +138,26 @@ def token_faithfulness(
         for i, prompt in enumerate(task.prompts):
             attributions = {name: METHODS[name](tracer, task, i) for name in chosen}
             attributions["random"] = torch.rand(len(prompt.token_ids), generator=generator)
-            for name, curves in _curves(tracer, task, i, attributions, steps).items():
+            for name, curves in _curves(tracer, task, i, attributions, steps, keep_last).items():
                 found[name].append(curves)
             show(i + 1)
     return found
 
 
 def _curves(
-    tracer: Tracer, task: Task, i: int, attributions: dict[str, Tensor], steps: int
+    tracer: Tracer,
+    task: Task,
+    i: int,
+    attributions: dict[str, Tensor],
+    steps: int,
+    keep_last: bool,
 ) -> dict[str, Curves]:
     prompt = task.prompts[i]
     whole = torch.tensor(prompt.token_ids)
     strings = token_strings(whole, tracer.tokenizer)
     among = [t for t, string in enumerate(strings) if string.strip() not in _STOP]
+    if keep_last:
+        among = [t for t in among if t != len(whole) - 1]
     pad = _padding(tracer)
     empty = whole.clone()
     empty[among] = pad
@@ -181,8 +202,39 @@ def _padding(tracer: Tracer) -> int:
 # Methods
 
 
+def _with_answer(tracer: Tracer, task: Task, i: int) -> list[int]:
+    """Prompt i with the likeliest of its right tokens behind it."""
+    text = task.texts[i]
+    logits = run(tracer.decoder, [text])[0]
+    return [*text, max(task.prompts[i].right, key=lambda token: float(logits[token]))]
+
+
 def _routes(tracer: Tracer, task: Task, i: int) -> Tensor:
     return tracer.trace(task.texts[i], threshold=_THRESHOLD).token_importance()
+
+
+def _routes_of_answer(tracer: Tracer, task: Task, i: int) -> Tensor:
+    text = _with_answer(tracer, task, i)
+    return tracer.trace(text, threshold=_THRESHOLD).token_importance()[:-1]
+
+
+def direct_reads(tracer: Tracer, text: Sequence[int]) -> Tensor:
+    """What the last row of a text of token ids read from each token, [T] float32: importances of
+    its attention edges, heads and layers summed.
+    """
+    found = torch.zeros(len(text))
+    for scores in tracer.contributions(text, rows=[-1], keep=0):
+        edges = scores.token_edges
+        found.index_add_(0, edges.source.cpu(), edges.weight.float().cpu())
+    return found
+
+
+def _reads(tracer: Tracer, task: Task, i: int) -> Tensor:
+    return direct_reads(tracer, task.texts[i])
+
+
+def _reads_of_answer(tracer: Tracer, task: Task, i: int) -> Tensor:
+    return direct_reads(tracer, _with_answer(tracer, task, i))[:-1]
 
 
 def _rollout(tracer: Tracer, task: Task, i: int) -> Tensor:
@@ -241,22 +293,18 @@ def _integrated_gradients(tracer: Tracer, task: Task, i: int) -> Tensor:
     )
 
 
-def _flashtrace(tracer: Tracer, task: Task, i: int) -> Tensor:
-    """FlashTrace's span aggregate with the likeliest right token behind the prompt as its span:
-    for one token without reasoning it has no further hop to make.
+def flashtrace_arguments(model: PreTrainedModel, token_ids: Tensor) -> dict[str, Any]:
+    """What FlashTrace's functions (flashtrace.core, 0.1.1) ask for of a text of token ids [T]: its
+    own recording of a pass with eager attention, no other gives it the weights.
     """
     from flashtrace import core
 
-    prompt, model = task.prompts[i], tracer.decoder.model
-    with torch.inference_mode():
-        logits = run(tracer.decoder, [prompt.token_ids])[0]
-    target = max(prompt.right, key=lambda token: float(logits[token]))
-    ids = torch.tensor([[*prompt.token_ids, target]], device=tracer.decoder.device)
+    ids = token_ids.to(model.device)[None]
     geometry = core.extract_model_metadata(model)
     attention = model.config._attn_implementation
     cache, hooks = core.attach_hooks(geometry.layers, model.dtype)
     try:
-        model.set_attn_implementation("eager")  # no other gives the weights
+        model.set_attn_implementation("eager")
         with torch.inference_mode(), evaluating(model):
             attentions = model(
                 input_ids=ids,
@@ -268,34 +316,44 @@ def _flashtrace(tracer: Tracer, task: Task, i: int) -> Tensor:
         for hook in hooks:
             hook.remove()
         model.set_attn_implementation(attention)
-    T = ids.shape[1]
-    params = core.IFRParameters(
-        n_layers=geometry.n_layers,
-        n_heads_q=geometry.n_heads_q,
-        n_kv_heads=geometry.n_kv_heads,
-        head_dim=geometry.head_dim,
-        group_size=geometry.group_size,
-        d_model=geometry.d_model,
-        sequence_length=T,
-        model_dtype=model.dtype,
-        chunk_tokens=128,
-        sink_chunk_tokens=32,
-    )
+    return {
+        "cache": cache,
+        "attentions": attentions,
+        "weight_pack": core.build_weight_pack(geometry, model.dtype),
+        "params": core.IFRParameters(
+            n_layers=geometry.n_layers,
+            n_heads_q=geometry.n_heads_q,
+            n_kv_heads=geometry.n_kv_heads,
+            head_dim=geometry.head_dim,
+            group_size=geometry.group_size,
+            d_model=geometry.d_model,
+            sequence_length=len(token_ids),
+            model_dtype=model.dtype,
+            chunk_tokens=128,
+            sink_chunk_tokens=32,
+        ),
+        "rotary_emb": geometry.rotary_emb,
+    }
+
+
+def _flashtrace(tracer: Tracer, task: Task, i: int) -> Tensor:
+    """FlashTrace's span aggregate with the likeliest right token behind the prompt as its span:
+    for one token without reasoning it has no further hop to make.
+    """
+    from flashtrace import core
+
+    ids = torch.tensor(_with_answer(tracer, task, i))
+    given, last = flashtrace_arguments(tracer.decoder.model, ids), len(ids) - 1
     with torch.inference_mode():
-        found = core.compute_ifr_sentence_aggregate(
-            sink_start=T - 1,
-            sink_end=T - 1,
-            cache=cache,
-            attentions=attentions,
-            weight_pack=core.build_weight_pack(geometry, model.dtype),
-            params=params,
-            rotary_emb=geometry.rotary_emb,
-        )
-    return torch.as_tensor(found.token_importance_total)[: T - 1].float().cpu()
+        found = core.compute_ifr_sentence_aggregate(sink_start=last, sink_end=last, **given)
+    return torch.as_tensor(found.token_importance_total)[:last].float().cpu()
 
 
 METHODS: dict[str, Attribution] = {
     "routes": _routes,
+    "routes, answer appended": _routes_of_answer,
+    "direct reads": _reads,
+    "direct reads, answer appended": _reads_of_answer,
     "FlashTrace": _flashtrace,
     "attention rollout": _rollout,
     "gradient x input": _gradient_x_input,

@@ -33,6 +33,7 @@ from ..model import Block, Decoder, answering_layers, evaluating
 Edit = Callable[[int, Tensor], Tensor]
 
 _RUN_ROWS = 4096  # of a batch of whole texts, padding included
+_HEAD_ROWS = 8  # at least, that the head reads at once
 
 
 @contextmanager
@@ -117,11 +118,24 @@ def run(
     token_ids, lengths = padded(texts)
     _check_batch(decoder, len(token_ids))
     with intervening(decoder, heads=heads, ffn=ffn):
-        if len(token_ids) == 1:
-            return decoder.forward(token_ids[0])[1][None]
-        states = decoder.forward_batch(token_ids)
-    last = states[torch.arange(len(states), device=states.device), lengths.to(states.device) - 1]
-    return decoder.head(last)
+        states = _states(decoder, token_ids)
+    return _logits(decoder, states, lengths)
+
+
+def _states(decoder: Decoder, token_ids: Tensor) -> Tensor:
+    """What the head reads, [B, T, D], of one pass over token ids [B, T]."""
+    if len(token_ids) == 1:
+        return decoder.forward(token_ids[0])[0][None]
+    return decoder.forward_batch(token_ids)
+
+
+def _logits(decoder: Decoder, states: Tensor, lengths: Tensor) -> Tensor:
+    """Logits [B, vocab] after the last token of texts whose states are [B, T, D]."""
+    last = states[torch.arange(len(states)), lengths - 1]
+    with answering_layers(decoder, lambda _, hidden, __: hidden):  # no layer is needed for it
+        # Few rows are multiplied by another routine, which rounds otherwise than the model's own
+        # pass over all rows of a text.
+        return decoder.head(last.repeat(-(-_HEAD_ROWS // len(last)), 1))[: len(last)]
 
 
 def _check_batch(decoder: Decoder, n_texts: int) -> None:
@@ -169,10 +183,16 @@ class Observed:
         *,
         z: Tensor | None = None,
         ffn: Tensor | None = None,
+        paired: bool = True,
     ) -> Tensor:
         """Logits [N, vocab] of N variants of texts `texts` [N], in which rows `begin` to `end` of
         `layer` have heads' outputs z [N, R, H, V], or an FFN output ffn [N, R, D], R = end - begin,
         in place of the observed ones.
+
+        paired: each text also runs with what was observed put back, in the same batch, and the
+        change from that is added to the observed logits: a batch of another shape rounds otherwise
+        than the observed pass did (by some 3e-5 of logits near 20, in float32), and thus it
+        cancels. Otherwise a variant a text is saved.
 
         Positions before `begin` and layers before `layer` are what they were, and so are, in this
         layer, positions from `end` on: they are not computed again. Use within `restarting`.
@@ -183,9 +203,21 @@ class Observed:
         targets = self.lengths[texts] - 1
         felt = (targets >= begin) & ((targets < end) | (not last_layer))
         if bool(felt.any()):
-            change = [None if x is None else x[felt] for x in (z, ffn)]
-            final = self._final(layer, texts[felt], begin, end, *change)
-            logits[felt] = _readout(self.decoder, final)
+            of = texts[felt]
+            changed = [None if x is None else x[felt] for x in (z, ffn)]
+            if not (paired and can_batch(self.decoder)):  # one at a time, shapes are the same
+                final = self._final(layer, of, begin, end, *changed)
+                logits[felt] = _readout(self.decoder, final)
+                return logits
+            own, which = of.unique(return_inverse=True)
+            beside = (self.z[layer][own, begin:end], self.ffn[layer][own, begin:end])
+            given = [
+                None if x is None else torch.cat([x, y.to(x)])
+                for x, y in zip(changed, beside, strict=True)
+            ]
+            final = self._final(layer, torch.cat([of, own]), begin, end, *given)
+            got, unchanged = _readout(self.decoder, final).split([len(of), len(own)])
+            logits[felt] += got - unchanged[which]
         return logits
 
     def _final(
@@ -286,14 +318,8 @@ def observe(decoder: Decoder, texts: Sequence[Sequence[int] | Tensor]) -> Observ
         evaluating(decoder.model),
         decoder.attention_through(decoder.model, answer),
     ):
-        if B == 1:
-            _, logits = decoder.forward(token_ids[0])
-            logits = logits[None]
-        else:
-            states = decoder.forward_batch(token_ids)
-    if B > 1:
-        at = lengths.to(states.device) - 1
-        logits = decoder.head(states[torch.arange(B, device=states.device), at])
+        states = _states(decoder, token_ids)
+    logits = _logits(decoder, states, lengths)
     layers = range(decoder.n_layers)
     return Observed(
         decoder,

@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,7 @@ Over = Literal["rest", "all", "texts"]
 _ROWS = 4096  # of a batch of variants
 _FORMAT = "ifr_fast.patching"
 _VERSION = 1
+_COUNTED = ("runs", "row_layers", "seconds")
 
 
 class Activations(NamedTuple):
@@ -154,6 +156,7 @@ class Effects:
     against: Tensor  # [P] that of their twins; 0 for ablation
     runs: int  # variants that were run
     passes: float  # what was computed for them, in whole forward passes of their texts
+    seconds: float  # that they took, in earlier calls that this one went on from, too
 
     @property
     def gap(self) -> float:
@@ -172,6 +175,7 @@ class Effects:
             self.against,
             self.runs,
             self.passes,
+            self.seconds,
         )
 
 
@@ -183,17 +187,20 @@ def patch(
     positions: Positions = "all",
     layers: Iterable[int] | None = None,
     ffn: bool = True,
+    paired: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> Effects:
     """Patches each head and FFN block between each prompt of `task` and its twin.
 
     positions: "all" at once, or "each" by itself. layers: default all. ffn: whether FFN blocks
-    are patched too; their effects are 0 otherwise. checkpoint: a folder that keeps what is done,
-    layer by layer; the same call goes on there after an interruption.
+    are patched too; their effects are 0 otherwise. paired: effects are taken against the same
+    restarted batch's own run of the text, so that rounding cancels (`Observed.restart`); False is
+    a little faster. checkpoint: a folder that keeps what is done, layer by layer; the same call
+    goes on there after an interruption.
     """
     if direction not in ("denoise", "noise"):
         raise ValueError(f"direction: expected 'denoise' or 'noise', got {direction!r}")
-    return _sweep(decoder, task, direction, None, positions, layers, ffn, checkpoint)
+    return _sweep(decoder, task, direction, None, positions, layers, ffn, paired, checkpoint)
 
 
 def ablate(
@@ -204,10 +211,11 @@ def ablate(
     positions: Positions = "all",
     layers: Iterable[int] | None = None,
     ffn: bool = True,
+    paired: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> Effects:
     """Puts `values` in place of each head and FFN block, one at a time; otherwise as `patch`."""
-    return _sweep(decoder, task, "ablate", values, positions, layers, ffn, checkpoint)
+    return _sweep(decoder, task, "ablate", values, positions, layers, ffn, paired, checkpoint)
 
 
 class _Part(NamedTuple):
@@ -217,6 +225,7 @@ class _Part(NamedTuple):
     ffn: Tensor  # [B, 1 or T]
     runs: int
     row_layers: int  # rows computed, summed over the layers that they went through
+    seconds: float
 
 
 @torch.inference_mode()
@@ -228,6 +237,7 @@ def _sweep(
     positions: Positions,
     layers: Iterable[int] | None,
     with_ffn: bool,
+    paired: bool,
     checkpoint: str | os.PathLike[str] | None,
 ) -> Effects:
     if positions not in ("all", "each"):
@@ -243,13 +253,13 @@ def _sweep(
     prompt, against = (torch.zeros(len(task), dtype=torch.float64) for _ in range(2))
     kept = None if checkpoint is None else _Kept(
         Path(checkpoint),
-        _identity(decoder, task, direction, values, positions, with_ffn),
+        _identity(decoder, task, direction, values, positions, with_ffn, paired),
     )  # fmt: skip
     together = text_batches(decoder, lengths)
-    runs, row_layers, n_rows = 0, 0, 0
+    runs, row_layers, n_rows, seconds = 0, 0, 0, 0.0
     with progress("patching", len(together) * len(chosen)) as show:
         for b, batch in enumerate(together):
-            index = torch.tensor(batch)
+            index, began = torch.tensor(batch), time.perf_counter()
             clean = observe(decoder, [task.texts[i] for i in batch])
             prompt[batch] = task.logit_difference(clean.logits, index).cpu()
             first = torch.zeros(len(batch), dtype=torch.int64)
@@ -263,13 +273,16 @@ def _sweep(
             def measure(logits: Tensor, texts: Tensor, index: Tensor = index) -> Tensor:
                 return task.logit_difference(logits, index[texts]).cpu()
 
+            seconds += time.perf_counter() - began
             own = (against if direction == "denoise" else prompt)[batch]
             sign = 1 if direction == "denoise" else -1
             for i, layer in enumerate(chosen):
                 part = None if kept is None else kept.load(b, layer)
                 if part is None:
                     new = _values(base, source, values, layer)
-                    part = _patch_layer(base, layer, new, first, positions, with_ffn, measure)
+                    part = _patch_layer(
+                        base, layer, new, first, positions, with_ffn, paired, measure
+                    )
                     if kept is not None:
                         kept.save(b, layer, part)
                 n = part.heads.shape[-1]
@@ -277,12 +290,13 @@ def _sweep(
                 if with_ffn:
                     ffn[batch, i, :n] = sign * (part.ffn - own[:, None])
                 runs, row_layers = runs + part.runs, row_layers + part.row_layers
+                seconds += part.seconds
                 show(b * len(chosen) + i + 1)
             n_rows += clean.n_tokens * len(batch)
     if positions == "all":
         heads, ffn = heads[..., 0], ffn[..., 0]
     passes = row_layers / (n_rows * L) * len(task)
-    return Effects(chosen, heads, ffn, prompt, against, runs, passes)
+    return Effects(chosen, heads, ffn, prompt, against, runs, passes, seconds)
 
 
 def _values(
@@ -303,12 +317,13 @@ def _patch_layer(
     first: Tensor,
     positions: Positions,
     with_ffn: bool,
+    paired: bool,
     measure: Callable[[Tensor, Tensor], Tensor],
 ) -> _Part:
     """Logit differences with each component of a layer exchanged for `new`, which differs from
     what is there from positions `first` [B] on.
     """
-    decoder = base.decoder
+    decoder, began = base.decoder, time.perf_counter()
     B, T, H = base.n_texts, base.n_tokens, decoder.n_heads
     n_layers = decoder.n_layers - layer
     z, ffn = new
@@ -322,6 +337,13 @@ def _patch_layer(
         spans = [(t, t + 1) for t in range(int(first.min()), T)]
     else:
         spans = [(int(first.min()), T)]
+
+    def count(texts: Tensor, begin: int, end: int) -> None:
+        nonlocal runs, row_layers
+        n = len(texts) + (len(texts.unique()) if paired and can_batch(decoder) else 0)
+        runs += n
+        row_layers += n * (end - begin + (T - begin) * (n_layers - 1))
+
     with restarting(decoder):
         for begin, end in spans:
             felt = ((first < end) & (base.lengths > begin)).nonzero().squeeze(1)
@@ -336,18 +358,17 @@ def _patch_layer(
                 n = torch.arange(len(texts))
                 changed = base.z[layer][texts, begin:end]
                 changed[n, :, head] = z[texts, begin:end][n, :, head]
-                logits = base.restart(layer, texts, begin, end, z=changed)
+                logits = base.restart(layer, texts, begin, end, z=changed, paired=paired)
                 of_heads[texts, head, column] = measure(logits, texts)
-                runs += len(texts)
-                row_layers += len(texts) * (end - begin + rows * (n_layers - 1))
+                count(texts, begin, end)
             if not with_ffn:
                 continue
             for texts in felt.split(size):
-                logits = base.restart(layer, texts, begin, end, ffn=ffn[texts, begin:end])
+                new_ffn = ffn[texts, begin:end]
+                logits = base.restart(layer, texts, begin, end, ffn=new_ffn, paired=paired)
                 of_ffn[texts, column] = measure(logits, texts)
-                runs += len(texts)
-                row_layers += len(texts) * (end - begin + rows * (n_layers - 1))
-    return _Part(of_heads, of_ffn, runs, row_layers)
+                count(texts, begin, end)
+    return _Part(of_heads, of_ffn, runs, row_layers, time.perf_counter() - began)
 
 
 def _identity(
@@ -357,10 +378,11 @@ def _identity(
     values: Activations | None,
     positions: str,
     with_ffn: bool,
+    paired: bool,
 ) -> str:
     """What tells one sweep from another."""
     digest = hashlib.sha256(decoder.fingerprint().encode())
-    asked = [direction, positions, with_ffn, task.texts, task.twins]
+    asked = [direction, positions, with_ffn, paired, task.texts, task.twins]
     asked += [[prompt.right, prompt.wrong] for prompt in task.prompts]
     digest.update(json.dumps(asked).encode())
     for x in values or ():
@@ -385,10 +407,10 @@ class _Kept(NamedTuple):
         tensors, fields = load_tensors(path, _FORMAT, _VERSION)
         if fields.get("identity") != self.identity:
             raise FormatError(f"{path}: of another model, task or kind of patching than asked for")
-        return _Part(tensors["heads"], tensors["ffn"], fields["runs"], fields["row_layers"])
+        return _Part(tensors["heads"], tensors["ffn"], **{name: fields[name] for name in _COUNTED})
 
     def save(self, batch: int, layer: int, part: _Part) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        fields = {"identity": self.identity, "runs": part.runs, "row_layers": part.row_layers}
+        fields = {"identity": self.identity, **{name: getattr(part, name) for name in _COUNTED}}
         tensors = {"heads": part.heads, "ffn": part.ffn}
         save_tensors(self._path(batch, layer), _FORMAT, _VERSION, tensors, fields)

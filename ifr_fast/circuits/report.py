@@ -14,6 +14,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -35,9 +36,20 @@ from .agreement import (
     mean_interval,
     ratio_interval,
     roc_curve,
+    share_interval,
 )
 from .contrast import Components, components
-from .faithfulness import METHODS, THRESHOLDS, UNITS, Mode, Survival, attention_weights, survival
+from .faithfulness import (
+    METHODS,
+    THRESHOLDS,
+    UNITS,
+    Mode,
+    Of,
+    Survival,
+    Unit,
+    attention_weights,
+    survival,
+)
 from .inputs import Curves, available, missing, token_faithfulness
 from .interventions import observe, restarting, run
 from .patching import Effects, patch
@@ -57,9 +69,13 @@ ACCOUNTS = (
     "attention",
     "contrastive attention",
 )
+INPUTS = {"all tokens": False, "last token kept": True}  # what deletion may reach
 _POOR = 0.7  # an area under the ROC curve below it is said to be poor
 _SHOWN = 8  # heads that disagree
+_CURVES = ("RISE", "MAS", "insertion")
 _EXACT_TEXTS = 4
+_EXACT_LAYERS = 10
+_WANTED = 0.95  # share of prompts on which routes are to beat random graphs
 
 
 @dataclass(frozen=True)
@@ -71,9 +87,10 @@ class Settings:
     seed: int = 0
     threshold: float = 0.01  # of the routes that are compared with patching
     least: float = 0.02  # share of the clean-to-twin difference that makes a head positive
-    patch_prompts: int | None = None  # the first so many are patched and ablated; None: all
+    patch_prompts: int | None = None  # the first so many are patched; None: all
+    keep_prompts: int | None = None  # the first so many are ablated; None: all that are patched
     thresholds: tuple[float, ...] = THRESHOLDS  # of the graphs that are kept
-    remove_thresholds: tuple[float, ...] = (THRESHOLDS[0], THRESHOLDS[-1])
+    remove_thresholds: tuple[float, ...] = (0.01, 0.04)
     draws: int = 20  # of random graphs
     cost_prompts: int = 5  # that are patched position by position
     input_prompts: int = 20
@@ -82,7 +99,8 @@ class Settings:
         """Raises ValueError for what cannot be measured."""
         if self.task not in TASKS:
             raise ValueError(f"--task: expected one of {', '.join(TASKS)}, got {self.task!r}")
-        asked = ("n_prompts", "draws", "cost_prompts", "input_prompts", "patch_prompts")
+        asked = ("n_prompts", "draws", "cost_prompts", "input_prompts", "patch_prompts",
+                 "keep_prompts")  # fmt: skip
         for name in asked:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
@@ -103,7 +121,7 @@ class Results(NamedTuple):
     sensitivity: dict[float, dict[str, float]]  # AUC against denoising, by `least`
     kept: Survival
     removed: Survival
-    inputs: dict[str, list[Curves]]
+    inputs: dict[str, dict[str, list[Curves]]]  # by INPUTS, method
     ffn: Components  # contrastive
     published: Circuit | None
 
@@ -121,6 +139,7 @@ def make_report(
     whole = TASKS[settings.task](tracer.tokenizer, settings.n_prompts, seed=settings.seed)
     task = _first(whole, settings.patch_prompts or len(whole))
     few = _first(whole, settings.input_prompts)
+    ablated = _first(whole, settings.keep_prompts or len(task))
     step = max(1, len(whole) // settings.cost_prompts)
     sample = _first(replace(whole, prompts=whole.prompts[::step]), settings.cost_prompts)
     work = out / "work"
@@ -134,7 +153,9 @@ def make_report(
         for row in stages.of(
             "cost",
             [len(sample), settings.threshold],
-            lambda: costs.measure_cost(tracer, whole, sample, threshold=settings.threshold),
+            lambda: costs.measure_cost(
+                tracer, whole, sample, threshold=settings.threshold, checkpoint=work / "cost"
+            ),
         )
     ]
     accounts, ffn = _accounts(tracer, task, settings.threshold)
@@ -166,7 +187,7 @@ def make_report(
     def left(mode: Mode, thresholds: Sequence[float]) -> Survival:
         return survival(
             tracer,
-            task,
+            ablated,
             mode=mode,
             thresholds=thresholds,
             draws=settings.draws,
@@ -177,12 +198,15 @@ def make_report(
     kept = left("keep", settings.thresholds)
     removed = left("remove", settings.remove_thresholds)
     inputs = {
-        name: [Curves(*row) for row in rows]
-        for name, rows in stages.of(
-            "inputs",
-            [len(few), available(tracer)],
-            lambda: token_faithfulness(tracer, few, seed=settings.seed),
-        ).items()
+        reach: {
+            name: [Curves(*row) for row in rows]
+            for name, rows in stages.of(
+                f"inputs-{reach.replace(' ', '-')}",
+                [len(few), available(tracer)],
+                partial(token_faithfulness, tracer, few, keep_last=keep_last, seed=settings.seed),
+            ).items()
+        }
+        for reach, keep_last in INPUTS.items()
     }
     results = Results(
         settings,
@@ -236,32 +260,37 @@ def _identity(tracer: Tracer, task: Task) -> str:
 
 @torch.inference_mode()
 def exactness(tracer: Tracer, task: Task) -> dict[str, float]:
-    """The largest change of any logit in interventions that should change none."""
+    """The largest change of any logit of the model itself, called by nobody else, in interventions
+    that should change none.
+    """
     decoder = tracer.decoder
     seen = [observe(decoder, [text]) for text in task.texts[:_EXACT_TEXTS]]
-    worst = {"own activations, whole run": 0.0, "own activations, restarted": 0.0, "none": 0.0}
-
-    def note(name: str, got: Tensor, expected: Tensor) -> None:
-        worst[name] = max(worst[name], float((got - expected).abs().max()))
-
+    names = ("nothing", "own activations, whole run", "own activations, restarted")
+    worst = dict.fromkeys((*names, "own activations, restarted alone"), 0.0)
+    step = max(1, decoder.n_layers // _EXACT_LAYERS)
     of = torch.zeros(1, dtype=torch.int64)
     for one, text in zip(seen, task.texts, strict=False):
-        plain = run(decoder, [text])
-        note("none", run(decoder, [text], heads=lambda _, z: z, ffn=lambda _, x: x), plain)
+        plain = tracer.model(input_ids=torch.tensor([text], device=decoder.device)).logits[:, -1]
+
+        def note(name: str, got: Tensor, plain: Tensor = plain) -> None:
+            worst[name] = max(worst[name], float((got - plain).abs().max()))
+
+        note("nothing", run(decoder, [text], heads=lambda _, z: z, ffn=lambda _, x: x))
         own = run(
             decoder,
             [text],
             heads=lambda layer, _, one=one: one.z[layer],  # type: ignore[misc]
             ffn=lambda layer, _, one=one: one.ffn[layer],  # type: ignore[misc]
         )
-        note("own activations, whole run", own, plain)
+        note("own activations, whole run", own)
         with restarting(decoder):
-            for layer in range(decoder.n_layers):
-                for t in range(0, one.n_tokens, 3):
-                    span = (layer, of, t, t + 1)
-                    z, ffn = one.z[layer][:, t : t + 1], one.ffn[layer][:, t : t + 1]
-                    for got in (one.restart(*span, z=z), one.restart(*span, ffn=ffn)):
-                        note("own activations, restarted", got, plain)
+            for layer in range(0, decoder.n_layers, step):
+                for t in (0, one.n_tokens // 2, one.n_tokens - 1):
+                    for paired, name in ((True, names[2]), (False, f"{names[2]} alone")):
+                        span = (layer, of, t, t + 1)
+                        z, ffn = one.z[layer][:, t : t + 1], one.ffn[layer][:, t : t + 1]
+                        note(name, one.restart(*span, z=z, paired=paired))
+                        note(name, one.restart(*span, ffn=ffn, paired=paired))
     return worst
 
 
@@ -365,39 +394,52 @@ def _table(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
 
 def _survival_rows(of: Survival, seed: int) -> tuple[list[str], list[list[str]]]:
     header = ["ablation", "threshold", "graph", "heads kept", "FFN kept", "logit difference left",
-              "low", "high", "probability left", "low", "high", "beats random"]  # fmt: skip
+              "low", "high", "probability left", "low", "high", "logit difference restored", "low",
+              "high", "beats random", "beats random where solved"]  # fmt: skip
     rows = []
     for unit in UNITS:
+        won = of.beats_random(unit).double()
         for m, threshold in enumerate(of.thresholds):
             sizes = of.kept[unit][:, m].mean(0).tolist()
-            won = float(of.beats_random(unit)[:, m].double().mean())
+            shares = (float(x[:, m].mean()) for x in (won, won[of.solved]))
+            beats = [f"{x:.3f}" for x in shares]
             for method in METHODS:
-                left = [_ratio(of, unit, method, m, i, seed) for i in (0, 1)]
+                left = [_ratio(of, unit, method, m, what, seed) for what in ("ld", "probability")]
+                left.append(_restored(of, unit, method, m, seed))
                 rows.append(
                     [f"each {unit}", f"{threshold:g}", method]
-                    + [f"{x:.4f}" for x in (*sizes, *left[0], *left[1])]
-                    + [f"{won:.3f}" if method == "routes" else ""]
+                    + [f"{x:.4f}" for x in (*sizes, *left[0], *left[1], *left[2])]
+                    + (beats if method == "routes" else ["", ""])
                 )
     return header, rows
 
 
-def _ratio(of: Survival, unit: Any, method: str, m: int, i: int, seed: int) -> Interval:
-    """What is left of the prompts' mean logit difference (i = 0) or probability (1)."""
-    left = (of.logit_difference, of.probability)[i][unit, method][:, m]
-    left = left.mean(-1) if left.ndim == 2 else left
-    return ratio_interval(left, of.full[i], seed=seed)
+def _ratio(of: Survival, unit: Unit, method: str, m: int, what: Of, seed: int) -> Interval:
+    """What is left of the prompts' mean logit difference or probability."""
+    full = of.full[what == "probability"]
+    return ratio_interval(of.left(unit, method, what)[:, m], full, seed=seed)
+
+
+def _restored(of: Survival, unit: Unit, method: str, m: int, seed: int) -> Interval:
+    """What is left of the mean logit difference beyond what is there with everything ablated."""
+    empty = of.empty[0]
+    return ratio_interval(of.left(unit, method)[:, m] - empty, of.full[0] - empty, seed=seed)
 
 
 def _input_rows(results: Results) -> tuple[list[str], list[list[str]]]:
-    header = ["method", "RISE", "low", "high", "MAS", "low", "high", "insertion", "low", "high"]
+    header = ["deleted", "method"]
+    header += [f"{name}{edge}" for name in _CURVES for edge in ("", " low", " high")]
     rows = []
-    for name, curves in results.inputs.items():
-        intervals = [
-            mean_interval(torch.tensor([c[i] for c in curves]), seed=results.settings.seed)
-            for i in range(3)
-        ]
-        rows.append([name, *(f"{x:.4f}" for interval in intervals for x in interval)])
+    for reach, of_methods in results.inputs.items():
+        for name, curves in of_methods.items():
+            found = _curve_means(curves, results.settings.seed)
+            rows.append([reach, name, *(f"{x:.4f}" for interval in found for x in interval)])
     return header, rows
+
+
+def _curve_means(curves: Sequence[Curves], seed: int) -> list[Interval]:
+    """RISE, MAS and insertion."""
+    return [mean_interval(x, seed=seed) for x in torch.tensor(curves, dtype=torch.float64).T]
 
 
 def _document(tracer: Tracer, results: Results, model_name: str | None) -> dict[str, Any]:
@@ -458,7 +500,7 @@ def _roc_figure(results: Results, L: int, H: int) -> Figure:
         axes.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=0.8, label="chance: 0.50")
         axes.set(xlabel="false positive rate", ylabel="true positive rate")
         axes.set_title(f"against patching ({direction}): {int(hits.sum())} of {L * H} heads")
-        axes.legend(fontsize=7, title="area under the curve", title_fontsize=7)
+        axes.legend(fontsize=7, title="area under the curve", title_fontsize=7, loc="lower right")
     return figure
 
 
@@ -473,33 +515,35 @@ def _heads_figure(results: Results, L: int, H: int) -> Figure:
         limit = float(values.abs().max()) or 1.0
         image = axes.imshow(values, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
         axes.set(title=name, xlabel="head", ylabel="layer")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.get_major_locator().set_params(integer=True)
         figure.colorbar(image, ax=axes, fraction=0.05)
     return figure
 
 
 def _survival_figure(results: Results) -> Figure:
-    figure = _figure(11, 8)
-    grid = figure.subplots(2, 2)
-    of = results.kept
-    for i, title in enumerate(("logit difference", "probability of the right tokens")):
-        for j, unit in enumerate(UNITS):
-            axes = grid[i][j]
+    figure = _figure(11, 7.5)
+    grid = figure.subplots(2, 2, sharex=True)
+    of, titles = results.kept, {"ld": "logit difference", "probability": "probability"}
+    for row, (what, title) in zip(grid, titles.items(), strict=True):
+        for axes, unit in zip(row, UNITS, strict=True):
             for method in METHODS:
-                found = [_ratio(of, unit, method, m, i, 0) for m in range(len(of.thresholds))]
-                values = [x.value for x in found]
-                (line,) = axes.plot(of.thresholds, values, marker="o", label=method)
-                axes.fill_between(
-                    of.thresholds,
-                    [x.low for x in found],
-                    [x.high for x in found],
-                    color=line.get_color(),
-                    alpha=0.15,
-                )
-            axes.axhline(1, color="#bbbbbb", linewidth=0.8)
-            axes.axhline(0, color="#bbbbbb", linewidth=0.8)
+                found = [
+                    _ratio(of, unit, method, m, what, 0)  # type: ignore[arg-type]
+                    for m in range(len(of.thresholds))
+                ]
+                values, low, high = zip(*found, strict=True)
+                (line,) = axes.plot(of.thresholds, values, marker="o", markersize=4, label=method)
+                axes.fill_between(of.thresholds, low, high, color=line.get_color(), alpha=0.12)
+            for level in (0, 1):
+                axes.axhline(level, color="#999999", linewidth=0.8, zorder=0)
             axes.set_xscale("log")
-            axes.set(xlabel="threshold", ylabel="share left", title=f"{title}, each {unit}")
-            axes.legend(fontsize=7)
+            axes.set_xticks(of.thresholds, [f"{x:g}" for x in of.thresholds])
+            axes.set_xticks([], minor=True)
+            axes.set(ylabel=f"share of the {title} left", title=f"each {unit}")
+    for axes in grid[1]:
+        axes.set_xlabel("threshold of the route graph")
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 
 
@@ -515,8 +559,8 @@ def _report(tracer: Tracer, results: Results, model_name: str | None) -> str:
     denoised = results.effects["denoise"]
     parts = [
         f"# {task.name}: routes against patching\n",
-        f"{model_name or 'the default model'}, {s.n_prompts} prompts, of which {len(task)} patched "
-        f"and ablated, seed {s.seed}; "
+        f"{model_name or 'the default model'}, {s.n_prompts} prompts, of which {len(task)} are "
+        f"patched and {len(results.kept.solved)} ablated, seed {s.seed}; "
         f"{on.processor}, {on.threads} threads, torch {on.torch}, transformers {on.transformers}, "
         f"ifr-fast {on.ifr_fast}. Intervals are {LEVEL:.0%} bootstrap intervals over prompts.\n",
         f"For example: “{task.prompts[0].text}”, against “{task.prompts[0].twin}”. The logit "
@@ -532,28 +576,14 @@ def _report(tracer: Tracer, results: Results, model_name: str | None) -> str:
         *_agreement_texts(results, tracer),
         "## Keep-only\n",
         "Everything outside a graph is set to its mean over texts of the same template, position "
-        "by position. Shares left of the prompts' mean logit difference and probability; “beats "
-        "random”: on how many prompts the routes keep a larger share of the logit difference than "
-        f"the mean of {s.draws} random graphs.\n",
-        _survival_text(results.kept, s.seed),
+        "by position.\n",
+        *_survival_texts(results.kept, s),
         "## Remove-only\n",
         "The graph's components are set to their means, the rest is kept: the less is left, the "
         "more of the prediction went through them.\n",
-        _survival_text(results.removed, s.seed),
+        *_survival_texts(results.removed, s),
         "## Input tokens\n",
-        f"{len(next(iter(results.inputs.values())))} prompts. RISE and MAS of deletion: lower is "
-        "better; insertion: higher is better.\n",
-        _markdown(
-            ["method", "RISE", "MAS", "insertion"],
-            [
-                [name]
-                + [
-                    mean_interval(torch.tensor([c[i] for c in curves]), seed=s.seed)
-                    for i in range(3)
-                ]
-                for name, curves in results.inputs.items()
-            ],
-        ),
+        *_input_texts(results),
     ]
     for name, package in missing(tracer).items():
         parts.append(f"{name} was not measured: {package}.\n")
@@ -577,7 +607,8 @@ def _cost_text(results: Results) -> str:
     same, whole = by_name[costs.ROUTES][-1], by_name[costs.ROUTES][0]
     twins = by_name[costs.ROUTES_OF_BOTH][-1]
     return (
-        f"{table}\nOn the same {each.prompts} prompts, patching heads at each position takes "
+        f"{results.cost[0].threads} threads; patching heads alone.\n\n{table}\n"
+        f"Of the same prompts ({each.prompts}), patching heads at each position takes "
         f"**{each.seconds / same.seconds:,.0f} times** as long as plain routes and "
         f"{each.seconds / twins.seconds:,.0f} times as long as contrastive ones (which trace the "
         f"twins too); patching heads at all positions at once {heads.seconds / same.seconds:,.0f} "
@@ -611,7 +642,16 @@ def _agreement_texts(results: Results, tracer: Tracer) -> list[str]:
             )
         )
         if direction != "published":
-            parts.append(_disagreement(results, direction, H))
+            values = {name: found.auc.value for name, found in by_account.items()}
+            best = max(values, key=lambda name: values[name])
+            if math.isnan(values[best]):
+                parts.append(
+                    "Heads with an effect must be some, and not all: no area is defined.\n"
+                )
+                continue
+            parts.append(f"The largest area is that of {best}, {by_account[best].auc}.\n")
+            for name in (ACCOUNTS[0], ACCOUNTS[1]):
+                parts.append(_disagreement(results, direction, name, H))
     least = list(results.sensitivity)
     counts = [f"{x:.1%} ({results.sensitivity[x]['positives']:.0f} heads)" for x in least]
     parts.append("Area under the ROC curve against denoising, by the effect that counts:\n")
@@ -627,51 +667,118 @@ def _agreement_texts(results: Results, tracer: Tracer) -> list[str]:
     return parts
 
 
-def _disagreement(results: Results, direction: str, H: int) -> str:
-    """Which heads contrastive routes and patching see otherwise, and whether that is much."""
-    name = "contrastive routes"
-    scores = results.accounts[name].mean(0)
+def _disagreement(results: Results, direction: str, name: str, H: int) -> str:
+    """Which heads an account and patching see otherwise, and whether that is much."""
+    scores, signed = _means(name, results.accounts[name]), results.accounts[name].mean(0)
     effects = _shares(results.effects[direction]).mean(0).flatten()
     hits = effects.abs() >= results.settings.least
     found = results.agreements[direction][name].auc
 
     def listed(indices: Sequence[int]) -> str:
         return ", ".join(
-            f"{i // H}.{i % H} (routes {float(scores[i]):+.3f}, effect {float(effects[i]):+.3f})"
+            f"{i // H}.{i % H} (routes {float(signed[i]):+.3f}, effect {float(effects[i]):+.3f})"
             for i in indices
         )
 
     order = scores.argsort(descending=True, stable=True).tolist()
     missed = [i for i in reversed(order) if bool(hits[i])][:_SHOWN]
     extra = [i for i in order if not bool(hits[i])][:_SHOWN]
-    if math.isnan(found.value):
-        return "No area is defined: heads with an effect must be some, and not all of them.\n"
     verdict = "is poor" if found.value < _POOR else "is not poor"
     return (
-        f"The area of the contrastive routes, {found}, {verdict} (below {_POOR} is called so). "
+        f"The area of {name}, {found}, {verdict} (below {_POOR} is called so). "
         f"Heads with an effect that they rank lowest: {listed(missed) or 'none'}. "
         f"Heads without one that they rank highest: {listed(extra) or 'none'}.\n"
     )
 
 
-def _survival_text(of: Survival, seed: int) -> str:
+def _survival_texts(of: Survival, s: Settings) -> list[str]:
+    full, empty = (mean_interval(x[0], seed=s.seed) for x in (of.full, of.empty))
+    parts = [
+        f"The logit difference is {full} with nothing set to its mean, and {empty} with everything "
+        f"(where small graphs begin, and not at 0). The model solves {int(of.solved.sum())} of "
+        f"{len(of.solved)} prompts, that is, prefers the right tokens; in the others a share of "
+        "the logit difference is a share of its error. Shares are of means over all prompts.\n"
+    ]
+    for unit in UNITS:
+        for what, name in (("ld", "logit difference"), ("probability", "probability")):
+            rows = []
+            for m, threshold in enumerate(of.thresholds):
+                sizes = ", ".join(f"{x:.0%}" for x in of.kept[unit][:, m].mean(0).tolist())
+                shares = [_ratio(of, unit, method, m, what, s.seed) for method in METHODS]  # type: ignore[arg-type]
+                rows.append([f"{threshold:g}", sizes, *shares])
+            parts.append(f"Each {unit}: share of the {name} left\n")
+            parts.append(_markdown(["threshold", "heads, FFN in it", *METHODS], rows))
+    kind = "more is left by routes" if of.mode == "keep" else "less is left without routes"
+    parts.append(
+        f"Share of prompts on which {kind} than by the mean of {s.draws} random graphs, with "
+        "Wilson's interval; “over thresholds” compares areas under the curves:\n"
+    )
+    columns: dict[str, Callable[[Unit], Tensor]] = {}
+    for what, name in (("ld", "logit difference"), ("probability", "probability")):
+        for rows_of, which in ((torch.ones_like(of.solved), ""), (of.solved, ", solved prompts")):
+
+            def hits(unit: Unit, what: Any = what, rows_of: Tensor = rows_of) -> Tensor:
+                area = of.area_beats_random(unit, what)[:, None]
+                return torch.cat([of.beats_random(unit, what), area], dim=1)[rows_of]
+
+            columns[name + which] = hits
     rows = []
     for unit in UNITS:
-        for m, threshold in enumerate(of.thresholds):
-            heads, ffn = of.kept[unit][:, m].mean(0).tolist()
-            won = float(of.beats_random(unit)[:, m].double().mean())
-            for method in METHODS:
-                rows.append(
-                    [
-                        f"each {unit}",
-                        f"{threshold:g}",
-                        f"{heads:.0%}, {ffn:.0%}",
-                        method,
-                        _ratio(of, unit, method, m, 0, seed),
-                        _ratio(of, unit, method, m, 1, seed),
-                        f"{won:.0%}" if method == "routes" else "",
-                    ]
-                )
-    header = ["ablation", "threshold", "heads, FFN in it", "graph", "logit difference",
-              "probability", "beats random"]  # fmt: skip
-    return _markdown(header, rows)
+        found = [[share_interval(x) for x in hits(unit).T] for hits in columns.values()]
+        for m, label in enumerate([*(f"{x:g}" for x in of.thresholds), "over thresholds"]):
+            rows.append([f"each {unit}", label, *(_percent(column[m]) for column in found)])
+    parts.append(_markdown(["ablation", "threshold", *columns], rows))
+    if of.mode == "keep":
+        parts += [_verdict(of, unit) for unit in UNITS]
+    return parts
+
+
+def _verdict(of: Survival, unit: Unit) -> str:
+    """At which thresholds routes keep more often enough, and what prompts are where they fail."""
+    hits = of.beats_random(unit)
+    enough = [f"{x:g}" for x, h in zip(of.thresholds, hits.T, strict=True) if _often(h)]
+    failing = [f"{x:g}" for x, h in zip(of.thresholds, hits.T, strict=True) if not _often(h)]
+    said = (
+        f"Each {unit}: on at least {_WANTED:.0%} of all prompts at {', '.join(enough) or 'none'}"
+        + (f"; not at {', '.join(failing)}." if failing else ".")
+    )
+    lost = ~hits & of.solved[:, None]
+    if bool(lost.any()):
+        routes, random = (of.left(unit, name)[lost].mean() for name in ("routes", "random"))
+        full, empty = (x[0][:, None].expand_as(lost)[lost].mean() for x in (of.full, of.empty))
+        said += (
+            f" Where they fail on a prompt that the model solves ({int(lost.sum())} times), the "
+            f"logit difference is {float(full):.2f} before, {float(routes):.2f} with the routes "
+            f"alone, {float(random):.2f} with random graphs and {float(empty):.2f} with "
+            "nothing kept."
+        )
+    return said + "\n"
+
+
+def _often(hits: Tensor) -> bool:
+    return float(hits.double().mean()) >= _WANTED
+
+
+def _percent(share: Interval) -> str:
+    if math.isnan(share.value):
+        return ""
+    return f"{share.value:.0%} [{share.low:.0%}, {share.high:.0%}]"
+
+
+def _input_texts(results: Results) -> list[str]:
+    seed = results.settings.seed
+    n = len(results.inputs["all tokens"]["random"])
+    parts = [
+        f"{n} prompts. RISE and MAS of deletion: lower is better; insertion: higher is better. "
+        "“Answer appended”: the likeliest right token is put behind the prompt, and what is "
+        "explained is its own position, as FlashTrace does.\n"
+    ]
+    for reach, of_methods in results.inputs.items():
+        rows = [[name, *_curve_means(curves, seed)] for name, curves in of_methods.items()]
+        said = "Any token may be deleted" if reach == "all tokens" else "The last token is kept"
+        parts += [f"{said}:\n", _markdown(["method", *_CURVES], rows)]
+        rise = {name: _curve_means(curves, seed)[0].value for name, curves in of_methods.items()}
+        poor = [name for name in rise if name != "random" and rise[name] >= rise["random"]]
+        if poor:
+            parts.append(f"By RISE no better than a random order: {', '.join(poor)}.\n")
+    return parts

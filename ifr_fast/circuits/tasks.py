@@ -88,9 +88,11 @@ class Prompt:
 
     @property
     def first_difference(self) -> int:
-        """The position from which on prompt and twin differ: nothing before it does."""
+        """The position from which on prompt and twin differ: nothing before it does. Where they
+        are the same, the number of tokens.
+        """
         pairs = zip(self.token_ids, self.twin_ids, strict=True)
-        return next(i for i, (a, b) in enumerate(pairs) if a != b)
+        return next((i for i, (a, b) in enumerate(pairs) if a != b), len(self.token_ids))
 
 
 @dataclass(frozen=True)
