@@ -340,7 +340,7 @@ class TransparentLlm:
         recording, blocks = self._sentence(batch_i), self.tracer.decoder.blocks
         keep = 0.0 if threshold is None else max(0.0, threshold)
         sample = recording.sample(torch.arange(len(recording)))
-        scored, of_ffn, closures = [], {}, {}
+        scored, mids, posts, closures = [], {}, {}, {}
         with self.tracer._replaying(recording):
             for block in blocks:
                 inputs, resid_post = self._inputs(recording, block.layer)
@@ -349,16 +349,21 @@ class TransparentLlm:
                 scored.append(layer)
                 closures[block.layer] = self._closure(inputs, shifted, layer, block, sample)
                 if resid_post is not None:
-                    pair = scores.score_ffn(inputs.y, resid_post, self.parity, self.tracer.impl)
-                    if threshold is not None:
-                        cut = contributions.apply_threshold_and_renormalize
-                        pair = cut(threshold, *pair, parity=self.parity)
-                    of_ffn[block.layer] = pair
+                    mids[block.layer], posts[block.layer] = inputs.y, resid_post
         check_closure(closures)
         attention = scores.contributions(scored)
         if threshold is not None:
             attention = attention.renormalized(threshold, self.parity)
         residual = attention.residual.view(len(blocks), -1)
+        of_ffn = {}
+        if mids:  # of all layers at once
+            mid, post = (cat_on(residual.device, x.values()) for x in (mids, posts))
+            found = scores.score_ffn(mid, post, self.parity, self.tracer.impl)
+            pairs = zip(*(x.split(residual.shape[1]) for x in found), strict=True)
+            of_ffn = dict(zip(mids, pairs, strict=True))
+        if threshold is not None:
+            cut = contributions.apply_threshold_and_renormalize
+            of_ffn = {i: cut(threshold, *x, parity=self.parity) for i, x in of_ffn.items()}
         in_parallel = [(x, torch.zeros_like(x)) for x in attention.ffn.view_as(residual)]
         ffn, ffn_residual = (
             cat_on(residual.device, parts).view_as(residual)

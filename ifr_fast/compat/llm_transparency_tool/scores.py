@@ -23,6 +23,8 @@ from ...kernels.contract import AttentionScores, LayerInputs
 from ...scoring import cat_on, load_kernel
 from .contributions import EPSILON, FLOOR, offset
 
+_FFN_ROWS = 512  # that are scored at once
+
 
 class ScoredLayer(NamedTuple):
     """What a kernel found of all rows of a layer."""
@@ -110,20 +112,23 @@ def score_attention(inputs: LayerInputs, keep: float, impl: str) -> ScoredLayer:
 def score_ffn(
     resid_mid: Tensor, resid_post: Tensor, parity: bool, impl: str
 ) -> tuple[Tensor, Tensor]:
-    """Contributions [T] of the FFN's output and of resid_mid to resid_post, each [T, D]."""
+    """Contributions [R] of the FFN's output and of resid_mid to resid_post, each [R, D]."""
     kernel = load_kernel(impl)
     if not parity:
         scores = kernel.score_ffn(resid_mid, resid_post)
         return scores.ffn, scores.residual
     # What a kernel takes an offset and a floor for is a node with attention: here to nothing.
-    T, D = resid_post.shape
-    nothing = resid_post.new_zeros(T, 1, 1, 1)
-    ffn = resid_post - resid_mid
-    node = given_rows(nothing, resid_post.new_zeros(1, 1, D), resid_mid, resid_post, ffn)
-    found = kernel.score_attention(in_parity(node), 1.0)
-    assert found.ffn is not None
-    total = found.ffn + found.residual
-    return found.ffn / total, found.residual / total
+    found = []
+    for mid, post in zip(resid_mid.split(_FFN_ROWS), resid_post.split(_FFN_ROWS), strict=True):
+        R, D = post.shape
+        nothing, W_O = post.new_zeros(R, 1, 1, 1), post.new_zeros(1, 1, D)
+        node = in_parity(given_rows(nothing, W_O, mid, post, post - mid))
+        scores = kernel.score_attention(node, 1.0)
+        assert scores.ffn is not None
+        total = scores.ffn + scores.residual
+        found.append((scores.ffn / total, scores.residual / total))
+    ffn, residual = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return ffn, residual
 
 
 def contributions(layers: Sequence[ScoredLayer]) -> AttentionContributions:
