@@ -115,8 +115,8 @@ def score_ffn(
     """Contributions [R] of the FFN's output and of resid_mid to resid_post, each [R, D]."""
     kernel = load_kernel(impl)
     if not parity:
-        scores = kernel.score_ffn(resid_mid, resid_post)
-        return scores.ffn, scores.residual
+        plain = kernel.score_ffn(resid_mid, resid_post)
+        return plain.ffn, plain.residual
     # What a kernel takes an offset and a floor for is a node with attention: here to nothing.
     found = []
     for mid, post in zip(resid_mid.split(_FFN_ROWS), resid_post.split(_FFN_ROWS), strict=True):
