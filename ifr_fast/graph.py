@@ -344,7 +344,8 @@ def _sorted(table: Tensor, keys: tuple[int, ...]) -> list[Tensor]:
         packed = packed * (column.max(initial=0) + 1) + column
     order = packed.argsort()
     weights = columns[4, order].astype(np.float32)
-    return [torch.from_numpy(column) for column in (*whole[:, order], weights)]
+    # take: a copy whose rows are contiguous, which an index does not promise.
+    return [torch.from_numpy(column) for column in (*whole.take(order, axis=1), weights)]
 
 
 @dataclass(frozen=True, eq=False)

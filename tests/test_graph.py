@@ -166,6 +166,7 @@ def test_tables_are_in_canonical_order_and_hold_only_what_is_above_the_threshold
     graph = tracer.trace(tiny_text(20), threshold=0.005, granularity=granularity)
     keys = list(zip(*(c.tolist() for c in graph.edges[:4]), strict=True))
     assert keys == sorted(set(keys))
+    assert all(c.is_contiguous() for table in (graph.edges, graph.head_edges) for c in table)
     heads = [
         (layer, target, source, head)
         for layer, head, target, source in zip(
