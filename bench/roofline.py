@@ -34,7 +34,7 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from triton_work import Block, Lists, asked, blocks_of
+from triton_work import Asked, Block, Lists, asked, blocks_of
 
 from ifr_fast.kernels.contract import LayerInputs
 
@@ -325,15 +325,12 @@ class Counts:
 
         light, heavy = total(itemgetter("light")), total(itemgetter("heavy"))
         lines = min(total(itemgetter("light_lines")), light, R * model.H)
-        if "heavy_kernel" in names:
-            heavy_tile = names["heavy_kernel"]
-            lists_of_heavy = math.ceil(R / heavy_tile["BT"]) * model.H
-        else:
-            heavy_tile = names["heavy_cosines_kernel"]
-            lists_of_heavy = R * model.H
+        heavy_tile = names["heavy_kernel"]
+        lists_of_heavy = math.ceil(R / heavy_tile["BT"]) * model.H
         edges = R * self.measured(n_tokens)["mean"]["edges"]  # parts share 1, whatever the width
         edge_tile = names["head_weights_kernel"]["BE"]
         return Lists(
+            near=R * min(model.D, FILLED * light_tile["M"]),
             candidates=FILLED * N * R * model.H,
             light=light,
             light_lines=lines,
@@ -342,7 +339,6 @@ class Counts:
             ),
             light_candidates=FILLED * N * lines,
             heavy=heavy,
-            heavy_lines=min(lists_of_heavy, heavy),
             heavy_tiles=heavy / heavy_tile["BP"] + min(lists_of_heavy / 2, heavy),
             steps=total(itemgetter("steps")),
             edges=edges,
@@ -353,16 +349,18 @@ class Counts:
 
 STEPS = {
     "column_norms_kernel": "a",
+    "spread_kernel": "a",
     "value_norms_kernel": "a",
+    "half_values_kernel": "a",
     "reach_kernel": "a",
     "value_space_signs_kernel": "a",
+    "nearest_kernel": "a",
     "breakpoints_kernel": "a",
     "log_sum_exp_kernel": "b",
     "combine_kernel": "b",
     "linear_kernel": "b",
     "lists_kernel": "c",
     "light_kernel": "c",
-    "heavy_cosines_kernel": "c",
     "heavy_kernel": "c",
     "parts_kernel": "d",
     "ffn_kernel": "d",
@@ -371,6 +369,8 @@ STEPS = {
     "edges_kernel": "e",
     "head_weights_kernel": "e",
 }
+RECORDED = "recorded sums"  # the log-sum-exp: kept by the forward pass, and copied in base 2
+STEPS_BESIDE = {RECORDED: "b"}  # that are no kernels of ours
 STEP_NAMES = {
     "a": "(a) preparation",
     "b": "(b) linear pass",
@@ -380,8 +380,10 @@ STEP_NAMES = {
 }
 
 
-def shapes_only(model: Model, n_tokens: int, n_rows: int) -> LayerInputs:
-    """One layer's inputs in bfloat16, the last rows of a text, without data."""
+def shapes_only(model: Model, n_tokens: int, n_rows: int, *, recorded: bool) -> LayerInputs:
+    """One layer's inputs in bfloat16, the last rows of a text, without data. recorded: the forward
+    pass has kept its log-sum-exp, as full recordings do.
+    """
 
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.bfloat16, device="meta")
@@ -396,6 +398,7 @@ def shapes_only(model: Model, n_tokens: int, n_rows: int) -> LayerInputs:
         v=empty(S, H_kv, model.V),
         W_O=empty(H, model.V, D),
         scale=model.K**-0.5,
+        log_sum_exp=torch.empty(R, H, device="meta") if recorded else None,
     )
 
 
@@ -423,11 +426,16 @@ def attribution(
 
     def visit(block: Block) -> None:
         for extension, sums in found.items():
-            of = Lists()
-            if len(block[0].rows):
+            of, R = Lists(), len(block[0].rows)
+            if R:
                 of = counts.lists(model, n_tokens, extension, block)
-            for launch in block:
-                a = asked(launch, of)
+            found_here = [(launch.kernel, asked(launch, of)) for launch in block]
+            if R and recorded:
+                size = 4 * R * model.H
+                copied = Asked(loaded=size, stored=size, vector=R * model.H, read=2 * size,
+                               written=2 * size)  # fmt: skip
+                found_here.append((RECORDED, copied))
+            for name, a in found_here:
                 one = Work(
                     2 * a.products,
                     a.vector + a.masks / 8,
@@ -436,12 +444,13 @@ def attribution(
                     a.loaded + a.stored,
                     1,
                 )
-                name = launch.kernel
                 sums.work[name] = sums.work[name].plus(one.times(model.L))
                 sums.seconds[name] += model.L * one.seconds(target, KERNELS)
                 sums.at_peak[name] += model.L * one.seconds(target, PEAK)
 
-    blocks_of(shapes_only(model, n_tokens, n_rows), THRESHOLD, target.arch, visit)
+    recorded = n_rows == n_tokens
+    inputs = shapes_only(model, n_tokens, n_rows, recorded=recorded)
+    blocks_of(inputs, THRESHOLD, target.arch, visit)
     return found
 
 
@@ -606,12 +615,13 @@ def kernel_table(title: str, a: Attribution, target: Target, unit: float) -> Tab
         "bound by", "of forward",
     )  # fmt: skip
     steps: dict[str, float] = defaultdict(float)
-    for name, work in sorted(a.work.items(), key=lambda item: STEPS[item[0]]):
+    step_of = STEPS | STEPS_BESIDE
+    for name, work in sorted(a.work.items(), key=lambda item: step_of[item[0]]):
         seconds = a.seconds[name]
         ceilings = work.ceilings(target, KERNELS)
-        steps[STEPS[name]] += seconds
+        steps[step_of[name]] += seconds
         made.add_row(
-            f"{STEPS[name]} {name.removesuffix('_kernel')}",
+            f"{step_of[name]} {name.removesuffix('_kernel')}",
             f"{work.matrix / 1e12:.2f}",
             f"{work.vector / 1e12:.3f}",
             f"{work.special / 1e9:.1f}",
