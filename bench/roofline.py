@@ -46,6 +46,7 @@ BYTES = 2  # of a bfloat16
 FILLED = 0.75  # of a line's room for candidates, as the search for where they end aims at
 LAUNCH_SECONDS = 5e-6  # from one small kernel's start to the next one's
 READ_SECONDS = 20e-6  # the host waits for a number from the device
+RECORDED_TOKENS = 32768  # a full recording of Llama-3-8B, log-sum-exp included, fits into 80 GB
 
 
 class Model(NamedTuple):
@@ -448,7 +449,7 @@ def attribution(
                 sums.seconds[name] += model.L * one.seconds(target, KERNELS)
                 sums.at_peak[name] += model.L * one.seconds(target, PEAK)
 
-    recorded = n_rows == n_tokens
+    recorded = n_rows == n_tokens <= RECORDED_TOKENS
     inputs = shapes_only(model, n_tokens, n_rows, recorded=recorded)
     blocks_of(inputs, THRESHOLD, target.arch, visit)
     return found

@@ -188,7 +188,7 @@ def spread(x: _Arguments, of: Lists) -> Asked:
     return Asked(
         loaded=4 * x.H * (x.grid[0] + x.D),
         stored=4 * x.D,
-        vector=8 * x.grid[0] * x.BD * x.BH,
+        vector=7 * x.grid[0] * x.BD * x.BH,
         read=4 * x.H * x.D,
         written=4 * x.D,
     )
@@ -212,7 +212,7 @@ def half_values(x: _Arguments, of: Lists) -> Asked:
     return Asked(
         loaded=x.b * size + 4 * programs,
         stored=2 * size + 4 * programs,
-        vector=8 * programs * x.BS * x.BV,
+        vector=6.1 * programs * x.BS * x.BV,
         read=x.b * size,
         written=2 * size,
     )
@@ -226,7 +226,7 @@ def values_reach(x: _Arguments, of: Lists) -> Asked:
         loaded=x.S * x.H * x.V * x.b + x.grid[0] * (x.weight_bytes + 4 * x.H * x.D),
         stored=out,
         vector=programs * chunks * x.BS * x.BD * 3,
-        masks=2.2 * programs * (chunks * x.BD + x.BS) * x.BV,
+        masks=1.3 * programs * (chunks * x.BD + x.BS) * x.BV,
         read=x.S * x.H_kv * x.V * x.b + x.weight_bytes + 4 * x.H * x.D,
         written=out,
     )
@@ -239,7 +239,7 @@ def value_space_signs(x: _Arguments, of: Lists) -> Asked:
         products=programs * chunks * x.BT * x.BD * x.BV,
         loaded=x.H * x.R * x.D * x.b + x.grid[0] * x.weight_bytes,
         stored=out,
-        vector=programs * x.BT * (6.2 * chunks * x.BD + 9.4 * x.BV),
+        vector=programs * x.BT * (6.2 * chunks * x.BD + (2.4 + 3 * x.HALVES) * x.BV),
         masks=1.9 * programs * chunks * x.BD * x.BV,
         special=programs * x.BT * x.BV,
         read=x.R * x.D * x.b + x.weight_bytes,
@@ -253,7 +253,7 @@ def nearest(x: _Arguments, of: Lists) -> Asked:
     return Asked(
         loaded=x.R * x.D * x.b + searched * x.grid[0] * 4 * x.D,
         stored=out,
-        vector=x.grid[0] * x.BT * (x.BD * (13 + 20 * searched) + 10 * x.M),
+        vector=x.grid[0] * x.BT * (x.BD * (6.7 + 21.3 * searched) + 4 * x.M),
         read=x.R * x.D * x.b,
         written=out,
     )
@@ -266,7 +266,7 @@ def breakpoints(x: _Arguments, of: Lists) -> Asked:
     return Asked(
         loaded=programs * x.M * 8 + 4 * x.H * of.near + ends * 4 * (programs + x.R * x.H),
         stored=out,
-        vector=programs * x.BH * x.M * (12 + 18 * searched),
+        vector=programs * x.BH * x.M * (10 + 18 * searched),
         read=x.R * x.M * 8 + 4 * x.H * x.D,
         written=out,
     )
@@ -339,7 +339,7 @@ def lists_of_marks(x: _Arguments, of: Lists) -> Asked:
     return Asked(
         loaded=16 * x.R * x.H + 4 * words,
         stored=out,
-        vector=x.BL * x.BW * (25.7 * chunks + 26 * of.steps),
+        vector=x.BL * x.BW * (25.7 * chunks + 14 * of.steps),
         read=4 * words,
         written=out,
     )
@@ -367,7 +367,7 @@ def heavy(x: _Arguments, of: Lists) -> Asked:
     return Asked(
         products=of.heavy_tiles * blocks(x.D, x.BD) * x.BP * x.BD * x.BV,
         loaded=4 * x.H * x.grid[2] * x.R + of.heavy * (8 + x.g_bytes + values)
-        + of.heavy_tiles * (4 * x.BP + x.D * values + x.BP * x.D * x.b),
+        + of.heavy_tiles * (4 * x.BP + x.D * values) + of.heavy * x.D * x.b,
         stored=4 * of.heavy,
         vector=of.heavy_tiles * x.BP * (9 * x.D + 6 * x.BT + 7 * x.BV),
         masks=3.4 * of.heavy_tiles * x.D * x.BV,

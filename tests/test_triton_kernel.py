@@ -398,7 +398,7 @@ def test_nearest_coordinates_alone(spread: float) -> None:
     inputs.W_O[0, :, 7] = 0
     inputs.W_O[1] = 0
     inputs.W_O[:, :, 11] = 0
-    inputs.y[:, 11:13] = 0
+    inputs.y[0, 11:13] = 0
     inputs.row_scale[3] = 0
     x = prepared(inputs, torch.float32, N=16, M=64)
     prepare.weights(x)
@@ -412,6 +412,7 @@ def test_nearest_coordinates_alone(spread: float) -> None:
     rho = breakpoints.column_norms(inputs.W_O.float().double())
     points = breakpoints.breakpoints(inputs.y, rho).transpose(0, 1)  # [R, H, D]
     points = points / inputs.row_scale.abs()[:, None, None]
+    points[3] = math.inf
     first, limit = x["p_lines"][2:].double()
     assert (first <= points.amin(-1) * (1 + 1e-6)).all()
     found = torch.zeros(9, 4, 301, dtype=torch.bool)

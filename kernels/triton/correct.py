@@ -157,7 +157,8 @@ def heavy_kernel(
         for i_d in range(0, D, BD):
             m_d = o_d < D - i_d
             b_w = tl.load(p_w + i_d * stride_wd, mask=m_d[:, None] & m_v[None, :], other=0.0)
-            b_y = tl.load(p_y_rows + i_d, mask=m_d[None, :], other=0.0)
+            m_y = m_p[:, None] if D % BD == 0 else m_p[:, None] & m_d[None, :]
+            b_y = tl.load(p_y_rows + i_d, mask=m_y, other=0.0)
             b_u = project(b_v, b_w, tl.zeros([BP, BD], tl.float32))
             b_over += over(b_u, b_alpha, b_y.to(tl.float32))
         b_proximity = shifted(b_lin - 2 * b_over, p_offset, r64, floor, SHIFTED)
