@@ -34,7 +34,7 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from triton_work import Asked, Block, Lists, asked, blocks_of
+from triton_work import Block, Lists, asked, blocks_of
 
 from ifr_fast.kernels.contract import LayerInputs
 
@@ -370,8 +370,6 @@ STEPS = {
     "edges_kernel": "e",
     "head_weights_kernel": "e",
 }
-RECORDED = "recorded sums"  # the log-sum-exp: kept by the forward pass, and copied in base 2
-STEPS_BESIDE = {RECORDED: "b"}  # that are no kernels of ours
 STEP_NAMES = {
     "a": "(a) preparation",
     "b": "(b) linear pass",
@@ -427,16 +425,11 @@ def attribution(
 
     def visit(block: Block) -> None:
         for extension, sums in found.items():
-            of, R = Lists(), len(block[0].rows)
-            if R:
+            of = Lists()
+            if len(block[0].rows):
                 of = counts.lists(model, n_tokens, extension, block)
-            found_here = [(launch.kernel, asked(launch, of)) for launch in block]
-            if R and recorded:
-                size = 4 * R * model.H
-                copied = Asked(loaded=size, stored=size, vector=R * model.H, read=2 * size,
-                               written=2 * size)  # fmt: skip
-                found_here.append((RECORDED, copied))
-            for name, a in found_here:
+            for launch in block:
+                a = asked(launch, of)
                 one = Work(
                     2 * a.products,
                     a.vector + a.masks / 8,
@@ -445,6 +438,7 @@ def attribution(
                     a.loaded + a.stored,
                     1,
                 )
+                name = launch.kernel
                 sums.work[name] = sums.work[name].plus(one.times(model.L))
                 sums.seconds[name] += model.L * one.seconds(target, KERNELS)
                 sums.at_peak[name] += model.L * one.seconds(target, PEAK)
@@ -616,13 +610,12 @@ def kernel_table(title: str, a: Attribution, target: Target, unit: float) -> Tab
         "bound by", "of forward",
     )  # fmt: skip
     steps: dict[str, float] = defaultdict(float)
-    step_of = STEPS | STEPS_BESIDE
-    for name, work in sorted(a.work.items(), key=lambda item: step_of[item[0]]):
+    for name, work in sorted(a.work.items(), key=lambda item: STEPS[item[0]]):
         seconds = a.seconds[name]
         ceilings = work.ceilings(target, KERNELS)
-        steps[step_of[name]] += seconds
+        steps[STEPS[name]] += seconds
         made.add_row(
-            f"{step_of[name]} {name.removesuffix('_kernel')}",
+            f"{STEPS[name]} {name.removesuffix('_kernel')}",
             f"{work.matrix / 1e12:.2f}",
             f"{work.vector / 1e12:.3f}",
             f"{work.special / 1e9:.1f}",

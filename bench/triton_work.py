@@ -260,14 +260,15 @@ def nearest(x: _Arguments, of: Lists) -> Asked:
 
 
 def breakpoints(x: _Arguments, of: Lists) -> Asked:
-    out = 4 * of.candidates + 12 * x.R * x.H
+    sums = 4 * x.R * x.H * x.SUMMED
+    out = 4 * of.candidates + 12 * x.R * x.H + sums
     programs, searched = x.grid[0] * x.grid[1], x.D > x.N
     ends = x.D > x.M
     return Asked(
-        loaded=programs * x.M * 8 + 4 * x.H * of.near + ends * 4 * (programs + x.R * x.H),
+        loaded=programs * x.M * 8 + 4 * x.H * of.near + ends * 4 * (programs + x.R * x.H) + sums,
         stored=out,
         vector=programs * x.BH * x.M * (10 + 18 * searched),
-        read=x.R * x.M * 8 + 4 * x.H * x.D,
+        read=x.R * x.M * 8 + 4 * x.H * x.D + sums,
         written=out,
     )
 

@@ -221,9 +221,7 @@ def test_lists_hold_every_pair_there_is(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    "flags", [set(), {"row_scale"}, {"value_gate", "row_scale"}], ids=str
-)
+@pytest.mark.parametrize("flags", [set(), {"row_scale"}, {"value_gate", "row_scale"}], ids=str)
 @pytest.mark.usefixtures("poisoned")
 def test_both_tiers_of_corrections(
     dtype: torch.dtype, flags: set[str], monkeypatch: pytest.MonkeyPatch

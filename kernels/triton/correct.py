@@ -172,7 +172,7 @@ def light(x: Names) -> None:
 
 def heavy(x: Names) -> None:
     """Proximities of the heavy pairs."""
-    BT, BP, num_warps = 128, 128, 8
+    BT, BP, num_warps = 64, 128, 8
     if x["few"]:
         BT, BP, num_warps = 16, 16, 4
     elif x["WIDE"]:

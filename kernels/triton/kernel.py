@@ -37,7 +37,7 @@ from torch import Tensor
 
 from ..contract import AttentionScores, EdgeList, FFNScores, LayerInputs
 from . import compact, correct, linear, lists, prepare, proximity, reach, room
-from .common import LOG2_E, LOG_SUM_EXP, WORD
+from .common import WORD
 from .launch import Names, blocks
 
 ALIGNMENT = 16  # of tensors in bytes, as Triton's launcher looks at it
@@ -120,8 +120,6 @@ def _score_block(x: Names) -> None:
     prepare.lines(x)
     if x["p_log_sum_exp"] is None:
         linear.log_sum_exp(x)
-    else:
-        torch.mul(x["p_log_sum_exp"], LOG2_E.value, out=x["p_lines"][LOG_SUM_EXP.value])
     linear.linear(x)
     lists.lists(x)
     correct.light(x)
@@ -196,6 +194,7 @@ def _prepared(inputs: LayerInputs) -> tuple[Names, Names]:
         "SOFTCAP": inputs.softcap is not None, "ALIBI": inputs.alibi_slopes is not None,
         "WINDOW": inputs.window is not None, "SINKS": inputs.sinks is not None,
         "FFN": inputs.ffn is not None, "SHIFTED": shifted,
+        "SUMMED": inputs.log_sum_exp is not None,
         "scale": float(inputs.scale), "softcap": float(inputs.softcap or 0),
         "window": inputs.window or 0, "floor": float(inputs.floor),
         "p_k": k, "p_v": v, "p_w": W_T,

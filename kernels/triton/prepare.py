@@ -34,7 +34,15 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import CANDIDATES, FIRST_BREAKPOINT, G_SCALE, LIGHT_LIMIT, dot
+from .common import (
+    CANDIDATES,
+    FIRST_BREAKPOINT,
+    G_SCALE,
+    LIGHT_LIMIT,
+    LOG2_E,
+    LOG_SUM_EXP,
+    dot,
+)
 from .launch import Names, blocks, launch, tile
 
 GUESSES = tl.constexpr(3)  # at a line's limit
@@ -212,10 +220,12 @@ def nearest_kernel(
 
 @triton.jit(do_not_specialize=["R"])
 def breakpoints_kernel(
-    p_nearest, p_near, p_near_end, p_rho_inv_t, p_rho_rms, p_lines, p_counts, p_candidates, R,
-    H: tl.constexpr, D: tl.constexpr, N: tl.constexpr, M: tl.constexpr, BH: tl.constexpr,
+    p_nearest, p_near, p_near_end, p_rho_inv_t, p_rho_rms, p_log_sum_exp, p_lines, p_counts,
+    p_candidates, R,
+    H: tl.constexpr, D: tl.constexpr, N: tl.constexpr, M: tl.constexpr, SUMMED: tl.constexpr,
+    BH: tl.constexpr,
 ):  # fmt: skip
-    """Program (row, BH heads)."""
+    """Program (row, BH heads); the forward pass's log-sum-exp, if it gave one, to base 2."""
     i_r, plane = tl.program_id(0).to(tl.int64), R.to(tl.int64) * H
     o_h, o_m = tl.program_id(1) * BH + tl.arange(0, BH), tl.arange(0, M)
     m_h = o_h < H
@@ -248,6 +258,9 @@ def breakpoints_kernel(
     tl.store(p_counts + CANDIDATES * plane + o_line, tl.max(b_place, 0) + 1, mask=m_h)
     tl.store(p_lines + FIRST_BREAKPOINT * plane + o_line, b_first, mask=m_h)
     tl.store(p_lines + LIGHT_LIMIT * plane + o_line, b_limit, mask=m_h)
+    if SUMMED:
+        b_log_sum_exp = tl.load(p_log_sum_exp + o_line, mask=m_h, other=0.0).to(tl.float32)
+        tl.store(p_lines + LOG_SUM_EXP * plane + o_line, b_log_sum_exp * LOG2_E, mask=m_h)
 
 
 def weights(x: Names) -> None:
@@ -271,7 +284,7 @@ def values(x: Names) -> None:
 
 def lines(x: Names) -> None:
     """Signs in value space and their scale, breakpoints and candidates, of y."""
-    BT, num_warps = (16, 8) if x["few"] else (128, 16)
+    BT, num_warps = (16, 8) if x["few"] else (128 if x["WIDE"] else 256, 16)
     tiles = {"BT": BT, "BD": 64, "BV": tile(x["V"]), "num_warps": num_warps, "num_stages": 2}
     launch(value_space_signs_kernel, (blocks(x["R"], BT), x["H"]), x, **tiles)
     BD = tile(x["D"])
@@ -279,4 +292,4 @@ def lines(x: Names) -> None:
     tiles = {"BT": BT, "BD": BD, "num_warps": min(16, max(4, BD // 512))}
     launch(nearest_kernel, (blocks(x["R"], BT),), x, **tiles)
     BH = min(16, triton.next_power_of_2(x["H"]))
-    launch(breakpoints_kernel, (x["R"], blocks(x["H"], BH)), x, BH=BH, num_warps=8)
+    launch(breakpoints_kernel, (x["R"], blocks(x["H"], BH)), x, BH=BH, num_warps=16)
