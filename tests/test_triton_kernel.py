@@ -427,7 +427,7 @@ def test_nearest_coordinates_alone(spread: float) -> None:
 @pytest.mark.usefixtures("poisoned")
 def test_half_values_alone(size: float) -> None:
     """Bfloat16 values as float16, by a power of two a KV head: exact, whatever their size."""
-    inputs = make_inputs(2, 37, 6, 3, 8, 20, 30, dtype=torch.bfloat16)
+    inputs = make_inputs(8, 37, 6, 3, 8, 20, 30, dtype=torch.bfloat16)
     sizes = size * torch.tensor([1.0, 2.0**-40, 0.0])[:, None]
     inputs = inputs._replace(v=(inputs.v * sizes).to(torch.bfloat16).double())
     x = prepared(inputs, torch.bfloat16)

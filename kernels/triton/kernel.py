@@ -141,7 +141,7 @@ def _work(x: Names) -> Names:
     return {
         "few": R <= FEW_ROWS and n_keys >= 4 * R,
         "n_words": n_words,
-        "p_g": empty(R, H, x["HALVES"], V, dtype=torch.float32 if x["WIDE"] else torch.float16),
+        "p_g": empty(R, H, x["HALVES"], V, dtype=x["of_g"]),
         "p_lines": empty(4, R, H),
         "p_counts": empty(3, R, H, dtype=torch.int32),
         "p_nearest": empty(R, x["M"], dtype=torch.int32),
@@ -183,13 +183,16 @@ def _prepared(inputs: LayerInputs) -> tuple[Names, Names]:
         return torch.empty(shape, dtype=torch.float32, device=device)
 
     v_norm = floats(H_kv, S)
-    is_reach = gate is None and room.is_reach(len(inputs.rows), S)
-    is_halved = dtype == torch.bfloat16
+    is_many = room.is_reach(len(inputs.rows), S)
+    is_reach = gate is None and is_many
+    is_halved = dtype == torch.bfloat16 and is_many
+    n_halves = 1 if is_halved or dtype == torch.float32 else 2
+    of_g = torch.float16 if is_halved else dtype
     v16 = torch.empty(S, H_kv, V, dtype=torch.float16, device=device) if is_halved else v
     layer = TILES | {
         "S": S, "H": H, "H_kv": H_kv, "GROUP": H // H_kv, "K": K, "V": V, "D": D,
-        "UNIT_K": unit_k, "UNIT_V": unit_v, "HALVES": 2 if dtype == torch.float16 else 1,
-        "HALVED": is_halved, "WIDE": dtype == torch.float32,
+        "UNIT_K": unit_k, "UNIT_V": unit_v, "HALVES": n_halves,
+        "HALVED": is_halved, "of_g": of_g, "WIDE": dtype == torch.float32,
         "GATED": gate is not None, "SCALED": inputs.row_scale is not None,
         "SOFTCAP": inputs.softcap is not None, "ALIBI": inputs.alibi_slopes is not None,
         "WINDOW": inputs.window is not None, "SINKS": inputs.sinks is not None,

@@ -19,8 +19,8 @@ whether a row sees them where some row of the tile does not see some key of it.
 The log-sum-exp, where the forward pass gave none, is taken by programs that share out a line's
 keys, and combined in their order.
 
-Shapes: q [R, H, K], k [S, H_kv, K], v16 [S, H_kv, V] and v_scale [H_kv] (prepare.py; v itself but
-for bfloat16 models), g [R, H, HALVES, V], lines [4, R, H], reach [H, S] or, norms of values,
+Shapes: q [R, H, K], k [S, H_kv, K], v16 [S, H_kv, V] and v_scale [H_kv] (prepare.py; v itself
+unless HALVED), g [R, H, HALVES, V], lines [4, R, H], reach [H, S] or, norms of values,
 [H_kv, S], token [R, 32 W], partial [S / BS, R, H], partial_lin [S / BS, R, H], marks [2, R, H, W],
 proximity [R, H, 32 W]; W words of 32 keys.
 """

@@ -8,7 +8,8 @@ row_scale is divided out of the breakpoints, so that a = alpha |gate * v| is com
 The sign vector is +-1, exact in half precision, so g is a product on matrix units, summed in
 float32. A bfloat16 model's g is then kept in one float16, g = g_scale g16, whose rounding of 2^-12
 is an eighth of the model's own; its values become float16 too, by a power of two a KV head, exact
-but for those 2^-32 below the head's largest. A float16 model's g is split in two halves.
+but for those 2^-32 below the head's largest. A float16 model's g is split in two halves, and a
+bfloat16 one's where rows are too few for another copy of the values to pay.
 
 Breakpoints are looked for where they can be small. With rho_rms[h] the root mean square of rho[h],
 
@@ -284,7 +285,7 @@ def values(x: Names) -> None:
 
 def lines(x: Names) -> None:
     """Signs in value space and their scale, breakpoints and candidates, of y."""
-    BT, num_warps = (16, 8) if x["few"] else (128 if x["WIDE"] else 256, 16)
+    BT, num_warps = (16, 8) if x["few"] else (128, 16)
     tiles = {"BT": BT, "BD": 64, "BV": tile(x["V"]), "num_warps": num_warps, "num_stages": 2}
     launch(value_space_signs_kernel, (blocks(x["R"], BT), x["H"]), x, **tiles)
     BD = tile(x["D"])
