@@ -198,11 +198,11 @@ def value_norms(x: _Arguments, of: Lists) -> Asked:
     size = x.S * x.H_kv * x.V * x.b
     return Asked(
         loaded=size,
-        stored=4 * x.S * x.H_kv,
-        vector=6.3 * x.grid[0] * x.grid[1] * x.BS * x.BV,
+        stored=4 * x.S * x.H_kv * (1 + x.HALVED),
+        vector=(6.3 + x.HALVED) * x.grid[0] * x.grid[1] * x.BS * x.BV,
         special=x.grid[0] * x.grid[1] * x.BS,
         read=size,
-        written=4 * x.S * x.H_kv,
+        written=4 * x.S * x.H_kv * (1 + x.HALVED),
     )
 
 

@@ -183,9 +183,8 @@ def _prepared(inputs: LayerInputs) -> tuple[Names, Names]:
         return torch.empty(shape, dtype=torch.float32, device=device)
 
     v_norm = floats(H_kv, S)
-    is_many = room.is_reach(len(inputs.rows), S)
-    is_reach = gate is None and is_many
-    is_halved = dtype == torch.bfloat16 and is_many
+    is_reach = gate is None and room.is_reach(len(inputs.rows), S)
+    is_halved = dtype == torch.bfloat16 and is_reach
     n_halves = 1 if is_halved or dtype == torch.float32 else 2
     of_g = torch.float16 if is_halved else dtype
     v16 = torch.empty(S, H_kv, V, dtype=torch.float16, device=device) if is_halved else v
@@ -202,7 +201,8 @@ def _prepared(inputs: LayerInputs) -> tuple[Names, Names]:
         "window": inputs.window or 0, "floor": float(inputs.floor),
         "p_k": k, "p_v": v, "p_w": W_T,
         "p_slopes": read.get("alibi_slopes"), "p_sinks": read.get("sinks"),
-        "p_v16": v16, "p_v_top": floats(H_kv), "p_v_scale": floats(H_kv) if is_halved else None,
+        "p_v16": v16, "p_v_size": floats(H_kv, S) if is_halved else None,
+        "p_v_top": floats(H_kv), "p_v_scale": floats(H_kv) if is_halved else None,
         "p_rho_inv": floats(H, D), "p_rho_inv_t": floats(D, H), "p_rho_rms": floats(H),
         "p_spread_inv": floats(D), "p_v_norm": v_norm,
         "REACH": is_reach, "p_reach": floats(H, S) if is_reach else v_norm,

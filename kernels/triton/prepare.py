@@ -6,10 +6,11 @@
 
 row_scale is divided out of the breakpoints, so that a = alpha |gate * v| is compared with them.
 The sign vector is +-1, exact in half precision, so g is a product on matrix units, summed in
-float32. A bfloat16 model's g is then kept in one float16, g = g_scale g16, whose rounding of 2^-12
+float32. A bfloat16 model's g is then kept in one float16, g = g_scale g16, whose rounding of 2^-11
 is an eighth of the model's own; its values become float16 too, by a power of two a KV head, exact
 but for those 2^-32 below the head's largest. A float16 model's g is split in two halves, and a
-bfloat16 one's where rows are too few for another copy of the values to pay.
+bfloat16 one's where rows are too few for another copy of the values to pay, or where a value_gate
+scales it: a row of small proximities whose parts are large then shows the rounding.
 
 Breakpoints are looked for where they can be small. With rho_rms[h] the root mean square of rho[h],
 
@@ -89,9 +90,11 @@ def spread_kernel(
 
 @triton.jit(do_not_specialize=["S", "stride_vs", "stride_vh"])
 def value_norms_kernel(
-    p_v, p_v_norm, S, stride_vs, stride_vh,
+    p_v, p_v_norm, p_v_size, S, stride_vs, stride_vh,
     V: tl.constexpr, BV: tl.constexpr, BS: tl.constexpr, UNIT_V: tl.constexpr,
+    HALVED: tl.constexpr,
 ):  # fmt: skip
+    """And their largest coordinates, where float16 values are wanted."""
     i_h = tl.program_id(1).to(tl.int64)
     o_s = tl.program_id(0) * BS + tl.arange(0, BS)
     o_v = tl.arange(0, BV)
@@ -100,6 +103,8 @@ def value_norms_kernel(
     b_v = tl.load(p_v + i_h * stride_vh * UNIT_V + o_vals, mask=m_v, other=0.0).to(tl.float32)
     b_norm = tl.sqrt_rn(tl.sum(b_v * b_v, 1))  # [BS]
     tl.store(p_v_norm + i_h * S + o_s, b_norm, mask=o_s < S)
+    if HALVED:
+        tl.store(p_v_size + i_h * S + o_s, tl.max(tl.abs(b_v), 1), mask=o_s < S)
 
 
 @triton.jit(do_not_specialize=["S", "stride_vs", "stride_vh"])
@@ -107,7 +112,7 @@ def half_values_kernel(
     p_v, p_v_top, p_v16, p_v_scale, S, stride_vs, stride_vh,
     H_kv: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, BS: tl.constexpr, UNIT_V: tl.constexpr,
 ):  # fmt: skip
-    """V / v_scale as float16, v_scale 2^-14 times the power of two below the largest norm."""
+    """V / v_scale as float16, v_scale 2^-14 times the power of two below the largest coordinate."""
     i_h = tl.program_id(1).to(tl.int64)
     o_s = (tl.program_id(0) * BS + tl.arange(0, BS)).to(tl.int64)
     o_v = tl.arange(0, BV)
@@ -279,7 +284,7 @@ def values(x: Names) -> None:
     tiles = {"BS": BS, "BV": tile(x["V"]), "num_warps": 4}
     launch(value_norms_kernel, grid, x, **tiles)
     if x["HALVED"]:
-        torch.amax(x["p_v_norm"], 1, out=x["p_v_top"])
+        torch.amax(x["p_v_size"], 1, out=x["p_v_top"])
         launch(half_values_kernel, grid, x, **tiles)
 
 
