@@ -46,6 +46,7 @@ BYTES = 2  # of a bfloat16
 FILLED = 0.75  # of a line's room for candidates, as the search for where they end aims at
 LAUNCH_SECONDS = 5e-6  # from one small kernel's start to the next one's
 READ_SECONDS = 20e-6  # the host waits for a number from the device
+RECORDED_TOKENS = 32768  # a full recording of Llama-3-8B, log-sum-exp included, fits into 80 GB
 
 
 class Model(NamedTuple):
@@ -325,15 +326,12 @@ class Counts:
 
         light, heavy = total(itemgetter("light")), total(itemgetter("heavy"))
         lines = min(total(itemgetter("light_lines")), light, R * model.H)
-        if "heavy_kernel" in names:
-            heavy_tile = names["heavy_kernel"]
-            lists_of_heavy = math.ceil(R / heavy_tile["BT"]) * model.H
-        else:
-            heavy_tile = names["heavy_cosines_kernel"]
-            lists_of_heavy = R * model.H
+        heavy_tile = names["heavy_kernel"]
+        lists_of_heavy = math.ceil(R / heavy_tile["BT"]) * model.H
         edges = R * self.measured(n_tokens)["mean"]["edges"]  # parts share 1, whatever the width
         edge_tile = names["head_weights_kernel"]["BE"]
         return Lists(
+            near=R * min(model.D, FILLED * light_tile["M"]),
             candidates=FILLED * N * R * model.H,
             light=light,
             light_lines=lines,
@@ -342,7 +340,6 @@ class Counts:
             ),
             light_candidates=FILLED * N * lines,
             heavy=heavy,
-            heavy_lines=min(lists_of_heavy, heavy),
             heavy_tiles=heavy / heavy_tile["BP"] + min(lists_of_heavy / 2, heavy),
             steps=total(itemgetter("steps")),
             edges=edges,
@@ -353,16 +350,18 @@ class Counts:
 
 STEPS = {
     "column_norms_kernel": "a",
+    "spread_kernel": "a",
     "value_norms_kernel": "a",
+    "half_values_kernel": "a",
     "reach_kernel": "a",
     "value_space_signs_kernel": "a",
+    "nearest_kernel": "a",
     "breakpoints_kernel": "a",
     "log_sum_exp_kernel": "b",
     "combine_kernel": "b",
     "linear_kernel": "b",
     "lists_kernel": "c",
     "light_kernel": "c",
-    "heavy_cosines_kernel": "c",
     "heavy_kernel": "c",
     "parts_kernel": "d",
     "ffn_kernel": "d",
@@ -380,8 +379,10 @@ STEP_NAMES = {
 }
 
 
-def shapes_only(model: Model, n_tokens: int, n_rows: int) -> LayerInputs:
-    """One layer's inputs in bfloat16, the last rows of a text, without data."""
+def shapes_only(model: Model, n_tokens: int, n_rows: int, *, recorded: bool) -> LayerInputs:
+    """One layer's inputs in bfloat16, the last rows of a text, without data. recorded: the forward
+    pass has kept its log-sum-exp, as full recordings do.
+    """
 
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.bfloat16, device="meta")
@@ -396,6 +397,7 @@ def shapes_only(model: Model, n_tokens: int, n_rows: int) -> LayerInputs:
         v=empty(S, H_kv, model.V),
         W_O=empty(H, model.V, D),
         scale=model.K**-0.5,
+        log_sum_exp=torch.empty(R, H, device="meta") if recorded else None,
     )
 
 
@@ -441,7 +443,9 @@ def attribution(
                 sums.seconds[name] += model.L * one.seconds(target, KERNELS)
                 sums.at_peak[name] += model.L * one.seconds(target, PEAK)
 
-    blocks_of(shapes_only(model, n_tokens, n_rows), THRESHOLD, target.arch, visit)
+    recorded = n_rows == n_tokens <= RECORDED_TOKENS
+    inputs = shapes_only(model, n_tokens, n_rows, recorded=recorded)
+    blocks_of(inputs, THRESHOLD, target.arch, visit)
     return found
 
 

@@ -41,14 +41,14 @@ SECTOR = 32  # bytes of device memory that an element by itself takes
 class Lists(NamedTuple):
     """Lengths of one block's lists, which the data decide; a line is a (row, head)."""
 
+    near: float = 0  # coordinates of all rows that are nearest
     candidates: float = 0  # of all lines
     light: float = 0  # pairs
     light_lines: float = 0  # lines with any
     light_tiles: float = 0  # of BP pairs of a line
     light_candidates: float = 0  # of lines with light pairs
     heavy: float = 0  # pairs
-    heavy_lines: float = 0  # lines with any
-    heavy_tiles: float = 0  # of BP pairs: of a line or, without cosines, of BT rows and a head
+    heavy_tiles: float = 0  # of BP pairs, of BT rows and a head
     steps: float = 0  # most light marks, and most heavy ones, in a word of BL lines and BW words
     edges: float = 0
     edge_tiles: float = 0  # of BE edges of a row
@@ -150,7 +150,7 @@ class _Arguments:
     @property
     def g_bytes(self) -> int:
         """G of a line."""
-        return self.HALVES * self.V * self.b
+        return self.HALVES * self.V * (4 if self.WIDE else 2)
 
     @property
     def line_bytes(self) -> int:
@@ -173,13 +173,24 @@ class _Arguments:
 
 
 def column_norms(x: _Arguments, of: Lists) -> Asked:
+    out = 4 * x.H * (2 * x.D + 1)
     return Asked(
         loaded=x.weight_bytes,
-        stored=8 * x.H * x.D,
-        vector=6.3 * x.grid[0] * x.grid[1] * x.BD * x.BV,
-        special=3 * x.grid[0] * x.grid[1] * x.BD,
+        stored=out,
+        vector=6.3 * x.grid[0] * blocks(x.D, x.BD) * x.BD * x.BV,
+        special=3 * x.grid[0] * blocks(x.D, x.BD) * x.BD,
         read=x.weight_bytes,
-        written=8 * x.H * x.D,
+        written=out,
+    )
+
+
+def spread(x: _Arguments, of: Lists) -> Asked:
+    return Asked(
+        loaded=4 * x.H * (x.grid[0] + x.D),
+        stored=4 * x.D,
+        vector=7 * x.grid[0] * x.BD * x.BH,
+        read=4 * x.H * x.D,
+        written=4 * x.D,
     )
 
 
@@ -187,38 +198,48 @@ def value_norms(x: _Arguments, of: Lists) -> Asked:
     size = x.S * x.H_kv * x.V * x.b
     return Asked(
         loaded=size,
-        stored=4 * x.S * x.H_kv,
-        vector=6.3 * x.grid[0] * x.grid[1] * x.BS * x.BV,
+        stored=4 * x.S * x.H_kv * (1 + x.HALVED),
+        vector=(6.3 + x.HALVED) * x.grid[0] * x.grid[1] * x.BS * x.BV,
         special=x.grid[0] * x.grid[1] * x.BS,
         read=size,
-        written=4 * x.S * x.H_kv,
+        written=4 * x.S * x.H_kv * (1 + x.HALVED),
+    )
+
+
+def half_values(x: _Arguments, of: Lists) -> Asked:
+    size = x.S * x.H_kv * x.V
+    programs = x.grid[0] * x.grid[1]
+    return Asked(
+        loaded=x.b * size + 4 * programs,
+        stored=2 * size + 4 * programs,
+        vector=6.1 * programs * x.BS * x.BV,
+        read=x.b * size,
+        written=2 * size,
     )
 
 
 def values_reach(x: _Arguments, of: Lists) -> Asked:
     programs, chunks = x.grid[0] * x.grid[1], blocks(x.D, x.BD)
-    table = x.S * x.H * x.D * x.p_cosines.element_size() if x.TABLE else 0
-    out = 4 * x.S * x.H + table
+    out = 4 * x.S * x.H
     return Asked(
         products=programs * chunks * x.BS * x.BD * x.BV,
-        loaded=x.S * x.H * (x.V * x.b + 4) + x.grid[0] * (x.weight_bytes + 4 * x.H * x.D),
+        loaded=x.S * x.H * x.V * x.b + x.grid[0] * (x.weight_bytes + 4 * x.H * x.D),
         stored=out,
-        vector=programs * chunks * x.BS * x.BD * (3 + 2.7 * x.TABLE),
-        masks=2.2 * programs * (chunks * x.BD + x.BS) * x.BV,
-        special=programs * x.BS,
-        read=x.S * x.H_kv * (x.V * x.b + 4) + x.weight_bytes + 4 * x.H * x.D,
+        vector=programs * chunks * x.BS * x.BD * 3,
+        masks=1.3 * programs * (chunks * x.BD + x.BS) * x.BV,
+        read=x.S * x.H_kv * x.V * x.b + x.weight_bytes + 4 * x.H * x.D,
         written=out,
     )
 
 
 def value_space_signs(x: _Arguments, of: Lists) -> Asked:
     programs, chunks = x.grid[0] * x.grid[1], blocks(x.D, x.BD)
-    out = x.R * x.H * (x.HALVES * x.V * x.b + 4)
+    out = x.R * x.H * (x.g_bytes + 4)
     return Asked(
         products=programs * chunks * x.BT * x.BD * x.BV,
         loaded=x.H * x.R * x.D * x.b + x.grid[0] * x.weight_bytes,
         stored=out,
-        vector=programs * x.BT * (6.2 * chunks * x.BD + 9.4 * x.BV),
+        vector=programs * x.BT * (6.2 * chunks * x.BD + (2.4 + 3 * x.HALVES) * x.BV),
         masks=1.9 * programs * chunks * x.BD * x.BV,
         special=programs * x.BT * x.BV,
         read=x.R * x.D * x.b + x.weight_bytes,
@@ -226,15 +247,28 @@ def value_space_signs(x: _Arguments, of: Lists) -> Asked:
     )
 
 
-def breakpoints(x: _Arguments, of: Lists) -> Asked:
-    out = 4 * of.candidates + 12 * x.R * x.H
-    searched = x.H + x.grid[1] if x.D > x.N else 0  # limits, a program's first twice
-    heads = max(x.H, searched)
+def nearest(x: _Arguments, of: Lists) -> Asked:
+    out = x.R * (8 * x.M + 4)
+    searched = x.D > x.M
     return Asked(
-        loaded=x.grid[1] * x.R * x.D * x.b + x.grid[0] * heads * x.D * 4,
+        loaded=x.R * x.D * x.b + searched * x.grid[0] * 4 * x.D,
         stored=out,
-        vector=x.grid[0] * x.BT * x.BD * (13 * heads + 7 * searched),
-        read=x.R * x.D * x.b + x.H * x.D * 4,
+        vector=x.grid[0] * x.BT * (x.BD * (6.7 + 21.3 * searched) + 4 * x.M),
+        read=x.R * x.D * x.b,
+        written=out,
+    )
+
+
+def breakpoints(x: _Arguments, of: Lists) -> Asked:
+    sums = 4 * x.R * x.H * x.SUMMED
+    out = 4 * of.candidates + 12 * x.R * x.H + sums
+    programs, searched = x.grid[0] * x.grid[1], x.D > x.N
+    ends = x.D > x.M
+    return Asked(
+        loaded=programs * x.M * 8 + 4 * x.H * of.near + ends * 4 * (programs + x.R * x.H) + sums,
+        stored=out,
+        vector=programs * x.BH * x.M * (10 + 18 * searched),
+        read=x.R * x.M * 8 + 4 * x.H * x.D + sums,
         written=out,
     )
 
@@ -272,6 +306,7 @@ def combine(x: _Arguments, of: Lists) -> Asked:
 def linear_pass(x: _Arguments, of: Lists) -> Asked:
     rows, last = x.row_tiles
     seen = last // x.BS + 1  # tiles of keys
+    partly = int((seen - (x.rows[:: x.BT] + 1) // x.BS).sum())  # tiles with a key that a row misses
     tiles, lines = int(seen.sum()), x.H * int((seen * rows).sum())
     keys = int(np.minimum(seen * x.BS, x.S).sum())
     words = int((rows * np.minimum(seen * (x.BS // WORD.value), x.n_words)).sum())
@@ -282,9 +317,10 @@ def linear_pass(x: _Arguments, of: Lists) -> Asked:
         products=tiles * x.H * x.BT * x.BS * (x.BK + x.HALVES * x.BV),
         loaded=8 * x.grid[1] * (x.R + x.grid[0])
         + keys * (x.H_kv * x.key_bytes + x.H * 4)
+        + 4 * x.HALVED * tiles * x.H_kv
         + lines * (x.line_bytes + 24),
         stored=out + 4 * listed,
-        vector=26.8 * tiles * x.H * x.BT * x.BS,
+        vector=(22 * tiles + 4 * partly) * x.H * x.BT * x.BS,
         masks=tiles
         * (
             (1.5 * (x.BT + x.BS) + 0.9 * x.H_kv * x.BS) * (x.BK + x.BV)
@@ -304,7 +340,7 @@ def lists_of_marks(x: _Arguments, of: Lists) -> Asked:
     return Asked(
         loaded=16 * x.R * x.H + 4 * words,
         stored=out,
-        vector=x.BL * x.BW * (25.7 * chunks + 26 * of.steps),
+        vector=x.BL * x.BW * (25.7 * chunks + 14 * of.steps),
         read=4 * words,
         written=out,
     )
@@ -327,23 +363,6 @@ def light(x: _Arguments, of: Lists) -> Asked:
     )  # fmt: skip
 
 
-def heavy_cosines(x: _Arguments, of: Lists) -> Asked:
-    lines = of.heavy_lines * (4 + x.g_bytes)
-    values, cosines = x.V * x.b, x.D * x.p_cosines.element_size()
-    padded = blocks(x.D, x.BD) * x.BD
-    return Asked(
-        loaded=4 * x.R * x.H + lines + of.heavy * (12 + values + cosines)
-        + of.heavy_tiles * x.D * (x.b + 4),
-        stored=4 * of.heavy,
-        vector=of.heavy_tiles * (x.BP * (6 * padded + 3.6 * x.BV) + 6 * padded),
-        masks=3 * of.heavy_tiles * x.BP * padded,
-        read=4 * x.R * x.H + lines + (8 + SECTOR) * of.heavy
-        + min(of.heavy, x.n_keys_seen * x.H_kv) * values
-        + min(of.heavy, x.n_keys_seen * x.H) * cosines + x.R * x.D * x.b + 4 * x.H * x.D,
-        written=SECTOR * of.heavy,
-    )  # fmt: skip
-
-
 def heavy(x: _Arguments, of: Lists) -> Asked:
     values = x.V * x.b
     return Asked(
@@ -351,7 +370,7 @@ def heavy(x: _Arguments, of: Lists) -> Asked:
         loaded=4 * x.H * x.grid[2] * x.R + of.heavy * (8 + x.g_bytes + values)
         + of.heavy_tiles * (4 * x.BP + x.D * values) + of.heavy * x.D * x.b,
         stored=4 * of.heavy,
-        vector=of.heavy_tiles * x.BP * (10.4 * x.D + 6 * x.BT + 7 * x.BV),
+        vector=of.heavy_tiles * x.BP * (9 * x.D + 6 * x.BT + 7 * x.BV),
         masks=3.4 * of.heavy_tiles * x.D * x.BV,
         read=4 * x.H * x.R + (4 + SECTOR) * of.heavy + x.R * x.H * x.g_bytes
         + min(of.heavy, x.n_keys_seen * x.H_kv) * values + x.weight_bytes + x.R * x.D * x.b,
@@ -436,16 +455,18 @@ def head_weights(x: _Arguments, of: Lists) -> Asked:
 
 FORMULAS: dict[str, Callable[[_Arguments, Lists], Asked]] = {
     "column_norms_kernel": column_norms,
+    "spread_kernel": spread,
     "value_norms_kernel": value_norms,
+    "half_values_kernel": half_values,
     "reach_kernel": values_reach,
     "value_space_signs_kernel": value_space_signs,
+    "nearest_kernel": nearest,
     "breakpoints_kernel": breakpoints,
     "log_sum_exp_kernel": log_sum_exp,
     "combine_kernel": combine,
     "linear_kernel": linear_pass,
     "lists_kernel": lists_of_marks,
     "light_kernel": light,
-    "heavy_cosines_kernel": heavy_cosines,
     "heavy_kernel": heavy,
     "parts_kernel": parts,
     "ffn_kernel": ffn,
@@ -462,11 +483,8 @@ def lengths(block: Block) -> Lists:
     x = of["head_weights_kernel"]
     counts = x["p_counts"].numpy()
     candidates, light, heavy = (counts[i.value] for i in (CANDIDATES, LIGHT, HEAVY))  # [R, H]
-    if "heavy_kernel" in of:
-        tile = of["heavy_kernel"]
-        together = np.add.reduceat(heavy, np.arange(0, x["R"], tile["BT"]), axis=0)
-    else:
-        tile, together = of["heavy_cosines_kernel"], heavy
+    tile = of["heavy_kernel"]
+    together = np.add.reduceat(heavy, np.arange(0, x["R"], tile["BT"]), axis=0)
     heavy_tiles = int((-(-together // tile["BP"])).sum())
     n_edges, marks = x["p_n_edges"].numpy(), x["p_marks"].numpy()  # [R], [2, R, H, W]
     listed = 0
@@ -481,14 +499,15 @@ def lengths(block: Block) -> Lists:
     tile = of["lists_kernel"]
     most = np.maximum.reduceat(lines, np.arange(0, lines.shape[1], tile["BL"]), 1)
     most = np.maximum.reduceat(most, np.arange(0, lines.shape[2], tile["BW"]), 2)
+    near = of["breakpoints_kernel"]
     return Lists(
+        near=int((near["p_nearest"].numpy() < near["D"]).sum()),
         candidates=int(candidates.sum()),
         light=int(light.sum()),
         light_lines=int((light > 0).sum()),
         light_tiles=int((-(-light // of["light_kernel"]["BP"])).sum()),
         light_candidates=int(candidates[light > 0].sum()),
         heavy=int(heavy.sum()),
-        heavy_lines=int((heavy > 0).sum()),
         heavy_tiles=heavy_tiles,
         steps=int(most.sum(dtype=np.int64)),
         edges=int(n_edges.sum()),

@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from .errors import UnsupportedArchitectureError
@@ -231,6 +232,33 @@ def attend(call: AttentionCall, window: int | None) -> Tensor:
             )
             return z.transpose(1, 2)
     return attend_rows(call, call.q, torch.arange(call.q.shape[2]), window)
+
+
+def may_sum(d_key: int, d_value: int) -> bool:
+    """Whether `attend_and_sum` may give sums at such widths: elsewhere
+    scaled_dot_product_attention pads them on GPUs before it calls the kernel.
+    """
+    return d_key == d_value and d_key % 8 == 0
+
+
+def attend_and_sum(call: AttentionCall, window: int | None) -> tuple[Tensor, Tensor | None]:
+    """`attend`, and the scores' log-sum-exp [B, T, H] (natural log) where it comes at no cost: from
+    torch's flash kernel, where that is what torch would choose here; else None. Has no gradient.
+    """
+    q, k, v = call.q, call.k, call.v
+    plain = call.softcap is None and call.sinks is None and call.alibi_slopes is None
+    if window is None and plain and may_sum(q.shape[-1], v.shape[-1]):
+        choice = torch._fused_sdp_choice(
+            q, k, v, None, 0.0, True, scale=call.scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        if choice == SDPBackend.FLASH_ATTENTION.value:
+            if q.device.type == "cpu":
+                flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+            else:
+                flash = torch.ops.aten._scaled_dot_product_flash_attention
+            z, log_sum_exp, *_ = flash(q, k, v, 0.0, True, scale=call.scale)
+            return z.transpose(1, 2), log_sum_exp.transpose(1, 2)
+    return attend(call, window), None
 
 
 def attend_rows(call: AttentionCall, q: Tensor, rows: Tensor, window: int | None = None) -> Tensor:

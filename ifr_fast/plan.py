@@ -55,6 +55,7 @@ class LayerSizes(NamedTuple):
     q: int
     z: int  # 0 where only W_O's rows are not scaled
     heads: int
+    sums: int  # log-sum-exps, in float32 at least; at most
 
 
 class Sizes(NamedTuple):
@@ -77,7 +78,8 @@ class Sizes(NamedTuple):
             H, V, _ = block.W_O.shape
             z = H * V if block.row_scaled else 0
             H_kv, K = block.kv_heads, block.d_key
-            return LayerSizes(H_kv * K, H_kv * V, H * K, z, H)
+            sums = H if capture.may_sum(K, V) else 0
+            return LayerSizes(H_kv * K, H_kv * V, H * K, z, H, sums)
 
         return Sizes(
             tuple(map(of_block, decoder.blocks)),
@@ -96,9 +98,10 @@ class Sizes(NamedTuple):
         return n_tokens * self.itemsize * (streams + sum(x.k + x.v for x in self.layers))
 
     def full_bytes(self, n_tokens: int) -> int:
-        """And q and resid_mid, in row-scaled blocks z."""
+        """And q and resid_mid, in row-scaled blocks z, and log-sum-exps."""
         more = sum(self.d_model + x.q + x.z for x in self.layers)
-        return self.lean_bytes(n_tokens) + n_tokens * self.itemsize * more
+        sums = max(4, self.itemsize) * sum(x.sums for x in self.layers)
+        return self.lean_bytes(n_tokens) + n_tokens * (self.itemsize * more + sums)
 
     def working_bytes(self, n_tokens: int, chunk_rows: int | None) -> int:
         """Activations of a layer on all rows or on a chunk of them, at most."""
@@ -119,8 +122,7 @@ class Sizes(NamedTuple):
             from .kernels.triton import room
 
             H = max(x.heads for x in self.layers)
-            taken = room.work_bytes(rows, n_tokens, H, self.d_model, self.itemsize)
-            return taken + n_tokens * _SCORED
+            return room.work_bytes(rows, n_tokens, H) + n_tokens * _SCORED
         taken = 0
         if self.itemsize < 4:
             taken = 4 * n_tokens * max(x.k + x.v for x in self.layers)
@@ -139,7 +141,7 @@ class Plan:
     weights_bytes: int
     maps_bytes: int  # effective W_O of the heads, beside the weights
     lean_bytes: int  # residual stream, what the head reads, keys, values
-    full_bytes: int  # and q, resid_mid
+    full_bytes: int  # and q, resid_mid, log-sum-exp
     kv_bytes: int  # of either
     working_bytes: int  # activations of the forward pass, at most
     scoring_bytes: int  # work space of the kernels, at most
@@ -382,7 +384,8 @@ def plan_for(
     def answer(call: capture.AttentionCall) -> Tensor:
         nonlocal maps
         (_, H, _, K), (_, H_kv, _, V) = call.q.shape, call.v.shape
-        layers.append(LayerSizes(H_kv * K, H_kv * V, H * K, 0, H))
+        sums = H if capture.may_sum(K, V) else 0
+        layers.append(LayerSizes(H_kv * K, H_kv * V, H * K, 0, H, sums))
         maps += H * V * D * dtype.itemsize
         raise capture.StopForward
 

@@ -33,7 +33,7 @@ class RecordingMode(StrEnum):
     """What a recording holds of each layer."""
 
     LEAN = "lean"  # resid_pre, k, v
-    FULL = "full"  # and q, resid_mid, in row-scaled blocks z
+    FULL = "full"  # and q, resid_mid, log_sum_exp where there is one, in row-scaled blocks z
 
 
 @dataclass(eq=False)
@@ -53,6 +53,7 @@ class LayerRecording:
     q: Tensor | None = None  # [T, H, K]
     resid_mid: Tensor | None = None  # [T, D]; parallel blocks: resid_pre + attention
     z: Tensor | None = None  # [T, H, V] attention output
+    log_sum_exp: Tensor | None = None  # [T, H] of the scores, where the forward pass gave it
     checked_mid: Tensor | None = None  # [C, D] lean: resid_mid at Recording.checked_rows
 
 
@@ -104,7 +105,8 @@ class Recording:
         """Bytes held, a storage shared by several tensors counted once."""
         storages = {}
         for layer in self.layers:
-            for x in (layer.resid_pre, layer.k, layer.v, layer.q, layer.resid_mid, layer.z):
+            of_layer = (layer.resid_pre, layer.k, layer.v, layer.q, layer.resid_mid, layer.z)
+            for x in (*of_layer, layer.log_sum_exp):
                 if x is not None:
                     storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         for x in (self.resid_final, self.states):
@@ -126,6 +128,7 @@ def record(
     of_layer = {block.attention: block for block in decoder.blocks}
     calls: dict[int, AttentionCall] = {}
     attended: dict[int, Tensor] = {}
+    log_sum_exps: dict[int, Tensor] = {}
     windows: dict[int, int | None] = {}
     causal: dict[int, Tensor] = {}  # by mask: layers share few
     layer_calls: dict[int, LayerCall] = {}
@@ -140,7 +143,12 @@ def record(
         windows[block.layer] = window
         if id(call.mask) not in causal:
             causal[id(call.mask)] = call.mask.is_causal(T, window)
-        z = capture.attend(call, window)
+        if mode is RecordingMode.FULL:
+            z, log_sum_exp = capture.attend_and_sum(call, window)
+            if log_sum_exp is not None:
+                log_sum_exps[block.layer] = log_sum_exp[0]
+        else:
+            z = capture.attend(call, window)
         if block.row_scaled and mode is RecordingMode.FULL:
             attended[block.layer] = z[0]
         if mode is RecordingMode.LEAN:  # a view of a fused q/k/v projection would hold q too
@@ -207,6 +215,7 @@ def record(
                 q=call.q[0].transpose(0, 1) if mode is RecordingMode.FULL else None,
                 resid_mid=mid[i] if mode is RecordingMode.FULL else None,
                 z=attended.get(i),
+                log_sum_exp=log_sum_exps.get(i),
                 checked_mid=mid[i] if mode is RecordingMode.LEAN else None,
             )
         )
@@ -392,6 +401,7 @@ def _tensors(recording: Recording) -> dict[str, Tensor]:
             f"q.{i}": layer.q,
             f"mid.{i}": layer.resid_mid,
             f"z.{i}": layer.z,
+            f"log_sum_exp.{i}": layer.log_sum_exp,
             f"checked_mid.{i}": layer.checked_mid,
             f"alibi_slopes.{i}": layer.alibi_slopes,
         }
@@ -432,6 +442,7 @@ def _recording(
                 q=tensors.get(f"q.{i}"),
                 resid_mid=tensors.get(f"mid.{i}"),
                 z=tensors.get(f"z.{i}"),
+                log_sum_exp=tensors.get(f"log_sum_exp.{i}"),
                 checked_mid=tensors.get(f"checked_mid.{i}"),
             )
         )
@@ -494,10 +505,12 @@ def layer_inputs(
         return (x if everything else x[on_device]).to(device)
 
     k, v = recorded.k.to(device), recorded.v.to(device)
-    z = None
+    z = log_sum_exp = None
     if recorded.q is not None and recorded.resid_mid is not None:
         q, mid = take(recorded.q), take(recorded.resid_mid)
         z = None if recorded.z is None else take(recorded.z)
+        if recorded.log_sum_exp is not None:
+            log_sum_exp = take(recorded.log_sum_exp)
     else:
         past = past_of(block, recorded, k, v)
         q, mid, z = replay_rows(
@@ -536,6 +549,7 @@ def layer_inputs(
         softcap=recorded.softcap,
         sinks=recorded.sinks,
         alibi_slopes=recorded.alibi_slopes,
+        log_sum_exp=log_sum_exp,
         ffn=resid_post - mid if block.parallel else None,
     )
     return inputs, None if block.parallel else resid_post

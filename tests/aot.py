@@ -30,7 +30,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from ifr_fast.kernels.contract import LayerInputs
-from ifr_fast.kernels.triton import kernel, room
+from ifr_fast.kernels.triton import kernel
 
 
 class Limits(NamedTuple):
@@ -223,26 +223,22 @@ def of_amdgcn(asm: str, limits: Limits) -> dict[str, Any]:
 
 
 def compile_all(target: str) -> None:
-    """Each model's launches for all rows of a text, with and without room for a table of cosines,
-    and for a few; then all flags, all dtypes.
-    """
+    """Each model's launches for all rows of a text and for a few; then all flags, all dtypes."""
     use(target)
     cases = [
         ({"model": model, "rows": rows, "dtype": "bfloat16", "flags": False}, R)
         for model in MODELS
-        for rows, R in (("all", 2048), ("all, no table", 2048), ("few", 4))
+        for rows, R in (("all", 2048), ("few", 4))
     ]
     cases += [
         ({"model": "SmolLM2-135M", "rows": rows, "dtype": dtype, "flags": True}, R)
         for rows, R in (("all", 2048), ("few", 4))
         for dtype in ("bfloat16", "float16", "float32")
     ]
-    table_bytes = room.TABLE_BYTES
     done: dict[str, dict[str, Any]] = {}
     for case, R in cases:
         dtype = getattr(torch, str(case["dtype"]))
         given = inputs(MODELS[str(case["model"])], R, 2048, dtype, bool(case["flags"]))
-        room.TABLE_BYTES = 0 if case["rows"] == "all, no table" else table_bytes
         for function, arguments in launches(given):
             name = key(function, arguments)
             if name not in done:

@@ -68,14 +68,15 @@ def test_counting_a_product() -> None:
 SHAPES = {
     "tiles": {"R": 128, "S": 128, "H": 2, "H_kv": 1, "K": 64, "V": 64, "D": 128},
     "odd": {"R": 70, "S": 91, "H": 3, "H_kv": 1, "K": 24, "V": 40, "D": 70},
-    "no cosines": {"R": 128, "S": 128, "H": 2, "H_kv": 1, "K": 64, "V": 64, "D": 128},
+    "wide": {"R": 40, "S": 128, "H": 2, "H_kv": 1, "K": 32, "V": 32, "D": 600},
     "few rows": {"R": 16, "S": 153, "H": 4, "H_kv": 2, "K": 32, "V": 16, "D": 24},
+    "recorded sums": {"R": 40, "S": 64, "H": 3, "H_kv": 3, "K": 16, "V": 16, "D": 40},
     "one row": {"R": 1, "S": 1, "H": 2, "H_kv": 1, "K": 16, "V": 32, "D": 40},
 }
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_formulas_are_what_the_kernels_do(
     shape: str, dtype: torch.dtype, poisoned: None, monkeypatch: pytest.MonkeyPatch
@@ -83,9 +84,9 @@ def test_formulas_are_what_the_kernels_do(
     """Products, bytes loaded and bytes stored agree exactly, kernel by kernel."""
     if shape == "odd":
         monkeypatch.setattr(room, "WORK_BYTES", 1 << 16)  # several blocks
-    if shape == "no cosines":
-        monkeypatch.setattr(room, "TABLE_BYTES", 0)
     inputs = random_inputs(**SHAPES[shape], dtype=dtype).to(dtype)
+    if shape == "recorded sums":
+        inputs = inputs._replace(log_sum_exp=torch.full(inputs.q.shape[:2], 3.0))
     launches: list[Launch] = []
     found: dict[str, list[float]] = {}
 
@@ -107,17 +108,16 @@ def test_formulas_are_what_the_kernels_do(
         kernel.score_ffn(inputs.resid_pre, inputs.y)
     flush(Lists())
 
-    cosines, reach = shape in ("tiles", "odd", "one row"), shape != "few rows"
-    unused = {"heavy_kernel" if cosines else "heavy_cosines_kernel"}
-    unused |= set() if reach else {"reach_kernel"}
+    unused = set() if shape != "few rows" else {"reach_kernel"}
+    unused |= {"log_sum_exp_kernel", "combine_kernel"} if shape == "recorded sums" else set()
+    halved = dtype == torch.bfloat16 and shape != "few rows"
+    unused |= set() if halved else {"half_values_kernel"}
     assert found.keys() == counted.keys() == roofline.STEPS.keys() - unused
     for name, work in counted.items():
         products, loaded, stored, _ = found[name]
         assert (products, loaded, stored) == (work.products.total(), work.loaded, work.stored), name
         assert work.atomics == 0
-    if (
-        shape in ("tiles", "no cosines") and dtype == torch.float16
-    ):  # which the coefficients are for
+    if shape == "tiles" and dtype != torch.float32:  # which the coefficients are for
         for name, work in counted.items():
             # The interpreter's own casts of operands are none of the kernel's.
             vector = work.vector - work.operands

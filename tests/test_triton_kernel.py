@@ -221,20 +221,14 @@ def test_lists_hold_every_pair_there_is(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    ("flags", "cosines"),
-    [(set(), True), ({"row_scale"}, True), (set(), False), ({"value_gate", "row_scale"}, False)],
-    ids=str,
-)
+@pytest.mark.parametrize("flags", [set(), {"row_scale"}, {"value_gate", "row_scale"}], ids=str)
 @pytest.mark.usefixtures("poisoned")
 def test_both_tiers_of_corrections(
-    dtype: torch.dtype, flags: set[str], cosines: bool, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, flags: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Few and many heavy pairs a block of rows, of lines with light ones too."""
     monkeypatch.setitem(kernel.TILES, "N", 16)
     monkeypatch.setattr(correct, "SHARES", 2)
-    if not cosines:
-        monkeypatch.setattr(room, "TABLE_BYTES", 0)
     check(make_inputs(30, 90, 3, 1, 8, 20, 200, dtype=dtype, flags=flags), dtype)
 
 
@@ -368,7 +362,8 @@ def test_prepare_alone(dtype: torch.dtype) -> None:
     x = {name: t.cpu() if isinstance(t, Tensor) else t for name, t in x.items()}
 
     rho = breakpoints.column_norms(inputs.W_O)
-    torch.testing.assert_close(x["p_rho_inv"].double(), torch.where(rho > 0, 1 / rho, 0))
+    for got in (x["p_rho_inv"], x["p_rho_inv_t"].T):
+        torch.testing.assert_close(got.double(), torch.where(rho > 0, 1 / rho, 0))
     torch.testing.assert_close(x["p_v_norm"].double(), inputs.v.norm(dim=-1).T)
 
     g = breakpoints.value_space_signs(inputs.W_O, breakpoints.signs(inputs.y)).transpose(0, 1)
@@ -390,6 +385,82 @@ def test_prepare_alone(dtype: torch.dtype) -> None:
     assert torch.equal(listed[..., :150] & away, (points < limit) & away)
 
 
+@pytest.mark.parametrize("spread", [0.0, 1.5], ids=["even", "uneven"])
+@pytest.mark.usefixtures("poisoned")
+def test_nearest_coordinates_alone(spread: float) -> None:
+    """Of wider rows, some coordinates are looked at: none that matters is among the others."""
+    inputs = make_inputs(9, 20, 4, 2, 8, 8, 300, flags={"row_scale"})
+    generator = torch.Generator().manual_seed(1)
+    columns = (spread * torch.randn(300, generator=generator, dtype=torch.float64)).exp()
+    inputs = inputs._replace(W_O=inputs.W_O * columns)
+    inputs.W_O[0, :, 7] = 0
+    inputs.W_O[1] = 0
+    inputs.W_O[:, :, 11] = 0
+    inputs.y[0, 11:13] = 0
+    inputs.row_scale[3] = 0
+    x = prepared(inputs, torch.float32, N=16, M=64)
+    prepare.weights(x)
+    prepare.values(x)
+    prepare.lines(x)
+    x = {name: t.cpu() if isinstance(t, Tensor) else t for name, t in x.items()}
+    near = x["p_nearest"] < 300
+    n_near = near.sum(1)[torch.arange(9) != 3]
+    assert ((n_near > 0) & (n_near <= 64)).all()
+    assert n_near.float().mean() > 24, "the search must use the room there is"
+    rho = breakpoints.column_norms(inputs.W_O.float().double())
+    points = breakpoints.breakpoints(inputs.y, rho).transpose(0, 1)  # [R, H, D]
+    points = points / inputs.row_scale.abs()[:, None, None]
+    points[3] = math.inf
+    first, limit = x["p_lines"][2:].double()
+    assert (first <= points.amin(-1) * (1 + 1e-6)).all()
+    found = torch.zeros(9, 4, 301, dtype=torch.bool)
+    used = torch.arange(16) < x["p_counts"][0][..., None]
+    found.scatter_(2, torch.where(used, x["p_candidates"], 300).long(), used)
+    away = (points / limit[..., None] - 1).abs() > 1e-5  # but for ties
+    assert torch.equal(found[..., :300] & away, (points < limit[..., None]) & away)
+    some = torch.arange(9) != 3
+    n = x["p_counts"][0][some][:, [0, 2, 3]]
+    assert n.float().mean() > (8 if spread == 0 else 3)
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_one_float16_alone() -> None:
+    """G of a bfloat16 model whose rows are many: half a unit in the last place of each number."""
+    inputs = make_inputs(9, 37, 3, 3, 8, 20, 150, dtype=torch.bfloat16, flags={"row_scale"})
+    x = prepared(inputs, torch.bfloat16)
+    assert x["HALVED"]
+    prepare.weights(x)
+    prepare.values(x)
+    prepare.lines(x)
+    g = breakpoints.value_space_signs(inputs.W_O, breakpoints.signs(inputs.y)).transpose(0, 1)
+    g = g * inputs.row_scale[:, None, None]
+    got = half_sum(x["p_g"].cpu(), x["p_lines"][1].cpu())
+    assert ((got - g).abs() <= 2**-11 * g.abs() + 2**-20 * g.abs().amax()).all()
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+@pytest.mark.usefixtures("poisoned")
+def test_half_values_alone(size: float) -> None:
+    """Bfloat16 values as float16, by a power of two a KV head: exact, whatever their size."""
+    inputs = make_inputs(8, 37, 6, 3, 8, 20, 30, dtype=torch.bfloat16)
+    sizes = size * torch.tensor([1.0, 2.0**-40, 0.0])[:, None]
+    inputs = inputs._replace(v=(inputs.v * sizes).to(torch.bfloat16).double())
+    x = prepared(inputs, torch.bfloat16)
+    prepare.values(x)
+    assert x["p_v16"].dtype == torch.float16
+    got = x["p_v16"].cpu().double() * x["p_v_scale"].cpu().double()[:, None]
+    tiny = inputs.v.abs() < 2**-30 * inputs.v.abs().amax((0, 2))[:, None]
+    assert torch.equal(got.where(~tiny, 0), inputs.v.where(~tiny, 0))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.usefixtures("poisoned")
+def test_nearest_coordinates_in_whole(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(kernel.TILES, "N", 16)
+    monkeypatch.setitem(kernel.TILES, "M", 32)
+    check(make_inputs(30, 90, 3, 1, 8, 20, 200, dtype=dtype, flags={"row_scale"}), dtype)
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.usefixtures("poisoned")
 def test_reach_alone(dtype: torch.dtype) -> None:
@@ -404,10 +475,6 @@ def test_reach_alone(dtype: torch.dtype) -> None:
     rho = breakpoints.column_norms(inputs.W_O)[:, None]
     norm = inputs.v.repeat_interleave(2, dim=1).norm(dim=-1).T[..., None]
     cosines = torch.where((rho > 0) & (norm > 0), u / (rho * norm), 0)
-    got = x["p_cosines"].cpu()
-    assert got.dtype == (torch.float32 if dtype == torch.float32 else torch.float16)
-    rounding = 1e-6 if dtype == torch.float32 else 2**-11
-    torch.testing.assert_close(got.double(), cosines, rtol=0, atol=rounding)
     expected = cosines.abs().amax(-1) * norm[..., 0]
     torch.testing.assert_close(x["p_reach"].cpu().double(), expected, rtol=1e-5, atol=1e-7)
 
@@ -466,19 +533,12 @@ def test_linear_and_lists_alone(R: int, S: int) -> None:
     torch.testing.assert_close(token, unlisted.sum(1), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("step", "cosines"),
-    [(correct.light, False), (correct.heavy, False), (correct.heavy, True)],
-    ids=["light", "heavy", "heavy, cosines"],
-)
+@pytest.mark.parametrize("step", [correct.light, correct.heavy], ids=["light", "heavy"])
 @pytest.mark.usefixtures("poisoned")
-def test_corrections_alone(step: Any, cosines: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_corrections_alone(step: Any) -> None:
     """All visible pairs listed by hand, in one tier; the candidates are all coordinates."""
-    if not cosines:
-        monkeypatch.setattr(room, "TABLE_BYTES", 0)
     inputs = make_inputs(5, 23, 4, 2, 8, 20, 30, flags={"row_scale"})
     x = prepared(inputs, torch.float32, N=32)
-    assert x["TABLE"] == cosines
     prepare.weights(x)
     prepare.values(x)
     reach.reach(x)

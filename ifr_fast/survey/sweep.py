@@ -69,6 +69,7 @@ class _Current:
         self.pre: Tensor | None = None  # [B, T, D]
         self.mid: Tensor | None = None  # [B, T, D]
         self.z: Tensor | None = None  # [B, T, H, V]
+        self.log_sum_exp: Tensor | None = None  # [B, T, H]
         self.call: LayerCall | None = None
         self.attention: AttentionCall | None = None
 
@@ -165,7 +166,7 @@ class _Pass:
         # The mask is held on to: another one might get its id.
         if id(call.mask) not in self.causal:
             self.causal[id(call.mask)] = call.mask, call.mask.is_causal(self.T, window)
-        z = capture.attend(call, window)
+        z, self.now.log_sum_exp = capture.attend_and_sum(call, window)
         self.now.attention = call
         if block.row_scaled:
             self.now.z = z
@@ -263,6 +264,7 @@ class _Pass:
             softcap=call.softcap,
             sinks=call.sinks,
             alibi_slopes=call.alibi_slopes,
+            log_sum_exp=None if now.log_sum_exp is None else take(now.log_sum_exp),
             ffn=resid_post - resid_mid if block.parallel else None,
         )
         return inputs, None if block.parallel else resid_post

@@ -63,20 +63,29 @@ def shifted(b_bound, p_offset, o_r, floor, SHIFTED: tl.constexpr):
 
 
 @triton.jit
-def log2_scores(b_qk, b_distance, scale, softcap, slope, window, SOFTCAP: tl.constexpr,
-                ALIBI: tl.constexpr, WINDOW: tl.constexpr):  # fmt: skip
-    """Base-2 scores of pairs from q . k; -inf where the key is not visible.
+def all_log2_scores(b_qk, b_distance, scale, softcap, slope, SOFTCAP: tl.constexpr,
+                    ALIBI: tl.constexpr):  # fmt: skip
+    """Base-2 scores of pairs from q . k, as if every key were visible.
 
     b_qk: float32; b_distance: int32, row less key, of the same shape.
     """
-    b_score = b_qk * scale
     if SOFTCAP:
         # tanh(x) = 1 - 2 / (exp(2 x) + 1)
-        b_tanh = 1 - 2 / (tl.exp2(b_score * (2 * LOG2_E / softcap)) + 1)
-        b_score = softcap * b_tanh
+        b_tanh = 1 - 2 / (tl.exp2(b_qk * (scale * 2 * LOG2_E / softcap)) + 1)
+        b_score = b_tanh * (softcap * LOG2_E)
+    else:
+        b_score = b_qk * (scale * LOG2_E)
     if ALIBI:
-        b_score -= slope * b_distance.to(tl.float32)
-    return tl.where(seen(b_distance, window, WINDOW), b_score * LOG2_E, -float("inf"))
+        b_score -= (slope * LOG2_E) * b_distance.to(tl.float32)
+    return b_score
+
+
+@triton.jit
+def log2_scores(b_qk, b_distance, scale, softcap, slope, window, SOFTCAP: tl.constexpr,
+                ALIBI: tl.constexpr, WINDOW: tl.constexpr):  # fmt: skip
+    """The same; -inf where the key is not visible."""
+    b_score = all_log2_scores(b_qk, b_distance, scale, softcap, slope, SOFTCAP, ALIBI)
+    return tl.where(seen(b_distance, window, WINDOW), b_score, -float("inf"))
 
 
 @triton.jit

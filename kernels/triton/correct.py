@@ -3,17 +3,16 @@
     proximity = max(lin + offset - 2 sum_i max(s_i p_i - |y_i|, 0), floor)
 
 Light pairs, a line a program: all coordinates that can flip are among the line's candidates, whose
-columns of W_O are read once; u = v W_O is formed there alone. Heavy pairs visit all D coordinates.
-Where the cosines of u are kept (reach.py), a line a program reads them as they lie. Elsewhere u is
-formed in chunks of D, for a block of rows of one head a program, as products of a tile of pairs and
-all of W_O[h], and folded into the sum while still in registers. lin is formed anew from v and g.
+columns of W_O are read once; u = v W_O is formed there alone. Heavy pairs visit all D coordinates:
+u is formed in chunks of D, for a block of rows of one head a program, as products of a tile of
+pairs and all of W_O[h], and folded into the sum while still in registers. lin is formed anew from v
+and g.
 
 The linear pass has left alpha in each pair's place, that of its key, and its proximity goes there:
 nothing depends on the order of lists.
 
-Shapes: v [S, H_kv, V], v_norm [H_kv, S], g [R, H, HALVES, V], W_T [H, D, V], rho [H, D], cosines
-[H, S, D], y [R, D], candidates [R, H, N], list [R, H, 32 W], proximity [R, H, 32 W]; W words of 32
-keys. Tiles: BP pairs, BC candidates, BD coordinates.
+Shapes: v [S, H_kv, V], g [R, H, HALVES, V], W_T [H, D, V], y [R, D], candidates [R, H, N], list
+[R, H, 32 W], proximity [R, H, 32 W]; W words of 32 keys. Tiles: BP pairs, BD coordinates.
 """
 
 from __future__ import annotations
@@ -28,11 +27,12 @@ SHARES = 8  # programs to a block of rows and head, of the heavy pairs
 
 
 @triton.jit
-def over(b_u, b_w, b_y, m):
-    """Sum over the second axis of max(s p - |y|, 0), p = w u; [BP, BC], [BP], [BP or 1, BC]."""
+def over(b_u, b_w, b_y):
+    """Sum over the second axis of max(s p - |y|, 0), p = w u; [BP, BC], [BP], [BP or 1, BC]. Where
+    u and y are 0, nothing.
+    """
     b_beyond = b_u * b_w[:, None] - b_y
-    b_beyond = tl.where(b_y >= 0, b_beyond, -b_beyond)
-    return tl.sum(tl.where(m, tl.maximum(b_beyond, 0.0), 0.0), 1)
+    return tl.sum(tl.maximum(tl.where(b_y >= 0, b_beyond, -b_beyond), 0.0), 1)
 
 
 @triton.jit
@@ -100,57 +100,7 @@ def light_kernel(
         if GATED:
             b_v = b_v.to(tl.float32) * b_gate[None, :]
         b_u = project(b_v, b_w, tl.zeros([BP, N], tl.float32))
-        b_over = over(b_u, b_alpha * row_scale, b_y[None, :], m_c[None, :])
-        b_proximity = shifted(b_lin - 2 * b_over, p_offset, i_r, floor, SHIFTED)
-        tl.store(p_proximity + b_s, b_proximity, mask=m_p)
-
-
-@triton.jit(do_not_specialize=["R", "S", "n_words", "stride_vs", "stride_vh"])
-def heavy_cosines_kernel(
-    p_v, p_v_norm, p_g, p_rho, p_cosines, p_y, p_row_scale, p_lines, p_counts, p_list, p_proximity,
-    p_offset, R, S, n_words, stride_vs, stride_vh, floor,
-    H: tl.constexpr, GROUP: tl.constexpr, V: tl.constexpr, D: tl.constexpr,
-    UNIT_V: tl.constexpr, HALVES: tl.constexpr, SCALED: tl.constexpr, SHIFTED: tl.constexpr,
-    BP: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
-):  # fmt: skip
-    i_r, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    i_line, plane = i_r * H + i_h, R.to(tl.int64) * H
-    n_pairs = tl.load(p_counts + HEAVY * plane + i_line)
-    if n_pairs == 0:
-        return
-    g_scale = tl.load(p_lines + G_SCALE * plane + i_line)
-    row_scale = tl.load(p_row_scale + i_r).to(tl.float32) if SCALED else 1.0
-    o_v, o_d, o_p = tl.arange(0, BV), tl.arange(0, BD), tl.arange(0, BP)
-    m_v = o_v < V
-    b_g = line_g(p_g + i_line * (HALVES * V), o_v, m_v, V, HALVES)
-    p_v += (i_h // GROUP) * (stride_vh * UNIT_V) + o_v[None, :]
-    p_v_norm += (i_h // GROUP) * S
-    p_y += i_r * D + o_d
-    p_rho += i_h * D + o_d
-    p_cosines += i_h * S * D + o_d[None, :]
-    p_list += (i_line + 1) * n_words * WORD - 1
-    p_proximity += i_line * n_words * WORD
-
-    for i_p in range(0, n_pairs, BP):
-        m_p = i_p + o_p < n_pairs
-        b_s = tl.load(p_list - i_p - o_p, mask=m_p, other=0)
-        b_alpha = tl.load(p_proximity + b_s, mask=m_p, other=0.0)
-        b_norm = tl.load(p_v_norm + b_s, mask=m_p, other=0.0)
-        s64 = b_s.to(tl.int64)[:, None]
-        b_v = tl.load(p_v + s64 * (stride_vs * UNIT_V), mask=m_p[:, None] & m_v[None, :], other=0.0)
-        b_lin = b_alpha * g_scale * tl.sum(b_v.to(tl.float32) * b_g[None, :], 1)
-        b_a = (b_alpha * row_scale * b_norm)[:, None]
-        b_over = tl.zeros([BP], tl.float32)
-        for i_d in range(0, D, BD):
-            m_d = o_d < D - i_d
-            b_y = tl.load(p_y + i_d, mask=m_d, other=0.0).to(tl.float32)
-            b_rho = tl.load(p_rho + i_d, mask=m_d, other=0.0)
-            b_rho = tl.where(b_y >= 0, b_rho, -b_rho)[None, :]
-            b_cosine = tl.load(
-                p_cosines + s64 * D + i_d, mask=m_p[:, None] & m_d[None, :], other=0.0
-            )
-            b_beyond = b_cosine.to(tl.float32) * b_rho * b_a - tl.abs(b_y)[None, :]
-            b_over += tl.sum(tl.maximum(b_beyond, 0.0), 1)
+        b_over = over(b_u, b_alpha * row_scale, b_y[None, :])
         b_proximity = shifted(b_lin - 2 * b_over, p_offset, i_r, floor, SHIFTED)
         tl.store(p_proximity + b_s, b_proximity, mask=m_p)
 
@@ -203,13 +153,14 @@ def heavy_kernel(
             b_gate = tl.load(p_gate + r64[:, None] * (stride_gate_r * UNIT_V), mask=m_pv, other=0.0)
             b_v = b_v.to(tl.float32) * b_gate.to(tl.float32)
         b_over = tl.zeros([BP], tl.float32)
+        p_y_rows = p_y + r64[:, None] * D + o_d[None, :]
         for i_d in range(0, D, BD):
             m_d = o_d < D - i_d
             b_w = tl.load(p_w + i_d * stride_wd, mask=m_d[:, None] & m_v[None, :], other=0.0)
-            m_y = m_p[:, None] & m_d[None, :]
-            b_y = tl.load(p_y + r64[:, None] * D + i_d + o_d[None, :], mask=m_y, other=0.0)
+            m_y = m_p[:, None] if D % BD == 0 else m_p[:, None] & m_d[None, :]
+            b_y = tl.load(p_y_rows + i_d, mask=m_y, other=0.0)
             b_u = project(b_v, b_w, tl.zeros([BP, BD], tl.float32))
-            b_over += over(b_u, b_alpha, b_y.to(tl.float32), m_d[None, :])
+            b_over += over(b_u, b_alpha, b_y.to(tl.float32))
         b_proximity = shifted(b_lin - 2 * b_over, p_offset, r64, floor, SHIFTED)
         tl.store(p_place, b_proximity, mask=m_p)
 
@@ -221,11 +172,11 @@ def light(x: Names) -> None:
 
 def heavy(x: Names) -> None:
     """Proximities of the heavy pairs."""
-    if x["TABLE"]:
-        tiles = {"BP": 4, "BD": 512, "BV": tile(x["V"]), "num_warps": 4}
-        launch(heavy_cosines_kernel, (x["R"], x["H"]), x, **tiles)
-        return
-    BT, BP, num_warps = (16, 16, 4) if x["few"] else (64, 64, 8)
+    BT, BP, num_warps = 64, 128, 8
+    if x["few"]:
+        BT, BP, num_warps = 16, 16, 4
+    elif x["WIDE"]:
+        BT, BP = 64, 64
     tiles = {"BT": BT, "BP": BP, "BD": 64, "BV": tile(x["V"])}
     grid = (blocks(x["R"], BT), x["H"], SHARES)
     launch(heavy_kernel, grid, x, **tiles, num_warps=num_warps, num_stages=2)

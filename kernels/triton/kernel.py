@@ -4,13 +4,14 @@ For a block of rows, a kernel or two a step:
 
 (a) prepare.py: column norms of W_O; norms of values; of lines, that is (row, head)s, g = W_O s in
     value space, the smallest breakpoint, and a short list of the coordinates that come first, the
-    line's candidates; reach.py: where rows are many, a tighter bound than values' norms;
+    line's candidates, looked for where a row's coordinates are small; reach.py: where rows are
+    many, a tighter bound than values' norms;
 (b) linear.py: alpha from the log-sum-exp (taken here where the forward pass gave none), lin as a
     second attention-shaped product; pairs that lin is exact for are summed at once, the others
     marked, a bit each: light where the candidates hold all coordinates that can flip, else heavy;
 (c) lists.py, correct.py: marks to lists, and the corrections: light pairs at their line's
-    candidates alone, heavy ones at all coordinates, u read where reach.py has kept it, else formed
-    on matrix units, never leaving the chip;
+    candidates alone, heavy ones at all coordinates, u formed on matrix units, never leaving the
+    chip;
 (d) proximity.py: the residual stream's and the FFN's proximities;
 (e) compact.py: sums in fixed order, denominators, token edges above `keep`, their heads.
 
@@ -36,13 +37,14 @@ from torch import Tensor
 
 from ..contract import AttentionScores, EdgeList, FFNScores, LayerInputs
 from . import compact, correct, linear, lists, prepare, proximity, reach, room
-from .common import LOG2_E, LOG_SUM_EXP, WORD
+from .common import WORD
 from .launch import Names, blocks
 
 ALIGNMENT = 16  # of tensors in bytes, as Triton's launcher looks at it
 FEW_ROWS = 64
 TILES = {
     "N": 64,  # candidates
+    "M": 512,  # coordinates of a row that they are among
     "BF": 1024,  # keys of a tile in sums over heads
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -118,8 +120,6 @@ def _score_block(x: Names) -> None:
     prepare.lines(x)
     if x["p_log_sum_exp"] is None:
         linear.log_sum_exp(x)
-    else:
-        torch.mul(x["p_log_sum_exp"], LOG2_E.value, out=x["p_lines"][LOG_SUM_EXP.value])
     linear.linear(x)
     lists.lists(x)
     correct.light(x)
@@ -141,9 +141,12 @@ def _work(x: Names) -> Names:
     return {
         "few": R <= FEW_ROWS and n_keys >= 4 * R,
         "n_words": n_words,
-        "p_g": empty(R, H, x["HALVES"], V, dtype=x["p_w"].dtype),
+        "p_g": empty(R, H, x["HALVES"], V, dtype=x["of_g"]),
         "p_lines": empty(4, R, H),
         "p_counts": empty(3, R, H, dtype=torch.int32),
+        "p_nearest": empty(R, x["M"], dtype=torch.int32),
+        "p_near": empty(R, x["M"]),
+        "p_near_end": empty(R),
         "p_candidates": empty(R, H, x["N"], dtype=torch.int32),
         "p_token": empty(R, n_words * WORD.value),
         "p_marks": empty(2, R, H, n_words, dtype=torch.int32),
@@ -180,28 +183,33 @@ def _prepared(inputs: LayerInputs) -> tuple[Names, Names]:
         return torch.empty(shape, dtype=torch.float32, device=device)
 
     v_norm = floats(H_kv, S)
-    of_table = torch.float32 if dtype == torch.float32 else torch.float16
-    R = len(inputs.rows)
-    is_reach = gate is None and room.is_reach(R, S)
-    is_table = is_reach and room.table_bytes(R, S, H, D, of_table.itemsize) > 0
+    is_reach = gate is None and room.is_reach(len(inputs.rows), S)
+    is_halved = dtype == torch.bfloat16 and is_reach
+    n_halves = 1 if is_halved or dtype == torch.float32 else 2
+    of_g = torch.float16 if is_halved else dtype
+    v16 = torch.empty(S, H_kv, V, dtype=torch.float16, device=device) if is_halved else v
     layer = TILES | {
         "S": S, "H": H, "H_kv": H_kv, "GROUP": H // H_kv, "K": K, "V": V, "D": D,
-        "UNIT_K": unit_k, "UNIT_V": unit_v, "HALVES": 1 if dtype == torch.float32 else 2,
+        "UNIT_K": unit_k, "UNIT_V": unit_v, "HALVES": n_halves,
+        "HALVED": is_halved, "of_g": of_g, "WIDE": dtype == torch.float32,
         "GATED": gate is not None, "SCALED": inputs.row_scale is not None,
         "SOFTCAP": inputs.softcap is not None, "ALIBI": inputs.alibi_slopes is not None,
         "WINDOW": inputs.window is not None, "SINKS": inputs.sinks is not None,
         "FFN": inputs.ffn is not None, "SHIFTED": shifted,
+        "SUMMED": inputs.log_sum_exp is not None,
         "scale": float(inputs.scale), "softcap": float(inputs.softcap or 0),
         "window": inputs.window or 0, "floor": float(inputs.floor),
         "p_k": k, "p_v": v, "p_w": W_T,
         "p_slopes": read.get("alibi_slopes"), "p_sinks": read.get("sinks"),
-        "p_rho": floats(H, D), "p_rho_inv": floats(H, D), "p_v_norm": v_norm,
-        "REACH": is_reach, "TABLE": is_table,
-        "p_reach": floats(H, S) if is_reach else v_norm,
-        "p_cosines": torch.empty(H, S, D, dtype=of_table, device=device) if is_table else None,
+        "p_v16": v16, "p_v_size": floats(H_kv, S) if is_halved else None,
+        "p_v_top": floats(H_kv), "p_v_scale": floats(H_kv) if is_halved else None,
+        "p_rho_inv": floats(H, D), "p_rho_inv_t": floats(D, H), "p_rho_rms": floats(H),
+        "p_spread_inv": floats(D), "p_v_norm": v_norm,
+        "REACH": is_reach, "p_reach": floats(H, S) if is_reach else v_norm,
         "stride_qr": _stride(q, 0) // unit_k, "stride_qh": _stride(q, 1) // unit_k,
         "stride_ks": _stride(k, 0) // unit_k, "stride_kh": _stride(k, 1) // unit_k,
         "stride_vs": _stride(v, 0) // unit_v, "stride_vh": _stride(v, 1) // unit_v,
+        "stride_us": _stride(v16, 0) // unit_v, "stride_uh": _stride(v16, 1) // unit_v,
         "stride_gate_r": 0 if gate is None else _stride(gate, 0) // unit_v,
         "stride_gate_h": 0 if gate is None else _stride(gate, 1) // unit_v,
         "stride_wh": W_T.stride(0), "stride_wd": W_T.stride(1),

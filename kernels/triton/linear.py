@@ -13,14 +13,16 @@ are pairs: no list can overflow.
 
 A program goes through all heads of its tile, so that sums over heads stay in registers, and reads
 a tile of K and V once for all heads that share it. Tiles that no row of theirs sees are skipped
-and written by nobody: who reads a row stays within the keys that it sees.
+and written by nobody: who reads a row stays within the keys that it sees. Keys are looked at for
+whether a row sees them where some row of the tile does not see some key of it.
 
 The log-sum-exp, where the forward pass gave none, is taken by programs that share out a line's
 keys, and combined in their order.
 
-Shapes: q [R, H, K], k [S, H_kv, K], v [S, H_kv, V], g [R, H, HALVES, V], lines [4, R, H],
-reach [H, S] or, norms of values, [H_kv, S], token [R, 32 W], partial [S / BS, R, H], partial_lin
-[S / BS, R, H], marks [2, R, H, W], proximity [R, H, 32 W]; W words of 32 keys.
+Shapes: q [R, H, K], k [S, H_kv, K], v16 [S, H_kv, V] and v_scale [H_kv] (prepare.py; v itself
+unless HALVED), g [R, H, HALVES, V], lines [4, R, H], reach [H, S] or, norms of values,
+[H_kv, S], token [R, 32 W], partial [S / BS, R, H], partial_lin [S / BS, R, H], marks [2, R, H, W],
+proximity [R, H, 32 W]; W words of 32 keys.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ from .common import (
     LOG_SUM_EXP,
     ROUND_UP,
     WORD,
+    all_log2_scores,
     among,
     dot,
     first_key,
@@ -132,18 +135,18 @@ def pack(b_m, BT: tl.constexpr, BS: tl.constexpr):
 @triton.jit(
     do_not_specialize=[
         "R", "S", "n_words", "window", "stride_qr", "stride_qh", "stride_ks", "stride_kh",
-        "stride_vs", "stride_vh", "stride_gate_r", "stride_gate_h",
+        "stride_us", "stride_uh", "stride_gate_r", "stride_gate_h",
     ]
 )  # fmt: skip
 def linear_kernel(
-    p_q, p_k, p_v, p_g, p_gate, p_reach, p_rows, p_slopes, p_lines, p_token, p_partial,
+    p_q, p_k, p_v16, p_v_scale, p_g, p_gate, p_reach, p_rows, p_slopes, p_lines, p_token, p_partial,
     p_partial_lin, p_marks, p_proximity, p_offset,
-    R, S, n_words, stride_qr, stride_qh, stride_ks, stride_kh, stride_vs, stride_vh,
+    R, S, n_words, stride_qr, stride_qh, stride_ks, stride_kh, stride_us, stride_uh,
     stride_gate_r, stride_gate_h, scale, softcap, window, floor,
     H: tl.constexpr, H_kv: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    UNIT_K: tl.constexpr, UNIT_V: tl.constexpr, HALVES: tl.constexpr, GATED: tl.constexpr,
-    REACH: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr,
-    SHIFTED: tl.constexpr,
+    UNIT_K: tl.constexpr, UNIT_V: tl.constexpr, HALVES: tl.constexpr, HALVED: tl.constexpr,
+    GATED: tl.constexpr, REACH: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
+    WINDOW: tl.constexpr, SHIFTED: tl.constexpr,
     BT: tl.constexpr, BS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     GROUP: tl.constexpr = H // H_kv
@@ -153,8 +156,10 @@ def linear_kernel(
     m_r, m_s = o_r < R, o_s < S
     b_t = tl.load(p_rows + o_r, mask=m_r, other=-1).to(tl.int32)
     t_first = tl.load(p_rows + i_r * BT).to(tl.int32)
-    if (i_s * BS > tl.max(b_t)) | (i_s * BS + BS <= first_key(t_first, window, WINDOW)):
+    t_last = tl.max(b_t)
+    if (i_s * BS > t_last) | (i_s * BS + BS <= first_key(t_first, window, WINDOW)):
         return
+    some_unseen = (i_s * BS + BS - 1 > t_first) | (first_key(t_last, window, WINDOW) > i_s * BS)
 
     plane = R.to(tl.int64) * H
     i_line = (i_r * BT).to(tl.int64) * H  # of the first row and head 0
@@ -165,10 +170,10 @@ def linear_kernel(
     m_words = m_r[:, None] & (i_s * (BS // WORD) + o_word < n_words)[None, :]
     stride_qr, stride_qh = stride_qr * UNIT_K, stride_qh * UNIT_K
     stride_ks, stride_kh = stride_ks * UNIT_K, (stride_kh * UNIT_K).to(tl.int64)
-    stride_vs, stride_vh = stride_vs * UNIT_V, (stride_vh * UNIT_V).to(tl.int64)
+    stride_us, stride_uh = stride_us * UNIT_V, (stride_uh * UNIT_V).to(tl.int64)
     p_q += (i_r * BT).to(tl.int64) * stride_qr
     p_k += (i_s * BS).to(tl.int64) * stride_ks
-    p_v += (i_s * BS).to(tl.int64) * stride_vs
+    p_v16 += (i_s * BS).to(tl.int64) * stride_us
     p_g += i_line * (HALVES * V)
     p_lines += i_line
     p_partial += i_s.to(tl.int64) * plane + i_line
@@ -176,7 +181,7 @@ def linear_kernel(
     p_marks += i_line * n_words + i_s * (BS // WORD)
     p_proximity += i_line * n_words * WORD + i_s * BS
     o_q = o_t[:, None] * stride_qr + o_k[None, :]
-    o_ks, o_vs = o_j[:, None] * stride_ks + o_k[None, :], o_j[:, None] * stride_vs + o_v[None, :]
+    o_ks, o_vs = o_j[:, None] * stride_ks + o_k[None, :], o_j[:, None] * stride_us + o_v[None, :]
     o_g = o_t[:, None] * (H * HALVES * V) + o_v[None, :]
     o_mark = (o_t * H)[:, None] * n_words + o_word[None, :]
     if GATED:
@@ -187,7 +192,8 @@ def linear_kernel(
     b_token = tl.zeros([BT, BS], tl.float32)
     for i_kv in range(H_kv):
         b_k = tl.load(p_k + i_kv * stride_kh + o_ks, mask=m_ks, other=0.0)  # [BS, BK]
-        b_v = tl.load(p_v + i_kv * stride_vh + o_vs, mask=m_vs, other=0.0)  # [BS, BV]
+        b_v = tl.load(p_v16 + i_kv * stride_uh + o_vs, mask=m_vs, other=0.0)  # [BS, BV]
+        v_scale = tl.load(p_v_scale + i_kv) if HALVED else 1.0
         for i_group in range(GROUP):
             i_h = i_kv * GROUP + i_group
             b_q = tl.load(p_q + i_h * stride_qh.to(tl.int64) + o_q, mask=m_q, other=0.0)  # [BT, BK]
@@ -206,12 +212,15 @@ def linear_kernel(
 
             # Loaded for each head again: what depends on it would otherwise stay in registers.
             b_t = tl.load(p_rows + o_r, mask=m_r, other=-1).to(tl.int32)
-            b_distance = b_t[:, None] - o_s[None, :]
             slope = tl.load(p_slopes + i_h).to(tl.float32) if ALIBI else 0.0
-            b_score = log2_scores(b_qk, b_distance, scale, softcap, slope, window,
-                                  SOFTCAP, ALIBI, WINDOW)  # fmt: skip
+            b_distance = b_t[:, None] - o_s[None, :] if ALIBI or SHIFTED else None
+            b_score = all_log2_scores(b_qk, b_distance, scale, softcap, slope, SOFTCAP, ALIBI)
+            if some_unseen:
+                b_score = tl.where(
+                    seen(b_t[:, None] - o_s[None, :], window, WINDOW), b_score, -float("inf")
+                )
             b_alpha = tl.exp2(b_score - b_lse[:, None])
-            b_lin *= b_alpha * b_g_scale[:, None]
+            b_lin *= b_alpha * (b_g_scale * v_scale)[:, None]
             tl.store(p_partial_lin + i_h + o_t * H, tl.sum(b_lin, 1), mask=m_r)
             if GATED:
                 b_gate = tl.load(
@@ -224,7 +233,7 @@ def linear_kernel(
                 b_v_squares = b_v_squares.to(tl.bfloat16)
                 b_squares = dot(b_gate_squares, tl.trans(b_v_squares),
                                 tl.zeros([BT, BS], tl.float32))  # fmt: skip
-                b_a = b_alpha * tl.sqrt(b_squares) * ROUND_UP
+                b_a = b_alpha * tl.sqrt(b_squares) * (ROUND_UP * v_scale)
             else:
                 i_bound = i_h if REACH else i_kv
                 b_reach = tl.load(p_reach + i_bound * S.to(tl.int64) + o_s, mask=m_s, other=0.0)
@@ -255,7 +264,7 @@ def linear_kernel(
 def log_sum_exp(x: Names) -> None:
     """Plane LOG_SUM_EXP of lines, of q and k."""
     R, H = x["R"], x["H"]
-    BS = 64 if x["HALVES"] == 2 else 32
+    BS = 32 if x["WIDE"] else 64
     BT = 16 if x["few"] else BS
     n_blocks = blocks(x["n_keys"], BS)
     n_splits = min(n_blocks, blocks(PROGRAMS, blocks(R, BT) * H))
@@ -295,7 +304,7 @@ def tiles(x: Names) -> Tiles:
     arch = None if INTERPRETED else driver.active.get_current_target().arch
     if x["few"]:
         return FEW
-    if x["HALVES"] == 1:
+    if x["WIDE"]:
         return FLOAT32
     return LARGE.get(arch, SMALL)
 

@@ -42,7 +42,9 @@ def lists_kernel(
         b_place = b_count[:, None] + tl.cumsum(b_n, 1) - b_n
         while tl.max((b_bits != 0).to(tl.int32)) > 0:
             b_lowest = b_bits & -b_bits
-            b_key = b_w * WORD + popcount(b_lowest - 1)
+            # Its place is the exponent of the bit as a number.
+            b_bit = (b_lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 0xFF
+            b_key = b_w * WORD + b_bit - 127
             tl.store(p_list + b_to[:, None] + step * b_place, b_key, mask=b_bits != 0)
             b_place += 1
             b_bits ^= b_lowest

@@ -10,11 +10,7 @@ orthogonal: of D cosines the largest is about sqrt(2 ln(D) / V)). It takes u for
 once, what the output projection costs a text; so it is for launches that score many rows a key.
 Where W_O depends on the row (value_gate), u does, and norms have to do.
 
-The cosines, which are at most 1 whatever the model's units, are kept where there is room, in
-float16 for models in half precision: heavy pairs (correct.py) read them instead of forming u again.
-
-Shapes: v [S, H_kv, V], W_T [H, D, V], v_norm [H_kv, S], rho_inv [H, D], reach [H, S], cosines
-[H, S, D].
+Shapes: v [S, H_kv, V], W_T [H, D, V], rho_inv [H, D], reach [H, S].
 """
 
 from __future__ import annotations
@@ -28,10 +24,10 @@ from .launch import Names, blocks, launch, tile
 
 @triton.jit(do_not_specialize=["S", "stride_vs", "stride_vh"])
 def reach_kernel(
-    p_v, p_w, p_v_norm, p_rho_inv, p_reach, p_cosines,
+    p_v, p_w, p_rho_inv, p_reach,
     S, stride_vs, stride_vh, stride_wh, stride_wd,
     GROUP: tl.constexpr, V: tl.constexpr, D: tl.constexpr, UNIT_V: tl.constexpr,
-    TABLE: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    BS: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     i_h = tl.program_id(1).to(tl.int64)
     o_s = tl.program_id(0) * BS + tl.arange(0, BS)
@@ -41,12 +37,8 @@ def reach_kernel(
     p_v += (i_h // GROUP) * (stride_vh * UNIT_V)
     b_v = tl.load(p_v + s64 * (stride_vs * UNIT_V) + o_v[None, :],
                   mask=m_s[:, None] & m_v[None, :], other=0.0)  # [BS, BV]  # fmt: skip
-    b_norm = tl.load(p_v_norm + (i_h // GROUP) * S + o_s, mask=m_s, other=0.0)
-    b_norm_inv = tl.where(b_norm > 0, 1 / tl.where(b_norm > 0, b_norm, 1.0), 0.0)
     p_w += i_h * stride_wh + o_d.to(tl.int64)[:, None] * stride_wd + o_v[None, :]
     p_rho_inv += i_h * D + o_d
-    if TABLE:
-        p_cosines += (i_h * S + s64) * D + o_d[None, :]
     b_top = tl.zeros([BS], tl.float32)
     for i_d in range(0, D, BD):
         m_d = o_d < D - i_d
@@ -54,14 +46,11 @@ def reach_kernel(
         b_rho_inv = tl.load(p_rho_inv + i_d, mask=m_d, other=0.0)
         b_u = dot(b_v, tl.trans(b_w), tl.zeros([BS, BD], tl.float32)) * b_rho_inv[None, :]
         b_top = tl.maximum(b_top, tl.max(tl.abs(b_u), 1))
-        if TABLE:
-            b_cosine = (b_u * b_norm_inv[:, None]).to(p_cosines.dtype.element_ty)
-            tl.store(p_cosines + i_d, b_cosine, mask=m_s[:, None] & m_d[None, :])
     tl.store(p_reach + i_h * S + o_s, b_top, mask=m_s)
 
 
 def reach(x: Names) -> None:
-    """Reach and, where they are wanted, cosines."""
-    BS = 32 if x["HALVES"] == 1 else 64
+    """Reach, of v and W_T."""
+    BS = 32 if x["WIDE"] else 128
     tiles = {"BS": BS, "BD": 64, "BV": tile(x["V"]), "num_warps": 8, "num_stages": 2}
     launch(reach_kernel, (blocks(x["S"], BS), x["H"]), x, **tiles)
