@@ -411,6 +411,17 @@ def test_what_an_iterable_raises_is_no_problem_of_the_text(tracer: Tracer, tmp_p
     assert found.corpora.read("documents")["documents"].tolist() == [6]
 
 
+@pytest.mark.parametrize("existed", [False, True])
+def test_nothing_is_left_of_a_survey_that_was_not_begun(tmp_path: Path, existed: bool) -> None:
+    out = tmp_path / "survey"
+    if existed:
+        out.mkdir()
+    with pytest.raises((ValueError, OSError)):
+        survey([sentence(0)], out, model=str(tmp_path / "no model"), **SMALL)
+    assert out.exists() == existed
+    assert not existed or list(out.iterdir()) == []
+
+
 def test_a_folder_around_the_output(
     tracer: Tracer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -256,6 +256,7 @@ def _others(sources: list[Source], directory: Path) -> list[Source]:
 def _enter(directory: Path, resume: bool, stack: ExitStack) -> dict[str, Any] | None:
     """The manifest of the survey that is to be gone on with; None where a new one begins."""
     _check_empty(directory)
+    existed = directory.exists()
     try:
         for table in ("predictions", "heads"):
             os.makedirs(directory / table, exist_ok=True)
@@ -264,6 +265,7 @@ def _enter(directory: Path, resume: bool, stack: ExitStack) -> dict[str, Any] | 
         raise IfrError(f"{directory}: another run is writing into it") from error
     except OSError as error:
         raise IfrError(f"{directory}: cannot be written ({error.strerror})") from error
+    stack.callback(_leave, directory, existed)
     _sweep(directory)
     if not (directory / "survey.json").exists():
         _check_empty(directory)
@@ -274,6 +276,17 @@ def _enter(directory: Path, resume: bool, stack: ExitStack) -> dict[str, Any] | 
             f"{directory}: holds a survey already; resume it, or name another directory"
         )
     return manifest
+
+
+def _leave(directory: Path, existed: bool) -> None:
+    """Where no survey was begun, nothing is left; the caller holds the lock."""
+    if (directory / "survey.json").exists():
+        return
+    (directory / ".lock").unlink(missing_ok=True)
+    of_survey = [directory / "predictions", directory / "heads"]
+    for folder in of_survey if existed else [*of_survey, directory]:
+        with suppress(OSError):  # not empty
+            folder.rmdir()
 
 
 _OWN = {"predictions", "heads", ".lock"}
