@@ -341,15 +341,15 @@ def _patch_layer(
     def count(texts: Tensor, begin: int, end: int) -> None:
         nonlocal runs, row_layers
         n = len(texts) + (len(texts.unique()) if paired and can_batch(decoder) else 0)
+        longest = int(base.lengths[texts].max())
         runs += n
-        row_layers += n * (end - begin + (T - begin) * (n_layers - 1))
+        row_layers += n * (min(end, longest) - begin + (longest - begin) * (n_layers - 1))
 
     with restarting(decoder):
         for begin, end in spans:
-            felt = ((first < end) & (base.lengths > begin)).nonzero().squeeze(1)
+            felt = ((first < end) & base.feels(layer, every, begin, end)).nonzero().squeeze(1)
             column = begin if positions == "each" else 0
-            rows = T - begin
-            size = max(1, _ROWS // rows) if can_batch(decoder) else 1
+            size = max(1, _ROWS // (T - begin)) if can_batch(decoder) else 1
             for texts, head in zip(
                 felt.repeat_interleave(H).split(size),
                 torch.arange(H).repeat(len(felt)).split(size),
