@@ -347,7 +347,8 @@ def _patch_layer(
 
     with restarting(decoder):
         for begin, end in spans:
-            felt = ((first < end) & base.feels(layer, every, begin, end)).nonzero().squeeze(1)
+            differs = first < base.lengths.clamp(max=end)
+            felt = (differs & base.feels(layer, every, begin, end)).nonzero().squeeze(1)
             column = begin if positions == "each" else 0
             size = max(1, _ROWS // (T - begin)) if can_batch(decoder) else 1
             # Texts of one length together, and none of them is padded.
