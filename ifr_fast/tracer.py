@@ -54,6 +54,7 @@ from .drilldown import (
 )
 from .graph import (
     Granularity,
+    Grown,
     LayerTable,
     Node,
     NodeKind,
@@ -384,7 +385,7 @@ class Tracer:
         threshold: edges of at most this importance are dropped. granularity: "token" compares
         an attention edge summed over heads, "head" each head's by itself.
         """
-        threshold = _check_options(threshold, granularity)
+        threshold = check_options(threshold, granularity)
         if is_batch(text):
 
             def one(recording: Recording) -> RouteGraph:
@@ -409,18 +410,14 @@ class Tracer:
 
         reached = torch.zeros(T, dtype=torch.bool, device=recording.resid_final.device)
         reached[positions] = True
-        grown, closures = [], {}
         with self._replaying(recording):
-            for layer in reversed(range(n_layers)):
-                rows = reached.cpu().nonzero().squeeze(1)  # the layer's one read by the host
-                if len(rows) == 0:
-                    break
-                scores = score_layer(recording, layer, rows, threshold, self.impl)
-                closures[layer] = scores.closure
-                table = layer_table(scores, reached.device)
-                step, reached = grow_layer(layer, table, reached, threshold, granularity)
-                grown.append(step)
-        check_closure(closures)
+            grown = grow(
+                lambda layer, rows: score_layer(recording, layer, rows, threshold, self.impl),
+                n_layers,
+                reached,
+                threshold,
+                granularity,
+            )
         predictions = self._predict(recording, positions)
         single = len(positions) == 1
         return assemble(
@@ -475,7 +472,7 @@ class Tracer:
 
         Of several texts (see `trace`), a list of them.
         """
-        threshold = _check_options(threshold, granularity)
+        threshold = check_options(threshold, granularity)
         if is_batch(text):
             if checkpoint is not None:
                 raise ValueError("checkpoint: expected a single text, got several")
@@ -550,7 +547,7 @@ class Tracer:
         """
         from .generation import chooser, steps, stop_tokens
 
-        threshold = _check_options(threshold, granularity)
+        threshold = check_options(threshold, granularity)
         if as_index("max_new_tokens", max_new_tokens) < 1:
             raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
         choose = chooser(
@@ -584,24 +581,10 @@ class Tracer:
         """
         if not 0 <= keep <= 1:
             raise ValueError(f"keep: expected a number from 0 to 1, got {keep}")
-        L = self.decoder.n_layers
-        if layers is not None and not isinstance(layers, Iterable):
-            raise ValueError(f"layers: expected indices, several, got {layers!r}")
-        wanted = range(L) if layers is None else [_index("layers", i, L) for i in layers]
-        if not wanted:
-            raise ValueError("layers: is empty; expected at least one layer")
+        wanted = indices("layers", layers, self.decoder.n_layers)
         recording = self._record_one(text, add_special_tokens=add_special_tokens)
-        T = len(recording)
-        if rows is None:
-            chosen = torch.arange(T)
-        else:
-            if not isinstance(rows, Iterable):
-                raise ValueError(f"rows: expected positions, several, got {rows!r}")
-            given = rows.tolist() if isinstance(rows, Tensor) else list(rows)
-            chosen = torch.tensor(sorted({_index("rows", i, T) for i in given}), dtype=torch.int64)
-            if len(chosen) == 0:
-                raise ValueError("rows: is empty; expected at least one position")
-        return self._contributions(recording, chosen, sorted(set(wanted), reverse=True), keep)
+        chosen = torch.tensor(indices("rows", rows, len(recording)))
+        return self._contributions(recording, chosen, wanted[::-1], keep)
 
     def _contributions(
         self, recording: Recording, rows: Tensor, layers: list[int], keep: float
@@ -623,9 +606,9 @@ class Tracer:
         """[T, T] float32: what a head carries from each source (column) to each target (row), as
         importance in the target; without `head`, all heads of the layer together.
         """
-        layer = _index("layer", layer, self.decoder.n_layers)
+        layer = index_within("layer", layer, self.decoder.n_layers)
         if head is not None:
-            head = _index("head", head, self.decoder.n_heads)
+            head = index_within("head", head, self.decoder.n_heads)
         recording = self._record_one(text, add_special_tokens=add_special_tokens)
         return contribution_map(recording, layer, head, self.impl)
 
@@ -683,10 +666,10 @@ class Tracer:
                 "nodes: expected (layer, kind, position) with a kind of "
                 f"{', '.join(NodeKind)}, got {given!r}"
             ) from None
-        layer = _index("nodes: layer", layer, self.decoder.n_layers)
+        layer = index_within("nodes: layer", layer, self.decoder.n_layers)
         if kind == NodeKind.EMBED and layer != 0:
             raise ValueError(f"nodes: an embed is at layer 0, got {layer}")
-        return Node(layer, kind, _index("nodes: position", position, n_tokens))
+        return Node(layer, kind, index_within("nodes: position", position, n_tokens))
 
     def promoted_tokens(
         self,
@@ -713,13 +696,13 @@ class Tracer:
             raise ValueError("neuron: give it, or head, not both")
         if source is not None and head is None:
             raise ValueError("source: goes with head")
-        layer = _index("layer", layer, self.decoder.n_layers)
+        layer = index_within("layer", layer, self.decoder.n_layers)
         if head is not None:
-            head = _index("head", head, self.decoder.n_heads)
+            head = index_within("head", head, self.decoder.n_heads)
         recording = self._record_one(text, add_special_tokens=add_special_tokens)
-        at = _index("position", position, len(recording))
+        at = index_within("position", position, len(recording))
         if source is not None:
-            source = _index("source", source, len(recording))
+            source = index_within("source", source, len(recording))
             if source > at:
                 raise ValueError(f"source: expected a position up to {at}, got {source}")
         if head is not None:
@@ -747,7 +730,7 @@ class Tracer:
         """
         if kind not in (NodeKind.POST, NodeKind.FFN):
             raise ValueError(f"kind: expected 'post' or 'ffn', got {kind!r}")
-        layer = _index("layer", layer, self.decoder.n_layers)
+        layer = index_within("layer", layer, self.decoder.n_layers)
         recording = self._record_one(text, add_special_tokens=add_special_tokens)
         rows = torch.tensor(list(spanned(position, None, len(recording))))
         return neuron_scores(recording, layer, rows, NodeKind(kind), self._bases, self.impl)
@@ -851,7 +834,33 @@ def layer_table(scores: LayerScores, device: torch.device) -> LayerTable:
     )
 
 
-def _check_options(threshold: float, granularity: str) -> float:
+def grow(
+    score: Callable[[int, Tensor], LayerScores],
+    n_layers: int,
+    reached: Tensor,
+    threshold: float,
+    granularity: Granularity,
+) -> list[Grown]:
+    """Routes from the `reached` [T] bool positions down, a layer's step each, top layer first.
+
+    score: scores a layer at rows [R], with its edges above `threshold`.
+    """
+    grown, closures = [], {}
+    for layer in reversed(range(n_layers)):
+        rows = reached.cpu().nonzero().squeeze(1)  # the layer's one read by the host
+        if len(rows) == 0:
+            break
+        scores = score(layer, rows)
+        closures[layer] = scores.closure
+        table = layer_table(scores, reached.device)
+        step, reached = grow_layer(layer, table, reached, threshold, granularity)
+        grown.append(step)
+    check_closure(closures)
+    return grown
+
+
+def check_options(threshold: float, granularity: str) -> float:
+    """The threshold as a float. Raises ValueError where one of the two is none."""
     if granularity not in ("token", "head"):
         raise ValueError(f"granularity: expected 'token' or 'head', got {granularity!r}")
     return check_threshold(threshold)
@@ -868,9 +877,9 @@ def spanned(
     elif isinstance(position, Iterable) and not (
         isinstance(position, Tensor | np.ndarray) and position.ndim == 0
     ):
-        chosen = [_index("position", i, n_tokens) for i in position]
+        chosen = [index_within("position", i, n_tokens) for i in position]
     else:
-        chosen = [_index("position", position, n_tokens)]
+        chosen = [index_within("position", position, n_tokens)]
     if not chosen:
         raise ValueError(f"position: {position!r} names none of {n_tokens} tokens")
     given = [1.0] * len(chosen) if weights is None else [float(w) for w in weights]
@@ -887,7 +896,21 @@ def spanned(
     return starts
 
 
-def _index(name: str, i: SupportsIndex, n: int) -> int:
+def indices(name: str, given: Iterable[int] | Tensor | None, n: int) -> list[int]:
+    """Ascending; all of n where None. Raises ValueError where there are none or they are others."""
+    if given is None:
+        return list(range(n))
+    if not isinstance(given, Iterable):
+        raise ValueError(f"{name}: expected indices, several, got {given!r}")
+    several = given.tolist() if isinstance(given, Tensor) else given
+    chosen = sorted({index_within(name, i, n) for i in several})
+    if not chosen:
+        raise ValueError(f"{name}: is empty; expected at least one index")
+    return chosen
+
+
+def index_within(name: str, i: SupportsIndex, n: int) -> int:
+    """0 to n - 1, where negative ones count from the end. Raises ValueError for all others."""
     try:
         index = as_index(name, i)
     except ValueError:

@@ -531,6 +531,20 @@ def test_agreement_of_scores_with_effects():
         torch.tensor([0.025, 0.975]).double()
     )
     assert [poor.auc.low, poor.auc.high] == pytest.approx(expected.tolist(), abs=1e-9)
+    # In shares of what there was to restore, whose mean is drawn anew, too.
+    gap = 4 + 3 * torch.rand(20, generator=generator, dtype=torch.float64)
+    shared = circuits.agreement(blind, effects, least=0.05 / 4.7, gap=gap, draws=200)
+    generator, drawn = torch.Generator().manual_seed(0), []
+    for chosen in torch.randint(20, (200, 20), generator=generator):
+        size = (effects[chosen].mean(0) / gap[chosen].mean()).abs()
+        drawn.append(auc(blind[chosen].mean(0), size >= 0.05 / 4.7))
+    expected = torch.tensor(drawn, dtype=torch.float64).quantile(
+        torch.tensor([0.025, 0.975]).double()
+    )
+    assert [shared.auc.low, shared.auc.high] == pytest.approx(expected.tolist(), abs=1e-9)
+    assert shared.n_positive == int((effects.mean(0).abs() / gap.mean() >= 0.05 / 4.7).sum())
+    with pytest.raises(ValueError, match=r"gap: expected \[20\], got \[3\]"):
+        circuits.agreement(good, effects, least=0.05, gap=gap[:3])
     undefined = circuits.agreement(good, effects, least=9, draws=20)
     assert math.isnan(undefined.auc.value)
     with pytest.raises(ValueError, match="scores: expected"):
@@ -838,7 +852,7 @@ def test_the_command_writes_its_report(task, saved, tmp_path):
         assert said in report
     for picture in ("roc.png", "heads.png", "keep.png"):
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
-    document = json.loads((out / "results.json").read_text())
+    document = json.loads((out / "results.json").read_text(), parse_constant=pytest.fail)
     assert max(document["exact"].values()) <= 1e-5
     if task == "ioi":  # in the other, every head has an effect or none has
         assert "Heads with an effect that they rank lowest" in report

@@ -235,7 +235,9 @@ def test_scores_are_those_of_every_part(model: nn.Module, seed: int) -> None:
     top = wanted.topk(10)
     if float((top.values[:-1] - top.values[1:]).min()) > 2 * TOLERANCE:  # no ties
         assert got.topk(10).indices.tolist() == top.indices.tolist()
-    torch.testing.assert_close(got[got.topk(10).indices], top.values, rtol=0, atol=1e-4)
+    # With ties, too: what ours puts among its ten is worth as much by theirs.
+    found = wanted[got.topk(10).indices]
+    torch.testing.assert_close(found, top.values, rtol=0, atol=2 * TOLERANCE)
 
 
 @pytest.mark.parametrize("granularity", ["token", "head"])

@@ -78,14 +78,20 @@ def test_restarting_gives_what_a_whole_run_gives(family):
         with restarting(decoder):
             got = seen.restart(layer, of, t, t + 1, z=z)
             got_ffn = seen.restart(layer, of, t, t + 1, ffn=ffn)
-            own = seen.restart(layer, of, t, t + 1, z=seen.z[layer][:, t : t + 1])
+            own = seen.restart(layer, of, t, t + 1, z=seen.z[layer][:, t : t + 1], paired=False)
+            alone = seen.restart(layer, of, t, t + 1, z=z, paired=False)
+            shortest = of[-1:] if len(of) < 2 else of[1:2]
+            trimmed = seen.restart(layer, shortest, t, t + 1, z=z[shortest], paired=False)
         expected, expected_ffn = run(decoder, texts, heads=edit), run(decoder, texts, ffn=edit_ffn)
         assert (expected - seen.logits).abs().max() > 1e-5
         assert (expected_ffn - seen.logits).abs().max() > 1e-5
         limit = max(tolerance, 1e-6 if "moe" in family or "deepseek" in family else 0)
         assert (got - expected).abs().max() < limit
         assert (got_ffn - expected_ffn).abs().max() < limit
+        # Not paired, for paired it is no change whatever a restart computes.
         assert (own - seen.logits).abs().max() < limit
+        assert (alone - expected).abs().max() < limit
+        assert (trimmed - expected[shortest]).abs().max() < limit
 
 
 def patched_by_hand(
@@ -167,11 +173,29 @@ def test_own_activations_change_no_logit(family):
         for layer in range(decoder.n_layers):
             for begin, end in ((0, 13), (5, 6), (8, 13)):
                 z, ffn = seen.z[layer][:, begin:end], seen.ffn[layer][:, begin:end]
-                for got in (
-                    seen.restart(layer, of, begin, end, z=z),
-                    seen.restart(layer, of, begin, end, ffn=ffn),
-                ):
-                    assert (got - plain).abs().max() <= 1e-5
+                for paired in (True, False):
+                    for got in (
+                        seen.restart(layer, of, begin, end, z=z, paired=paired),
+                        seen.restart(layer, of, begin, end, ffn=ffn, paired=paired),
+                    ):
+                        assert (got - plain).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+def test_an_effect_does_not_leak_into_others_of_its_batch(family):
+    """Every other variant has heads set to 100; those between have their own activations."""
+    _, decoder = opened(family, torch.float32)
+    seen = observe(decoder, texts_for(decoder))
+    of = torch.arange(3).repeat_interleave(2)
+    changed = torch.tensor([True, False]).repeat(3)
+    for paired in (True, False):
+        for layer, t in ((0, 4), (1, 7)):
+            z = seen.z[layer][of, t : t + 1]
+            z[changed] = 100
+            with restarting(decoder):
+                got = seen.restart(layer, of, t, t + 1, z=z, paired=paired) - seen.logits[of]
+            assert got[~changed].abs().max() <= 1e-5
+            assert (got[changed].abs().amax(-1) > 1e-3).all()
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "gemma2"])

@@ -3,7 +3,8 @@
     task = circuits.ioi(tracer.tokenizer, 50)
     routes = circuits.contrastive(tracer, task)  # differences of importances, [P, L, H]
     effects = circuits.patch(tracer.decoder, task)  # what patching each head does, [P, L, H]
-    circuits.agreement(routes.heads.flatten(1), effects.heads.flatten(1) / effects.gap, least=0.02)
+    gap = effects.prompt - effects.against  # what there was to restore, [P]
+    circuits.agreement(routes.heads.flatten(1), effects.heads.flatten(1), least=0.02, gap=gap)
 
 docs/circuits.md tells what is measured and how.
 """

@@ -156,6 +156,7 @@ def agreement(
     effects: Tensor,
     *,
     least: float,
+    gap: Tensor | None = None,
     absolute: bool = False,
     ks: Sequence[int] = (5, 10, 20),
     draws: int = DRAWS,
@@ -163,26 +164,27 @@ def agreement(
 ) -> Agreement:
     """Of scores with effects, [P, N] each, of P prompts.
 
-    absolute: rank by the size of the mean score, whatever its sign.
+    gap: of each prompt [P], the difference that there was to restore or to lose: effects count in
+    shares of its mean, or as they are without it. absolute: rank by the size of the mean score,
+    whatever its sign.
 
     A component is positive where the size of its mean effect is at least `least`, an effect's
     sign being that of its service to the task: one that works against it is part of the circuit
-    too. Positives are found anew in each draw.
+    too. Shares and positives are found anew in each draw.
     """
     if scores.shape != effects.shape or scores.ndim != 2:
         raise ValueError(
             f"scores: expected [P, N] as effects have, got {list(scores.shape)} and "
             f"{list(effects.shape)}"
         )
-    return _agreement(
-        scores,
-        lambda weights: (weights @ effects.double()).abs(),
-        least,
-        absolute,
-        ks,
-        draws,
-        seed,
-    )
+    if gap is not None and gap.shape != scores.shape[:1]:
+        raise ValueError(f"gap: expected [{len(scores)}], got {list(gap.shape)}")
+
+    def size(weights: Tensor) -> Tensor:
+        found = weights @ effects.double()
+        return (found if gap is None else found / (weights @ gap.double())[:, None]).abs()
+
+    return _agreement(scores, size, least, absolute, ks, draws, seed)
 
 
 def agreement_with(

@@ -195,13 +195,11 @@ class Observed:
         cancels. Otherwise a variant a text is saved.
 
         Positions before `begin` and layers before `layer` are what they were, and so are, in this
-        layer, positions from `end` on: they are not computed again. Use within `restarting`.
+        layer, positions from `end` on: they are not computed again, nor is what is padding of all
+        of `texts`. Use within `restarting`.
         """
         logits = self.logits[texts].clone()
-        # The last layer's rows read nothing more: only a target among those patched feels it.
-        last_layer = layer + 1 == self.decoder.n_layers
-        targets = self.lengths[texts] - 1
-        felt = (targets >= begin) & ((targets < end) | (not last_layer))
+        felt = self.feels(layer, texts, begin, end)
         if bool(felt.any()):
             of = texts[felt]
             changed = [None if x is None else x[felt] for x in (z, ffn)]
@@ -220,22 +218,31 @@ class Observed:
             logits[felt] += got - unchanged[which]
         return logits
 
+    def feels(self, layer: int, texts: Tensor, begin: int, end: int) -> Tensor:
+        """Which of `texts` [N] can change, bool [N], where rows `begin` to `end` of `layer` do: not
+        those that end before, and the last layer's rows are read by nobody but the target.
+        """
+        targets = self.lengths[texts] - 1
+        last_layer = layer + 1 == self.decoder.n_layers
+        return (targets >= begin) & ((targets < end) | (not last_layer))
+
     def _final(
         self, layer: int, texts: Tensor, begin: int, end: int, z: Tensor | None, ffn: Tensor | None
     ) -> Tensor:
         """The last layer's output [N, D] at the variants' targets; arguments as of `restart`."""
-        blocks, T = self.decoder.blocks, self.n_tokens
+        blocks, T = self.decoder.blocks, int(self.lengths[texts].max())
+        end = min(end, T)
         first, last = (begin, end) if can_batch(self.decoder) else (0, T)
         patched = slice(begin - first, end - first)
         given = self.z[layer][texts, first:last]
         if z is not None:
-            given[:, patched] = z
+            given[:, patched] = z[:, : end - begin]
         handles = []
         if ffn is not None:
 
             def change(x: Tensor) -> Tensor:
                 x = x.clone()
-                x.view(len(texts), last - first, -1)[:, patched] = ffn
+                x.view(len(texts), last - first, -1)[:, patched] = ffn[:, : end - begin]
                 return x
 
             handles.append(capture.change_output(_ffn_site(blocks[layer]), change))
@@ -245,14 +252,14 @@ class Observed:
             hidden = call(blocks[layer].module, hidden)
         if layer + 1 < len(blocks):
             if last < T:
-                hidden = torch.cat([hidden, self.resid_pre[layer + 1][texts, last:]], dim=1)
+                hidden = torch.cat([hidden, self.resid_pre[layer + 1][texts, last:T]], dim=1)
             for block in blocks[layer + 1 :]:
                 hidden = self._layer(block, texts, hidden, torch.arange(first, T))
         return hidden[torch.arange(len(texts)), self.lengths[texts] - 1 - first]
 
     def _layer(self, block: Block, texts: Tensor, hidden: Tensor, rows: Tensor) -> Tensor:
         """One layer on `rows` [R] of N variants, hidden [N, R, D]; the rows before are observed."""
-        past, first, T = self._keys[block.layer], int(rows[0]), self.n_tokens
+        past, first, T = self._keys[block.layer], int(rows[0]), int(rows[-1]) + 1
 
         def answer(call: AttentionCall) -> Tensor:
             k, v = call.k, call.v

@@ -341,33 +341,35 @@ def _patch_layer(
     def count(texts: Tensor, begin: int, end: int) -> None:
         nonlocal runs, row_layers
         n = len(texts) + (len(texts.unique()) if paired and can_batch(decoder) else 0)
+        longest = int(base.lengths[texts].max())
         runs += n
-        row_layers += n * (end - begin + (T - begin) * (n_layers - 1))
+        row_layers += n * (min(end, longest) - begin + (longest - begin) * (n_layers - 1))
 
     with restarting(decoder):
         for begin, end in spans:
-            felt = ((first < end) & (base.lengths > begin)).nonzero().squeeze(1)
+            differs = first < base.lengths.clamp(max=end)
+            felt = (differs & base.feels(layer, every, begin, end)).nonzero().squeeze(1)
             column = begin if positions == "each" else 0
-            rows = T - begin
-            size = max(1, _ROWS // rows) if can_batch(decoder) else 1
-            for texts, head in zip(
-                felt.repeat_interleave(H).split(size),
-                torch.arange(H).repeat(len(felt)).split(size),
-                strict=True,
-            ):
-                n = torch.arange(len(texts))
-                changed = base.z[layer][texts, begin:end]
-                changed[n, :, head] = z[texts, begin:end][n, :, head]
-                logits = base.restart(layer, texts, begin, end, z=changed, paired=paired)
-                of_heads[texts, head, column] = measure(logits, texts)
-                count(texts, begin, end)
-            if not with_ffn:
-                continue
-            for texts in felt.split(size):
-                new_ffn = ffn[texts, begin:end]
-                logits = base.restart(layer, texts, begin, end, ffn=new_ffn, paired=paired)
-                of_ffn[texts, column] = measure(logits, texts)
-                count(texts, begin, end)
+            size = max(1, _ROWS // (T - begin)) if can_batch(decoder) else 1
+            # Texts of one length together, and none of them is padded.
+            of_length = base.lengths[felt].unique_consecutive(return_counts=True)[1].tolist()
+            for alike in felt.split(of_length):
+                for texts, head in zip(
+                    alike.repeat_interleave(H).split(size),
+                    torch.arange(H).repeat(len(alike)).split(size),
+                    strict=True,
+                ):
+                    n = torch.arange(len(texts))
+                    changed = base.z[layer][texts, begin:end]
+                    changed[n, :, head] = z[texts, begin:end][n, :, head]
+                    logits = base.restart(layer, texts, begin, end, z=changed, paired=paired)
+                    of_heads[texts, head, column] = measure(logits, texts)
+                    count(texts, begin, end)
+                for texts in alike.split(size) if with_ffn else ():
+                    new_ffn = ffn[texts, begin:end]
+                    logits = base.restart(layer, texts, begin, end, ffn=new_ffn, paired=paired)
+                    of_ffn[texts, column] = measure(logits, texts)
+                    count(texts, begin, end)
     return _Part(of_heads, of_ffn, runs, row_layers, time.perf_counter() - began)
 
 

@@ -13,7 +13,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -167,8 +167,9 @@ def make_report(
         direction: {
             name: agreement(
                 scores,
-                _shares(of).flatten(1),
+                of.heads.flatten(1),
                 least=settings.least,
+                gap=of.prompt - of.against,
                 absolute=name.endswith(_SIZE),
                 seed=settings.seed,
             )
@@ -376,7 +377,8 @@ def _write(tracer: Tracer, results: Results, out: Path, model_name: str | None) 
     _table(out / "inputs.csv", header, lines)
     write_text(
         out / "results.json",
-        json.dumps(_document(tracer, results, model_name), indent=1, allow_nan=True) + "\n",
+        json.dumps(_finite(_document(tracer, results, model_name)), indent=1, allow_nan=False)
+        + "\n",
     )
     _savefig(_roc_figure(results, L, H), out / "roc.png")
     _savefig(_heads_figure(results, L, H), out / "heads.png")
@@ -444,7 +446,7 @@ def _curve_means(curves: Sequence[Curves], seed: int) -> list[Interval]:
 
 def _document(tracer: Tracer, results: Results, model_name: str | None) -> dict[str, Any]:
     return {
-        "settings": results.settings.__dict__,
+        "settings": asdict(results.settings),
         "model": model_name,
         "fingerprint": tracer.decoder.fingerprint(),
         "machine": machine(tracer.decoder.device)._asdict(),
@@ -472,6 +474,15 @@ def _document(tracer: Tracer, results: Results, model_name: str | None) -> dict[
         },
         "sensitivity": results.sensitivity,
     }
+
+
+def _finite(x: Any) -> Any:
+    """A document with null for every number that is not defined: JSON has none for it."""
+    if isinstance(x, dict):
+        return {key: _finite(value) for key, value in x.items()}
+    if isinstance(x, list | tuple):
+        return [_finite(value) for value in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -570,6 +581,9 @@ def _report(tracer: Tracer, results: Results, model_name: str | None) -> str:
         "## Interventions\n",
         "Largest change of any logit, where none should change:\n",
         _markdown(["put in", "change"], [[k, f"{x:.1e}"] for k, x in results.exact.items()]),
+        "A restarted run is taken against the same batch's run of the text with its own "
+        "activations, so that these change nothing by the way they are counted; “alone” is without "
+        "that, and shows how a restarted batch rounds.\n",
         "## Cost\n",
         _cost_text(results),
         "## Agreement with patching, per head\n",

@@ -37,7 +37,6 @@ from ..graph import (
     Routes,
     Span,
     assemble,
-    grow_layer,
 )
 from ..scoring import (
     Kernel,
@@ -49,7 +48,16 @@ from ..scoring import (
     load_kernel,
 )
 from ..tokens import token_strings
-from ..tracer import Position, _check_options, _index, layer_table, likeliest, spanned
+from ..tracer import (
+    Position,
+    check_options,
+    grow,
+    index_within,
+    indices,
+    layer_table,
+    likeliest,
+    spanned,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -151,8 +159,8 @@ class CachedRun:
         """As `Tracer.contributions`: importances at `rows` of each of `layers`, top layer first."""
         if not 0 <= keep <= 1:
             raise ValueError(f"keep: expected a number from 0 to 1, got {keep}")
-        at = torch.tensor(_indices("rows", rows, len(self)))
-        return self._contributions(at, _indices("layers", layers, self.n_layers), keep)
+        at = torch.tensor(indices("rows", rows, len(self)))
+        return self._contributions(at, indices("layers", layers, self.n_layers), keep)
 
     def _contributions(self, rows: Tensor, layers: list[int], keep: float) -> Iterator[LayerScores]:
         for layer in reversed(layers):
@@ -170,22 +178,18 @@ class CachedRun:
         granularity: Granularity = "token",
     ) -> RouteGraph:
         """As `Tracer.trace`: the route graph of the prediction made at `position`."""
-        threshold = _check_options(threshold, granularity)
+        threshold = check_options(threshold, granularity)
         starts = spanned(position, position_weights, len(self))
         positions = list(starts)
         reached = torch.zeros(len(self), dtype=torch.bool, device=self._layers[0].y.device)
         reached[positions] = True
-        grown, closures = [], {}
-        for layer in reversed(range(self.n_layers)):
-            rows = reached.cpu().nonzero().squeeze(1)
-            if len(rows) == 0:
-                break
-            scores = self._score(layer, rows, threshold)
-            closures[layer] = scores.closure
-            table = layer_table(scores, reached.device)
-            step, reached = grow_layer(layer, table, reached, threshold, granularity)
-            grown.append(step)
-        check_closure(closures)
+        grown = grow(
+            lambda layer, rows: self._score(layer, rows, threshold),
+            self.n_layers,
+            reached,
+            threshold,
+            granularity,
+        )
         predictions = self._predict(positions)
         return assemble(
             grown,
@@ -206,7 +210,7 @@ class CachedRun:
     @torch.no_grad()
     def trace_all(self, *, threshold: float = 0.04, granularity: Granularity = "token") -> Routes:
         """As `Tracer.trace_all`: the route graphs of every position's prediction."""
-        threshold = _check_options(threshold, granularity)
+        threshold = check_options(threshold, granularity)
         rows, device = torch.arange(len(self)), self._layers[0].y.device
         tables, closures = [], {}
         for layer in range(self.n_layers):
@@ -420,22 +424,10 @@ def _item(x: Tensor, ndim: int, batch_item: int, name: str) -> Tensor:
         return x
     if x.ndim != ndim + 1:
         raise ValueError(f"{name}: expected {ndim} or {ndim + 1} dimensions, got {x.ndim}")
-    return x[_index("batch_item", batch_item, len(x))]
+    return x[index_within("batch_item", batch_item, len(x))]
 
 
 def _token_ids(model: nn.Module, tokens: str | Tensor, batch_item: int) -> Tensor:
     if isinstance(tokens, str):
         tokens = model.to_tokens(tokens)  # type: ignore[operator]
     return _item(torch.as_tensor(tokens), 1, batch_item, "tokens")
-
-
-def _indices(name: str, given: Iterable[int] | Tensor | None, n: int) -> list[int]:
-    """Ascending; all of n where None. Raises ValueError where there are none or they are others."""
-    if given is None:
-        return list(range(n))
-    if not isinstance(given, Iterable):
-        raise ValueError(f"{name}: expected indices, several, got {given!r}")
-    chosen = sorted({_index(name, i, n) for i in given})
-    if not chosen:
-        raise ValueError(f"{name}: is empty; expected at least one index")
-    return chosen

@@ -26,6 +26,19 @@ def to_json(graph: RouteGraph) -> str:
     document = {
         "format": FORMAT,
         "version": VERSION,
+        **described(graph),
+        "span": None if graph.span is None else _span(graph.span),
+        "edges": edges,
+        "head_edges": {k: column.tolist() for k, column in graph.head_edges._asdict().items()},
+        "unattributed": [node._asdict() for node in graph.unattributed],
+        "token_importance": graph.token_importance().tolist(),
+    }
+    return json.dumps(document, allow_nan=False, separators=(",", ":"))
+
+
+def described(graph: RouteGraph) -> dict[str, Any]:
+    """What a graph says of itself, besides its tables, as JSON has it."""
+    return {
         "tokens": graph.tokens,
         "token_ids": graph.token_ids.tolist(),
         "position": graph.position,
@@ -35,13 +48,7 @@ def to_json(graph: RouteGraph) -> str:
         "n_heads": graph.n_heads,
         "parallel": graph.parallel.tolist(),
         "predictions": [prediction._asdict() for prediction in graph.predictions],
-        "span": None if graph.span is None else _span(graph.span),
-        "edges": edges,
-        "head_edges": {k: column.tolist() for k, column in graph.head_edges._asdict().items()},
-        "unattributed": [node._asdict() for node in graph.unattributed],
-        "token_importance": graph.token_importance().tolist(),
     }
-    return json.dumps(document, allow_nan=False, separators=(",", ":"))
 
 
 def _span(span: Span) -> dict[str, Any]:

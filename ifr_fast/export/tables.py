@@ -25,6 +25,7 @@ from torch import Tensor
 from ..errors import IfrError
 from ..graph import EdgeKind
 from ..storage import whole_file
+from .json import described
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -83,7 +84,8 @@ def to_arrow(graph: RouteGraph, table: TableName) -> pa.Table:
         return pa.array(column.values, mask=column.missing)
 
     found = pa.table({name: array(x) for name, x in _columns(graph, table).items()})
-    return found.replace_schema_metadata({METADATA: json.dumps(_metadata(graph)).encode()})
+    metadata = {**described(graph), "starts": graph.starts}
+    return found.replace_schema_metadata({METADATA: json.dumps(metadata).encode()})
 
 
 def check_parquet() -> None:
@@ -191,18 +193,3 @@ def _codes(column: _Column) -> np.ndarray[Any, Any]:
 def _encodable(text: str) -> str:
     """Arrow holds UTF-8: a lone surrogate becomes a replacement mark."""
     return text.encode(errors="replace").decode()
-
-
-def _metadata(graph: RouteGraph) -> dict[str, Any]:
-    return {
-        "tokens": graph.tokens,
-        "token_ids": graph.token_ids.tolist(),
-        "position": graph.position,
-        "starts": graph.starts,
-        "threshold": graph.threshold,
-        "granularity": graph.granularity,
-        "n_layers": graph.n_layers,
-        "n_heads": graph.n_heads,
-        "parallel": graph.parallel.tolist(),
-        "predictions": [prediction._asdict() for prediction in graph.predictions],
-    }
