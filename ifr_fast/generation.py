@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from .decoding import Decoding, NewRows
 from .errors import IfrError, UnsupportedArchitectureError
 from .graph import Granularity, LayerTable, Prediction, RouteGraph, in_order
 from .kernels.contract import EdgeList
+from .lens import most_probable
 from .model import probe_tokens
 from .nodes import Nodes
 from .recording import Recording
@@ -45,7 +46,9 @@ from .scoring import (
     score_layer,
 )
 from .tokens import token_strings
-from .tracer import Tracer, most_probable
+
+if TYPE_CHECKING:
+    from .tracer import Tracer
 
 _ROOM = 1024  # tokens that a store has room for at first, at most, beyond the prompt
 

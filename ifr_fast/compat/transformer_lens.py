@@ -39,6 +39,7 @@ from ..graph import (
     assemble,
     grow_layer,
 )
+from ..lens import likeliest
 from ..scoring import (
     Kernel,
     LayerScores,
@@ -49,7 +50,7 @@ from ..scoring import (
     load_kernel,
 )
 from ..tokens import token_strings
-from ..tracer import Position, _check_options, _index, layer_table, likeliest, spanned
+from ..tracer import Position, _check_options, _index, layer_table, spanned
 
 if TYPE_CHECKING:
     from torch import nn
