@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -196,18 +198,29 @@ class _Layer:
         self.block = block
         self.W_O = _where_it_lies(block)
         self.window = block.window if recorded.window is None else recorded.window
-        self.alibi_slopes = recorded.alibi_slopes
+        slopes, device = recorded.alibi_slopes, block.W_O.device
+        self.alibi_slopes = None if slopes is None else slopes.to(device)
         self.n_keys = len(recorded.k)
-        self.k, self.v = (
-            _with_room(x, self.n_keys, self.n_keys + room) for x in (recorded.k, recorded.v)
-        )
-        self._open, self._step = open_, open_(self)
+        self._open, self._recorded = open_, recorded
+        # A recording may lie in host memory or in a file.
+        self._move(recorded.k.to(device), recorded.v.to(device), self.n_keys + room)
+
+    def _move(self, k: Tensor, v: Tensor, room: int) -> None:
+        """Moves all keys and values into a store with `room`."""
+        T = len(self._recorded.k)
+        self.k, self.v = (_with_room(x, room) for x in (k, v))
+        self._recorded = replace(self._recorded, k=self.k[:T], v=self.v[:T])
+        self._step = self._open(self)
+
+    @property
+    def recorded(self) -> LayerRecording:
+        """What was recorded, its keys and values in the store."""
+        return self._recorded
 
     def attend(self, call: AttentionCall) -> Tensor:
         """Attention output [1, 1, H, V] of a new row, whose key and value are kept."""
         if self.n_keys == len(self.k):
-            self.k, self.v = (_with_room(x, len(x), 2 * len(x)) for x in (self.k, self.v))
-            self._step = self._open(self)
+            self._move(self.k, self.v, 2 * self.n_keys)
         self.n_keys += 1
         z = self._step.attend(
             call.q, call.k, call.v, call.scale,
@@ -261,12 +274,10 @@ class _Layer:
 _Open = Callable[[_Layer], StepLayer]
 
 
-def _with_room(x: Tensor, n_keys: int, room: int) -> Tensor:
-    """A copy of the first `n_keys` of keys or values [T, H_kv, K], with room for `room` in all, a
-    head's in one piece.
-    """
+def _with_room(x: Tensor, room: int) -> Tensor:
+    """A copy of keys or values [T, H_kv, K] with room for so many, a head's in one piece."""
     out = x.new_empty(x.shape[1], room, x.shape[2]).transpose(0, 1)
-    out[:n_keys] = x[:n_keys]
+    out[: len(x)] = x
     return out
 
 
@@ -276,6 +287,8 @@ def _where_it_lies(block: Block) -> Tensor:
     """
     H, V, D = block.W_O.shape
     for weight in block.attention.parameters():
+        if type(weight) is not nn.Parameter:  # quantized ones are tensors of their own kind
+            continue
         if weight.shape == (D, H * V) and weight.dtype == block.W_O.dtype:
             view = weight.detach().view(D, H, V).permute(1, 2, 0)
             if view.device == block.W_O.device and torch.equal(view, block.W_O):
@@ -294,7 +307,8 @@ class _Alike:
         impl: str,
         device: torch.device,
     ) -> None:
-        self.scores, open_ = _scored_by(impl, recorded[0].k.dtype, blocks[0], device)
+        dtypes = {x.dtype for layer in recorded for x in (layer.k, layer.v)}
+        self.scores, open_ = _scored_by(impl, dtypes, blocks[0], device)
         self.layers = [
             _Layer(block, x, room, open_) for block, x in zip(blocks, recorded, strict=True)
         ]
@@ -318,10 +332,10 @@ class _Alike:
 
 
 def _scored_by(
-    impl: str, dtype: torch.dtype, block: Block, device: torch.device
+    impl: str, dtypes: set[torch.dtype], block: Block, device: torch.device
 ) -> tuple[StepScores, _Open]:
-    """What a group of layers is scored by, and with."""
-    if impl == "cpu" and dtype == torch.float32:
+    """What a group of layers is scored by, and with. dtypes: of their keys and values."""
+    if impl == "cpu" and dtypes == {torch.float32}:
         from .kernels.cpu import kernel as cpu
 
         native = cpu.StepScores(block.W_O.shape[0])
@@ -358,10 +372,10 @@ class Decoding:
         self._of_module = {layer.block.attention: layer for layer in self._layers}
         self._modules = list(decoder.model.modules())
 
-    def held(self, layer: int) -> tuple[Tensor, Tensor]:
-        """All keys and values of a layer: [S, H_kv, K], [S, H_kv, V]."""
-        of = self._layers[layer]
-        return of.k[: of.n_keys], of.v[: of.n_keys]
+    @property
+    def recorded(self) -> list[LayerRecording]:
+        """What was recorded of each layer, its keys and values in the store."""
+        return [layer.recorded for layer in self._layers]
 
     def step(self, token_id: int, position: int) -> tuple[Tensor, list[NewRows]]:
         """Runs the model on the token at `position`, the end of the text so far. Returns the logits
@@ -372,15 +386,15 @@ class Decoding:
             return self._of_module[call.module].attend(call)
 
         with (
-            all_evaluating(self._modules),
             self._decoder.attention_through(self._decoder.model, answer),
+            all_evaluating(self._modules),
         ):
             below: _Layer | None = None
-            handles: list[RemovableHandle] = []
-            for layer in self._layers:
-                handles += layer.watch(below, layer is self._layers[-1], self._keep)
-                below = layer
-            with capture.hooks(*handles):
+            with ExitStack() as hooks:  # an interrupt leaves none behind
+                for layer in self._layers:
+                    for handle in layer.watch(below, layer is self._layers[-1], self._keep):
+                        hooks.callback(handle.remove)
+                    below = layer
                 _, logits = self._decoder.step(token_id, position)
             for layer in self._layers:  # which run again for their gates
                 if layer.block.gate_site is not None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from .decoding import Decoding, NewRows
 from .errors import IfrError, UnsupportedArchitectureError
 from .graph import Granularity, LayerTable, Prediction, RouteGraph, in_order
 from .kernels.contract import EdgeList
+from .lens import most_probable
 from .model import probe_tokens
 from .nodes import Nodes
 from .recording import Recording
@@ -45,7 +46,9 @@ from .scoring import (
     score_layer,
 )
 from .tokens import token_strings
-from .tracer import Tracer, most_probable
+
+if TYPE_CHECKING:
+    from .tracer import Tracer
 
 _ROOM = 1024  # tokens that a store has room for at first, at most, beyond the prompt
 
@@ -121,16 +124,11 @@ class Generation:
     def _begin(self, recording: Recording) -> None:
         decoder = self._decoder
         self._nodes = Nodes(decoder.n_layers, self._threshold, self._granularity)
+        self._device = decoder.blocks[-1].W_O.device  # a recording may lie elsewhere
         self._decoding = Decoding(
-            decoder, recording.layers, self._room, self._tracer.impl, self._threshold,
-            recording.resid_final.device,
-        )  # fmt: skip
-        # Rows of the prompt that are scored later read the same store.
-        layers = []
-        for i, layer in enumerate(recording.layers):
-            k, v = self._decoding.held(i)
-            layers.append(dataclasses.replace(layer, k=k, v=v))
-        self._recording = dataclasses.replace(recording, layers=layers)
+            decoder, recording.layers, self._room, self._tracer.impl, self._threshold, self._device
+        )
+        self._recording = dataclasses.replace(recording, layers=[])
         self._rotary = decoder.rotary_regime(len(recording))
 
     @torch.inference_mode()
@@ -187,20 +185,20 @@ class Generation:
         reached, closures, nodes = {end - 1}, {}, self._nodes
         found: list[int] = []
         with ExitStack() as stack:
-            replaying = False
+            recording: Recording | None = None
             for layer in reversed(range(decoder.n_layers)):
                 at = nodes.at[layer]
                 missing = sorted(t for t in reached if t not in at)
                 if missing:
-                    if not replaying:
-                        stack.enter_context(self._tracer._replaying(self._recording))
-                        replaying = True
+                    if recording is None:
+                        recording = dataclasses.replace(
+                            self._recording, layers=self._decoding.recorded
+                        )
+                        stack.enter_context(self._tracer._replaying(recording))
                     rows = torch.tensor(missing)
-                    scores = score_layer(
-                        self._recording, layer, rows, self._threshold, self._tracer.impl
-                    )
+                    scores = score_layer(recording, layer, rows, self._threshold, self._tracer.impl)
                     closures[layer] = scores.closure
-                    table = _table(scores, self._recording.resid_final.device)
+                    table = _table(scores, self._device)
                     nodes.add(table, [layer] * len(missing), missing)
                 here = [at[t] for t in reached]
                 found += here

@@ -15,11 +15,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from transformers import PreTrainedTokenizerBase
 
 from . import capture
 from .errors import UnsupportedArchitectureError
+from .graph import Prediction
 from .model import Block, Decoder, answering_layers, evaluating
+from .tokens import token_strings
 
+_PREDICTIONS = 5
 _ROWS = 64  # whose logits are formed at once
 _TOLERANCE = 1e-3  # relative error that rounding explains in float32
 
@@ -90,3 +94,20 @@ def _run(decoder: Decoder, resid: Tensor) -> tuple[Tensor, Tensor]:
     ):
         logits: Tensor = decoder.model(input_ids=ids, use_cache=False).logits
     return states[0][0], logits[0]
+
+
+def likeliest(logits: Tensor, tokenizer: PreTrainedTokenizerBase | None) -> list[list[Prediction]]:
+    """The tokens that each row of `logits` [R, vocab] makes most probable."""
+    return most_probable(logits.float().softmax(-1), tokenizer)
+
+
+def most_probable(
+    probabilities: Tensor, tokenizer: PreTrainedTokenizerBase | None
+) -> list[list[Prediction]]:
+    """The tokens with the highest of each row of `probabilities` [R, vocab]."""
+    found = []
+    top = probabilities.topk(min(_PREDICTIONS, probabilities.shape[-1]))
+    for ids, values in zip(top.indices.cpu(), top.values.tolist(), strict=True):
+        entries = zip(token_strings(ids, tokenizer), ids.tolist(), values, strict=True)
+        found.append([Prediction(*entry) for entry in entries])
+    return found

@@ -10,7 +10,7 @@ Nothing here knows a model family.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -153,9 +153,15 @@ class _Watch(TorchFunctionMode):
         self._running.append(module)
 
     def leave(self, *_: Any) -> None:
-        """A hook of every module, called whatever happens."""
+        """A hook of every module, called after errors too."""
         self._running.pop()
         if not self._running:
+            self.__exit__(None, None, None)
+
+    def close(self) -> None:
+        """Ends it where no hook has: torch calls none after a KeyboardInterrupt."""
+        if self._running:
+            self._running.clear()
             self.__exit__(None, None, None)
 
     def __torch_function__(
@@ -394,9 +400,11 @@ def _slopes(meaning: _Meaning, n_keys: int, module: nn.Module) -> Tensor | None:
 def attention_through(model: PreTrainedModel, handler: AttentionHandler) -> Iterator[None]:
     """As `capture.attention_through`, for a model that does not use the interface."""
     watch = _Watch()
-    handles = []
-    for module in model.modules():
-        handles.append(module.register_forward_pre_hook(watch.enter, prepend=True))
-        handles.append(module.register_forward_hook(watch.leave, always_call=True))
-    with capture.exclusively(model), capture.answering(handler), capture.hooks(*handles):
+    with capture.exclusively(model), capture.answering(handler), ExitStack() as stack:
+        stack.callback(watch.close)
+        for module in model.modules():
+            handle = module.register_forward_pre_hook(watch.enter, prepend=True)
+            stack.callback(handle.remove)
+            handle = module.register_forward_hook(watch.leave, always_call=True)
+            stack.callback(handle.remove)
         yield

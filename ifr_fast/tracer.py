@@ -68,6 +68,7 @@ from .graph import (
     grow_layer,
 )
 from .kernels.contract import EdgeList
+from .lens import likeliest
 from .memory import parse_bytes
 from .model import Decoder, evaluating
 from .neurons import NeuronBases
@@ -97,7 +98,6 @@ Position: TypeAlias = "SupportsIndex | slice | Iterable[SupportsIndex]"
 
 Result = TypeVar("Result")
 
-_PREDICTIONS = 5
 _HEAD_ROWS = 64  # whose logits are formed at once
 
 
@@ -780,23 +780,6 @@ class Tracer:
     def likeliest(self, logits: Tensor) -> list[list[Prediction]]:
         """The tokens that each row of `logits` [R, vocab] makes most probable."""
         return likeliest(logits, self.tokenizer)
-
-
-def likeliest(logits: Tensor, tokenizer: PreTrainedTokenizerBase | None) -> list[list[Prediction]]:
-    """The tokens that each row of `logits` [R, vocab] makes most probable."""
-    return most_probable(logits.float().softmax(-1), tokenizer)
-
-
-def most_probable(
-    probabilities: Tensor, tokenizer: PreTrainedTokenizerBase | None
-) -> list[list[Prediction]]:
-    """The tokens with the highest of each row of `probabilities` [R, vocab]."""
-    found = []
-    top = probabilities.topk(min(_PREDICTIONS, probabilities.shape[-1]))
-    for ids, values in zip(top.indices.cpu(), top.values.tolist(), strict=True):
-        entries = zip(token_strings(ids, tokenizer), ids.tolist(), values, strict=True)
-        found.append([Prediction(*entry) for entry in entries])
-    return found
 
 
 def _check_mode(mode: RecordingMode | str | None) -> RecordingMode | None:

@@ -243,6 +243,38 @@ def test_steps_of_several_layers_are_taken_together() -> None:
     assert scores.take().residual.shape == (0,)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_of_a_step_may_lie_anyhow(dtype: torch.dtype) -> None:
+    inputs = last_row(70, 6, 3, 8, 12, 20, flags={"sinks", "value_gate", "row_scale", "ffn"})
+    rounded = inputs.to(dtype)
+    x = float32(rounded.to(torch.float64))
+    (layer, scores), (other, others) = step_layer(x), step_layer(x)
+    expected = attended(layer, x)
+    score_step(layer, x)
+
+    def apart(of: Tensor | None) -> Tensor | None:
+        return None if of is None else of.repeat_interleave(3, dim=-1)[..., ::3].requires_grad_()
+
+    new = {"q", "k", "v", "resid_pre", "y", "sinks", "row_scale", "value_gate", "ffn"}
+    lying = rounded._replace(**{name: apart(getattr(rounded, name)) for name in new})
+    assert torch.equal(attended(other, lying), expected)
+    score_step(other, lying)
+    assert_bits_equal(others.take(), scores.take())
+
+
+def test_a_step_that_is_refused_changes_nothing() -> None:
+    x = float32(last_row(7, 6, 3, 8, 8, 20))
+    (layer, scores), (other, others) = step_layer(x), step_layer(x)
+    attended(layer, x)
+    attended(other, x)
+    for bad in ({"q": x.q[:, :5]}, {"k": x.k[..., :7]}, {"v": x.v[:, :2]}, {"window": 0}):
+        with pytest.raises(ValueError, match=r"shape|window"):
+            attended(layer, x._replace(**bad))
+    score_step(layer, x)
+    score_step(other, x)
+    assert_bits_equal(scores.take(), others.take())
+
+
 def test_steps_that_do_not_fit_are_refused() -> None:
     x = float32(last_row(7, 6, 3, 8, 8, 20))
     layer, _ = step_layer(x)

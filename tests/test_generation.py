@@ -65,6 +65,75 @@ def test_routes_are_those_of_fresh_traces(family, mode, granularity, monkeypatch
         assert_same_graph(step.graph, fresh, tolerance=1e-5)
 
 
+@pytest.mark.parametrize(
+    "family",
+    ["llama", "mistral", "gemma2", "bloom", "gpt_oss", "gpt_neox", "qwen3_next", "deepseek_v3"],
+)
+def test_other_kernels_have_a_store_of_their_own(family, monkeypatch):
+    monkeypatch.setattr(module, "_ROOM", 2)
+    tracer = Tracer(tiny_model(family), impl="eager")
+    for step in tracer.generate(tiny_text(PROMPT), **OPTIONS):
+        fresh = tracer.trace(step.graph.token_ids, threshold=0.02)
+        assert_same_graph(step.graph, fresh, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "eager"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision(dtype, impl):
+    model = tiny_model("llama", dtype=dtype)
+    tracer = Tracer(model, impl=impl)
+    steps = list(tracer.generate(tiny_text(PROMPT), **OPTIONS))
+    with torch.no_grad():
+        best = model(whole(tiny_text(PROMPT), steps)[None]).logits[0].float().softmax(-1)
+    for position, step in enumerate(steps, PROMPT - 1):
+        assert step.probability == pytest.approx(float(best[position, step.token_id]), abs=0.02)
+        fresh = tracer.trace(step.graph.token_ids, threshold=0.02)
+        assert_same_graph(step.graph, fresh, tolerance=2e-2)
+
+
+def test_a_store_that_grew_leaves_nothing_of_the_old_one():
+    tracer = Tracer(tiny_model("mistral"))
+    recording = tracer.record(tiny_text(PROMPT), mode="lean")
+    generation = module.Generation(tracer, recording, 0.02, "token", 2)
+    for token_id in range(4):
+        generation.append(token_id)
+    layers = generation._decoding._layers
+    for layer, mine, theirs in zip(
+        layers, generation._decoding.recorded, recording.layers, strict=True
+    ):
+        assert len(layer.k) > PROMPT + 2
+        assert torch.equal(mine.k, theirs.k)
+        assert torch.equal(mine.v, theirs.v)
+        assert mine.k.untyped_storage().data_ptr() == layer.k.untyped_storage().data_ptr()
+        assert mine.v.untyped_storage().data_ptr() == layer.v.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "qwen3_next", "gpt_neo"])
+def test_an_interrupted_step_leaves_the_model_as_it_was(family):
+    model = tiny_model(family).train()
+    tracer = Tracer(model)
+    expected = list(tracer.generate(tiny_text(PROMPT), **OPTIONS))
+    before = model.config._attn_implementation
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    steps = tracer.generate(tiny_text(PROMPT), **OPTIONS)
+    next(steps)
+    handle = tracer.decoder.blocks[1].module.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        next(steps)
+    handle.remove()
+    assert next(steps, None) is None
+    assert [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()] == hooks
+    assert all(m.training for m in model.modules())
+    assert model.config._attn_implementation == before
+    for mine, theirs in zip(tracer.generate(tiny_text(PROMPT), **OPTIONS), expected, strict=True):
+        assert mine.token_id == theirs.token_id
+        assert_same_graph(mine.graph, theirs.graph, tolerance=0.0)
+
+
 def test_every_node_is_scored_once_and_no_text_run_twice(monkeypatch):
     tracer = Tracer(tiny_model("llama"))
     list(tracer.generate(tiny_text(3), max_new_tokens=1))  # the check that precedes the first

@@ -14,6 +14,7 @@ from accelerate import cpu_offload, disk_offload
 from oracle import TOLERANCE, importances
 from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from test_architectures import assert_agree
+from test_graph import assert_same_graph
 from tiny import FAMILIES, account, tiny_model, tiny_text
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
@@ -37,6 +38,17 @@ def assert_same(mine: nn.Module, theirs: nn.Module, tolerance: float = TOLERANCE
                 torch.testing.assert_close(
                     getattr(x, field), getattr(y, field), atol=tolerance, rtol=0
                 )
+
+
+def assert_generates_same(mine: nn.Module, theirs: nn.Module, tolerance: float = TOLERANCE) -> None:
+    """Both models go on with the same tokens, by the same routes."""
+    mine_, theirs_ = (
+        Tracer(model).generate(TEXT, max_new_tokens=4, threshold=0.02, eos_token_id=[])
+        for model in (mine, theirs)
+    )
+    for a, b in zip(mine_, theirs_, strict=True):
+        assert a.token_id == b.token_id
+        assert_same_graph(a.graph, b.graph, tolerance=tolerance)
 
 
 # Adapters
@@ -155,6 +167,7 @@ def test_quantized_weights_are_their_dequantized_twin(family: str, dtype: torch.
             quantized.weight = nn.Parameter(weight, requires_grad=False)
             quantized.weight.quantized, quantized.weight.scale = weight.quantized, weight.scale
     assert_same(model, twin, 0.0)
+    assert_generates_same(model, twin)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -213,6 +226,7 @@ def test_offloaded_weights_are_as_resident_ones(
         disk_offload(model, str(tmp_path), execution_device=cpu)
     assert next(model.parameters()).is_meta
     assert_same(model, tiny_model(family, dtype=dtype), 0.0)
+    assert_generates_same(model, tiny_model(family, dtype=dtype))
     assert all(parameter.is_meta for parameter in model.parameters())
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
 
@@ -232,6 +246,7 @@ def test_a_device_map_over_memory_and_disk(tmp_path: Path) -> None:
     assert not loaded.model.layers[0].self_attn.o_proj.weight.is_meta
     resident = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert_same(loaded, resident, 0.0)
+    assert_generates_same(loaded, resident)
 
 
 def tied_llama(tied: bool) -> PreTrainedModel:

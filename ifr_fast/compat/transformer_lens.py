@@ -38,6 +38,7 @@ from ..graph import (
     Span,
     assemble,
 )
+from ..lens import likeliest
 from ..scoring import (
     Kernel,
     LayerScores,
@@ -55,7 +56,6 @@ from ..tracer import (
     index_within,
     indices,
     layer_table,
-    likeliest,
     spanned,
 )
 

@@ -45,9 +45,11 @@ inline std::vector<Isa> isas() {
     all.push_back({"avx2", ifr::avx2::score_attention, ifr::avx2::score_ffn, ifr::avx2::attend_row,
                    __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")});
 #endif
-    all.push_back({"baseline", ifr::baseline::score_attention, ifr::baseline::score_ffn, ifr::baseline::attend_row, true});
+    all.push_back({"baseline", ifr::baseline::score_attention, ifr::baseline::score_ffn,
+                   ifr::baseline::attend_row, true});
 #if defined(__x86_64__)
-    all.push_back({"avx512", ifr::avx512::score_attention, ifr::avx512::score_ffn, ifr::avx512::attend_row,
+    all.push_back({"avx512", ifr::avx512::score_attention, ifr::avx512::score_ffn,
+                   ifr::avx512::attend_row,
                    __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")});
 #endif

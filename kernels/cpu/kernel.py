@@ -175,14 +175,13 @@ class StepLayer:
         softcap: float | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        """Attention output [1, 1, H, V] of a new position: q [1, H, 1, K], k [1, H_kv, 1, K], v
-        [1, H_kv, 1, V], float32. Raises ValueError where the store has no room.
+        """Attention output [1, 1, H, V], float32, of a new position: q [1, H, 1, K], k [1, H_kv,
+        1, K], v [1, H_kv, 1, V]. Raises ValueError where the store has no room.
         """
         z = _empty(*self._z_shape)
-        sinks_ = None if sinks is None else _prepared("sinks", sinks)
         self._native.attend(
-            to_dlpack(q), to_dlpack(k), to_dlpack(v), scale, window, softcap, sinks_, to_dlpack(z),
-            torch.get_num_threads(),
+            _prepared("q", q), _prepared("k", k), _prepared("v", v), scale, window, softcap,
+            _prepared("sinks", sinks), to_dlpack(z), torch.get_num_threads(),
         )  # fmt: skip
         return z
 
@@ -199,12 +198,11 @@ class StepLayer:
         """Adds the scores of the position that attended last, from the same weights; as
         `LayerInputs` describes it with R = 1, edges with weight > `keep`.
         """
-        rest = (row_scale, value_gate, ffn)
-        if any(x is not None for x in rest):
-            rest = tuple(map(_prepared, ("row_scale", "value_gate", "ffn"), rest))
         self._native.score(
-            to_dlpack(resid_pre), to_dlpack(y), *rest, keep, self._scores, torch.get_num_threads()
-        )
+            _prepared("resid_pre", resid_pre), _prepared("y", y),
+            _prepared("row_scale", row_scale), _prepared("value_gate", value_gate),
+            _prepared("ffn", ffn), keep, self._scores, torch.get_num_threads(),
+        )  # fmt: skip
 
 
 def _load() -> ModuleType:
@@ -247,4 +245,4 @@ def _prepared(name: str, x: Any) -> Any:
         x = x.to(torch.float32)
     if name != "W_O" and (x.stride(-1) != 1 or name in _PACKED):
         x = x.contiguous()
-    return to_dlpack(x.detach())
+    return to_dlpack(x.detach() if x.requires_grad else x)

@@ -86,7 +86,8 @@ class StepLayer {
         l_.D = static_cast<int64_t>(W_O.shape(2));
         if (l_.H_kv < 1 || l_.H < 1 || l_.H % l_.H_kv)
             throw nb::value_error("W_O's heads must be a multiple of k's and v's");
-        if (l_.D < 1 || l_.D >= 1 << 24) throw nb::value_error("D must be at least 1, and below 2^24");
+        if (l_.D < 1 || l_.D >= 1 << 24)
+            throw nb::value_error("D must be at least 1, and below 2^24");
         if (room_ >= 1 << 24) throw nb::value_error("the number of keys must be below 2^24");
         if (n_keys < 0 || n_keys > room_) throw nb::value_error("n_keys must be at most the room");
         l_.k = tensor3(k, "k", {room_, l_.H_kv, l_.K});
@@ -100,6 +101,8 @@ class StepLayer {
         while (l_.S < n_keys) add_norms();
     }
 
+    StepLayer(const StepLayer&) = delete;  // l_ points into it
+
     // The output z [1, 1, H, V] of a new query's attention, whose key and value are kept.
     void attend(Floats<4> q, Floats<4> k, Floats<4> v, double scale, std::optional<int64_t> window,
                 std::optional<double> softcap, std::optional<Packed> sinks, Store<4> z,
@@ -108,24 +111,28 @@ class StepLayer {
         if (window && *window < 1) throw nb::value_error("window must be at least 1");
         if (softcap && !(*softcap > 0)) throw nb::value_error("softcap must be above 0");
         if (n_threads < 1) throw nb::value_error("n_threads must be at least 1");
-        l_.q = of_row(q, "q", l_.H, l_.K);
-        l_.scale = static_cast<float>(scale);
-        l_.window = window.value_or(0);
-        l_.softcap = static_cast<float>(softcap.value_or(0));
-        l_.sinks = packed(sinks, "sinks", l_.H);
+        ifr::Layer l = l_;
+        l.q = of_row(q, "q", l_.H, l_.K);
+        l.scale = static_cast<float>(scale);
+        l.window = window.value_or(0);
+        l.softcap = static_cast<float>(softcap.value_or(0));
+        l.sinks = packed(sinks, "sinks", l_.H);
+        const ifr::Tensor3 key = of_row(k, "k", l_.H_kv, l_.K);
+        const ifr::Tensor3 value = of_row(v, "v", l_.H_kv, l_.V);
         check_shape(z, "z", {1, 1, l_.H, l_.V});
         if ((l_.H > 1 && z.stride(2) != l_.V) || (l_.V > 1 && z.stride(3) != 1))
             throw nb::value_error("z must be contiguous");
-        keep_row(of_row(k, "k", l_.H_kv, l_.K), k_, l_.K);
-        keep_row(of_row(v, "v", l_.H_kv, l_.V), v_, l_.V);
+        attended_ = false;
+        keep_row(key, k_, l_.K);
+        keep_row(value, v_, l_.V);
         add_norms();
+        l.S = l_.S;
         row_ = l_.S - 1;
-        q_ = std::move(q);  // until it is scored
-        sinks_ = std::move(sinks);
+        l_.window = l.window;  // the rest of what it attends with is in the weights
         weights_.resize(static_cast<size_t>(l_.H * l_.S));
         const ifr::Attention out{z.data(), weights_.data()};
         nb::gil_scoped_release released;
-        kernel_.attend_row(l_, n_threads, out);
+        kernel_.attend_row(l, n_threads, out);
         attended_ = true;
     }
 
@@ -151,8 +158,6 @@ class StepLayer {
             into.add(l, kernel_, n_threads);
         }
         attended_ = false;
-        q_.reset();
-        sinks_.reset();
     }
 
     int64_t n_keys() const { return l_.S; }
@@ -191,8 +196,6 @@ class StepLayer {
     int64_t room_, norms_stride_, row_ = 0;
     std::vector<float> norms_;    // [H_kv, room + PADDING]
     std::vector<float> weights_;  // [H, S] of the newest row
-    std::optional<Floats<4>> q_;
-    std::optional<Packed> sinks_;
     bool attended_ = false;
 };
 
