@@ -241,13 +241,18 @@ def may_sum(d_key: int, d_value: int) -> bool:
     return d_key == d_value and d_key % 8 == 0
 
 
+def _sums_well(x: Tensor) -> bool:
+    """On CPUs torch's flash kernel takes scores in half precision where its inputs are."""
+    return not x.is_cpu or x.dtype in (torch.float32, torch.float64)
+
+
 def attend_and_sum(call: AttentionCall, window: int | None) -> tuple[Tensor, Tensor | None]:
     """`attend`, and the scores' log-sum-exp [B, T, H] (natural log) where it comes at no cost: from
     torch's flash kernel, where that is what torch would choose here; else None. Has no gradient.
     """
     q, k, v = call.q, call.k, call.v
     plain = call.softcap is None and call.sinks is None and call.alibi_slopes is None
-    if window is None and plain and may_sum(q.shape[-1], v.shape[-1]):
+    if window is None and plain and may_sum(q.shape[-1], v.shape[-1]) and _sums_well(q):
         choice = torch._fused_sdp_choice(
             q, k, v, None, 0.0, True, scale=call.scale, enable_gqa=q.shape[1] != k.shape[1]
         )

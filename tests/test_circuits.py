@@ -792,7 +792,9 @@ def test_the_last_token_can_be_left_in_place():
     others = last_first.clone()
     others[-1] = -1
     same = _curves(tracer, task, 0, {"a": last_first, "b": others}, 20, True)
-    assert (same["a"].rise, same["a"].insertion) == (same["b"].rise, same["b"].insertion)
+    # The same texts are run, in other rows of a batch.
+    expected = pytest.approx((same["b"].rise, same["b"].insertion), rel=1e-5)
+    assert (same["a"].rise, same["a"].insertion) == expected
     apart = _curves(tracer, task, 0, {"a": last_first, "b": others}, 20, False)
     assert apart["a"].rise != apart["b"].rise
 

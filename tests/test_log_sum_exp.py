@@ -47,7 +47,7 @@ def call_of(H: int, H_kv: int, K: int, V: int, dtype: torch.dtype, **options: An
     return AttentionCall(torch.nn.Identity(), q, k, v, mask, 0.7, **values)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize(("H", "H_kv"), [(6, 2), (3, 3), (4, 1)])
 def test_is_that_of_the_scores(H: int, H_kv: int, dtype: torch.dtype) -> None:
     call = call_of(H, H_kv, 16, 16, dtype)
@@ -57,7 +57,7 @@ def test_is_that_of_the_scores(H: int, H_kv: int, dtype: torch.dtype) -> None:
     k = call.k.double().repeat_interleave(H // H_kv, 1)
     scores = call.q.double() @ k.transpose(-1, -2) * call.scale
     scores.masked_fill_(torch.ones(21, 21).triu(1).bool(), -math.inf)
-    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-3}[dtype]
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}[dtype]
     torch.testing.assert_close(
         found.double(), scores.logsumexp(-1).transpose(1, 2), rtol=0, atol=tolerance
     )
@@ -83,6 +83,15 @@ def test_is_not_given_where_scores_are_other_ones(
     z, found = capture.attend_and_sum(call, window)
     assert found is None
     assert torch.equal(z, capture.attend(call, window))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_is_not_given_in_half_precision_on_a_cpu(dtype: torch.dtype) -> None:
+    """There the kernel's own is 1e-3 off."""
+    call = call_of(4, 2, 16, 16, dtype)
+    z, found = capture.attend_and_sum(call, None)
+    assert found is None
+    assert torch.equal(z, capture.attend(call, None))
 
 
 def test_is_not_given_where_torch_would_choose_another_kernel() -> None:
