@@ -304,7 +304,7 @@ def _record_ahead(tracer: Tracer, text: Tensor | Recording, n_ahead: int) -> Rec
             x,
             **{
                 name: cut(getattr(x, name))
-                for name in ("resid_pre", "k", "v", "q", "resid_mid", "z")
+                for name in ("resid_pre", "k", "v", "q", "resid_mid", "z", "log_sum_exp")
             },
         )
         for x in longer.layers

@@ -32,6 +32,7 @@ RANKS = {
     "storage": 1,
     "tokens": 1,
     "capture": 1,
+    "graph": 2,
     "own_attention": 2,
     "recording_file": 2,
     "model": 3,
@@ -41,7 +42,6 @@ RANKS = {
     "pretrained": 5,
     "neurons": 6,
     "scoring": 6,
-    "graph": 6,
     "batching": 6,
     "given": 7,
     "checkpoint": 7,
@@ -49,10 +49,12 @@ RANKS = {
     "drilldown": 7,
     "reach": 7,
     "plan": 7,
-    "generation": 7,
-    "tracer": 8,
+    "decoding": 7,
+    "nodes": 7,
+    "generation": 8,
+    "tracer": 9,
 }
-TOP = 9
+TOP = 10
 # Names of the public face that lead upwards are imported when they are called, and only there.
 CALLED_UPWARDS = {
     ("graph", "export"),
