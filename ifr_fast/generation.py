@@ -32,13 +32,11 @@ from . import capture
 from .decoding import Decoding, NewRows
 from .errors import IfrError, UnsupportedArchitectureError
 from .graph import Granularity, LayerTable, Prediction, RouteGraph, in_order
-from .kernels.contract import EdgeList
 from .lens import most_probable
 from .model import probe_tokens
 from .nodes import Nodes
 from .recording import Recording
 from .scoring import (
-    LayerScores,
     check_closed,
     check_closure,
     closure_rows,
@@ -198,8 +196,7 @@ class Generation:
                     rows = torch.tensor(missing)
                     scores = score_layer(recording, layer, rows, self._threshold, self._tracer.impl)
                     closures[layer] = scores.closure
-                    table = _table(scores, self._device)
-                    nodes.add(table, [layer] * len(missing), missing)
+                    nodes.add(scores.table(self._device), [layer] * len(missing), missing)
                 here = [at[t] for t in reached]
                 found += here
                 reached = set().union(*[nodes.below[i] for i in here])
@@ -220,23 +217,6 @@ class Generation:
             n_heads=decoder.n_heads,
             predictions=predictions,
         )
-
-
-def _table(scores: LayerScores, device: torch.device) -> LayerTable:
-    """A layer's scores as a table whose rows are nodes."""
-
-    def move(x: Tensor | None) -> Any:
-        return None if x is None else x.to(device)
-
-    return LayerTable(
-        torch.arange(len(scores.rows), device=device),
-        move(scores.residual),
-        move(scores.ffn),
-        move(scores.ffn_residual),
-        EdgeList(*map(move, scores.attention.edges)),
-        move(scores.unattributed),
-        move(scores.ffn_unattributed),
-    )
 
 
 def stop_tokens(model: Any, given: int | Iterable[int] | None) -> set[int]:

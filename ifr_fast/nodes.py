@@ -78,14 +78,14 @@ class Nodes:
         return [node for i in nodes if i in of for node in of[i]] if of else []
 
     def add(self, table: LayerTable, layers: list[int], positions: list[int]) -> None:
-        """Makes nodes of the rows [N] of a table. layers, positions: [N], where they stand.
-
-        The table's rows are numbered from 0; its edges' sources are positions.
+        """Makes nodes of the rows [N] of a table, in one layer or in several. layers, positions:
+        [N], where they stand; its edges' sources are positions.
         """
         n, first = len(layers), len(self.below)
         everywhere: Any = np.ones(n, bool)
-        # Of arrays, as the table is.
-        grown: Any = edges_into(0, _arrays(table), everywhere, self._threshold, self._granularity)
+        of_rows = _arrays(table)._replace(rows=np.arange(n))
+        # Of arrays, as the table is; targets are rows.
+        grown: Any = edges_into(0, of_rows, everywhere, self._threshold, self._granularity)
         *own, attention = grown.steps  # those at the node's own position, and the others
         layer_of, position_of = np.array(layers), np.array(positions)
         node, weight, kept = (

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .errors import IfrError
+from .graph import LayerTable
 from .kernels.contract import AttentionScores, EdgeList, FFNScores, LayerInputs
 from .model import Block
 from .recording import Recording, layer_inputs
@@ -155,6 +156,22 @@ class LayerScores:
     ffn_unattributed: Tensor | None  # [R] bool, the same of `post`; None in parallel blocks
     attention: AttentionScores  # the kernel's own, edges perhaps padded
     closure: Closure  # rows whose parts are to add up to their node
+
+    def table(self, device: torch.device) -> LayerTable:
+        """What a graph needs of them, on its device."""
+
+        def move(x: Tensor | None) -> Any:
+            return None if x is None else x.to(device)
+
+        return LayerTable(
+            move(self.rows),
+            move(self.residual),
+            move(self.ffn),
+            move(self.ffn_residual),
+            EdgeList(*map(move, self.attention.edges)),
+            move(self.unattributed),
+            move(self.ffn_unattributed),
+        )
 
     @cached_property
     def token_edges(self) -> TokenEdges:

@@ -55,7 +55,6 @@ from .drilldown import (
 from .graph import (
     Granularity,
     Grown,
-    LayerTable,
     Node,
     NodeKind,
     Prediction,
@@ -67,7 +66,6 @@ from .graph import (
     check_threshold,
     grow_layer,
 )
-from .kernels.contract import EdgeList
 from .lens import likeliest
 from .memory import parse_bytes
 from .model import Decoder, evaluating
@@ -497,7 +495,7 @@ class Tracer:
                 table = None if kept is None else kept.load(layer, recording.resid_final.device)
                 if table is None:
                     scores = score_layer(recording, layer, rows, threshold, self.impl)
-                    table = layer_table(scores, recording.resid_final.device)
+                    table = scores.table(recording.resid_final.device)
                     if kept is None:
                         closures[layer] = scores.closure
                     else:
@@ -800,23 +798,6 @@ class _HeadOnly(NamedTuple):
         return _HeadOnly(recording.states, recording.position, recording.logits)
 
 
-def layer_table(scores: LayerScores, device: torch.device) -> LayerTable:
-    """What the graph needs of a layer's scores, on the graph's device."""
-
-    def move(x: Tensor | None) -> Any:
-        return None if x is None else x.to(device)
-
-    return LayerTable(
-        scores.rows.to(device),
-        move(scores.residual),
-        move(scores.ffn),
-        move(scores.ffn_residual),
-        EdgeList(*map(move, scores.attention.edges)),
-        move(scores.unattributed),
-        move(scores.ffn_unattributed),
-    )
-
-
 def grow(
     score: Callable[[int, Tensor], LayerScores],
     n_layers: int,
@@ -835,7 +816,7 @@ def grow(
             break
         scores = score(layer, rows)
         closures[layer] = scores.closure
-        table = layer_table(scores, reached.device)
+        table = scores.table(reached.device)
         step, reached = grow_layer(layer, table, reached, threshold, granularity)
         grown.append(step)
     check_closure(closures)

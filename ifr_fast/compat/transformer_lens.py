@@ -55,7 +55,6 @@ from ..tracer import (
     grow,
     index_within,
     indices,
-    layer_table,
     spanned,
 )
 
@@ -216,7 +215,7 @@ class CachedRun:
         for layer in range(self.n_layers):
             scores = self._score(layer, rows, threshold)
             closures[layer] = scores.closure
-            tables.append(layer_table(scores, device))
+            tables.append(scores.table(device))
         check_closure(closures)
         return Routes(
             tokens=self.tokens,

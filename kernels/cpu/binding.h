@@ -112,4 +112,15 @@ inline const float* packed(const std::optional<Packed>& x, const char* name, int
     return x->data();
 }
 
+// How products of q and k become scores, checked.
+inline void set_scores(ifr::Layer& l, double scale, std::optional<int64_t> window,
+                       std::optional<double> softcap, const std::optional<Packed>& sinks) {
+    if (window && *window < 1) throw nb::value_error("window must be at least 1");
+    if (softcap && !(*softcap > 0)) throw nb::value_error("softcap must be above 0");
+    l.scale = static_cast<float>(scale);
+    l.window = window.value_or(0);
+    l.softcap = static_cast<float>(softcap.value_or(0));
+    l.sinks = packed(sinks, "sinks", l.H);
+}
+
 void bind_step(nb::module_& m);

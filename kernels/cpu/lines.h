@@ -108,8 +108,8 @@ struct Line {
     double lin = 0;  // of lin
 };
 
-// The pairs of a line with lin + offset above the floor and a above its smallest breakpoint. Keys are held as floats,
-// exact below 2^24, to be compressed as such.
+// The pairs of a line with lin + offset above the floor and a above its smallest breakpoint. Keys
+// are held as floats, exact below 2^24, to be compressed as such.
 struct Listed {
     int64_t n = 0;
     std::vector<float> key, w, a;
@@ -223,8 +223,8 @@ class Lines {
     }
 
     // From keys `first` to `last`, all of one chunk: e becomes max(lin + offset, floor), and pairs
-    // where that is above the floor, and a above the smallest breakpoint, are listed. By key: v . g in `dots`; |v| in `norms`,
-    // or where there is a gate its square.
+    // where that is above the floor, and a above the smallest breakpoint, are listed. By key: v . g
+    // in `dots`; |v| in `norms`, or where there is a gate its square.
     void linear(Line& line, int64_t first, int64_t last, const float* dots, const float* norms,
                 Listed& list) const {
         const auto keys = l_.value_gate.data

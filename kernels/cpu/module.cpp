@@ -35,15 +35,10 @@ ifr::Layer attention_of(int64_t R, const Floats<3>& q, const Floats<3>& k, const
     if (l.H_kv < 1 || l.H < 1 || l.H % l.H_kv)
         throw nb::value_error("q's heads must be a multiple of k's and v's");
     if (l.S >= 1 << 24) throw nb::value_error("the number of keys must be below 2^24");
-    if (window && *window < 1) throw nb::value_error("window must be at least 1");
-    if (softcap && !(*softcap > 0)) throw nb::value_error("softcap must be above 0");
     l.q = tensor3(q, "q", {l.R, l.H, l.K});
     l.k = tensor3(k, "k", {l.S, l.H_kv, l.K});
     l.v = tensor3(v, "v", {l.S, l.H_kv, l.V});
-    l.scale = static_cast<float>(scale);
-    l.window = window.value_or(0);
-    l.softcap = static_cast<float>(softcap.value_or(0));
-    l.sinks = packed(sinks, "sinks", l.H);
+    set_scores(l, scale, window, softcap, sinks);
     l.alibi_slopes = packed(alibi_slopes, "alibi_slopes", l.H);
     return l;
 }

@@ -108,15 +108,10 @@ class StepLayer {
                 std::optional<double> softcap, std::optional<Packed> sinks, Store<4> z,
                 int n_threads) {
         if (l_.S == room_) throw nb::value_error("the store has no room for another key");
-        if (window && *window < 1) throw nb::value_error("window must be at least 1");
-        if (softcap && !(*softcap > 0)) throw nb::value_error("softcap must be above 0");
         if (n_threads < 1) throw nb::value_error("n_threads must be at least 1");
         ifr::Layer l = l_;
         l.q = of_row(q, "q", l_.H, l_.K);
-        l.scale = static_cast<float>(scale);
-        l.window = window.value_or(0);
-        l.softcap = static_cast<float>(softcap.value_or(0));
-        l.sinks = packed(sinks, "sinks", l_.H);
+        set_scores(l, scale, window, softcap, sinks);
         const ifr::Tensor3 key = of_row(k, "k", l_.H_kv, l_.K);
         const ifr::Tensor3 value = of_row(v, "v", l_.H_kv, l_.V);
         check_shape(z, "z", {1, 1, l_.H, l_.V});
@@ -159,8 +154,6 @@ class StepLayer {
         }
         attended_ = false;
     }
-
-    int64_t n_keys() const { return l_.S; }
 
   private:
     // x [1, heads, 1, width] as [1, heads, width].
@@ -215,6 +208,5 @@ void bind_step(nb::module_& m) {
              "sinks"_a.noconvert().none(), "z"_a.noconvert(), "n_threads"_a)
         .def("score", &StepLayer::score, "resid_pre"_a.noconvert(), "y"_a.noconvert(),
              "row_scale"_a.noconvert().none(), "value_gate"_a.noconvert().none(),
-             "ffn"_a.noconvert().none(), "keep"_a, "into"_a, "n_threads"_a)
-        .def_prop_ro("n_keys", &StepLayer::n_keys);
+             "ffn"_a.noconvert().none(), "keep"_a, "into"_a, "n_threads"_a);
 }
