@@ -15,7 +15,7 @@ from enum import StrEnum
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .tracer import Tracer
 
 _STDOUT = Path("-")
+_LONGEST_TEXT = 64 << 20  # bytes
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
 DEMO_TEXT = "When Mary and John went to the store, John gave a drink to"
 
@@ -701,7 +702,7 @@ def _read(text: str | None, file: Path | None, chat: Path | None) -> Any:
     if file is not None:
         return _decode(_read_bytes("--file", file), str(file))
     if chat is not None:
-        raw = sys.stdin.buffer.read() if str(chat) == "-" else _read_bytes("--chat", chat)
+        raw = _read_stdin() if str(chat) == "-" else _read_bytes("--chat", chat)
         try:
             messages = json.loads(raw)
         except (ValueError, RecursionError) as error:
@@ -710,15 +711,30 @@ def _read(text: str | None, file: Path | None, chat: Path | None) -> Any:
             raise ValueError("--chat: expected a JSON list of {role, content}")
         return messages
     if text == "-":
-        return _decode(sys.stdin.buffer.read(), "standard input")
+        return _decode(_read_stdin(), "standard input")
     return DEMO_TEXT if text is None else text
+
+
+def _read_stdin() -> bytes:
+    return _whole(sys.stdin.buffer, "standard input")
 
 
 def _read_bytes(option: str, path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            return _whole(file, f"{option}: {path}")
     except OSError as error:
         raise ValueError(f"{option}: {path} cannot be read ({error.strerror})") from error
+
+
+def _whole(file: IO[bytes], name: str) -> bytes:
+    """All of a file, which may be a pipe or a device without an end."""
+    raw = file.read(_LONGEST_TEXT + 1)
+    if len(raw) > _LONGEST_TEXT:
+        raise ValueError(
+            f"{name} has more than {_LONGEST_TEXT >> 20} MiB; expected a text that a model can read"
+        )
+    return raw
 
 
 def _decode(raw: bytes, name: str) -> str:

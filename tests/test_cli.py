@@ -521,6 +521,7 @@ def test_a_full_standard_output(tiny_dir: Path) -> None:
         (["-", "--file", "x"], ["text: give one of"]),
         (["--file", "missing.txt"], ["--file: missing.txt", "No such file"]),
         (["--file", "."], ["--file: . cannot be read", "directory"]),
+        (["--file", "/dev/zero"], ["--file: /dev/zero has more than 64 MiB"]),
         (["--chat", "missing.json"], ["--chat: missing.json", "No such file"]),
         (["abc", "--recording", "."], ["--recording: .", "no file"]),
         (["abc", "--recording", "/dev/null"], ["--recording: /dev/null", "no file"]),
