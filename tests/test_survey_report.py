@@ -67,6 +67,12 @@ def test_the_page_is_standalone_and_nothing_in_it_runs(written: Report) -> None:
         assert f'href="#{finding.name}"' in page
 
 
+def test_whitespace_is_shown_in_tokens_and_not_in_names_of_classes(written: Report) -> None:
+    page = written.path.read_text()
+    assert "<bdi>class</bdi></td><td><bdi>other tokens</bdi>" in page
+    assert "<bdi>token</bdi></td><td><bdi>·" in page
+
+
 def test_the_same_survey_gives_the_same_report(written: Report, tmp_path: Path) -> None:
     again = report(written.path.parent.parent, tmp_path / "again")
     assert again.path.read_bytes() == written.path.read_bytes()

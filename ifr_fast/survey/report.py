@@ -280,17 +280,18 @@ def _html_table(table: pa.Table, caption: str) -> str:
     head = "".join(
         f"<th{kind(name)}>{escape(name.replace('_', ' '))}</th>" for name in table.column_names
     )
-    body = "".join(
-        "<tr>" + "".join(f"<td{kind(k)}>{_cell(k, v)}</td>" for k, v in row.items()) + "</tr>"
-        for row in table.to_pylist()
-    )
+    body = ""
+    for row in table.to_pylist():
+        tokens = () if row.get("kind") == "class" else _TOKENS  # a class of tokens has a name
+        cells = (f"<td{kind(k)}>{_cell(v, is_token=k in tokens)}</td>" for k, v in row.items())
+        body += f"<tr>{''.join(cells)}</tr>"
     return (
         f'<div class="table"><table><caption>{escape(caption)}</caption><thead><tr>{head}</tr>'
         f"</thead><tbody>{body}</tbody></table></div>"
     )
 
 
-def _cell(column: str, value: Any) -> str:
+def _cell(value: Any, *, is_token: bool) -> str:
     if value is None:
         return "–"
     if isinstance(value, bool):
@@ -299,5 +300,5 @@ def _cell(column: str, value: Any) -> str:
         return f"{value:,}"
     if isinstance(value, float):
         return "–" if np.isnan(value) else f"{value:.3g}".replace("inf", "∞")
-    text = visible(value) if column in _TOKENS else str(value)
+    text = visible(value) if is_token else str(value)
     return f"<bdi>{escape(text)}</bdi>"
