@@ -93,6 +93,7 @@ inline float sum(F x) {
 constexpr int W = 4;
 using F = float __attribute__((vector_size(16)));
 using M = int32_t __attribute__((vector_size(16)));
+using U = uint32_t __attribute__((vector_size(16)));
 inline F load(const float* p) {
     F x;
     std::memcpy(&x, p, sizeof x);
@@ -113,8 +114,8 @@ inline F abs(F a) { return (F)((M)a & INT32_MAX); }
 inline F sqrt(F a) { return F{std::sqrt(a[0]), std::sqrt(a[1]), std::sqrt(a[2]), std::sqrt(a[3])}; }
 inline M both(M a, M b) { return a & b; }
 inline unsigned bits(M m) { return (m[0] & 1) | (m[1] & 2) | (m[2] & 4) | (m[3] & 8); }
-// p 2^n, n in the low bits of t
-inline F scale_by(F p, F t) { return (F)((M)p + ((M)t << 23)); }
+// p 2^n, n in the low bits of t; modulo 2^32, as lanes that nobody keeps may hold anything
+inline F scale_by(F p, F t) { return (F)((U)p + ((U)t << 23)); }
 inline F compressed(F x, unsigned m) {
     F out = x;
     for (int n = 0; m; m &= m - 1) out[n++] = x[__builtin_ctz(m)];
