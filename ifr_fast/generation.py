@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
+from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -33,7 +34,7 @@ from .decoding import Decoding, NewRows
 from .errors import IfrError, UnsupportedArchitectureError
 from .graph import Granularity, LayerTable, Prediction, RouteGraph, in_order
 from .lens import most_probable
-from .model import probe_tokens
+from .model import HALF, probe_tokens
 from .nodes import Nodes
 from .recording import Recording
 from .scoring import (
@@ -307,11 +308,18 @@ def _check_steps(tracer: Tracer) -> None:
     token_ids = probe_tokens(decoder)
     if decoder.steps_checked or len(token_ids) < 2:
         return
-    expected = tracer.record(token_ids).logits.float()
-    begun = Generation(tracer, _record_ahead(tracer, token_ids[:-1], 1), 1.0, "token", 1)
-    got = begun.append(int(token_ids[-1])).float()
-    norm = torch.linalg.vector_norm
-    error = float(norm(got - expected) / norm(expected))
+
+    def error_of_step(T: int) -> float:
+        expected = tracer.record(token_ids[:T]).logits.float()
+        begun = Generation(tracer, _record_ahead(tracer, token_ids[: T - 1], 1), 1.0, "token", 1)
+        got = begun.append(int(token_ids[T - 1])).float()
+        norm = torch.linalg.vector_norm
+        return float(norm(got - expected) / norm(expected))
+
+    T = len(token_ids)
+    # In half precision a choice of experts can flip by rounding: the median of some steps.
+    lengths = range(T, max(1, T - 3), -1) if decoder.dtype in HALF else [T]
+    error = median(map(error_of_step, lengths))
     if not error <= max(1e-3, 8 * torch.finfo(decoder.dtype).eps):
         raise UnsupportedArchitectureError(
             f"model: {type(decoder.model).__name__} cannot generate here: one token run on its "

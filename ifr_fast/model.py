@@ -351,13 +351,24 @@ class _Probe(NamedTuple):
     resid_post: Tensor  # [T, D]
     n_outputs: int | None  # of the layer, where it returns a tuple
 
-    def float(self) -> _Probe:
-        """The same with all tensors in float32."""
+    def in_float32(self) -> _Probe:
+        """What the layer does in float32 with the same stream, its attention computed anew. The
+        caller has the layer compute in float32, and the model's attention answered.
+        """
+        layer_call, hidden = self.layer_call.float(), self.resid_pre.float()
+        attended: list[Tensor] = []
+
+        def answer(call: AttentionCall) -> Tensor:
+            attended.append(capture.attend(call, call.mask.window(len(hidden))))
+            return attended[0]
+
+        with capture.answering(answer):
+            output = layer_call(self.module, hidden[None])[0]
+        error = _error_of_runs(output, self.resid_post, self.resid_post.dtype)
+        if error > rounding_tolerance(self.resid_post.dtype):
+            _refuse(self, f"in float32 it gives another output (relative error {error:.1e})")
         return self._replace(
-            z=self.z.float(),
-            layer_call=self.layer_call.float(),
-            resid_pre=self.resid_pre.float(),
-            resid_post=self.resid_post.float(),
+            z=attended[0][0], layer_call=layer_call, resid_pre=hidden, resid_post=output
         )
 
 
@@ -459,10 +470,11 @@ def _open_blocks(decoder: Decoder) -> tuple[AttentionThrough, list[Block]]:
         handles.append(layer.register_forward_hook(lambda _, __, x, i=i: seen[i].update(raw=x)))
     with attention_through(model, watch), capture.hooks(*handles):
         watched, _ = decoder.forward(token_ids)
-    if relative_error(watched, plain) > rounding_tolerance(plain.dtype):
+    error = _error_of_runs(watched, plain, plain.dtype)
+    if error > rounding_tolerance(plain.dtype):
         raise UnsupportedArchitectureError(
             f"model: {type(model).__name__} gives other states when its attention is watched "
-            f"(relative error {relative_error(watched, plain):.1e})"
+            f"(relative error {error:.1e})"
         )
 
     blocks = []
@@ -601,9 +613,8 @@ class _Parts(NamedTuple):
 
 def _open_block(index: int, probe: _Probe, n_far: int) -> Block:
     dtype = probe.resid_pre.dtype
-    exact = probe.float() if dtype in HALF else probe
     with in_float32(probe.module):
-        parts = _decompose(index, exact, rounding_tolerance(dtype))
+        parts = _decompose(index, probe.in_float32() if dtype in HALF else probe)
     narrow = parts.W_O.to(dtype)
     W_O = narrow if torch.equal(narrow.to(parts.W_O.dtype), parts.W_O) else parts.W_O
     block = Block(
@@ -627,11 +638,8 @@ def _open_block(index: int, probe: _Probe, n_far: int) -> Block:
     return block
 
 
-def _decompose(index: int, probe: _Probe, tolerance: float) -> _Parts:
-    """Finds the parts of a layer, and checks that they are all that it adds up.
-
-    tolerance: of a replay, against what a model in perhaps half precision was seen to do.
-    """
+def _decompose(index: int, probe: _Probe) -> _Parts:
+    """Finds the parts of a layer, and checks that they are all that it adds up."""
     x, z = probe.resid_pre, probe.z
     generator = torch.Generator().manual_seed(index)
     # Relative steps: a unit step vanishes beside streams whose norm is in the thousands.
@@ -671,7 +679,7 @@ def _decompose(index: int, probe: _Probe, tolerance: float) -> _Parts:
     ffn_site = _ffn_site(probe, whole, resid_mid)
 
     error = relative_error(whole.output, probe.resid_post)
-    if error > tolerance:
+    if error > rounding_tolerance(probe.resid_post.dtype):
         _refuse(probe, f"a replay does not give its output back (relative error {error:.1e})")
     return parts._replace(width=whole.width, ffn_site=ffn_site)
 
@@ -922,6 +930,11 @@ def relative_error(got: Tensor, expected: Tensor, beside: Tensor | None = None) 
     """Largest relative error of a row, |got - expected|_2 / |expected|_2; where `expected` was
     taken from the difference of larger vectors `beside`, their rounding is granted.
     """
+    return float(_relative_errors(got, expected, beside).max())
+
+
+def _relative_errors(got: Tensor, expected: Tensor, beside: Tensor | None = None) -> Tensor:
+    """Of each row."""
     wide = torch.promote_types(got.dtype, torch.float32)
     got, expected = got.to(wide), expected.to(wide)
     distance = torch.linalg.vector_norm(got - expected, dim=-1)
@@ -929,8 +942,16 @@ def relative_error(got: Tensor, expected: Tensor, beside: Tensor | None = None) 
     if beside is not None:
         granted = 8 * torch.finfo(beside.dtype).eps
         distance = distance - granted * torch.linalg.vector_norm(beside.to(wide), dim=-1)
-    relative = (distance.clamp(min=0) / norm.clamp(min=1e-30)).max()
-    return float(relative.nan_to_num(nan=float("inf")))
+    return (distance.clamp(min=0) / norm.clamp(min=1e-30)).nan_to_num(nan=float("inf"))
+
+
+def _error_of_runs(got: Tensor, expected: Tensor, dtype: torch.dtype) -> float:
+    """How far apart two runs [T, D] of a model, or of a layer, are: the largest relative error of
+    a row, in half precision the median. There rounding can flip a choice of experts, and the row
+    is another.
+    """
+    errors = _relative_errors(got, expected)
+    return float(errors.median() if dtype in HALF else errors.max())
 
 
 def _refuse(probe: _Probe, why: str) -> NoReturn:
