@@ -364,7 +364,7 @@ class _Probe(NamedTuple):
 
         with capture.answering(answer):
             output = layer_call(self.module, hidden[None])[0]
-        error = _error_of_runs(output, self.resid_post, self.resid_post.dtype)
+        error = _error_of_runs(output, self.resid_post)
         if error > rounding_tolerance(self.resid_post.dtype):
             _refuse(self, f"in float32 it gives another output (relative error {error:.1e})")
         return self._replace(
@@ -470,7 +470,7 @@ def _open_blocks(decoder: Decoder) -> tuple[AttentionThrough, list[Block]]:
         handles.append(layer.register_forward_hook(lambda _, __, x, i=i: seen[i].update(raw=x)))
     with attention_through(model, watch), capture.hooks(*handles):
         watched, _ = decoder.forward(token_ids)
-    error = _error_of_runs(watched, plain, plain.dtype)
+    error = _error_of_runs(watched, plain)
     if error > rounding_tolerance(plain.dtype):
         raise UnsupportedArchitectureError(
             f"model: {type(model).__name__} gives other states when its attention is watched "
@@ -945,13 +945,13 @@ def _relative_errors(got: Tensor, expected: Tensor, beside: Tensor | None = None
     return (distance.clamp(min=0) / norm.clamp(min=1e-30)).nan_to_num(nan=float("inf"))
 
 
-def _error_of_runs(got: Tensor, expected: Tensor, dtype: torch.dtype) -> float:
+def _error_of_runs(got: Tensor, expected: Tensor) -> float:
     """How far apart two runs [T, D] of a model, or of a layer, are: the largest relative error of
     a row, in half precision the median. There rounding can flip a choice of experts, and the row
     is another.
     """
     errors = _relative_errors(got, expected)
-    return float(errors.median() if dtype in HALF else errors.max())
+    return float(errors.median() if expected.dtype in HALF else errors.max())
 
 
 def _refuse(probe: _Probe, why: str) -> NoReturn:
