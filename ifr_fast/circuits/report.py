@@ -570,7 +570,7 @@ def _report(tracer: Tracer, results: Results, model_name: str | None) -> str:
     denoised = results.effects["denoise"]
     parts = [
         f"# {task.name}: routes against patching\n",
-        f"{model_name or 'the default model'}, {s.n_prompts} prompts, of which {len(task)} are "
+        f"{model_name or 'The default model'}, {s.n_prompts} prompts, of which {len(task)} are "
         f"patched and {len(results.kept.solved)} ablated, seed {s.seed}; "
         f"{on.processor}, {on.threads} threads, torch {on.torch}, transformers {on.transformers}, "
         f"ifr-fast {on.ifr_fast}. Intervals are {LEVEL:.0%} bootstrap intervals over prompts.\n",
