@@ -716,6 +716,8 @@ def _read(text: str | None, file: Path | None, chat: Path | None) -> Any:
 
 
 def _read_stdin() -> bytes:
+    if sys.stdin is None:
+        raise ValueError("text: standard input is closed")
     return _whole(sys.stdin.buffer, "standard input")
 
 
@@ -729,7 +731,7 @@ def _read_bytes(option: str, path: Path) -> bytes:
 
 def _whole(file: IO[bytes], name: str) -> bytes:
     """All of a file, which may be a pipe or a device without an end."""
-    raw = file.read(_LONGEST_TEXT + 1)
+    raw = file.read(_LONGEST_TEXT + 1) or b""  # None where a pipe does not wait and has nothing
     if len(raw) > _LONGEST_TEXT:
         raise ValueError(
             f"{name} has more than {_LONGEST_TEXT >> 20} MiB; expected a text that a model can read"

@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -316,13 +315,14 @@ def _check_steps(tracer: Tracer) -> None:
         norm = torch.linalg.vector_norm
         return float(norm(got - expected) / norm(expected))
 
-    T = len(token_ids)
-    # In half precision a choice of experts can flip by rounding: the median of some steps.
-    lengths = range(T, max(1, T - 3), -1) if decoder.dtype in HALF else [T]
-    error = median(map(error_of_step, lengths))
-    if not error <= max(1e-3, 8 * torch.finfo(decoder.dtype).eps):
+    T, tolerance = len(token_ids), max(1e-3, 8 * torch.finfo(decoder.dtype).eps)
+    errors = [error_of_step(T)]
+    if not errors[0] <= tolerance and decoder.dtype in HALF and T > 3:
+        # Rounding can flip a choice of experts at one step; hardly at the two before, too.
+        errors = [error_of_step(T - 1), error_of_step(T - 2)]
+    if not all(error <= tolerance for error in errors):
         raise UnsupportedArchitectureError(
             f"model: {type(decoder.model).__name__} cannot generate here: one token run on its "
-            f"own gives other logits than the whole text (relative error {error:.1e})"
+            f"own gives other logits than the whole text (relative error {max(errors):.1e})"
         )
     decoder.steps_checked = True

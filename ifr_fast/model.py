@@ -351,25 +351,17 @@ class _Probe(NamedTuple):
     resid_post: Tensor  # [T, D]
     n_outputs: int | None  # of the layer, where it returns a tuple
 
-    def in_float32(self) -> _Probe:
-        """What the layer does in float32 with the same stream, its attention computed anew. The
-        caller has the layer compute in float32, and the model's attention answered.
+    def rerun_in_float32(self) -> _Probe:
+        """What the layer does in float32, of the same stream and attention output. The caller has
+        it compute in float32. Raises UnsupportedArchitectureError where that is another output.
         """
-        layer_call, hidden = self.layer_call.float(), self.resid_pre.float()
-        attended: list[Tensor] = []
-
-        def answer(call: AttentionCall) -> Tensor:
-            attended.append(capture.attend(call, call.mask.window(len(hidden))))
-            return attended[0]
-
-        with capture.answering(answer):
+        layer_call, z, hidden = self.layer_call.float(), self.z.float(), self.resid_pre.float()
+        with capture.answering(lambda _: z[None]):
             output = layer_call(self.module, hidden[None])[0]
         error = _error_of_runs(output, self.resid_post)
         if error > rounding_tolerance(self.resid_post.dtype):
             _refuse(self, f"in float32 it gives another output (relative error {error:.1e})")
-        return self._replace(
-            z=attended[0][0], layer_call=layer_call, resid_pre=hidden, resid_post=output
-        )
+        return self._replace(z=z, layer_call=layer_call, resid_pre=hidden, resid_post=output)
 
 
 class _Upcast(TorchFunctionMode):
@@ -476,6 +468,9 @@ def _open_blocks(decoder: Decoder) -> tuple[AttentionThrough, list[Block]]:
             f"model: {type(model).__name__} gives other states when its attention is watched "
             f"(relative error {error:.1e})"
         )
+    if plain.dtype in HALF:
+        modules = [(*layer, call.module) for layer, (call, _) in zip(layers, calls, strict=True)]
+        _check_attention(decoder, attention_through, token_ids, modules, seen)
 
     blocks = []
     with attention_through(model, watch):
@@ -504,6 +499,47 @@ def _open_blocks(decoder: Decoder) -> tuple[AttentionThrough, list[Block]]:
             f"model: its layers have different numbers of heads: {', '.join(map(str, heads))}"
         )
     return attention_through, blocks
+
+
+def _check_attention(
+    decoder: Decoder,
+    attention_through: AttentionThrough,
+    token_ids: Tensor,
+    modules: list[tuple[str, nn.Module, nn.Module]],
+    seen: dict[int, dict[str, Any]],
+) -> None:
+    """Refuses a model whose attention modules (layer's name, layer, attention) give another row
+    than when they are answered, for the same stream. States at the end of a whole run cannot tell
+    in half precision, where the rows that chose other experts differ anyway.
+    """
+    streams: dict[int, Tensor] = {}
+    plain: dict[int, Tensor] = {}
+    handles = []
+    for i, (_, layer, attention) in enumerate(modules):
+        handles.append(capture.on_layer_call(layer, lambda x, _, i=i: streams.update({i: x})))  # type: ignore[misc]
+        handles.append(capture.on_output(attention, lambda x, i=i: plain.update({i: x.clone()})))  # type: ignore[misc]
+    with capture.hooks(*handles):
+        decoder.forward(token_ids)
+    n_tokens = len(token_ids)
+
+    def answer(call: AttentionCall) -> Tensor:
+        return capture.attend(call, call.mask.window(n_tokens))
+
+    with attention_through(decoder.model, answer):
+        for i, (name, layer, attention) in enumerate(modules):
+            found = _stopped(
+                layer,
+                seen[i]["call"],
+                streams[i][0],
+                answer,
+                lambda stop, of=attention: capture.on_output(of, stop),  # type: ignore[misc]
+            )
+            error = relative_error(found.view(n_tokens, -1), plain[i].view(n_tokens, -1))
+            if error > rounding_tolerance(found.dtype):
+                raise UnsupportedArchitectureError(
+                    f"model: layer {name} is not supported: its attention module gives something "
+                    f"else when its attention is answered (relative error {error:.1e})"
+                )
 
 
 def _check_finite(model: PreTrainedModel, seen: list[Tensor]) -> None:
@@ -614,7 +650,7 @@ class _Parts(NamedTuple):
 def _open_block(index: int, probe: _Probe, n_far: int) -> Block:
     dtype = probe.resid_pre.dtype
     with in_float32(probe.module):
-        parts = _decompose(index, probe.in_float32() if dtype in HALF else probe)
+        parts = _decompose(index, probe.rerun_in_float32() if dtype in HALF else probe)
     narrow = parts.W_O.to(dtype)
     W_O = narrow if torch.equal(narrow.to(parts.W_O.dtype), parts.W_O) else parts.W_O
     block = Block(
@@ -681,6 +717,16 @@ def _decompose(index: int, probe: _Probe) -> _Parts:
     error = relative_error(whole.output, probe.resid_post)
     if error > rounding_tolerance(probe.resid_post.dtype):
         _refuse(probe, f"a replay does not give its output back (relative error {error:.1e})")
+    rows = _probe_rows(len(x))
+    with capture.answering(lambda _: z[rows][None]):
+        alone = probe.layer_call.at(rows)(probe.module, x[rows][None])[0]
+    error = relative_error(alone, whole.output[rows])
+    if error > rounding_tolerance(probe.resid_post.dtype):
+        _refuse(
+            probe,
+            "something in it beside attention reads other positions "
+            f"(relative error {error:.1e} of rows on their own)",
+        )
     return parts._replace(width=whole.width, ffn_site=ffn_site)
 
 
@@ -813,11 +859,14 @@ def _ffn_site(probe: _Probe, run: _Run, before: Tensor) -> nn.Module | None:
     return _refuse(probe, f"what its FFN adds is no submodule's output (relative error {best:.1e})")
 
 
+def _probe_rows(n_tokens: int) -> Tensor:
+    """Some rows of the probe, to be run on their own."""
+    return torch.tensor(sorted({n_tokens // 2, n_tokens - 1}))
+
+
 def _check_rows(probe: _Probe, block: Block, resid_mid: Tensor) -> None:
     """A replay of single rows against the recorded keys gives what was recorded."""
-    T = probe.resid_pre.shape[0]
-    rows = torch.tensor(sorted({T // 2, T - 1}))
-    call = probe.call
+    rows, call = _probe_rows(len(probe.resid_pre)), probe.call
     q, mid, _ = replay_rows(block, probe.layer_call, probe.resid_pre, call, rows)
     recorded = call.q[0].transpose(0, 1)[rows]
     for got, expected in ((q.flatten(1), recorded.flatten(1)), (mid, resid_mid[rows])):

@@ -79,7 +79,7 @@ class Nodes:
 
     def add(self, table: LayerTable, layers: list[int], positions: list[int]) -> None:
         """Makes nodes of the rows [N] of a table, in one layer or in several. layers, positions:
-        [N], where they stand; its edges' sources are positions.
+        [N], where they stand, in place of the table's own; its edges' sources are positions.
         """
         n, first = len(layers), len(self.below)
         everywhere: Any = np.ones(n, bool)

@@ -4,14 +4,17 @@ tiny.REFUSALS refused, in so many words. The README's tables are made of the sam
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from oracle import TOLERANCE, LayerImportance, assert_graph_agrees, importances
 from tiny import FAMILIES, README, REFUSALS, WINDOW, account, readme_tables, tiny_model, tiny_text
-from torch import nn
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import sdpa_mask
 
 from ifr_fast import IfrError, Tracer, UnsupportedArchitectureError
 from ifr_fast.kernels import reference
@@ -191,6 +194,10 @@ def test_half_precision(name: str, dtype: torch.dtype) -> None:
                 torch.testing.assert_close(mine.double(), theirs, atol=TOLERANCE, rtol=0)
 
 
+HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+EVERY = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+
+
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss"])
 def test_a_choice_of_experts_may_flip_by_rounding(name: str, seed: int) -> None:
@@ -200,25 +207,73 @@ def test_a_choice_of_experts_may_flip_by_rounding(name: str, seed: int) -> None:
     assert step.graph.token_importance().sum() == pytest.approx(1, abs=1e-3)
 
 
-class Drifting(nn.Module):
-    """An FFN that gives a little more than the one it stands for in all runs but the first ones."""
+@HALF
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", ["mistral", "mixtral", "phi3", "falcon-new", "olmo", "smollm3"])
+def test_sharp_attention_in_half_precision(name: str, seed: int, dtype: torch.dtype) -> None:
+    """Scores so large that their rounding changes weights: a float32 run attends elsewhere."""
+    model = tiny_model(name, seed=seed, dtype=dtype)
+    with torch.no_grad():
+        for of, weight in model.named_parameters():
+            if weight.ndim > 1 and re.search("q_|k_|qkv|query", of):
+                weight.mul_(4)
+    Tracer(model)
 
-    def __init__(self, ffn: nn.Module, n_right: int) -> None:
+
+class Changed(nn.Module):
+    """An FFN that gives something more than the one it stands for, in all runs but the first."""
+
+    def __init__(self, ffn: nn.Module, more: Callable[[Tensor], Tensor], n_right: int = 0) -> None:
         super().__init__()
-        self.ffn = ffn
-        self.left = n_right
+        self.ffn, self.more, self.left = ffn, more, n_right
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         self.left -= 1
-        return self.ffn(x) + (0.5 * x if self.left < 0 else 0)
+        return self.ffn(x) + self.more(x) if self.left < 0 else self.ffn(x)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@EVERY
 def test_a_layer_that_is_another_when_run_again_is_refused(dtype: torch.dtype) -> None:
     model = tiny_model("llama", dtype=dtype)
     layer = model.model.layers[1]
-    layer.mlp = Drifting(layer.mlp, n_right=3)  # the plain run, the watched one, the recorded one
-    with pytest.raises(UnsupportedArchitectureError, match="give"):
+    # The plain run, two watched ones and, for attention in half precision, a plain one.
+    n_right = 3 if dtype == torch.float32 else 4
+    layer.mlp = Changed(layer.mlp, lambda x: 0.5 * x, n_right)
+    message = "does not give its output back" if n_right == 3 else "in float32 it gives another"
+    with pytest.raises(UnsupportedArchitectureError, match=f"layer model.layers.1 .*{message}"):
+        Tracer(model)
+
+
+@EVERY
+def test_an_ffn_that_reads_other_positions_is_refused(dtype: torch.dtype) -> None:
+    model = tiny_model("llama", dtype=dtype)
+    layer = model.model.layers[1]
+    layer.mlp = Changed(layer.mlp, lambda x: 0.5 * x.roll(1, dims=1))
+    with pytest.raises(UnsupportedArchitectureError, match="beside attention reads other pos"):
+        Tracer(model)
+
+
+@EVERY
+@pytest.mark.parametrize("window", [6, 8, 10])
+def test_attention_that_is_not_what_its_mask_says_is_refused(
+    window: int, dtype: torch.dtype
+) -> None:
+    """Most rows of the probe are right, as they cross no window."""
+
+    def windowed(_: nn.Module, q: Tensor, k: Tensor, v: Tensor, *__: Any, **options: Any) -> Any:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        distance = torch.arange(q.shape[2])[:, None] - torch.arange(k.shape[2])
+        seen = (distance >= 0) & (distance < window)
+        z = nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=seen, scale=options["scaling"]
+        )
+        return z.transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("windowed_for_a_test", windowed)
+    AttentionMaskInterface.register("windowed_for_a_test", sdpa_mask)
+    model = tiny_model("llama", dtype=dtype)
+    model.set_attn_implementation("windowed_for_a_test")
+    with pytest.raises(UnsupportedArchitectureError, match="when its attention is"):
         Tracer(model)
 
 

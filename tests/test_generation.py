@@ -289,8 +289,10 @@ def test_a_processor_sees_what_was_generated():
     assert len(set(text)) == len(set(text[:PROMPT])) + NEW
 
 
-def test_models_that_cannot_take_one_token_are_refused(monkeypatch):
-    tracer = Tracer(tiny_model("llama"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_models_that_cannot_take_one_token_are_refused(monkeypatch, name, dtype):
+    tracer = Tracer(tiny_model(name, dtype=dtype))
     monkeypatch.setattr(tracer.decoder, "_takes_positions", False)
     with pytest.raises(UnsupportedArchitectureError, match="cannot generate"):
         next(tracer.generate(tiny_text(PROMPT)))

@@ -1,5 +1,5 @@
 // What the Python faces of the kernel (module.cpp, step.cpp) share: array types, checks of shapes
-// and strides, the instruction sets.
+// and strides, what makes scores of products, the instruction sets.
 #pragma once
 
 #include <nanobind/nanobind.h>
