@@ -282,6 +282,22 @@ def test_patching_a_text_with_its_own_activations_has_no_effect():
             torch.testing.assert_close(paired, alone, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.default_model
+@pytest.mark.parametrize("make", [circuits.ioi, circuits.greater_than])
+def test_own_activations_change_no_logit_of_the_default_model(smol, make):
+    """Restarted at any position, in batches of any size; against the model's own logits."""
+    decoder = smol.decoder
+    for text in make(smol.tokenizer, 2, seed=0).texts:
+        seen, T = circuits.observe(decoder, [text]), len(text)
+        plain = smol.model(input_ids=torch.tensor([text])).logits[:, -1]
+        with circuits.restarting(decoder):
+            for layer, t, n in itertools.product((0, 15), (0, T // 2, T - 3, T - 1), (1, 4)):
+                of = torch.zeros(n, dtype=torch.int64)
+                z = seen.z[layer][of, t : t + 1]
+                got = seen.restart(layer, of, t, t + 1, z=z)
+                assert (got - plain).abs().max() <= 1e-5
+
+
 def test_ablation_sweeps():
     """Against masks of whole runs."""
     tracer = Tracer(tiny_model("llama", dtype=torch.float64))

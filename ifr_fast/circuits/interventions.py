@@ -17,11 +17,12 @@ rows: theirs run one at a time, restarted at the layer but not at the position.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import capture
 from ..batching import batches, can_batch, of_text
@@ -34,6 +35,7 @@ Edit = Callable[[int, Tensor], Tensor]
 
 _RUN_ROWS = 4096  # of a batch of whole texts, padding included
 _HEAD_ROWS = 8  # at least, that the head reads at once
+_VARIANTS = 8  # a multiple of so many leaves no row over, which matrix products round otherwise
 
 
 @contextmanager
@@ -204,17 +206,17 @@ class Observed:
             of = texts[felt]
             changed = [None if x is None else x[felt] for x in (z, ffn)]
             if not (paired and can_batch(self.decoder)):  # one at a time, shapes are the same
-                final = self._final(layer, of, begin, end, *changed)
+                final = self._final(layer, of, begin, end, *changed, alike=False)
                 logits[felt] = _readout(self.decoder, final)
                 return logits
             own, which = of.unique(return_inverse=True)
-            beside = (self.z[layer][own, begin:end], self.ffn[layer][own, begin:end])
+            beside = torch.cat([own, own[-1:].expand(-(len(of) + len(own)) % _VARIANTS)])
             given = [
-                None if x is None else torch.cat([x, y.to(x)])
-                for x, y in zip(changed, beside, strict=True)
+                None if x is None else torch.cat([x, seen[layer][beside, begin:end].to(x)])
+                for x, seen in zip(changed, (self.z, self.ffn), strict=True)
             ]
-            final = self._final(layer, torch.cat([of, own]), begin, end, *given)
-            got, unchanged = _readout(self.decoder, final).split([len(of), len(own)])
+            final = self._final(layer, torch.cat([of, beside]), begin, end, *given, alike=True)
+            got, unchanged = _readout(self.decoder, final).split([len(of), len(beside)])
             logits[felt] += got - unchanged[which]
         return logits
 
@@ -227,9 +229,19 @@ class Observed:
         return (targets >= begin) & ((targets < end) | (not last_layer))
 
     def _final(
-        self, layer: int, texts: Tensor, begin: int, end: int, z: Tensor | None, ffn: Tensor | None
+        self,
+        layer: int,
+        texts: Tensor,
+        begin: int,
+        end: int,
+        z: Tensor | None,
+        ffn: Tensor | None,
+        *,
+        alike: bool,
     ) -> Tensor:
-        """The last layer's output [N, D] at the variants' targets; arguments as of `restart`."""
+        """The last layer's output [N, D] at the variants' targets; arguments as of `restart`.
+        alike: variants are rounded alike.
+        """
         blocks, T = self.decoder.blocks, int(self.lengths[texts].max())
         end = min(end, T)
         first, last = (begin, end) if can_batch(self.decoder) else (0, T)
@@ -254,10 +266,12 @@ class Observed:
             if last < T:
                 hidden = torch.cat([hidden, self.resid_pre[layer + 1][texts, last:T]], dim=1)
             for block in blocks[layer + 1 :]:
-                hidden = self._layer(block, texts, hidden, torch.arange(first, T))
+                hidden = self._layer(block, texts, hidden, torch.arange(first, T), alike)
         return hidden[torch.arange(len(texts)), self.lengths[texts] - 1 - first]
 
-    def _layer(self, block: Block, texts: Tensor, hidden: Tensor, rows: Tensor) -> Tensor:
+    def _layer(
+        self, block: Block, texts: Tensor, hidden: Tensor, rows: Tensor, alike: bool
+    ) -> Tensor:
         """One layer on `rows` [R] of N variants, hidden [N, R, D]; the rows before are observed."""
         past, first, T = self._keys[block.layer], int(rows[0]), int(rows[-1]) + 1
 
@@ -270,7 +284,9 @@ class Observed:
             window = _window(block, past, T)
             if first == 0:
                 return capture.attend(whole, window)
-            return capture.attend_rows(whole, call.q, rows, window)
+            # On CPUs the fused kernel rounds a few rows by the thread that they fall to.
+            with sdpa_kernel(SDPBackend.MATH) if alike else nullcontext():
+                return capture.attend_rows(whole, call.q, rows, window)
 
         with capture.answering(answer):
             return self._calls[block.layer].at(rows)(block.module, hidden)
