@@ -417,7 +417,6 @@ def _open_blocks(decoder: Decoder) -> tuple[AttentionThrough, list[Block]]:
     token_ids = probe_tokens(decoder)
     n_tokens = len(token_ids)
 
-    plain, logits = decoder.forward(token_ids)
     calls: list[tuple[AttentionCall, Tensor]] = []
 
     def watch(call: AttentionCall) -> Tensor:
@@ -448,8 +447,20 @@ def _open_blocks(decoder: Decoder) -> tuple[AttentionThrough, list[Block]]:
             f"model: {type(model).__name__} computes no softmax attention that could be seen, "
             "neither through transformers' attention interface nor as softmax(q k^T) v"
         )
+    attentions = [call.module for call, _ in calls]
+    layers = _layers(model, attentions)
+
+    streams: dict[int, Tensor] = {}
+    attended: dict[int, Tensor] = {}
+    handles = []
+    for i, ((_, layer), attention) in enumerate(zip(layers, attentions, strict=True)):
+        handles.append(capture.on_layer_call(layer, lambda x, _, i=i: streams.update({i: x})))  # type: ignore[misc]
+        handles.append(
+            capture.on_output(attention, lambda x, i=i: attended.update({i: x.clone()}))  # type: ignore[misc]
+        )
+    with capture.hooks(*handles):
+        plain, logits = decoder.forward(token_ids)
     _check_finite(model, [plain, logits, *(x for c, z in calls for x in (c.q, c.k, c.v, z))])
-    layers = _layers(model, [call.module for call, _ in calls])
 
     calls.clear()
     seen: dict[int, dict[str, Any]] = {i: {} for i in range(len(layers))}
@@ -468,10 +479,6 @@ def _open_blocks(decoder: Decoder) -> tuple[AttentionThrough, list[Block]]:
             f"model: {type(model).__name__} gives other states when its attention is watched "
             f"(relative error {error:.1e})"
         )
-    if plain.dtype in HALF:
-        modules = [(*layer, call.module) for layer, (call, _) in zip(layers, calls, strict=True)]
-        _check_attention(decoder, attention_through, token_ids, modules, seen)
-
     blocks = []
     with attention_through(model, watch):
         for i, ((name, layer), (call, z)) in enumerate(zip(layers, calls, strict=True)):
@@ -492,6 +499,8 @@ def _open_blocks(decoder: Decoder) -> tuple[AttentionThrough, list[Block]]:
                 seen[i]["post"],
                 len(seen[i]["raw"]) if isinstance(seen[i]["raw"], tuple) else None,
             )
+            if plain.dtype in HALF:
+                _check_attention(probe, streams[i][0], attended[i])
             blocks.append(_open_block(i, probe, decoder.max_length or _FAR))
     heads = [block.W_O.shape[0] for block in blocks]
     if len(set(heads)) > 1:
@@ -501,45 +510,26 @@ def _open_blocks(decoder: Decoder) -> tuple[AttentionThrough, list[Block]]:
     return attention_through, blocks
 
 
-def _check_attention(
-    decoder: Decoder,
-    attention_through: AttentionThrough,
-    token_ids: Tensor,
-    modules: list[tuple[str, nn.Module, nn.Module]],
-    seen: dict[int, dict[str, Any]],
-) -> None:
-    """Refuses a model whose attention modules (layer's name, layer, attention) give another row
-    than when they are answered, for the same stream. States at the end of a whole run cannot tell
-    in half precision, where the rows that chose other experts differ anyway.
+def _check_attention(probe: _Probe, stream: Tensor, attended: Tensor) -> None:
+    """Refuses a layer whose attention module, answered, gives another row than it gave by itself,
+    `attended`, for the same residual stream [T, D]. States at the end of a whole run cannot tell in
+    half precision, where the rows that chose other experts differ anyway.
     """
-    streams: dict[int, Tensor] = {}
-    plain: dict[int, Tensor] = {}
-    handles = []
-    for i, (_, layer, attention) in enumerate(modules):
-        handles.append(capture.on_layer_call(layer, lambda x, _, i=i: streams.update({i: x})))  # type: ignore[misc]
-        handles.append(capture.on_output(attention, lambda x, i=i: plain.update({i: x.clone()})))  # type: ignore[misc]
-    with capture.hooks(*handles):
-        decoder.forward(token_ids)
-    n_tokens = len(token_ids)
-
-    def answer(call: AttentionCall) -> Tensor:
-        return capture.attend(call, call.mask.window(n_tokens))
-
-    with attention_through(decoder.model, answer):
-        for i, (name, layer, attention) in enumerate(modules):
-            found = _stopped(
-                layer,
-                seen[i]["call"],
-                streams[i][0],
-                answer,
-                lambda stop, of=attention: capture.on_output(of, stop),  # type: ignore[misc]
-            )
-            error = relative_error(found.view(n_tokens, -1), plain[i].view(n_tokens, -1))
-            if error > rounding_tolerance(found.dtype):
-                raise UnsupportedArchitectureError(
-                    f"model: layer {name} is not supported: its attention module gives something "
-                    f"else when its attention is answered (relative error {error:.1e})"
-                )
+    T = len(stream)
+    found = _stopped(
+        probe.module,
+        probe.layer_call,
+        stream,
+        lambda call: capture.attend(call, call.mask.window(T)),
+        lambda stop: capture.on_output(probe.attention, stop),
+    )
+    error = relative_error(found.view(T, -1), attended.view(T, -1))
+    if error > rounding_tolerance(found.dtype):
+        _refuse(
+            probe,
+            "its attention module gives something else when its attention is answered "
+            f"(relative error {error:.1e})",
+        )
 
 
 def _check_finite(model: PreTrainedModel, seen: list[Tensor]) -> None:

@@ -236,10 +236,10 @@ class Changed(nn.Module):
 def test_a_layer_that_is_another_when_run_again_is_refused(dtype: torch.dtype) -> None:
     model = tiny_model("llama", dtype=dtype)
     layer = model.model.layers[1]
-    # The plain run, two watched ones and, for attention in half precision, a plain one.
-    n_right = 3 if dtype == torch.float32 else 4
-    layer.mlp = Changed(layer.mlp, lambda x: 0.5 * x, n_right)
-    message = "does not give its output back" if n_right == 3 else "in float32 it gives another"
+    # The plain run and two watched ones.
+    layer.mlp = Changed(layer.mlp, lambda x: 0.5 * x, n_right=3)
+    again = "does not give its output back"
+    message = again if dtype == torch.float32 else "in float32 it gives another"
     with pytest.raises(UnsupportedArchitectureError, match=f"layer model.layers.1 .*{message}"):
         Tracer(model)
 

@@ -17,7 +17,7 @@ rows: theirs run one at a time, restarted at the layer but not at the position.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -206,7 +206,7 @@ class Observed:
             of = texts[felt]
             changed = [None if x is None else x[felt] for x in (z, ffn)]
             if not (paired and can_batch(self.decoder)):  # one at a time, shapes are the same
-                final = self._final(layer, of, begin, end, *changed, alike=False)
+                final = self._final(layer, of, begin, end, *changed)
                 logits[felt] = _readout(self.decoder, final)
                 return logits
             own, which = of.unique(return_inverse=True)
@@ -215,7 +215,9 @@ class Observed:
                 None if x is None else torch.cat([x, seen[layer][beside, begin:end].to(x)])
                 for x, seen in zip(changed, (self.z, self.ffn), strict=True)
             ]
-            final = self._final(layer, torch.cat([of, beside]), begin, end, *given, alike=True)
+            # On CPUs the fused kernel rounds a few rows by the thread that they fall to.
+            with sdpa_kernel(SDPBackend.MATH):
+                final = self._final(layer, torch.cat([of, beside]), begin, end, *given)
             got, unchanged = _readout(self.decoder, final).split([len(of), len(beside)])
             logits[felt] += got - unchanged[which]
         return logits
@@ -229,19 +231,9 @@ class Observed:
         return (targets >= begin) & ((targets < end) | (not last_layer))
 
     def _final(
-        self,
-        layer: int,
-        texts: Tensor,
-        begin: int,
-        end: int,
-        z: Tensor | None,
-        ffn: Tensor | None,
-        *,
-        alike: bool,
+        self, layer: int, texts: Tensor, begin: int, end: int, z: Tensor | None, ffn: Tensor | None
     ) -> Tensor:
-        """The last layer's output [N, D] at the variants' targets; arguments as of `restart`.
-        alike: variants are rounded alike.
-        """
+        """The last layer's output [N, D] at the variants' targets; arguments as of `restart`."""
         blocks, T = self.decoder.blocks, int(self.lengths[texts].max())
         end = min(end, T)
         first, last = (begin, end) if can_batch(self.decoder) else (0, T)
@@ -266,12 +258,10 @@ class Observed:
             if last < T:
                 hidden = torch.cat([hidden, self.resid_pre[layer + 1][texts, last:T]], dim=1)
             for block in blocks[layer + 1 :]:
-                hidden = self._layer(block, texts, hidden, torch.arange(first, T), alike)
+                hidden = self._layer(block, texts, hidden, torch.arange(first, T))
         return hidden[torch.arange(len(texts)), self.lengths[texts] - 1 - first]
 
-    def _layer(
-        self, block: Block, texts: Tensor, hidden: Tensor, rows: Tensor, alike: bool
-    ) -> Tensor:
+    def _layer(self, block: Block, texts: Tensor, hidden: Tensor, rows: Tensor) -> Tensor:
         """One layer on `rows` [R] of N variants, hidden [N, R, D]; the rows before are observed."""
         past, first, T = self._keys[block.layer], int(rows[0]), int(rows[-1]) + 1
 
@@ -284,9 +274,7 @@ class Observed:
             window = _window(block, past, T)
             if first == 0:
                 return capture.attend(whole, window)
-            # On CPUs the fused kernel rounds a few rows by the thread that they fall to.
-            with sdpa_kernel(SDPBackend.MATH) if alike else nullcontext():
-                return capture.attend_rows(whole, call.q, rows, window)
+            return capture.attend_rows(whole, call.q, rows, window)
 
         with capture.answering(answer):
             return self._calls[block.layer].at(rows)(block.module, hidden)
