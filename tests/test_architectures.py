@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 from oracle import TOLERANCE, LayerImportance, assert_graph_agrees, importances
-from tiny import FAMILIES, README, REFUSALS, WINDOW, account, readme_tables, tiny_model, tiny_text
+from paths import README
+from same_graph import assert_agree
+from tiny import FAMILIES, REFUSALS, WINDOW, account, readme_tables, tiny_model, tiny_text
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
@@ -19,7 +21,6 @@ from transformers.masking_utils import sdpa_mask
 from ifr_fast import IfrError, Tracer, UnsupportedArchitectureError
 from ifr_fast.kernels import reference
 from ifr_fast.recording import layer_inputs
-from ifr_fast.scoring import LayerScores
 
 T = 23  # crosses the window three times over
 FRONTIER = [0, 1, WINDOW - 1, WINDOW, 14, T - 1]
@@ -46,29 +47,6 @@ SPECIAL = [
 def family(request: Any) -> tuple[PreTrainedModel, list[LayerImportance]]:
     model = tiny_model(request.param)
     return model, [importances(layer) for layer in account(model, tiny_text(T))]
-
-
-def assert_agree(scores: LayerScores, layer: LayerImportance, n: int = T) -> None:
-    rows = scores.rows
-
-    def close(mine: torch.Tensor, theirs: torch.Tensor) -> None:
-        torch.testing.assert_close(mine.double(), theirs, atol=TOLERANCE, rtol=0)
-
-    close(scores.residual, layer.residual[rows])
-    close(scores.ffn, layer.ffn[rows])
-    assert (scores.ffn_residual is None) == (layer.ffn_residual is None)
-    if scores.ffn_residual is not None:
-        close(scores.ffn_residual, layer.ffn_residual[rows])
-    dense = torch.zeros_like(layer.heads)
-    head, target, source, weight = scores.head_edges
-    dense[head, target, source] = weight.double()
-    close(dense[:, rows], layer.heads[:, rows])
-    close(scores.head_total, layer.heads[:, rows].sum(-1).T)
-    total = scores.residual + scores.head_total.sum(-1)
-    if scores.ffn_residual is None:
-        total = total + scores.ffn
-    close(total, torch.ones(len(rows), dtype=torch.float64))
-    assert not scores.unattributed.any()
 
 
 @pytest.mark.parametrize("impl", ["cpu", "eager", "reference"])
@@ -116,7 +94,7 @@ def test_short_texts_match_the_oracle(
     tracer = Tracer(model)
     for mode in ("full", "lean"):
         for scores in tracer.contributions(tracer.record(text, mode=mode), keep=0.0):
-            assert_agree(scores, layers[scores.layer], n_tokens)
+            assert_agree(scores, layers[scores.layer])
 
 
 def test_a_value_replaced_moves_its_source_alone(
@@ -286,7 +264,7 @@ def test_what_cannot_be_explained_is_refused(name: str) -> None:
 
 
 def test_the_readme_lists_what_is_tested() -> None:
-    """`python tests/tiny.py` writes its tables anew."""
+    """`python tests/support/tiny.py` writes its tables anew."""
     text = README.read_text()
     for table in readme_tables():
         assert table in text

@@ -1,14 +1,14 @@
 """What docs/circuits.md shows is run."""
 
 import re
-from pathlib import Path
 
 import pytest
+from paths import DOCS
 from typer.testing import CliRunner
 
 from ifr_fast.cli import app
 
-PAGE = Path(__file__).parent.parent / "docs" / "circuits.md"
+PAGE = DOCS / "circuits.md"
 TEXT = PAGE.read_text()
 
 pytestmark = pytest.mark.default_model

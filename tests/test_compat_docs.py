@@ -8,8 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
-
-DOCS = Path(__file__).parent.parent / "docs"
+from paths import DOCS
 
 
 def run_page(name: str) -> dict[str, object]:

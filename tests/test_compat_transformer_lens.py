@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from oracle import TOLERANCE, assert_graph_agrees, importances
-from test_graph import assert_same_graph
+from same_graph import assert_same_graph
 from tiny import VOCAB, LayerAccount, tiny_model, tiny_text
 from tokenizers import Tokenizer, models
 from torch import Tensor, nn

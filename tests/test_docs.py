@@ -1,11 +1,10 @@
 """Everything that the pages under docs/ show is run."""
 
 import re
-from pathlib import Path
 
 import pytest
+from paths import DOCS
 
-DOCS = Path(__file__).parent.parent / "docs"
 PAGES = ["drilling-down.md"]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import builtins
 import dataclasses
-import functools
 import json
 import shutil
 import warnings
@@ -15,68 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
+from hostile import HOSTILE, N_TOKENS, VOCABULARY, trace, tracer
 
-import ifr_fast
 from ifr_fast.errors import IfrError
 from ifr_fast.export.labels import SHOW_ALL, columns, visible
-from ifr_fast.graph import EdgeKind, Granularity, Node, NodeKind, Prediction, RouteGraph
+from ifr_fast.graph import EdgeKind, Node, NodeKind, Prediction, RouteGraph
 from ifr_fast.storage import write_text
-
-N_TOKENS = 14
-VOCABULARY = 97
-HOSTILE = [
-    "<script>window.__pwned = 1</script>",
-    "</script><script>window.__pwned = 2</script>",
-    "<!--",
-    "<img src=x onerror='window.__pwned = 3'>",
-    '"><b onmouseover=window.__pwned=4>',
-    "{{data}}${x}",
-    "line\nfeed\ttab\r",
-    "\u2028\u2029",
-    "\ud800",
-    "\ufffd",
-    "\u202eעברית مرحبا",
-    " $x^2$ \\frac{$",
-    "",
-    "\u200b\u0301\x00日本語🎉",
-]
-assert len(HOSTILE) == N_TOKENS
-
-
-@functools.cache
-def tracer(parallel: bool, n_layers: int) -> ifr_fast.Tracer:
-    torch.manual_seed(3)
-    shape = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": n_layers,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 128,
-    }
-    if parallel:
-        model: Any = GPTNeoXForCausalLM(GPTNeoXConfig(**shape, use_parallel_residual=True))
-    else:
-        model = LlamaForCausalLM(LlamaConfig(**shape, num_key_value_heads=2))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter *= 3
-    return ifr_fast.Tracer(model.eval(), None)
-
-
-@functools.cache
-def trace(
-    parallel: bool,
-    granularity: Granularity = "token",
-    *,
-    n_layers: int = 4,
-    n_tokens: int = N_TOKENS,
-    threshold: float = 0.01,
-) -> RouteGraph:
-    ids = torch.randint(VOCABULARY, (n_tokens,), generator=torch.Generator().manual_seed(5))
-    return tracer(parallel, n_layers).trace(ids, threshold=threshold, granularity=granularity)
 
 
 @pytest.fixture(scope="module", params=["sequential", "parallel"])

@@ -17,7 +17,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
-from test_export import HOSTILE, N_TOKENS, VOCABULARY, trace, tracer
+from hostile import HOSTILE, N_TOKENS, VOCABULARY, trace, tracer
 
 from ifr_fast.errors import IfrError
 from ifr_fast.export.tables import check_parquet

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from oracle import assert_graph_agrees, importances
-from test_graph import assert_same_graph
+from same_graph import assert_same_graph
 from tiny import FAMILIES, VOCAB, account, tiny_model, tiny_text
 from transformers import LlamaConfig, LlamaForCausalLM
 

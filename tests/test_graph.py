@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
+from same_graph import assert_same_bits, assert_same_graph
 from tiny import tiny_model, tiny_text
 
 import ifr_fast.graph
@@ -119,42 +120,6 @@ def brute_importances(graph: RouteGraph) -> tuple[torch.Tensor, torch.Tensor, to
         if step.kind == EdgeKind.FFN:
             ffn[step.layer] += step.weight * flow[step.layer, "post", step.target]
     return tokens, heads, ffn
-
-
-def assert_same_bits(got: RouteGraph, expected: RouteGraph) -> None:
-    for field in dataclasses.fields(RouteGraph):
-        mine, theirs = getattr(got, field.name), getattr(expected, field.name)
-        if isinstance(theirs, torch.Tensor):
-            mine, theirs = [mine], [theirs]
-        if field.name in ("edges", "head_edges") or isinstance(theirs, list | tuple):
-            assert len(mine) == len(theirs), field.name
-            for a, b in zip(mine, theirs, strict=True):
-                if isinstance(b, torch.Tensor):
-                    assert a.dtype == b.dtype, field.name
-                    assert torch.equal(a, b), field.name
-                else:
-                    assert a == b, field.name
-                    assert type(a) is type(b), field.name
-        else:
-            assert mine == theirs, field.name
-            assert type(mine) is type(theirs), field.name
-
-
-def assert_same_graph(got: RouteGraph, expected: RouteGraph, tolerance: float = 1e-6) -> None:
-    """The same structure, and weights within the tolerance."""
-    for name in ("edges", "head_edges"):
-        mine, theirs = getattr(got, name), getattr(expected, name)
-        for column in mine._fields:
-            a, b = getattr(mine, column), getattr(theirs, column)
-            if column == "weight":
-                torch.testing.assert_close(a, b, atol=tolerance, rtol=0)
-            else:
-                assert torch.equal(a, b), (name, column)
-    for name in ("position", "threshold", "granularity", "n_layers", "n_heads", "tokens"):
-        assert getattr(got, name) == getattr(expected, name), name
-    assert got.unattributed == expected.unattributed
-    assert torch.equal(got.parallel, expected.parallel)
-    assert torch.equal(got.token_ids, expected.token_ids)
 
 
 # The tables

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from paths import ROOT
 
 import ifr_fast
 
-ROOT = Path(__file__).resolve().parent.parent
 PACKAGE, KERNELS = ROOT / "ifr_fast", ROOT / "kernels"
 
 # Docs/design.md, section 4: a module imports from lower ranks alone. What has no rank stands on

@@ -1,14 +1,13 @@
 """Everything that the README shows is run."""
 
 import re
-from pathlib import Path
 
 import pytest
+from paths import README
 from typer.testing import CliRunner
 
 from ifr_fast.cli import app
 
-README = Path(__file__).parent.parent / "README.md"
 TEXT = README.read_text()
 
 pytestmark = pytest.mark.default_model

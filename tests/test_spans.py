@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
-from test_graph import assert_same_bits, assert_same_graph
+from same_graph import assert_same_bits, assert_same_graph
 from tiny import tiny_model, tiny_text
 
 from ifr_fast import FormatError, RouteGraph, Tracer

@@ -6,11 +6,12 @@ import re
 from pathlib import Path
 
 import pytest
+from paths import DOCS
 from typer.testing import CliRunner
 
 from ifr_fast.cli import app
 
-PAGE = Path(__file__).parent.parent / "docs" / "survey.md"
+PAGE = DOCS / "survey.md"
 TEXT = PAGE.read_text()
 
 

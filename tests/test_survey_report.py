@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from paths import DOCS
 from synthetic_survey import THRESHOLDS, H, L, made_up, write_survey
 from typer.testing import CliRunner
 
@@ -127,7 +128,7 @@ def test_the_documentation_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         tmp_path / "DIR", columns, n_layers=L, n_heads=H, thresholds=THRESHOLDS, labels=["pos"]
     )
     monkeypatch.chdir(tmp_path)
-    page = (Path(__file__).parent.parent / "docs" / "survey-report.md").read_text()
+    page = (DOCS / "survey-report.md").read_text()
     (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     exec(compile(block, "survey-report.md", "exec"), {})
     assert (tmp_path / "roles.pdf").is_file()

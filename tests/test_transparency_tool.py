@@ -21,6 +21,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import importances
+from paths import DOCS
 from published_tool import Layer, Shares
 from tiny import account, tiny_model, tiny_text
 from torch import Tensor
@@ -890,7 +891,7 @@ def test_install_without_the_tool() -> None:
 
 # Documentation
 
-PAGE = Path(__file__).parent.parent / "docs" / "compat-llm-transparency-tool.md"
+PAGE = DOCS / "compat-llm-transparency-tool.md"
 
 
 @pytest.mark.default_model

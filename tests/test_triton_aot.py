@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from paths import ROOT
 
 from ifr_fast import Tracer, scoring
 
@@ -28,7 +29,7 @@ ALL_KERNELS = 20
 
 def aot(argument: str, cache: Path) -> list[dict[str, Any]]:
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(Path(__file__).with_name("aot.py")), argument],
+        [sys.executable, "-W", "ignore", str(ROOT / "tests" / "support" / "aot.py"), argument],
         env={**os.environ, "TRITON_CACHE_DIR": str(cache), "TRITON_INTERPRET": "0"},
         capture_output=True,
         text=True,

@@ -13,8 +13,7 @@ import torch
 from accelerate import cpu_offload, disk_offload
 from oracle import TOLERANCE, importances
 from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from test_architectures import assert_agree
-from test_graph import assert_same_graph
+from same_graph import assert_agree, assert_same_graph
 from tiny import FAMILIES, account, tiny_model, tiny_text
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel

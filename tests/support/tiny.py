@@ -9,15 +9,14 @@ import copy
 import re
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import transformers
+from paths import README
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-README = Path(__file__).parent.parent / "README.md"
 VOCAB = 97
 WINDOW = 7
 _COMMON = {
