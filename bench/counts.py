@@ -47,7 +47,7 @@ from ifr_fast.kernels.breakpoints import (
 )
 from ifr_fast.kernels.contract import LayerInputs, visible
 from ifr_fast.kernels.cpu import kernel
-from ifr_fast.kernels.eager import attention_pattern
+from ifr_fast.kernels.rows import attention_pattern
 from ifr_fast.recording import RecordingMode, layer_inputs
 from ifr_fast.scoring import score_layer
 

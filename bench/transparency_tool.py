@@ -41,7 +41,7 @@ from ifr_fast.compat.llm_transparency_tool import (
     get_mlp_contributions,
 )
 from ifr_fast.kernels.contract import visible
-from ifr_fast.kernels.eager import attention_pattern
+from ifr_fast.kernels.rows import attention_pattern
 from ifr_fast.recording import layer_inputs
 
 TOLERANCE = 1e-5

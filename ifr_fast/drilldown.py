@@ -170,7 +170,7 @@ def head_output(
 
     In float32 or wider.
     """
-    from .kernels.eager import attention_pattern
+    from .kernels.rows import attention_pattern
 
     with attended(recording.decoder):
         inputs, _ = layer_inputs(recording, layer, torch.tensor([position]))

@@ -102,10 +102,10 @@ def summed_row(inputs: LayerInputs, weights: Tensor) -> LayerInputs:
     by_key = inputs.v.new_zeros(H, n_keys, 1 if inputs.value_gate is None else V)
     step = max(1, eager.BLOCK_ELEMENTS // (H * n_keys))
     for start in range(0, R, step):
-        block = eager.block_of(inputs, slice(start, start + step))
+        block = rows_of.block_of(inputs, slice(start, start + step))
         S = len(block.v)
         mask = visible(block.rows, S, block.window).to(device)
-        pattern = eager.attention_pattern(block, mask)  # [H, r, S]
+        pattern = rows_of.attention_pattern(block, mask)  # [H, r, S]
         moved = of_rows[start : start + step].expand(H, 1, -1).transpose(1, 2)  # [H, r, 1]
         if block.value_gate is not None:
             moved = moved * block.value_gate.transpose(0, 1)  # [H, r, V]

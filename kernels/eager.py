@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .breakpoints import ROUND_UP, breakpoints, column_norms, signs, value_space_signs
 from .contract import AttentionScores, EdgeList, FFNScores, LayerInputs, visible
+from .rows import attention_pattern, block_of, by_kv_head
 
 BLOCK_ROWS = 128  # in a row block, at most
 BLOCK_ELEMENTS = 1 << 21  # of [H, R, S] and of [H, R, D] in a row block
@@ -86,65 +87,12 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def block_of(inputs: LayerInputs, chosen: slice | Tensor) -> LayerInputs:
-    """Some of the rows of the inputs (by index, ascending), and the keys that they may see."""
-    rows = inputs.rows[chosen]
-    n_keys = int(rows[-1]) + 1
-    if isinstance(chosen, Tensor):
-        chosen = chosen.to(inputs.y.device)
-
-    def cut(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x[chosen]
-
-    return inputs._replace(
-        rows=rows,
-        resid_pre=inputs.resid_pre[chosen],
-        y=inputs.y[chosen],
-        q=inputs.q[chosen],
-        k=inputs.k[:n_keys],
-        v=inputs.v[:n_keys],
-        row_scale=cut(inputs.row_scale),
-        value_gate=cut(inputs.value_gate),
-        log_sum_exp=cut(inputs.log_sum_exp),
-        ffn=cut(inputs.ffn),
-        offset=cut(inputs.offset),
-    )
-
-
 def _proximity(part: Tensor, y: Tensor, offset: Tensor | float = 0.0, floor: float = 0.0) -> Tensor:
     """max(|y|_1 - |y - part|_1 + offset, floor), coordinate by coordinate: [R, D], [R, D] -> [R].
 
     offset: [R]
     """
     return (y.abs() - (y - part).abs()).sum(-1).add_(offset).clamp_(min=floor)
-
-
-def _by_kv_head(x: Tensor, n_kv_heads: int) -> Tensor:
-    """[H, R, N] -> [H_kv, H / H_kv * R, N]: rows that share a KV head, stacked; K/V stay as is."""
-    H, R, N = x.shape
-    return x.reshape(n_kv_heads, H // n_kv_heads * R, N)
-
-
-def attention_pattern(inputs: LayerInputs, mask: Tensor) -> Tensor:
-    """Attention weights alpha [H, R, S]; mask: bool [R, S], the keys that each row may read."""
-    H_kv = inputs.k.shape[1]
-    R, H, _ = inputs.q.shape
-    q = _by_kv_head(inputs.q.transpose(0, 1) * inputs.scale, H_kv)
-    scores = torch.matmul(q, inputs.k.permute(1, 2, 0)).view(H, R, -1)
-    if inputs.softcap is not None:
-        scores = scores.div_(inputs.softcap).tanh_().mul_(inputs.softcap)
-    if inputs.alibi_slopes is not None:
-        rows = inputs.rows.to(scores.device)
-        distance = torch.arange(scores.shape[-1], device=scores.device) - rows[:, None]
-        scores = scores.addcmul_(inputs.alibi_slopes[:, None, None], distance.to(scores.dtype))
-    scores = scores.masked_fill_(~mask, float("-inf"))
-    if inputs.log_sum_exp is not None:
-        return scores.sub_(inputs.log_sum_exp.T[..., None]).exp_()
-    if inputs.sinks is None:
-        return scores.softmax(-1)
-    top = scores.amax(-1, keepdim=True).maximum(inputs.sinks[:, None, None])
-    weight = scores.sub_(top).exp_()
-    return weight.div_(weight.sum(-1, keepdim=True) + (inputs.sinks[:, None, None] - top).exp())
 
 
 def _score_block(
@@ -164,9 +112,9 @@ def _score_block(
     else:
         gate = inputs.value_gate.transpose(0, 1)  # [H, R, V]
         g = g * gate
-        squares = torch.matmul(_by_kv_head(gate.square(), H_kv), inputs.v.square().permute(1, 2, 0))
+        squares = torch.matmul(by_kv_head(gate.square(), H_kv), inputs.v.square().permute(1, 2, 0))
         a = squares.sqrt_().view(H, R, S).mul_(weight.abs())
-    lin = torch.matmul(_by_kv_head(g, H_kv), inputs.v.permute(1, 2, 0)).view(H, R, S).mul_(weight)
+    lin = torch.matmul(by_kv_head(g, H_kv), inputs.v.permute(1, 2, 0)).view(H, R, S).mul_(weight)
     linear = lin.sum((0, 2))
     offset = 0.0 if inputs.offset is None else inputs.offset
     if inputs.offset is not None:

@@ -526,7 +526,7 @@ class _Layer(NamedTuple):
 
 def _layer(recording: Recording, layer: int, rows: Tensor) -> _Layer:
     from ..kernels.contract import visible
-    from ..kernels.eager import attention_pattern, block_of
+    from ..kernels.rows import attention_pattern, block_of
 
     inputs, resid_post = layer_inputs(recording, layer, rows)
     wide = torch.promote_types(inputs.y.dtype, torch.float32)

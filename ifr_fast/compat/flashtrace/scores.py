@@ -128,7 +128,7 @@ def _layers(tracer: Tracer, recording: Recording, rows: Tensor, parity: bool) ->
     """What scores `rows` [R] of each layer, from the bottom. Raises IfrError in the end where a
     layer's parts do not add up to what the model computed.
     """
-    from ...kernels.eager import block_of
+    from ...kernels.rows import block_of
 
     closures: dict[int, Closure] = {}
     sample = recording.sample(rows).sort().values

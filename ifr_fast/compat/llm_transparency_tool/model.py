@@ -469,7 +469,7 @@ def _wide(inputs: LayerInputs) -> LayerInputs:
 @torch.inference_mode()
 def _pattern(inputs: LayerInputs) -> Tensor:
     """Attention weights [H, R, S]."""
-    from ...kernels.eager import attention_pattern
+    from ...kernels.rows import attention_pattern
 
     seen = visible(inputs.rows, len(inputs.k), inputs.window).to(inputs.k.device)
     return attention_pattern(_wide(inputs), seen)
@@ -477,7 +477,7 @@ def _pattern(inputs: LayerInputs) -> Tensor:
 
 def _attention_output(inputs: LayerInputs, pos: int) -> Tensor:
     """[H, V] of one row, before gates and output projection."""
-    from ...kernels.eager import block_of
+    from ...kernels.rows import block_of
 
     pattern = _pattern(block_of(inputs, slice(pos, pos + 1)))[:, 0]  # [H, S]
     v = inputs.v[: pattern.shape[1]].to(pattern.dtype)
