@@ -73,6 +73,12 @@ class Block(NamedTuple):
         """Its window, if a text of `n_tokens` crosses it."""
         return None if self.window is None or self.window >= n_tokens else self.window
 
+    def on_mid(self, keep: Callable[[Tensor], None]) -> torch.utils.hooks.RemovableHandle:
+        """Hands `keep` `resid_mid`; in a parallel block what attention adds to `resid_pre`."""
+        if self.mid_site is not None:
+            return capture.on_input(self.mid_site, keep)
+        return capture.on_output(self.attention, keep)
+
 
 class Decoder:
     """A causal language model, opened for recording and replay.
@@ -781,7 +787,9 @@ def _probe_output_map(
 
         with forward_ad.dual_level():
             z = torch.zeros_like(tangent)[None]
-            handles = [] if mid_site is None else [capture.on_input(mid_site, stop)]
+            handles = []
+            if mid_site is not None:
+                handles.append(capture.on_input(mid_site, stop))
             if gate_site is None:
                 z = forward_ad.make_dual(z, tangent[None].contiguous())
             else:
@@ -890,17 +898,12 @@ def replay_rows(
         attended.append(capture.attend_rows(past, call.q, rows, window))
         return attended[0]
 
-    site, on = (
-        (block.attention, capture.on_output)
-        if block.mid_site is None
-        else (block.mid_site, capture.on_input)
-    )
     hidden = resid_pre[rows.to(resid_pre.device)].to(block.W_O.device)
-    found = _stopped(block.module, layer_call.at(rows), hidden, answer, lambda stop: on(site, stop))
+    found = _stopped(block.module, layer_call.at(rows), hidden, answer, block.on_mid)
     mid = found.reshape(hidden.shape)
     return (
         queries[0][0].transpose(0, 1),
-        mid if block.mid_site is not None else hidden + mid,
+        hidden + mid if block.parallel else mid,
         attended[0][0],
     )
 

@@ -233,12 +233,12 @@ def _watch(run: _Replay) -> tuple[list[_Candidate], Tensor, Tensor]:
         and module not in inside
         and any(weight.ndim > 1 for weight in (*module.parameters(), *module.buffers()))
     ]
-    if block.mid_site is None:
-        hooks.append(capture.on_output(block.attention, lambda x: mid.append(run.hidden + x[0])))
-    else:
-        hooks.append(
-            capture.on_input(block.mid_site, lambda x: mid.append(x.reshape(R, D).clone()))
-        )
+
+    def keep_mid(x: Tensor) -> None:
+        x = x.reshape(R, D)
+        mid.append(run.hidden + x if block.parallel else x.clone())
+
+    hooks.append(block.on_mid(keep_mid))
     post = run(hooks)
     return candidates[::-1], mid[0], post
 
