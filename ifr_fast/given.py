@@ -91,7 +91,8 @@ def summed_row(inputs: LayerInputs, weights: Tensor) -> LayerInputs:
     """The sum of the rows of `inputs` by `weights` [R], as one row that reads the keys up to the
     last one's, in float32 or wider. [H, R, S] is formed in row blocks.
     """
-    from .kernels import eager
+    from .kernels.eager import BLOCK_ELEMENTS
+    from .kernels.rows import attention_pattern, block_of
 
     dtype = torch.promote_types(inputs.y.dtype, torch.float32)
     inputs, device = inputs.to(dtype), inputs.y.device
@@ -100,12 +101,12 @@ def summed_row(inputs: LayerInputs, weights: Tensor) -> LayerInputs:
     H, V, _ = inputs.W_O.shape
     R, n_keys = len(inputs.rows), int(inputs.rows[-1]) + 1
     by_key = inputs.v.new_zeros(H, n_keys, 1 if inputs.value_gate is None else V)
-    step = max(1, eager.BLOCK_ELEMENTS // (H * n_keys))
+    step = max(1, BLOCK_ELEMENTS // (H * n_keys))
     for start in range(0, R, step):
-        block = rows_of.block_of(inputs, slice(start, start + step))
+        block = block_of(inputs, slice(start, start + step))
         S = len(block.v)
         mask = visible(block.rows, S, block.window).to(device)
-        pattern = rows_of.attention_pattern(block, mask)  # [H, r, S]
+        pattern = attention_pattern(block, mask)  # [H, r, S]
         moved = of_rows[start : start + step].expand(H, 1, -1).transpose(1, 2)  # [H, r, 1]
         if block.value_gate is not None:
             moved = moved * block.value_gate.transpose(0, 1)  # [H, r, V]

@@ -11,7 +11,6 @@ import functools
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -20,9 +19,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ... import capture
-from ...errors import IfrError
 from ...graph import as_index
-from ...kernels.contract import LayerInputs, visible
+from ...kernels.contract import LayerInputs
 from ...model import Block, answering_layers, evaluating, probe_tokens
 from ...recording import Recording, layer_inputs
 from ...scoring import Closure, cat_on, check_closure, closure
@@ -33,25 +31,17 @@ from .contributions import EPSILON
 from .decomposition import DecomposedAttention
 from .graph import EdgeWeights
 from .neurons import Neurons, basis_of, find_neurons
+from .reading import (
+    ModelInfo,
+    NotRunError,
+    attention_pattern_of,
+    ffn_output,
+    formed_parts,
+    head_outputs,
+)
 from .scores import ScoredLayer, in_parity, score_attention
 
 _DEVICES = {"gpu": "cuda", "cpu": "cpu"}
-
-
-class NotRunError(IfrError, RuntimeError):
-    """State was asked for before the first `run`."""
-
-
-@dataclass
-class ModelInfo:
-    """What a model is."""
-
-    name: str
-    n_params_estimate: int  # all of its parameters
-    n_layers: int
-    n_heads: int
-    d_model: int
-    d_vocab: int
 
 
 class TransparentLlm:
@@ -235,7 +225,7 @@ class TransparentLlm:
     def ffn_out(self, layer: int) -> Tensor:
         """What a layer's FFN adds to the residual stream [batch, pos, D]."""
         layer = self._layer(layer)
-        return self._of_all(lambda recording: _ffn(*self._node(recording, layer)))
+        return self._of_all(lambda recording: ffn_output(*self._node(recording, layer)))
 
     def decomposed_ffn_out(self, batch_i: int, layer: int, pos: int) -> Tensor:
         """What each neuron adds to the residual stream [hidden, D]."""
@@ -276,7 +266,7 @@ class TransparentLlm:
         """Attention weights of a head [query_pos, key_pos], lower triangular."""
         recording, layer = self._sentence(batch_i), self._layer(layer)
         head = self._index("head", head, self.tracer.decoder.n_heads)
-        pattern = _pattern(self._node(recording, layer)[0])[head]
+        pattern = attention_pattern_of(self._node(recording, layer)[0])[head]
         missing = self._length() - len(recording)
         return F.pad(pattern, (0, missing, 0, missing))
 
@@ -294,7 +284,7 @@ class TransparentLlm:
         pos = self._index("pos", pos, len(recording))
         head = self._index("head", head, self.tracer.decoder.n_heads)
         inputs, _ = self._node(recording, layer)
-        z = _attention_output(inputs, pos)
+        z = head_outputs(inputs, pos)
         if inputs.value_gate is not None:
             z = z * inputs.value_gate[pos]
         added = z[head] @ inputs.W_O[head].to(z.dtype)
@@ -310,7 +300,7 @@ class TransparentLlm:
         length, missing = self._length(), self._length() - len(recording)
 
         def form() -> Tensor:
-            return F.pad(_parts(inputs), (0, 0, 0, 0, 0, missing, 0, missing))
+            return F.pad(formed_parts(inputs), (0, 0, 0, 0, 0, missing, 0, missing))
 
         def score(resid_pre: Tensor, resid_mid: Tensor, parity: bool) -> tuple[Tensor, Tensor]:
             node = inputs._replace(
@@ -450,53 +440,5 @@ class TransparentLlm:
     def _find_neurons(self, batch_i: int, layer: int, pos: int) -> Neurons:
         recording, layer = self._sentence(batch_i), self._layer(layer)
         pos = self._index("pos", pos, len(recording))
-        ffn = _ffn(*self._node(recording, layer))[pos]
+        ffn = ffn_output(*self._node(recording, layer))[pos]
         return find_neurons(recording, layer, pos, self.tracer._bases, ffn)
-
-
-def _ffn(inputs: LayerInputs, resid_post: Tensor | None) -> Tensor:
-    """What the FFN adds [T, D]."""
-    if resid_post is None:
-        assert inputs.ffn is not None
-        return inputs.ffn
-    return resid_post - inputs.y
-
-
-def _wide(inputs: LayerInputs) -> LayerInputs:
-    return inputs.to(torch.promote_types(inputs.y.dtype, torch.float32))
-
-
-@torch.inference_mode()
-def _pattern(inputs: LayerInputs) -> Tensor:
-    """Attention weights [H, R, S]."""
-    from ...kernels.rows import attention_pattern
-
-    seen = visible(inputs.rows, len(inputs.k), inputs.window).to(inputs.k.device)
-    return attention_pattern(_wide(inputs), seen)
-
-
-def _attention_output(inputs: LayerInputs, pos: int) -> Tensor:
-    """[H, V] of one row, before gates and output projection."""
-    from ...kernels.rows import block_of
-
-    pattern = _pattern(block_of(inputs, slice(pos, pos + 1)))[:, 0]  # [H, S]
-    v = inputs.v[: pattern.shape[1]].to(pattern.dtype)
-    v = v.repeat_interleave(len(pattern) // v.shape[1], 1)
-    return torch.einsum("hj,jhv->hv", pattern, v)
-
-
-@torch.inference_mode()
-def _parts(inputs: LayerInputs) -> Tensor:
-    """All parts of attention, formed: [R, S, H, D]."""
-    x = _wide(inputs)
-    pattern = _pattern(x)
-    H, _, D = x.W_O.shape
-    if x.row_scale is not None:
-        pattern = pattern * x.row_scale[:, None]
-    out = pattern.new_empty(*pattern.shape[1:], H, D)
-    for h in range(H):
-        v = x.v[:, h * x.v.shape[1] // H]  # [S, V]
-        if x.value_gate is not None:
-            v = x.value_gate[:, h, None] * v  # [R, S, V]
-        torch.mul(pattern[h, :, :, None], v @ x.W_O[h], out=out[:, :, h])
-    return out
