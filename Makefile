@@ -1,4 +1,4 @@
-# `make demo` and `make test` do all set-up by themselves; nothing else is needed.
+# `make demo` and `make test` set everything up by themselves.
 
 PYTHON ?= python3
 VENV := .venv
@@ -14,14 +14,14 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/pytest $(PYTEST_ARGS)
 
-# What the default model's components do on prose, code, other languages and sums: about ten minutes.
+# A survey of the default model on prose, code, other languages and sums takes about ten minutes.
 SURVEY := out/survey-demo
 survey-demo: $(STAMP)
 	$(BIN)/python bench/survey_demo.py $(SURVEY)/inputs
 	$(BIN)/ifr-fast survey $(SURVEY)/inputs/*.jsonl --label-by pos --out $(SURVEY)/survey --resume
 	$(BIN)/ifr-fast report $(SURVEY)/survey --contrast ioi:third
 
-# The same tests of the Triton kernels, on the device.
+# This target runs the tests of the Triton kernels on the device.
 test-gpu: $(STAMP)
 	$(BIN)/python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "torch sees no GPU here: install its build for yours into $(VENV)")'
 	$(BIN)/pytest tests/test_triton_kernel.py tests/test_triton_aot.py $(PYTEST_ARGS)
@@ -43,7 +43,7 @@ bench-gpu: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
 	$(BIN)/python bench/gpu.py $(BENCH_ARGS)
 
-# The isolated build of the kernel is pinned too, by either name (pip 25.3 and later: the second).
+# Both variables pin the isolated build of the kernel: pip 25.3 and later reads the second.
 $(STAMP): export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 $(STAMP): export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
