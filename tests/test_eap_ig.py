@@ -19,7 +19,6 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ifr_fast import Tracer
-from ifr_fast.compat import eap_ig
 from ifr_fast.compat.eap_ig import Graph, attribute, score_components
 from ifr_fast.errors import FormatError
 from ifr_fast.recording import RecordingMode
@@ -175,7 +174,7 @@ def tracer(family: str) -> Tracer:
 def test_scores_agree_with_the_models_own_account(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(eap_ig, "_ELEMENTS", 3000)  # several blocks of rows
+    monkeypatch.setattr("ifr_fast.compat.eap_ig.scores._ELEMENTS", 3000)  # several blocks of rows
     own, text = tracer(family), tiny_text(T)
     graph = score_components(own, [text])
     assert graph.cfg["parallel_attn_mlp"] == (family in PARALLEL)

@@ -693,8 +693,8 @@ def test_the_decomposition_is_formed_only_when_it_is_read(monkeypatch: pytest.Mo
     ours = TransparentLlm(hf_model=tiny_model("llama").eval())
     ours.run([tiny_text(20)])
     formed = []
-    own = model._parts
-    monkeypatch.setattr(model, "_parts", lambda inputs: formed.append(1) or own(inputs))
+    own = model.formed_parts
+    monkeypatch.setattr(model, "formed_parts", lambda inputs: formed.append(1) or own(inputs))
     parts = ours.decomposed_attn(0, 1)
     assert isinstance(parts.unsqueeze(0), DecomposedAttention)
     heads, _ = attention_contributions(ours, 1)

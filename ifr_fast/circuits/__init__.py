@@ -21,6 +21,7 @@ from .agreement import (
     roc_curve,
 )
 from .contrast import Components, components, contrastive, membership
+from .deletion import Curves
 from .faithfulness import (
     Selection,
     Survival,
@@ -30,7 +31,7 @@ from .faithfulness import (
     selected,
     survival,
 )
-from .inputs import Curves, token_faithfulness
+from .inputs import token_faithfulness
 from .interventions import Observed, intervening, observe, restarting, run
 from .patching import (
     Activations,

@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import capture
-from ..batching import batches, can_batch, of_text
+from ..batching import batches, can_batch
 from ..capture import AttentionCall, LayerCall
 from ..errors import UnsupportedArchitectureError
+from ..layer_pass import WatchedLayer, WatchedPass, pad, window_of
 from ..model import Block, Decoder, answering_layers, evaluating
 
 # (layer, what is there) -> what is put there instead. Heads: z [B, T, H, V]; FFNs: [B, T, D].
@@ -59,7 +60,7 @@ def intervening(
 
     def answer(call: AttentionCall) -> Tensor:
         block, T = of_module[call.module], call.q.shape[2]
-        z = capture.attend(call, _window(block, call, T))
+        z = capture.attend(call, window_of(block, call.mask, T))
         return z if heads is None else heads(block.layer, z).to(z.dtype)
 
     handles = []
@@ -81,13 +82,6 @@ def intervening(
         yield
 
 
-def _window(block: Block, call: AttentionCall, n_tokens: int) -> int | None:
-    # A mask that is a tensor shows its window only to texts that cross it.
-    if call.mask.n_rows is None:
-        return block.crossed_window(n_tokens)
-    return call.mask.window(n_tokens)
-
-
 def _ffn_site(block: Block) -> nn.Module:
     if block.ffn_site is None:
         raise UnsupportedArchitectureError(
@@ -100,9 +94,7 @@ def _ffn_site(block: Block) -> nn.Module:
 def padded(texts: Sequence[Sequence[int] | Tensor]) -> tuple[Tensor, Tensor]:
     """Texts of token ids as [B, T], each filled up with its last token, and their lengths [B]."""
     rows = [torch.as_tensor(text, dtype=torch.int64) for text in texts]
-    lengths = torch.tensor([len(row) for row in rows])
-    T = int(lengths.max())
-    return torch.stack([torch.cat([x, x[-1:].expand(T - len(x))]) for x in rows]), lengths
+    return pad(rows), torch.tensor([len(row) for row in rows])
 
 
 @torch.inference_mode()
@@ -271,7 +263,7 @@ class Observed:
                 k = torch.cat([past.k[texts, :, :first], k], dim=2)
                 v = torch.cat([past.v[texts, :, :first], v], dim=2)
             whole = past._replace(q=call.q, k=k, v=v)
-            window = _window(block, past, T)
+            window = window_of(block, past.mask, T)
             if first == 0:
                 return capture.attend(whole, window)
             return capture.attend_rows(whole, call.q, rows, window)
@@ -298,49 +290,38 @@ def observe(decoder: Decoder, texts: Sequence[Sequence[int] | Tensor]) -> Observ
     Where the model takes no batches, there must be one text.
     """
     token_ids, lengths = padded(texts)
-    B = len(token_ids)
-    _check_batch(decoder, B)
-    resid_pre: dict[int, Tensor] = {}
-    calls: dict[int, LayerCall] = {}
-    keys: dict[int, AttentionCall] = {}
-    z: dict[int, Tensor] = {}
-    ffn: dict[int, Tensor] = {}
-    of_module = {block.attention: block for block in decoder.blocks}
+    _check_batch(decoder, len(token_ids))
+    layers: list[WatchedLayer] = []
+    ffn: list[Tensor] = []
 
-    def answer(call: AttentionCall) -> Tensor:
-        block, T = of_module[call.module], call.q.shape[2]
-        found = capture.attend(call, _window(block, call, T))
-        keys[block.layer], z[block.layer] = call._replace(q=call.q[:, :, :0]), found
-        return found
+    def attended(layer: WatchedLayer) -> None:
+        layer.attention = layer.attention._replace(q=layer.attention.q[:, :, :0])
 
-    handles = []
-    for block in decoder.blocks:
+    def keep_ffn(x: Tensor) -> None:
+        ffn.append(x.reshape(*token_ids.shape, -1).clone())  # some blocks add to it in place
 
-        def keep_call(x: Tensor, call: LayerCall, layer: int = block.layer) -> None:
-            resid_pre[layer], calls[layer] = x, of_text(call, 0, B)
-
-        def keep_ffn(x: Tensor, layer: int = block.layer) -> None:
-            ffn[layer] = x.reshape(*token_ids.shape, -1).clone()  # some add to it in place
-
-        handles.append(capture.on_layer_call(block.module, keep_call))
-        handles.append(capture.on_output(_ffn_site(block), keep_ffn))
+    watched = WatchedPass(
+        decoder,
+        lengths.tolist(),
+        attended=attended,
+        left=layers.append,
+        mid_rows=torch.arange(0),
+    )
     with (
-        capture.hooks(*handles),
-        evaluating(decoder.model),
-        decoder.attention_through(decoder.model, answer),
+        watched.watching(),
+        capture.hooks(*(capture.on_output(_ffn_site(b), keep_ffn) for b in decoder.blocks)),
     ):
         states = _states(decoder, token_ids)
     logits = _logits(decoder, states, lengths)
-    layers = range(decoder.n_layers)
     return Observed(
         decoder,
         lengths,
-        [resid_pre[i] for i in layers],
-        [z[i] for i in layers],
-        [ffn[i] for i in layers],
+        [layer.resid_pre for layer in layers],
+        [layer.z for layer in layers],
+        ffn,
         logits,
-        [keys[i] for i in layers],
-        [calls[i] for i in layers],
+        [layer.attention for layer in layers],
+        [layer.call_of(0) for layer in layers],
     )
 
 

@@ -28,21 +28,22 @@ import torch
 from torch import Tensor
 
 from ..batching import can_batch
-from ..errors import FormatError
 from ..model import Decoder
 from ..progress import progress
-from ..storage import load_tensors, save_tensors
+from .checkpoint import LayerPatches, SweepFolder
 from .interventions import Observed, observe, restarting, run, text_batches
 from .tasks import Task
 
 Direction = Literal["denoise", "noise"]
+
+
 Positions = Literal["all", "each"]
+
+
 Over = Literal["rest", "all", "texts"]
 
+
 _ROWS = 4096  # of a batch of variants
-_FORMAT = "ifr_fast.patching"
-_VERSION = 1
-_COUNTED = ("runs", "row_layers", "seconds")
 
 
 class Activations(NamedTuple):
@@ -218,16 +219,6 @@ def ablate(
     return _sweep(decoder, task, "ablate", values, positions, layers, ffn, paired, checkpoint)
 
 
-class _Part(NamedTuple):
-    """What one layer's patches gave for one batch of texts."""
-
-    heads: Tensor  # [B, H, 1 or T] logit differences
-    ffn: Tensor  # [B, 1 or T]
-    runs: int
-    row_layers: int  # rows computed, summed over the layers that they went through
-    seconds: float
-
-
 @torch.inference_mode()
 def _sweep(
     decoder: Decoder,
@@ -251,7 +242,7 @@ def _sweep(
     heads = torch.zeros(len(task), len(chosen), H, T, dtype=torch.float64)
     ffn = torch.zeros(len(task), len(chosen), T, dtype=torch.float64)
     prompt, against = (torch.zeros(len(task), dtype=torch.float64) for _ in range(2))
-    kept = None if checkpoint is None else _Kept(
+    kept = None if checkpoint is None else SweepFolder(
         Path(checkpoint),
         _identity(decoder, task, direction, values, positions, with_ffn, paired),
     )  # fmt: skip
@@ -319,7 +310,7 @@ def _patch_layer(
     with_ffn: bool,
     paired: bool,
     measure: Callable[[Tensor, Tensor], Tensor],
-) -> _Part:
+) -> LayerPatches:
     """Logit differences with each component of a layer exchanged for `new`, which differs from
     what is there from positions `first` [B] on.
     """
@@ -370,7 +361,7 @@ def _patch_layer(
                     logits = base.restart(layer, texts, begin, end, ffn=new_ffn, paired=paired)
                     of_ffn[texts, column] = measure(logits, texts)
                     count(texts, begin, end)
-    return _Part(of_heads, of_ffn, runs, row_layers, time.perf_counter() - began)
+    return LayerPatches(of_heads, of_ffn, runs, row_layers, time.perf_counter() - began)
 
 
 def _identity(
@@ -390,29 +381,3 @@ def _identity(
     for x in values or ():
         digest.update(x.double().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-class _Kept(NamedTuple):
-    """A folder with a file for each layer that is done."""
-
-    folder: Path
-    identity: str
-
-    def _path(self, batch: int, layer: int) -> Path:
-        return self.folder / f"{batch}-{layer}.safetensors"
-
-    def load(self, batch: int, layer: int) -> _Part | None:
-        """What was saved. Raises FormatError where it is of another sweep."""
-        path = self._path(batch, layer)
-        if not path.exists():
-            return None
-        tensors, fields = load_tensors(path, _FORMAT, _VERSION)
-        if fields.get("identity") != self.identity:
-            raise FormatError(f"{path}: of another model, task or kind of patching than asked for")
-        return _Part(tensors["heads"], tensors["ffn"], **{name: fields[name] for name in _COUNTED})
-
-    def save(self, batch: int, layer: int, part: _Part) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        fields = {"identity": self.identity, **{name: getattr(part, name) for name in _COUNTED}}
-        tensors = {"heads": part.heads, "ffn": part.ffn}
-        save_tensors(self._path(batch, layer), _FORMAT, _VERSION, tensors, fields)

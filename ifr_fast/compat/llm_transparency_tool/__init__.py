@@ -18,7 +18,8 @@ from .contributions import (
 )
 from .graph import build_full_graph, build_paths_to_predictions
 from .installation import install
-from .model import ModelInfo, TransparentLlm
+from .model import TransparentLlm
+from .reading import ModelInfo
 
 TransformerLensTransparentLlm = TransparentLlm
 

@@ -1,0 +1,57 @@
+"""A folder that keeps what patching has done, one file for each batch of texts and layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..errors import FormatError
+from ..storage import load_tensors, save_tensors
+
+_FORMAT = "ifr_fast.patching"
+
+
+_VERSION = 1
+
+
+_COUNTED = ("runs", "row_layers", "seconds")
+
+
+class LayerPatches(NamedTuple):
+    """What one layer's patches gave for one batch of texts."""
+
+    heads: Tensor  # [B, H, 1 or T] logit differences
+    ffn: Tensor  # [B, 1 or T]
+    runs: int
+    row_layers: int  # rows computed, summed over the layers that they went through
+    seconds: float
+
+
+class SweepFolder(NamedTuple):
+    """A folder with a file for each layer that is done."""
+
+    folder: Path
+    identity: str
+
+    def _path(self, batch: int, layer: int) -> Path:
+        return self.folder / f"{batch}-{layer}.safetensors"
+
+    def load(self, batch: int, layer: int) -> LayerPatches | None:
+        """What was saved. Raises FormatError where it is of another sweep."""
+        path = self._path(batch, layer)
+        if not path.exists():
+            return None
+        tensors, fields = load_tensors(path, _FORMAT, _VERSION)
+        if fields.get("identity") != self.identity:
+            raise FormatError(f"{path}: of another model, task or kind of patching than asked for")
+        return LayerPatches(
+            tensors["heads"], tensors["ffn"], **{name: fields[name] for name in _COUNTED}
+        )
+
+    def save(self, batch: int, layer: int, part: LayerPatches) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        fields = {"identity": self.identity, **{name: getattr(part, name) for name in _COUNTED}}
+        tensors = {"heads": part.heads, "ffn": part.ffn}
+        save_tensors(self._path(batch, layer), _FORMAT, _VERSION, tensors, fields)

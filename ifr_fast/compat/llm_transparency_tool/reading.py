@@ -1,0 +1,75 @@
+"""Attention weights, head outputs and FFN outputs, read from a layer's inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...errors import IfrError
+from ...kernels.contract import LayerInputs, visible
+
+
+class NotRunError(IfrError, RuntimeError):
+    """State was asked for before the first `run`."""
+
+
+@dataclass
+class ModelInfo:
+    """What a model is."""
+
+    name: str
+    n_params_estimate: int  # all of its parameters
+    n_layers: int
+    n_heads: int
+    d_model: int
+    d_vocab: int
+
+
+def ffn_output(inputs: LayerInputs, resid_post: Tensor | None) -> Tensor:
+    """What the FFN adds [T, D]."""
+    if resid_post is None:
+        assert inputs.ffn is not None
+        return inputs.ffn
+    return resid_post - inputs.y
+
+
+def _wide(inputs: LayerInputs) -> LayerInputs:
+    return inputs.to(torch.promote_types(inputs.y.dtype, torch.float32))
+
+
+@torch.inference_mode()
+def attention_pattern_of(inputs: LayerInputs) -> Tensor:
+    """Attention weights [H, R, S]."""
+    from ...kernels.rows import attention_pattern
+
+    seen = visible(inputs.rows, len(inputs.k), inputs.window).to(inputs.k.device)
+    return attention_pattern(_wide(inputs), seen)
+
+
+def head_outputs(inputs: LayerInputs, pos: int) -> Tensor:
+    """[H, V] of one row, before gates and output projection."""
+    from ...kernels.rows import block_of
+
+    pattern = attention_pattern_of(block_of(inputs, slice(pos, pos + 1)))[:, 0]  # [H, S]
+    v = inputs.v[: pattern.shape[1]].to(pattern.dtype)
+    v = v.repeat_interleave(len(pattern) // v.shape[1], 1)
+    return torch.einsum("hj,jhv->hv", pattern, v)
+
+
+@torch.inference_mode()
+def formed_parts(inputs: LayerInputs) -> Tensor:
+    """All parts of attention, formed: [R, S, H, D]."""
+    x = _wide(inputs)
+    pattern = attention_pattern_of(x)
+    H, _, D = x.W_O.shape
+    if x.row_scale is not None:
+        pattern = pattern * x.row_scale[:, None]
+    out = pattern.new_empty(*pattern.shape[1:], H, D)
+    for h in range(H):
+        v = x.v[:, h * x.v.shape[1] // H]  # [S, V]
+        if x.value_gate is not None:
+            v = x.value_gate[:, h, None] * v  # [R, S, V]
+        torch.mul(pattern[h, :, :, None], v @ x.W_O[h], out=out[:, :, h])
+    return out

@@ -1,0 +1,224 @@
+"""A run of TransformerLens that was cached, and its routes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from ...graph import (
+    Granularity,
+    Prediction,
+    RouteGraph,
+    Routes,
+    Span,
+    assemble,
+)
+from ...lens import likeliest
+from ...scoring import (
+    LayerScores,
+    check_closure,
+    choose_impl,
+    joined,
+    load_kernel,
+)
+from ...tokens import token_strings
+from ...tracer import (
+    Position,
+    check_options,
+    grow,
+    indices,
+    spanned,
+)
+
+if TYPE_CHECKING:
+    from torch import nn
+
+from .layers import LAYER_ENTRIES, Entries, batch_row, open_layer, score_block
+
+# Rows of a kernel call, each of which lies beside its own keys: more would only fill tiles that
+# are masked, fewer would prepare W_O more often (measured at 512 tokens of SmolLM2's shape).
+_BLOCK_ROWS = 4
+
+
+_BLOCK_VALUES = 1 << 25  # weighted values of such a block, off the CPU
+
+
+_CHECKED = 8  # rows of a layer that are checked again after a kernel has scored them
+
+
+class Cache(Protocol):
+    """An ActivationCache, or a dict of its entries."""
+
+    def items(self) -> Iterable[tuple[str, Tensor]]: ...
+
+
+class CachedRun:
+    """A TransformerLens model's run on a text, ready to be traced at any position and threshold.
+
+    model: a TransformerBridge or HookedTransformer, with the weights that it ran with.
+    tokens: what it ran on, token ids [T] or [B, T], or the text. cache: what `run_with_cache`
+    gave, of all positions, with or without its batch dimension; what is read is named above.
+    logits: [T, vocab] or [B, T, vocab], for the graphs' predictions; without them there are none.
+    batch_item: which text of several. impl: as in `Tracer`.
+
+    Raises ValueError where the cache lacks something or is of another text, and
+    `UnsupportedArchitectureError` where a layer's parts do not add up.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokens: str | Tensor,
+        cache: Cache,
+        logits: Tensor | None = None,
+        *,
+        batch_item: int = 0,
+        impl: str = "auto",
+    ) -> None:
+        ids = _token_ids(model, tokens, batch_item)
+        self.model = model
+        self.token_ids = ids.cpu()
+        self.tokens = token_strings(self.token_ids, getattr(model, "tokenizer", None))
+        T = len(ids)
+        entries = dict(cache.items())
+        n_layers = int(model.cfg.n_layers)  # type: ignore[arg-type, union-attr]
+        with torch.no_grad():
+            self._layers = [
+                open_layer(model, Entries(entries, i, T, batch_item)) for i in range(n_layers)
+            ]
+        first = self._layers[0]
+        self.impl = choose_impl(impl, first.y.device, first.y.dtype)
+        self._logits = (
+            None if logits is None else batch_row(logits.detach(), 2, batch_item, "logits")
+        )
+        if self._logits is not None and len(self._logits) != T:
+            raise ValueError(f"logits: expected those of {T} tokens, got {len(self._logits)}")
+
+    @classmethod
+    def of(cls, model: nn.Module, text: str | Tensor, *, impl: str = "auto") -> CachedRun:
+        """Runs the model on a text, or on token ids [T] or [1, T], and caches what is needed."""
+        ids = _token_ids(model, text, 0)
+        names = {f"blocks.{i}.{x}" for i in range(int(model.cfg.n_layers)) for x in LAYER_ENTRIES}  # type: ignore[arg-type, union-attr]
+        with torch.no_grad():
+            logits, cache = model.run_with_cache(ids[None], names_filter=names.__contains__)  # type: ignore[operator]
+        return cls(model, ids, cache, logits, impl=impl)
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def n_layers(self) -> int:
+        """Blocks."""
+        return len(self._layers)
+
+    @property
+    def n_heads(self) -> int:
+        """Attention heads a layer."""
+        return len(self._layers[0].W_O)
+
+    def contributions(
+        self,
+        *,
+        rows: Iterable[int] | Tensor | None = None,
+        layers: Iterable[int] | None = None,
+        keep: float = 0.01,
+    ) -> Iterator[LayerScores]:
+        """As `Tracer.contributions`: importances at `rows` of each of `layers`, top layer first."""
+        if not 0 <= keep <= 1:
+            raise ValueError(f"keep: expected a number from 0 to 1, got {keep}")
+        at = torch.tensor(indices("rows", rows, len(self)))
+        return self._contributions(at, indices("layers", layers, self.n_layers), keep)
+
+    def _contributions(self, rows: Tensor, layers: list[int], keep: float) -> Iterator[LayerScores]:
+        for layer in reversed(layers):
+            scores = self._score(layer, rows, keep)
+            check_closure({layer: scores.closure})
+            yield scores
+
+    @torch.no_grad()
+    def trace(
+        self,
+        *,
+        position: Position = -1,
+        position_weights: Sequence[float] | Tensor | None = None,
+        threshold: float = 0.04,
+        granularity: Granularity = "token",
+    ) -> RouteGraph:
+        """As `Tracer.trace`: the route graph of the prediction made at `position`."""
+        threshold = check_options(threshold, granularity)
+        starts = spanned(position, position_weights, len(self))
+        positions = list(starts)
+        reached = torch.zeros(len(self), dtype=torch.bool, device=self._layers[0].y.device)
+        reached[positions] = True
+        grown = grow(
+            lambda layer, rows: self._score(layer, rows, threshold),
+            self.n_layers,
+            reached,
+            threshold,
+            granularity,
+        )
+        predictions = self._predict(positions)
+        return assemble(
+            grown,
+            [layer.parallel for layer in self._layers],
+            tokens=self.tokens,
+            token_ids=self.token_ids,
+            position=positions[-1],
+            threshold=threshold,
+            granularity=granularity,
+            n_layers=self.n_layers,
+            n_heads=self.n_heads,
+            predictions=predictions[-1],
+            span=None
+            if len(positions) == 1
+            else Span(positions, list(starts.values()), predictions),
+        )
+
+    @torch.no_grad()
+    def trace_all(self, *, threshold: float = 0.04, granularity: Granularity = "token") -> Routes:
+        """As `Tracer.trace_all`: the route graphs of every position's prediction."""
+        threshold = check_options(threshold, granularity)
+        rows, device = torch.arange(len(self)), self._layers[0].y.device
+        tables, closures = [], {}
+        for layer in range(self.n_layers):
+            scores = self._score(layer, rows, threshold)
+            closures[layer] = scores.closure
+            tables.append(scores.table(device))
+        check_closure(closures)
+        return Routes(
+            tokens=self.tokens,
+            token_ids=self.token_ids,
+            threshold=threshold,
+            granularity=granularity,
+            layers=tables,
+            predict=self._predict,
+            scored_threshold=threshold,
+        )
+
+    @torch.no_grad()
+    def _score(self, layer: int, rows: Tensor, keep: float) -> LayerScores:
+        of, kernel = self._layers[layer], load_kernel(self.impl)
+        step = _BLOCK_ROWS
+        if of.y.device.type != "cpu":
+            step = max(1, _BLOCK_VALUES // of.v.numel())
+        checked = torch.arange(len(rows) - 1, -1, -math.ceil(len(rows) / _CHECKED))
+        blocks = []
+        for first in range(0, len(rows), step):
+            sample = checked[(checked >= first) & (checked < first + step)] - first
+            blocks.append(score_block(kernel, layer, of, rows[first : first + step], sample, keep))
+        return joined(blocks, rows)
+
+    def _predict(self, positions: list[int]) -> list[list[Prediction]]:
+        if self._logits is None:
+            return [[] for _ in positions]
+        return likeliest(self._logits[positions], getattr(self.model, "tokenizer", None))
+
+
+def _token_ids(model: nn.Module, tokens: str | Tensor, batch_item: int) -> Tensor:
+    if isinstance(tokens, str):
+        tokens = model.to_tokens(tokens)  # type: ignore[operator]
+    return batch_row(torch.as_tensor(tokens), 1, batch_item, "tokens")
