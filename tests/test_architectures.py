@@ -1,5 +1,6 @@
 """Every family of tiny.FAMILIES against a float64 oracle of its own eager run, and every one of
-tiny.REFUSALS refused, in so many words. The README's tables are made of the same two lists.
+tiny.REFUSALS refused, in so many words. The tables of docs/models.md are made of the same two
+lists.
 """
 
 from __future__ import annotations
@@ -11,9 +12,17 @@ from typing import Any
 import pytest
 import torch
 from oracle import TOLERANCE, LayerImportance, assert_graph_agrees, importances
-from paths import README
 from same_graph import assert_agree
-from tiny import FAMILIES, REFUSALS, WINDOW, account, readme_tables, tiny_model, tiny_text
+from tiny import (
+    FAMILIES,
+    MODELS_PAGE,
+    REFUSALS,
+    WINDOW,
+    account,
+    model_tables,
+    tiny_model,
+    tiny_text,
+)
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
@@ -263,8 +272,8 @@ def test_what_cannot_be_explained_is_refused(name: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_the_readme_lists_what_is_tested() -> None:
-    """`python tests/support/tiny.py` writes its tables anew."""
-    text = README.read_text()
-    for table in readme_tables():
+def test_the_page_lists_what_is_tested() -> None:
+    """`python tests/support/tiny.py` writes the page's tables anew."""
+    text = MODELS_PAGE.read_text()
+    for table in model_tables():
         assert table in text

@@ -5,11 +5,12 @@ import re
 import pytest
 from paths import DOCS
 
-PAGES = ["drilling-down.md"]
+RUN = ["drilling-down.md", "usage.md"]
+LINKED = [*RUN, "models.md", "performance.md", "design.md"]
 
 
 @pytest.mark.default_model
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", RUN)
 def test_python_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
@@ -19,7 +20,7 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
         exec(compile(block, page, "exec"), names)
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", LINKED)
 def test_files_linked_exist(page):
     for target in re.findall(r"\]\((?!http|#)([^)]+)\)", (DOCS / page).read_text()):
         assert (DOCS / target).is_file(), target

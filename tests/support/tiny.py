@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from paths import README
+from paths import DOCS
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+MODELS_PAGE = DOCS / "models.md"
 VOCAB = 97
 WINDOW = 7
 _COMMON = {
@@ -77,7 +78,7 @@ class Family(NamedTuple):
     """A supported family: a tiny model of it, and where its parts are by its own names."""
 
     title: str
-    shows: str  # what of it is tested, for the README
+    shows: str  # what is tested, for docs/models.md
     config: Callable[[], PreTrainedConfig]
     layers: str = "model.layers"
     attention: str = "self_attn"
@@ -463,7 +464,7 @@ class Refusal(NamedTuple):
     """A family that is refused, and why."""
 
     title: str
-    reason: str  # for the README
+    reason: str  # for docs/models.md
     config: Callable[[], PreTrainedConfig]
     message: str  # a pattern that the error matches
 
@@ -711,8 +712,8 @@ def _quotient(x: Tensor, y: Tensor) -> Tensor | None:
     return None if torch.allclose(x, y, rtol=1e-5, atol=1e-4) else x / y
 
 
-def readme_tables() -> list[str]:
-    """The README's tables of the families that are supported and refused."""
+def model_tables() -> list[str]:
+    """The tables in docs/models.md of the families that are supported and refused."""
 
     def table(*rows: tuple[str, str]) -> str:
         return "".join(f"| {first} | {second} |\n" for first, second in rows)
@@ -727,13 +728,13 @@ def readme_tables() -> list[str]:
 
 
 def main() -> None:
-    """Writes the README's tables anew, each in place of the one with the same head."""
-    text = README.read_text()
-    for table in readme_tables():
+    """Rewrites the tables in docs/models.md; each replaces the one with the same head."""
+    text = MODELS_PAGE.read_text()
+    for table in model_tables():
         first = re.escape(table.splitlines()[0])
         text, n = re.subn(rf"{first}\n(\|.*\n)*", lambda _, table=table: table, text)
         assert n == 1, first
-    README.write_text(text)
+    MODELS_PAGE.write_text(text)
 
 
 if __name__ == "__main__":
