@@ -1,9 +1,10 @@
-"""Items -> documents: token ids in pieces that the model can read, and what is known of each token.
+"""Items -> documents: token ids in pieces that the model can read, with facts about each token.
 
-A piece is what the model reads at once, at most `max_tokens` tokens, and the token that follows. An
-item of more is cut so that each of its tokens is predicted once, whatever the cuts: the special
-tokens that begin it begin every piece; where there are none, the last token of a piece, which is
-only predicted there, is the first that the next one reads.
+A piece consists of the tokens that the model reads at once, at most `max_tokens`, and of the token
+that follows. A longer item is cut so that each of its tokens is predicted exactly once. The special
+tokens at the beginning of the item are repeated at the beginning of every piece. Without special
+tokens, the last token of a piece is only predicted there, and is the first that the next piece
+reads.
 """
 
 from __future__ import annotations
@@ -20,14 +21,15 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..tokens import token_strings
-from .inputs import Item, Reading, as_unicode
+from .columns import Tokens
+from .inputs import Item, Reading
+from .readers import as_unicode
 from .schema import Problem
-from .statistics import Tokens
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 Labels: TypeAlias = "list[str | None]"
 
-# Scripts that write no space between words: there a run of letters is no word.
+# Scripts without spaces between words: a run of their letters is not one word.
 _UNSPACED = frozenset(
     {"CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "YI"}
 )
@@ -45,16 +47,16 @@ class Document:
 
 
 class _Encoded(NamedTuple):
-    """An item's tokens."""
+    """Tokens of an item."""
 
     ids: list[int]
-    n_first: int  # special tokens that begin it
-    spans: list[tuple[int, int]] | None  # of characters, where asked for
+    n_first: int  # special tokens at the beginning
+    spans: list[tuple[int, int]] | None  # characters of each token, if requested
     text: str | None
 
 
 class Vocabulary:
-    """What is known of each token by itself, looked up once."""
+    """Facts about single tokens, looked up once."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None, size: int) -> None:
         self.tokenizer, self.size = tokenizer, size
@@ -63,14 +65,14 @@ class Vocabulary:
         self._begins, self._ends, self._punctuation = np.zeros((3, size), bool)
 
     def strings(self, ids: Array) -> list[str]:
-        """Each token's text by itself."""
+        """Text of each token by itself."""
         self._learn(ids)
         return [self._strings[i] for i in ids.tolist()]
 
     def tokens(self, ids: Array) -> Tokens:
         """A document of token ids [T + 1].
 
-        A token is a later piece of a word where it begins with a letter and the one before it ends
+        A token is a later piece of a word if it begins with a letter and the token before it ends
         with one.
         """
         self._learn(ids)
@@ -100,7 +102,7 @@ class Vocabulary:
 
 
 def _is_letter(c: str) -> bool:
-    """Of a script that tells words apart; a piece of a UTF-8 character counts as one."""
+    """True for letters of scripts with spaces, and for a piece of a UTF-8 character."""
     if c == "\ufffd":
         return True
     if unicodedata.category(c)[0] not in "LM":
@@ -110,14 +112,14 @@ def _is_letter(c: str) -> bool:
 
 @dataclass(frozen=True)
 class Cutter:
-    """Makes documents of items. max_tokens: that the model reads at once."""
+    """Makes documents from items. max_tokens: most tokens that the model reads at once."""
 
     vocabulary: Vocabulary
     reading: Reading
     max_tokens: int
 
     def documents(self, item: Item) -> Iterator[Document | Problem]:
-        """The pieces of an item; a Problem where it has none."""
+        """Pieces of an item, or the Problem that it has."""
         try:
             encoded = self._encode(item)
             labels = self._labels(item, encoded)
@@ -174,7 +176,7 @@ class Cutter:
         return _Encoded(list(ids), first, spans, text)
 
     def _labels(self, item: Item, encoded: _Encoded) -> dict[str, Labels]:
-        """Of each token."""
+        """Values of each label, one per token."""
         n = len(encoded.ids)
         found: dict[str, Labels] = {}
         word_of: list[int | None] | None = None
@@ -201,7 +203,7 @@ class Cutter:
 
 
 def _words_of(words: list[str], encoded: _Encoded) -> list[int | None]:
-    """The word that each token's last character stands in; None where in none."""
+    """Index of the word that holds each token's last character; None outside of words."""
     assert encoded.text is not None
     assert encoded.spans is not None
     text = encoded.text
@@ -233,7 +235,7 @@ def _label(value: Any) -> str | None:
 
 
 def update(digest: Any, item: Item | Problem) -> None:
-    """Adds an item to the sha256 of what was read."""
+    """Adds an item to the digest of the text."""
     if isinstance(item, Problem):
         parts: list[Any] = [item.where, item.why]
     else:
@@ -243,5 +245,5 @@ def update(digest: Any, item: Item | Problem) -> None:
 
 
 def new_digest() -> Any:
-    """Of nothing."""
+    """An empty digest."""
     return hashlib.sha256()

@@ -1,7 +1,7 @@
-"""Who scores windows: this process, or Ray's actors. Both give the same numbers.
+"""Engines that score windows: this process, or actors of Ray. Both give the same numbers.
 
-An actor has as many threads as this process is set to, or a GPU; a window is one task. An actor
-that dies is replaced, and its window is given out again: what came of others stays.
+An actor has a GPU, or as many threads as this process; a window is one task. An actor that dies is
+replaced, and its window is assigned again; results of other windows are kept.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ import torch
 
 from ..errors import IfrError
 from ..tracer import Tracer
-from .feed import Window
+from .columns import Columns, Tokens, score
 from .schema import first_line
-from .statistics import Columns, Tokens, score
+from .windows import Window
 
-_ATTEMPTS = 4  # of a window whose actor dies
-_AHEAD = 2  # windows that an actor has, the one that it scores included
+_ATTEMPTS = 4  # attempts at a window whose actors die
+_AHEAD = 2  # windows per actor, the one that it scores included
 
 
 class Facts(NamedTuple):
-    """What is asked of a model."""
+    """Facts about a model."""
 
     name: str
     fingerprint: str
@@ -41,7 +41,7 @@ class Facts(NamedTuple):
 
     @staticmethod
     def of(tracer: Tracer) -> Facts:
-        """Of a model that is open."""
+        """Facts about an open model."""
         decoder = tracer.decoder
         name = str(tracer.model.config.name_or_path) or type(tracer.model).__name__
         return Facts(
@@ -62,10 +62,10 @@ class ModelSource:
 
     name: str | None = None
     impl: str = "auto"
-    options: Mapping[str, Any] = field(default_factory=dict)  # of from_pretrained
+    options: Mapping[str, Any] = field(default_factory=dict)  # arguments of from_pretrained
 
     def open(self) -> Tracer:
-        """Loads it: on the GPUs that this process sees, if any, unless `options` say where."""
+        """Loads the model onto the GPUs that this process sees, unless `options` name a device."""
         options = dict(self.options)
         if torch.cuda.is_available() and find_spec("accelerate") is not None:
             options.setdefault("device_map", "auto")
@@ -73,21 +73,21 @@ class ModelSource:
 
 
 class Scoring(NamedTuple):
-    """How documents are scored."""
+    """Settings by which documents are scored."""
 
     thresholds: tuple[float, ...]
     batch_tokens: int
 
 
 class Scored(NamedTuple):
-    """A window, and a document's columns each; None where its states are not finite."""
+    """A window and the columns of each document; None if its states are not finite."""
 
     window: Window
     columns: list[Columns | None]
 
 
 class Engine(Protocol):
-    """What scores windows, in any order."""
+    """Scores windows, in any order."""
 
     facts: Facts
 
@@ -95,43 +95,43 @@ class Engine(Protocol):
 
 
 class LocalEngine:
-    """The process that asks."""
+    """Scores windows in this process."""
 
     def __init__(self, tracer: Tracer) -> None:
         self.tracer = tracer
         self.facts = Facts.of(tracer)
 
     def run(self, windows: Iterator[Window], scoring: Scoring) -> Iterator[Scored]:
-        """One after the other."""
+        """Scores one window after the other."""
         for window in windows:
             tokens = [document.tokens for document in window.documents]
             yield Scored(window, score(self.tracer, tokens, *scoring))
 
 
 class Worker:
-    """What runs in an actor."""
+    """The object that runs in an actor."""
 
     def __init__(self, source: ModelSource, n_threads: int) -> None:
         torch.set_num_threads(n_threads)
         self.tracer = source.open()
 
     def facts(self) -> Facts:
-        """Of its model."""
+        """Facts about the model."""
         return Facts.of(self.tracer)
 
     def score(self, documents: Sequence[Tokens], scoring: Scoring) -> list[Columns | None]:
-        """As `statistics.score`."""
+        """Scores documents as `columns.score`."""
         return score(self.tracer, documents, *scoring)
 
     def pid(self) -> int:
-        """Of its process."""
+        """Process id of the actor."""
         return os.getpid()
 
 
 class RayEngine:
-    """One actor a GPU of the cluster, or a share of its CPUs.
+    """Scores windows in actors of Ray: one per GPU of the cluster, or per share of its CPUs.
 
-    Raises IfrError where an actor cannot open the model, or they do not all open the same.
+    Raises IfrError if an actor cannot open the model, or if actors open different models.
     """
 
     def __init__(self, source: ModelSource, n_workers: int | None, n_threads: int) -> None:
@@ -156,7 +156,7 @@ class RayEngine:
             raise IfrError("engine: the actors' models are not the same")
 
     def run(self, windows: Iterator[Window], scoring: Scoring) -> Iterator[Scored]:
-        """As they are done. Raises IfrError for a window whose actor dies again and again."""
+        """Windows in the order of completion. Raises IfrError for one whose actors keep dying."""
         ray = self._ray
         free = list(range(len(self.workers))) * _AHEAD
         running: dict[Any, tuple[Window, int, Any, int]] = {}
@@ -168,7 +168,7 @@ class RayEngine:
             task = worker.score.remote(documents, scoring)
             running[task] = window, place, worker, attempt
 
-        # No more windows are held than actors have.
+        # Windows are read only when an actor is free for them.
         while True:
             while free and (window := next(windows, None)) is not None:
                 start(window, 1)
@@ -185,7 +185,7 @@ class RayEngine:
                         f"engine: an actor died {attempt} times over part {window.part}, from "
                         f"{window.documents[0].context} on ({_cause(error)})"
                     ) from error
-                if self.workers[place] is worker:  # one that dies fails all that it was given
+                if self.workers[place] is worker:  # a dead actor fails all of its windows
                     self.workers[place] = self._new_worker()
                 self.on_retry(window, error)
                 start(window, attempt + 1)
@@ -195,18 +195,18 @@ class RayEngine:
             yield Scored(window, columns)
 
     def on_retry(self, window: Window, error: Exception) -> None:
-        """Says that an actor died, and its window is given out again."""
-        message = f"an actor died over part {window.part} ({_cause(error)}); it is given out again"
+        """Warns that an actor died and its window is assigned again."""
+        message = f"an actor died over part {window.part} ({_cause(error)}); it is assigned again"
         warnings.warn(message, stacklevel=2)
 
     def close(self) -> None:
-        """Ends the actors."""
+        """Stops the actors."""
         for worker in self.workers:
             self._ray.kill(worker)
 
 
 def _cause(error: Exception) -> str:
-    """What an actor raised, in a line."""
+    """Error of an actor, in one line."""
     cause = getattr(error, "cause", None)
     return first_line(cause if isinstance(cause, Exception) else error)
 
@@ -223,8 +223,8 @@ def _import_ray() -> Any:
 
 @contextmanager
 def ray_engine(source: ModelSource, n_workers: int | None, n_threads: int) -> Iterator[RayEngine]:
-    """The cluster that this process is in, that $RAY_ADDRESS names, or a new one on this machine,
-    which ends with the block.
+    """Gives an engine on the cluster of this process or of $RAY_ADDRESS, or on a new local one that
+    ends with the block.
     """
     ray = _import_ray()
     own = not ray.is_initialized()

@@ -1,43 +1,44 @@
-"""Sources of text -> items, one after the other; nothing of a source is held but the item at hand.
+"""Sources of text -> items, one after the other; only the current item is held in memory.
 
-What can be read: text, JSONL and Parquet files (text and JSONL also gzipped), folders of them,
-data sets of the Hub (`hf:NAME`, with `datasets` installed), and any iterable of strings or
-mappings. What cannot be is a Problem in the item's place, and reading goes on behind it
-(docs/survey.md has the rules).
+Sources are text, JSONL and Parquet files (text and JSONL also gzipped), folders of them, data sets
+of the Hub (`hf:NAME`, with `datasets` installed), and iterables of strings or mappings. An item
+that cannot be read becomes a Problem in its place, and reading continues after it (docs/survey.md
+has the rules).
 """
 
 from __future__ import annotations
 
 import gzip
-import json
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal, TypeAlias
+from typing import IO, Any
 
-from ..errors import IfrError
-from .arrow import pa, pq
+from .readers import (
+    PEEK,
+    Progress,
+    Split,
+    as_unicode,
+    iterated,
+    json_lines,
+    parquet_rows,
+    stretches,
+)
 from .schema import Problem, first_line
 
-Split: TypeAlias = Literal["file", "paragraph", "line"]
-SPLITS = ("file", "paragraph", "line")
-
-_STRETCH = 1 << 20  # bytes of a text that are read at once, and make an item
-_LONGEST_LINE = 1 << 26  # bytes of a JSONL record
-_PEEK = 1 << 13  # bytes in which a NUL makes a file a binary one
-_ROWS = 256  # of a Parquet file that are read at once
 _JSON = (".jsonl", ".ndjson")
 _PARQUET = (".parquet", ".pq")
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How sources are read.
+    """Settings by which sources are read.
 
-    text_field: of records. split: what one document of a text file is. label_by: the field that
-    each label is read from; "corpus" is what corpora are told apart by.
+    text_field: the field of a record that holds its text. split: the unit of a text file that is
+    a document. label_by: the field that each label is read from; the label "corpus" names the
+    corpus of a record.
     """
 
     text_field: str = "text"
@@ -46,47 +47,39 @@ class Reading:
 
     @property
     def labels(self) -> list[str]:
-        """Labels that are columns."""
+        """Labels that become columns: all but "corpus"."""
         return [name for name in self.label_by if name != "corpus"]
 
 
 @dataclass(frozen=True)
 class Item:
-    """A document as its source has it: a text, or words, or token ids."""
+    """A document as it is in its source: a text, words, or token ids."""
 
-    context: str  # source ':' number within it
+    context: str  # source ':' number within the source
     corpus: str
     text: str | None = None
     words: list[str] | None = None
     token_ids: list[int] | None = None
-    labels: Mapping[str, Any] = field(default_factory=dict)  # a value, or one a word or token id
-
-
-@dataclass
-class Progress:
-    """How much of the sources is read, in bytes; None where their size is not known."""
-
-    done: int = 0
-    total: int | None = 0
+    labels: Mapping[str, Any] = field(default_factory=dict)  # a value, or a list of one per token
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where documents come from.
+    """A source of documents.
 
     of: a path, `hf:NAME[,CONFIG][:SPLIT]`, or an iterable of strings and of mappings like the
-    records of a JSONL file. corpus: what its predictions are put under; default: its name.
+    records of a JSONL file. corpus: the corpus of its predictions; default: its name.
     """
 
     of: str | os.PathLike[str] | Iterable[str | Mapping[str, Any]]
     corpus: str | None = None
-    name: str | None = None  # in contexts; default: its path
+    name: str | None = None  # name in contexts; default: its path
 
     @staticmethod
     def parse(given: str) -> Source:
-        """`[CORPUS=]PATH` as the command line has it; a path that exists is one whatever is in it.
+        """Parses `[CORPUS=]PATH` of the command line. An existing path may itself contain '='.
 
-        Raises ValueError where there is nothing.
+        Raises ValueError for an empty corpus or path.
         """
         corpus, equals, path = given.partition("=")
         if not equals or os.path.exists(given) or "/" in corpus:
@@ -96,18 +89,18 @@ class Source:
         return Source(path, corpus)
 
     def files(self) -> list[Source]:
-        """The sources that it stands for: a folder's files by name, but hidden ones.
+        """Sources that this one stands for: a folder's files by name, without hidden ones.
 
-        Raises ValueError where there is none.
+        Raises ValueError if there is none.
         """
         if not isinstance(self.of, str | os.PathLike) or str(self.of).startswith("hf:"):
             return [self]
         path = Path(self.of)
-        if not os.path.exists(path):  # a text may be too long for a name
+        if not os.path.exists(path):  # true of a text that is too long for a file name
             raise ValueError(
                 f"inputs: no file or directory {str(path)[:80]!r}; texts in memory are a Source"
             )
-        name = path.name or path.resolve().name  # of ".", too
+        name = path.name or path.resolve().name  # also for "."
         corpus = self.corpus or as_unicode(name.partition(".")[0] or name)
         if not path.is_dir():
             return [Source(path, corpus, self.name or str(path))]
@@ -122,17 +115,17 @@ class Source:
 
     @property
     def size(self) -> int | None:
-        """Bytes; None where it is not known."""
+        """Size in bytes; None if it is not known."""
         return self.of.stat().st_size if isinstance(self.of, Path) else None
 
     @property
     def described(self) -> dict[str, Any]:
-        """For a manifest."""
+        """Description for the manifest."""
         return {"name": self.title, "corpus": self.corpus or self.title, "bytes": self.size}
 
     @property
     def title(self) -> str:
-        """What it is called in contexts."""
+        """Name in contexts."""
         if self.name is not None:
             return as_unicode(self.name)
         if isinstance(self.of, str | os.PathLike):
@@ -140,8 +133,9 @@ class Source:
         return self.corpus or "documents"
 
     def items(self, reading: Reading, progress: Progress) -> Iterator[Item | Problem]:
-        """Its documents, in order. What a source that is no file raises is not caught: how much of
-        it there would have been is not known.
+        """Documents of the source, in order.
+
+        Errors of an iterable are not caught: a stream that breaks off must not look complete.
         """
         before, size, nothing = progress.done, self.size, True
         try:
@@ -159,11 +153,11 @@ class Source:
 
     def _items(self, reading: Reading, progress: Progress) -> Iterator[Item | Problem]:
         if not isinstance(self.of, Path):
-            yield from self._records(_iterated(self.of), reading)
+            yield from self._records(iterated(self.of), reading)
             return
         kind = self.of.name.removesuffix(".gz")
         if kind.endswith(_PARQUET):
-            yield from self._records(_parquet_rows(self.of, self.title, progress), reading)
+            yield from self._records(parquet_rows(self.of, self.title, progress), reading)
             return
         before = progress.done
         with open(self.of, "rb") as raw:
@@ -177,7 +171,7 @@ class Source:
             if self.of.suffix == ".gz":
                 file = gzip.GzipFile(fileobj=raw)
             try:
-                start = file.read(_PEEK)
+                start = file.read(PEEK)
                 if not start:
                     yield Problem(self.title, "is empty")
                     return
@@ -188,16 +182,16 @@ class Source:
                     return
                 file.seek(0)
                 if kind.endswith(_JSON):
-                    yield from told(self._records(_json_lines(file, self.title), reading))
+                    yield from told(self._records(json_lines(file, self.title), reading))
                 else:
                     yield from told(self._texts(file, reading))
             except (EOFError, gzip.BadGzipFile, zlib.error) as error:
                 yield Problem(self.title, f"is broken ({first_line(error)}); read up to there")
 
     def _texts(self, file: IO[bytes], reading: Reading) -> Iterator[Item | Problem]:
-        """Stretches of a text, each decoded by itself."""
+        """Documents of a text file, each decoded by itself."""
         corpus = self.corpus or self.title
-        for index, (begin, raw) in enumerate(_stretches(file, reading.split)):
+        for index, (begin, raw) in enumerate(stretches(file, reading.split)):
             context = f"{self.title}:{index}"
             try:
                 text = raw.decode("utf-8-sig" if begin == 0 else "utf-8")
@@ -265,13 +259,8 @@ class Source:
 
 
 def _of_array(x: Any) -> Any:
-    """An array's or a tensor's values as a list; anything else as it is."""
+    """Values of an array or a tensor as a list; other objects unchanged."""
     return x.tolist() if hasattr(x, "tolist") else x
-
-
-def as_unicode(text: str) -> str:
-    """What UTF-8 can hold: half a surrogate pair, in file names too, becomes a question mark."""
-    return text.encode("utf-8", "replace").decode()
 
 
 def _is_unicode(texts: list[str]) -> bool:
@@ -284,8 +273,8 @@ def _is_unicode(texts: list[str]) -> bool:
 
 
 def expand(inputs: Any) -> list[Source]:
-    """The sources that a user names: a path, a Source, an iterable, or several of them, or a
-    mapping from corpora to any of these. Raises ValueError where there is none.
+    """Sources that a user names: a path, a Source, an iterable, several of these, or a mapping
+    from corpora to any of them. Raises ValueError if there is none.
     """
     found = [source for given in _named(inputs) for source in given.files()]
     if not found:
@@ -308,127 +297,3 @@ def _named(inputs: Any, corpus: str | None = None) -> list[Source]:
     if isinstance(inputs, Iterable):
         return [Source(inputs, corpus)]
     raise ValueError(f"inputs: expected paths or documents, got {type(inputs).__name__}")
-
-
-def _stretches(file: IO[bytes], split: Split) -> Iterator[tuple[int, bytes]]:
-    """Where each document of a text begins, in bytes, and the document; what is longer than a
-    stretch is cut behind its last line, else its last space, else between two characters.
-    """
-    if split != "file":
-        yield from _lines(file, paragraphs=split == "paragraph")
-        return
-    begin, held = 0, b""
-    while block := file.read(_STRETCH):
-        held += block
-        while len(held) >= _STRETCH:
-            end = _cut(held[:_STRETCH])
-            yield begin, held[:end]
-            begin, held = begin + end, held[end:]
-    if held:
-        yield begin, held
-
-
-def _lines(file: IO[bytes], paragraphs: bool) -> Iterator[tuple[int, bytes]]:
-    """Lines, or what stands between blank ones; without the ends of their lines."""
-    begin = at = 0
-    held = b""
-    while line := file.readline(_STRETCH):
-        if line.strip():
-            begin = begin if held else at
-            held += line
-        at += len(line)
-        end = 0
-        if len(held) >= _STRETCH:
-            end = _cut(held)
-        elif not line.strip() or (line.endswith(b"\n") and not paragraphs):
-            end = len(held)
-        if end:
-            yield begin, held[:end].rstrip(b"\r\n")
-            begin, held = begin + end, held[end:]
-    if held:
-        yield begin, held.rstrip(b"\r\n")
-
-
-def _cut(raw: bytes) -> int:
-    """Where to cut bytes that are too long."""
-    for mark in (b"\n", b" "):
-        at = raw.rfind(mark)
-        if at > 0:
-            return at + 1
-    at = len(raw)
-    while at > len(raw) - 4 and raw[at - 1] & 0xC0 == 0x80:
-        at -= 1
-    # `at` now follows the first byte of the last character, which may not be all there.
-    return at - 1 if raw[at - 1] >= 0xC0 else len(raw)
-
-
-def _json_lines(file: IO[bytes], title: str) -> Iterator[Any]:
-    number = 0
-    while line := file.readline(_LONGEST_LINE):
-        number += 1
-        where = f"{title} line {number}"
-        if len(line) == _LONGEST_LINE and not line.endswith(b"\n"):
-            while line and not line.endswith(b"\n"):
-                line = file.readline(_LONGEST_LINE)
-            yield Problem(where, f"is longer than {_LONGEST_LINE} bytes")
-            continue
-        if not line.strip():
-            continue
-        try:
-            yield json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-        except UnicodeDecodeError as error:
-            yield Problem(where, f"is not UTF-8 at its byte {error.start} ({error.reason})")
-        except (ValueError, RecursionError) as error:
-            yield Problem(where, f"is not JSON ({first_line(error)})")
-
-
-def _parquet_rows(path: Path, title: str, progress: Progress) -> Iterator[Any]:
-    before, row = progress.done, 0
-    try:
-        with pq.ParquetFile(path) as file:
-            total, size = max(1, file.metadata.num_rows), path.stat().st_size
-            if file.metadata.num_rows == 0:
-                yield Problem(title, "is empty")
-            for batch in file.iter_batches(batch_size=_ROWS):
-                for record in _batch_records(batch, title, row):
-                    row += 1
-                    progress.done = before + size * row // total
-                    yield record
-    except (OSError, pa.ArrowException) as error:
-        yield Problem(f"{title} row {row}", f"is broken ({first_line(error)}); read up to there")
-
-
-def _batch_records(batch: pa.RecordBatch, title: str, before: int) -> Iterable[Any]:
-    """Its rows; what Parquet calls a string need not be UTF-8."""
-    try:
-        return batch.to_pylist()
-    except UnicodeDecodeError:
-        return [_batch_record(batch.slice(i, 1), title, before + i) for i in range(len(batch))]
-
-
-def _batch_record(row: pa.RecordBatch, title: str, number: int) -> Any:
-    try:
-        return row.to_pylist()[0]
-    except UnicodeDecodeError as error:
-        return Problem(f"{title}:{number}", f"has text that is not UTF-8 ({error.reason})")
-
-
-def _iterated(of: Any) -> Iterator[Any]:
-    """What a source that is no file gives."""
-    if not isinstance(of, str):
-        yield from of
-        return
-    try:
-        import datasets
-    except ImportError as error:
-        raise IfrError(
-            f"inputs: {of!r} needs datasets, which is not installed: pip install datasets"
-        ) from error
-    name, _, split = of.removeprefix("hf:").partition(":")
-    name, _, config = name.partition(",")
-    try:
-        yield from datasets.load_dataset(
-            name, config or None, split=split or "train", streaming=True
-        )
-    except Exception as error:  # of whatever library it comes from
-        raise IfrError(f"inputs: {of!r} cannot be read ({first_line(error)})") from error

@@ -1,10 +1,10 @@
 """A survey's report: one standalone page, and its figures and tables as files beside it.
 
-    report.html           asks for nothing from any network, and its policy forbids it to
+    report.html           makes no network request; its policy forbids them
     figures/NAME.{svg,png}
-    tables/NAME.csv       every row, of which the page shows the first ones wanted
+    tables/NAME.csv       all rows; the page shows an excerpt
 
-Corpus names, labels and tokens are data: on the page they are escaped, and no script runs on it.
+Corpus names, labels and tokens are data: the page escapes them, and no script runs on it.
 """
 
 from __future__ import annotations
@@ -47,17 +47,17 @@ from .schema import Survey
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_DPI = 200  # of PNG files, and of clouds of points within SVG ones
-_PROBLEMS = 50  # shown
-_TOKENS = ("token", "next_token")  # columns whose whitespace is to be seen
+_DPI = 200  # resolution of PNG files, and of rasterized points in SVG files
+_PROBLEMS = 50  # problems on the page; more are only counted
+_TOKENS = ("token", "next_token")  # columns whose whitespace is made visible
 
 
 class Report(NamedTuple):
-    """What was written."""
+    """Result of `report`."""
 
     path: Path  # report.html
     findings: list[Finding]
-    omitted: dict[str, str]  # analyses that this survey cannot carry, and why
+    omitted: dict[str, str]  # analyses that do not apply to this survey, and why
 
 
 def report(
@@ -70,12 +70,12 @@ def report(
     contrasts: Sequence[tuple[str, str]] = (),
     seed: int = 0,
 ) -> Report:
-    """Carries out every analysis of a survey and writes the report.
+    """Runs every analysis of a survey and writes the report.
 
-    out: its directory; default: report/ in the survey's. corpora: which are analysed; default: all
-    that are not in `contrasts`. label: of parts of speech; default
-    "pos", or the only label there is. threshold: at which frequencies are compared; default 0.04
-    or the nearest. contrasts: pairs of corpora, each document of which is a prompt.
+    out: directory of the report; default: report/ in the survey's. corpora: corpora to analyse;
+    default: all that are not in `contrasts`. label: label that holds parts of speech; default:
+    "pos", or the only label. threshold: threshold at which frequencies are compared; default: 0.04
+    or the nearest. contrasts: pairs of corpora to compare, in which each document is a prompt.
 
     Raises FormatError for a directory that holds no survey, and ValueError for a label,
     threshold or corpus that this survey does not have.
@@ -105,7 +105,7 @@ def report(
 
 
 def pairs(given: Sequence[str]) -> list[tuple[str, str]]:
-    """Corpora to contrast, from 'FIRST:SECOND' each."""
+    """Parses pairs of corpora, each given as 'FIRST:SECOND'."""
     found = []
     for text in given:
         first, colon, second = text.partition(":")
@@ -132,7 +132,7 @@ def _analyses(
         if label is not None:
             try:
                 return function_words(survey, corpora, label=label, threshold=threshold, seed=seed)
-            except NotApplicableError:  # labels of another kind
+            except NotApplicableError:  # the label holds no parts of speech
                 pass
         return function_words(survey, corpora, threshold=threshold, seed=seed)
 
@@ -152,7 +152,7 @@ def _analyses(
 
 
 def _save(folder: Path, finding: Finding) -> bytes:
-    """Writes a finding's figure and table; returns the SVG."""
+    """Writes the figure and the table of a finding; returns the SVG."""
     try:
         for name in ("figures", "tables"):
             (folder / name).mkdir(parents=True, exist_ok=True)
@@ -187,8 +187,8 @@ def _page(
     fields = {
         "title": escape(f"Information flow routes in {name}"),
         "style": here.joinpath("report.css").read_text("utf-8"),
-        "lead": "What the model's components do over whole corpora, by the routes through which "
-        "its predictions came about.",
+        "lead": "Activity of the model's components over whole corpora, measured by the "
+        "information flow routes of its predictions.",
         "facts": _facts(survey),
         "contents": "".join(
             f'<li><a href="#{escape(f.name)}">{escape(f.title)}</a></li>' for f in findings
@@ -207,7 +207,7 @@ def _facts(survey: Survey) -> str:
         "components": f"{survey.n_layers} layers of {survey.n_heads} heads and an FFN block",
         "thresholds": ", ".join(f"{x:g}" for x in survey.thresholds),
         "survey": str(survey.path.name)
-        + ("" if survey.complete else ", not complete: of what there is so far"),
+        + ("" if survey.complete else " (incomplete: results so far)"),
         "made by": f"ifr-fast {__version__}",
     }
     return "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items())
@@ -282,7 +282,7 @@ def _html_table(table: pa.Table, caption: str) -> str:
     )
     body = ""
     for row in table.to_pylist():
-        tokens = () if row.get("kind") == "class" else _TOKENS  # a class of tokens has a name
+        tokens = () if row.get("kind") == "class" else _TOKENS  # a class is no token
         cells = (f"<td{kind(k)}>{_cell(v, is_token=k in tokens)}</td>" for k, v in row.items())
         body += f"<tr>{''.join(cells)}</tr>"
     return (

@@ -1,4 +1,4 @@
-"""survey(): sources -> windows -> scored -> parts -> aggregates."""
+"""survey(): sources -> windows -> scores -> parts -> aggregates."""
 
 from __future__ import annotations
 
@@ -22,34 +22,35 @@ from ..pretrained import load_tokenizer
 from ..tracer import Tracer
 from .documents import Cutter, Vocabulary
 from .engines import Engine, LocalEngine, ModelSource, Scoring, ray_engine
-from .feed import Feed, Window
-from .inputs import SPLITS, Reading, Source, Split, expand
-from .parts import Shape, part_end, write_corpora, write_manifest, write_part
+from .inputs import Reading, Source, expand
+from .readers import SPLITS, Split
 from .schema import Problem, Survey, part_path, read_manifest, whole_parts
+from .windows import Window, WindowReader
+from .writer import Shape, part_end, write_corpora, write_manifest, write_part
 
 EngineName: TypeAlias = Literal["local", "ray"]
 
 THRESHOLDS = (0.01, 0.02, 0.04, 0.08)
-MAX_TOKENS = 2048  # that a model is let read at once, unless its context is shorter
+MAX_TOKENS = 2048  # tokens that the model reads at once, unless its context is shorter
 WINDOW_TOKENS = 16384
-_BATCH_TOKENS = {"cpu": 1024}  # of a pass, by device
+_BATCH_TOKENS = {"cpu": 1024}  # tokens of a forward pass, by device
 _BATCH_TOKENS_ELSEWHERE = 16384
 
 
 @dataclass(frozen=True)
 class State:
-    """How far a survey is."""
+    """Progress of a survey."""
 
-    documents: int  # written by this run
-    predictions: int  # likewise
-    seconds: float  # since it began to score
-    share: float | None  # of the sources' bytes; None where their size is not known
+    documents: int  # documents that this run has written
+    predictions: int  # predictions that this run has written
+    seconds: float  # since scoring began
+    share: float | None  # share of the sources' bytes; None if their size is not known
     seconds_left: float | None
-    problems: list[Problem]  # new ones
+    problems: list[Problem]  # problems since the last state
 
     @property
     def predictions_per_second(self) -> float:
-        """Of this run."""
+        """Speed of this run."""
         return self.predictions / max(self.seconds, 1e-9)
 
 
@@ -73,18 +74,19 @@ def survey(
     model_options: Mapping[str, Any] | None = None,
     on_state: Callable[[State], None] | None = None,
 ) -> Survey:
-    """Scores every prediction of a corpus and writes what came of it into the directory `out`.
+    """Scores every prediction of a corpus and writes the results into the directory `out`.
 
     inputs: a path, `hf:NAME`, a `Source`, an iterable of strings and mappings, several paths, or a
     mapping from corpora to any of these. model: a Tracer, a Hub name or a directory; default: the
     default model. label_by: fields of records to keep with each token, "NAME" or "NAME=FIELD"; the
-    label "corpus" says which corpus a record is of. max_tokens: that the model reads at once; what
-    is longer is cut. window_tokens: of a part, which is written, and resumed from, as a whole.
-    workers: Ray's actors. strict: the first problem ends it. impl and model_options (of
-    `from_pretrained`) are of a model given by name.
+    label "corpus" names the corpus of a record. max_tokens: most tokens that the model reads at
+    once; longer documents are cut. window_tokens: tokens of a part, the unit that is written and
+    resumed. workers: number of Ray's actors. strict: stop at the first problem. impl and
+    model_options (of `from_pretrained`): for a model given by name.
 
-    Raises ValueError for wrong arguments, FormatError where `out` holds something else than this
-    survey, and IfrError where it cannot go on; what is written then stays, and `resume` goes on.
+    Raises ValueError for wrong arguments, FormatError if `out` holds something other than this
+    survey, and IfrError if the survey cannot continue; written parts stay, and `resume` continues
+    from them.
     """
     if engine not in ("local", "ray"):
         raise ValueError(f"engine: expected 'local' or 'ray', got {engine!r}")
@@ -101,9 +103,9 @@ def survey(
     if workers is not None and engine != "ray":
         raise ValueError("workers: goes with engine='ray'")
     directory = Path(out)
-    sources = _others(expand(inputs), directory)
+    sources = _outside(expand(inputs), directory)
     with ExitStack() as stack:
-        begun = _enter(directory, resume, stack)
+        begun = _begin(directory, resume, stack)
         runner, tokenizer = _engine(engine, model, impl, model_options or {}, workers, stack)
         facts = runner.facts
         context = facts.max_length
@@ -141,7 +143,7 @@ def survey(
         else:
             _check_same(directory, begun, fields)
         vocabulary = Vocabulary(tokenizer, facts.vocab_size)
-        feed = Feed(sources, Cutter(vocabulary, reading, max_tokens), window_tokens)
+        feed = WindowReader(sources, Cutter(vocabulary, reading, max_tokens), window_tokens)
         shape = Shape(facts.n_layers, facts.n_heads, len(levels), reading.labels)
         run = _Run(directory, feed, shape, strict, on_state)
         for scored in runner.run(run.windows(), Scoring(levels, batch_tokens)):
@@ -162,12 +164,12 @@ def survey(
 
 
 class _Run:
-    """What is read, skipped and written, and how fast."""
+    """Counts what is read, skipped and written, and how fast."""
 
     def __init__(
         self,
         directory: Path,
-        feed: Feed,
+        feed: WindowReader,
         shape: Shape,
         strict: bool,
         on_state: Callable[[State], None] | None,
@@ -179,7 +181,7 @@ class _Run:
         self.began = time.perf_counter()
 
     def windows(self) -> Iterator[Window]:
-        """Those that are still to be scored."""
+        """Windows that are not scored yet; parts that are already written are skipped."""
         part = 0
         while True:
             if part in self.whole:
@@ -198,12 +200,12 @@ class _Run:
         beyond = [number for number in self.whole if number >= part]
         if beyond:
             raise FormatError(
-                f"{part_path(self.directory, 'predictions', beyond[0])}: is beyond what the inputs "
-                "now hold; survey them into another directory"
+                f"{part_path(self.directory, 'predictions', beyond[0])}: is beyond the end of "
+                "the inputs; survey them into another directory"
             )
 
     def written(self, window: Window, problems: list[Problem]) -> None:
-        """A part is on the disk."""
+        """Records that a part is on the disk."""
         if self.strict and problems:
             raise IfrError(str(problems[0]))
         self.documents += len(window.documents)
@@ -236,12 +238,12 @@ def _reading(text_field: str, split: Split, label_by: Sequence[str] | Mapping[st
         label_by = {name: of if equals else name for name, equals, of in pairs}
     for name in label_by:
         if not name.isidentifier():
-            raise ValueError(f"label_by: expected names as of variables, got {name!r}")
+            raise ValueError(f"label_by: expected names that are valid identifiers, got {name!r}")
     return Reading(text_field, split, dict(label_by))
 
 
-def _others(sources: list[Source], directory: Path) -> list[Source]:
-    """Without the files of the survey itself, where an input is a folder around it."""
+def _outside(sources: list[Source], directory: Path) -> list[Source]:
+    """Sources without the survey's own files, for an input folder that contains the output."""
     inside = directory.resolve()
     found = [
         source
@@ -253,8 +255,8 @@ def _others(sources: list[Source], directory: Path) -> list[Source]:
     return found
 
 
-def _enter(directory: Path, resume: bool, stack: ExitStack) -> dict[str, Any] | None:
-    """The manifest of the survey that is to be gone on with; None where a new one begins."""
+def _begin(directory: Path, resume: bool, stack: ExitStack) -> dict[str, Any] | None:
+    """Locks the directory; returns the manifest of the survey to resume, None for a new one."""
     _check_empty(directory)
     existed = directory.exists()
     try:
@@ -265,8 +267,8 @@ def _enter(directory: Path, resume: bool, stack: ExitStack) -> dict[str, Any] | 
         raise IfrError(f"{directory}: another run is writing into it") from error
     except OSError as error:
         raise IfrError(f"{directory}: cannot be written ({error.strerror})") from error
-    stack.callback(_leave, directory, existed)
-    _sweep(directory)
+    stack.callback(_clean_up, directory, existed)
+    _remove_leftovers(directory)
     if not (directory / "survey.json").exists():
         _check_empty(directory)
         return None
@@ -278,8 +280,8 @@ def _enter(directory: Path, resume: bool, stack: ExitStack) -> dict[str, Any] | 
     return manifest
 
 
-def _leave(directory: Path, existed: bool) -> None:
-    """Where no survey was begun, nothing is left; the caller holds the lock."""
+def _clean_up(directory: Path, existed: bool) -> None:
+    """Removes what was created if no survey began; the caller holds the lock."""
     if (directory / "survey.json").exists():
         return
     (directory / ".lock").unlink(missing_ok=True)
@@ -293,7 +295,7 @@ _OWN = {"predictions", "heads", ".lock"}
 
 
 def _check_empty(directory: Path) -> None:
-    """Raises FormatError where there is no survey, but something else."""
+    """Raises FormatError if the directory holds something, but no survey."""
     if not directory.is_dir() or (directory / "survey.json").exists():
         return
     others = [x for x in directory.iterdir()
@@ -302,8 +304,8 @@ def _check_empty(directory: Path) -> None:
         raise FormatError(f"{directory}: holds other things; expected an empty directory")
 
 
-def _sweep(directory: Path) -> None:
-    """Removes what a run that was killed has left half written; the caller holds the lock."""
+def _remove_leftovers(directory: Path) -> None:
+    """Removes unfinished files of a killed run; the caller holds the lock."""
     for folder in (directory, directory / "predictions", directory / "heads"):
         for leftover in folder.glob(".ifr_fast.*"):
             leftover.unlink(missing_ok=True)
@@ -318,9 +320,10 @@ def _check_same(directory: Path, begun: dict[str, Any], fields: dict[str, Any]) 
                 case "sources":
                     what = "from other inputs, or they changed their size"
                 case _:
-                    what = f"with {name} {begun.get(name)!r}, and is now asked for {value!r}"
+                    what = f"with {name} {begun.get(name)!r}, not {value!r}"
             raise FormatError(
-                f"{directory}: was begun {what}; go on as it was begun, or name another directory"
+                f"{directory}: was begun {what}; resume it with the same options, or name another "
+                "directory"
             )
 
 

@@ -1,13 +1,13 @@
-"""What a survey directory holds, and how it is read.
+"""The contents of a survey's directory, and how they are read.
 
-    survey.json                       of what model, how, and what came of it
-    predictions/part-NNNNNN.parquet   a row a prediction: position t of a document, predicting t + 1
-    heads/part-NNNNNN.parquet         a row a (document, layer, head)
-    corpora.parquet                   a row a corpus: the means of both; written when all is done
+    survey.json                       model, options and status
+    predictions/part-NNNNNN.parquet   one row per prediction: of position t + 1 at position t
+    heads/part-NNNNNN.parquet         one row per document, layer and head
+    corpora.parquet                   one row per corpus: means of both; written at the end
 
-A document is a text as the model read it: of what is longer than the model was let read, each
-piece is one. A part is written whole or not at all, heads first: one without its predictions is as
-good as not there. Numbers are float32 unless said otherwise; lists are layer-major.
+A document is a text as the model read it; each piece of a text that was cut is a document. A part
+is written whole or not at all, heads first; heads without predictions are ignored. Numbers are
+float32 unless stated otherwise; lists are layer-major.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from .arrow import pa, pq
 
 FORMAT = "ifr_fast.survey"
 VERSION = 1
-OFFSETS = 33  # of by_offset: 0 to 31, and all from 32 on
-PROBLEMS = b"ifr_fast.problems"  # in a part's metadata: JSON, a list of Problem's fields
-PART = b"ifr_fast.part"  # in a part's metadata: JSON, what a resumed run asks of it
+OFFSETS = 33  # entries of by_offset: 0 to 31, and all from 32 on
+PROBLEMS = b"ifr_fast.problems"  # key of a part's metadata: JSON, the fields of its Problems
+PART = b"ifr_fast.part"  # key of a part's metadata: JSON, the Cursor at its end
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
@@ -39,20 +39,20 @@ def floats(n: int) -> pa.DataType:
 
 
 def bits(n: int) -> pa.DataType:
-    """N bits, little-endian: bit i is bit i % 8 of byte i // 8."""
+    """A binary of n bits, little-endian: bit i is bit i % 8 of byte i // 8."""
     return pa.binary(-(-n // 8))
 
 
 def predictions_schema(
     n_layers: int, n_heads: int, n_thresholds: int, labels: list[str]
 ) -> pa.Schema:
-    """Of predictions/: importances and `*_in_k` are of the prediction's graph (`RouteGraph`), the
-    importances at the lowest threshold, `k` an index into the thresholds.
+    """Columns of predictions/. Importances and `*_in_k` describe the prediction's `RouteGraph`,
+    importances at the lowest threshold, `*_in_k` at threshold k.
     """
     L, H = n_layers, n_heads
     fields: list[tuple[str, pa.DataType]] = [
         ("document", pa.int64()),  # running number
-        ("context", pa.string()),  # source ':' number within it, and '/' piece where it is cut
+        ("context", pa.string()),  # source ':' number in it, and '/' piece if it is cut
         ("corpus", pa.string()),
         ("position", pa.int32()),
         ("token_id", pa.int32()),
@@ -61,7 +61,7 @@ def predictions_schema(
         ("next_token", pa.string()),
         *((f"label_{name}", pa.string()) for name in labels),  # of the token at `position`
         ("logit", pa.float32()),  # of the actual next token
-        ("probability", pa.float32()),  # likewise
+        ("probability", pa.float32()),  # of the actual next token
         ("head_importance", floats(L * H)),
         ("ffn_importance", floats(L)),
         ("residual_mid", floats(L)),  # share of resid_pre in resid_mid here; parallel block: NaN
@@ -71,17 +71,17 @@ def predictions_schema(
         fields += [
             (f"head_in_{k}", bits(L * H)),
             (f"ffn_in_{k}", bits(L)),
-            # The lowest layer at which an edge of the graph changes position; L where none does.
+            # Lowest layer at which an edge of the graph changes position; L if none does.
             (f"route_depth_{k}", pa.int16()),
         ]
     return pa.schema(fields)
 
 
 def heads_schema() -> pa.Schema:
-    """Of heads/: sums over a document's targets, in float32, whichever predictions reach them.
+    """Columns of heads/: float32 sums over all targets of a document, for whatever prediction.
 
-    "Edge mass" is a head's share in the attention edges above `keep` (all heads of an edge taken
-    together), as `RouteGraph.head_edges` has it; an edge leads from a source to a target.
+    "Edge mass" is a head's share in the attention edges above `keep` (the heads of an edge
+    summed), as in `RouteGraph.head_edges`; an edge leads from a source to a target.
     """
     return pa.schema(
         [
@@ -98,13 +98,13 @@ def heads_schema() -> pa.Schema:
             ("word_mass", pa.float32()),  # edge mass into later pieces of words
             ("same_word", pa.float32()),  # of that, from earlier pieces of the same word
             ("word_targets", pa.int32()),  # targets that are later pieces of words
-            ("edges", pa.int32()),  # edges in which the head exceeds `keep` by itself
+            ("edges", pa.int32()),  # edges in which the head alone exceeds `keep`
         ]
     )
 
 
 def corpora_schema(n_layers: int, n_heads: int, n_thresholds: int) -> pa.Schema:
-    """Of corpora.parquet: float64 means over a corpus' predictions, heads' over its targets."""
+    """Columns of corpora.parquet: float64 means over predictions, or targets for head masses."""
     L, H = n_layers, n_heads
 
     def means(n: int) -> pa.DataType:
@@ -149,26 +149,26 @@ class Problem:
 
 @dataclass(frozen=True)
 class Table:
-    """The parts of one of a survey's tables, read when asked for."""
+    """The parts of one table of a survey, read on demand."""
 
     paths: list[Path]
     schema: pa.Schema
-    shapes: dict[str, tuple[int, ...]]  # of a row's entry where it is an array
+    shapes: dict[str, tuple[int, ...]]  # shape of a row's entry, for arrays
 
     @property
     def columns(self) -> list[str]:
-        """Their names."""
+        """Names of the columns."""
         return list(self.schema.names)
 
     def __len__(self) -> int:
         return sum(_parquet(path).metadata.num_rows for path in self.paths)
 
     def parts(self, *columns: str) -> Iterator[dict[str, Array]]:
-        """Part after part, some columns (all of them if none is named) as numpy arrays of N rows.
+        """Columns of each part (all of them if none is named) as numpy arrays of N rows.
 
         Lists are float arrays [N, ...], bits bool ones, strings objects (None where null):
-        `head_importance` is [N, L, H]. Raises ValueError for a column that there is none, and
-        FormatError for a part that is broken, naming it.
+        `head_importance` is [N, L, H]. Raises ValueError for an unknown column, and FormatError,
+        with the path, for a broken part.
         """
         unknown = [name for name in columns if name not in self.schema.names]
         if unknown:
@@ -180,7 +180,7 @@ class Table:
             yield self._read(path, names)
 
     def read(self, *columns: str) -> dict[str, Array]:
-        """The same of all parts together."""
+        """Columns of all parts together."""
         names = list(columns) or self.columns
         found = list(self.parts(*names))
         if not found:
@@ -201,7 +201,7 @@ class Table:
     def _array(self, name: str, column: pa.ChunkedArray) -> Array:
         kind = column.type
         chunk = column.combine_chunks()
-        if isinstance(chunk, pa.ChunkedArray):  # of several chunks, or of none
+        if isinstance(chunk, pa.ChunkedArray):  # more than one chunk, or none
             chunk = chunk.chunk(0) if chunk.num_chunks else pa.array([], kind)
         n, shape = len(chunk), self.shapes.get(name)
         if pa.types.is_fixed_size_list(kind):
@@ -225,14 +225,14 @@ class Survey:
     path: Path
     model: dict[str, Any]  # name, fingerprint, n_layers, n_heads
     thresholds: list[float]  # ascending
-    keep: float  # what heads/ counts edges above: the lowest threshold
+    keep: float  # threshold of the edges in heads/: the lowest one
     labels: list[str]
-    complete: bool  # False while it is running, or where it was interrupted
+    complete: bool  # False during a run, or after an interruption
     manifest: dict[str, Any]  # all of survey.json
 
     @staticmethod
     def open(directory: str | os.PathLike[str]) -> Survey:
-        """Raises FormatError where there is no survey, or one of another format version."""
+        """Opens a survey. Raises FormatError if there is none, or one of another version."""
         path = Path(directory)
         manifest = read_manifest(path)
         try:
@@ -262,23 +262,23 @@ class Survey:
 
     @property
     def part_numbers(self) -> list[int]:
-        """The parts that are whole, ascending."""
+        """Numbers of the complete parts, ascending."""
         return whole_parts(self.path)
 
     @property
     def predictions(self) -> Table:
-        """A row a prediction (`predictions_schema`)."""
+        """One row per prediction (`predictions_schema`)."""
         L, H, K = self.n_layers, self.n_heads, len(self.thresholds)
         return self._table("predictions", predictions_schema(L, H, K, self.labels))
 
     @property
     def heads(self) -> Table:
-        """A row a document, layer and head (`heads_schema`)."""
+        """One row per document, layer and head (`heads_schema`)."""
         return self._table("heads", heads_schema())
 
     @property
     def corpora(self) -> Table:
-        """A row a corpus (`corpora_schema`). Raises FormatError until the survey is complete."""
+        """One row per corpus (`corpora_schema`). Raises FormatError for an incomplete survey."""
         path = self.path / "corpora.parquet"
         if not path.is_file():
             raise FormatError(f"{path}: no such file; the survey is not complete, resume it")
@@ -287,7 +287,7 @@ class Survey:
 
     @property
     def problems(self) -> list[Problem]:
-        """What could not be surveyed, in the order of the input."""
+        """Texts that could not be surveyed, in the order of the input."""
         found = []
         for part in self.part_numbers:
             path = part_path(self.path, "predictions", part)
@@ -315,7 +315,7 @@ class Survey:
 
 
 def whole_parts(directory: Path) -> list[int]:
-    """Numbers of a survey's parts that are there, ascending."""
+    """Numbers of a survey's complete parts, ascending."""
     return sorted(
         int(path.stem.removeprefix("part-"))
         for path in (directory / "predictions").glob("part-*.parquet")
@@ -323,7 +323,7 @@ def whole_parts(directory: Path) -> list[int]:
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """survey.json. Raises FormatError where it is not there, or of another format version."""
+    """Reads survey.json. Raises FormatError if it is missing, or of another version."""
     path = directory / "survey.json"
     try:
         manifest = json.loads(path.read_bytes())
@@ -342,12 +342,12 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def metadata_of(path: Path, key: bytes) -> Any:
-    """What a part's metadata hold under a key. Raises FormatError for a part that is broken."""
+    """Reads a JSON entry of a part's metadata. Raises FormatError for a broken part."""
     metadata = _parquet(path).schema_arrow.metadata or {}
     try:
         return json.loads(metadata[key])
     except (KeyError, ValueError) as error:
-        raise FormatError(f"{path}: is no part of a survey ({error!r})") from error
+        raise FormatError(f"{path}: is not a part of a survey ({error!r})") from error
 
 
 def _parquet(path: Path) -> pq.ParquetFile:
@@ -358,4 +358,5 @@ def _parquet(path: Path) -> pq.ParquetFile:
 
 
 def first_line(error: Exception) -> str:
+    """First line of an error's message; its type if there is none."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -14,6 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ifr_fast.survey import Survey
 
+# Parts of a few documents, so that there are several.
+SMALL: dict[str, Any] = {"window_tokens": 100, "batch_tokens": 64, "thresholds": (0.02, 0.05)}
+
 _TEXT = "the cat sat on a mat and unbelievable rivers ran past it , then stopped . why ?"
 WORDS = _TEXT.split()
 MERGES = [("t", "h"), ("th", "e"), ("a", "t"), ("i", "v"), ("Ġ", "the"), ("Ġ", "c"), ("r", "iv")]

@@ -144,3 +144,12 @@ def made_up(n_documents: int = 30, length: int = 17, seed: int = 0) -> dict[str,
 def written(path: Path, columns: dict[str, Any], heads: Any = None, **options: Any) -> Survey:
     options = {"n_layers": L, "n_heads": H, "thresholds": THRESHOLDS, "labels": ["pos"]} | options
     return write_survey(path, columns, heads, **options)
+
+
+def rows(finding: Any, **equal: Any) -> list[dict[str, Any]]:
+    """Rows of a finding's table whose columns have these values."""
+    return [
+        row
+        for row in finding.table.to_pylist()
+        if all(row[name] == value for name, value in equal.items())
+    ]

@@ -1,18 +1,20 @@
-"""What a survey shows: each analysis is a function of a Survey and gives a Finding.
+"""Analyses of surveys: each is a function of a Survey and returns a Finding.
 
-`importance` and `frequency` (components.py), `head_roles` (roles.py), `bypass` (bypass.py),
-`parts_of_speech` and `function_words` (words.py), `domains` and `contrast` (domains.py). The unit
-of every interval and test is the document (statistics.py, units.py).
+`importance` and `frequency` are in components.py, `head_roles` in roles.py, and `bypass`,
+`parts_of_speech`, `function_words`, `domains` and `contrast` in the files of these names. The unit
+of every interval and test is the document (intervals.py, units.py).
 """
 
 from __future__ import annotations
 
 from .bypass import bypass
 from .components import frequency, importance
-from .domains import contrast, domains
+from .contrast import contrast
+from .domains import domains
 from .finding import Finding, NotApplicableError
+from .function_words import function_words
+from .parts_of_speech import parts_of_speech
 from .roles import Rule, head_roles
-from .words import function_words, parts_of_speech
 
 __all__ = [
     "Finding",

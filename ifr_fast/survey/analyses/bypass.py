@@ -12,20 +12,20 @@ from numpy.typing import NDArray
 from ..schema import Survey
 from . import plots
 from .finding import Finding
-from .statistics import Floats, Interval, bootstrap
+from .intervals import Floats, Interval, bootstrap
 from .units import Part, units_of
 from .wording import number, percent
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-UNTOUCHED = 0.9  # the residual's share in a block's sum from which it counts as passed by
+UNTOUCHED = 0.9  # share of the residual in a block's sum from which the block counts as bypassed
 _SHARES = ("residual_mid", "residual_post")
 
 
 class _Class(NamedTuple):
     name: str
-    holds: Callable[[NDArray[np.int64], list[str]], NDArray[np.bool_]]  # of positions and tokens
+    holds: Callable[[NDArray[np.int64], list[str]], NDArray[np.bool_]]  # by position and token
     color: str
 
 
@@ -33,7 +33,7 @@ def _token_is(*texts: str) -> Callable[[NDArray[np.int64], list[str]], NDArray[n
     return lambda _, tokens: np.array([token.strip(" \u2581") in texts for token in tokens], bool)
 
 
-# The first that holds is a token's class.
+# A token belongs to the first class that holds.
 _CLASSES = (
     _Class("first token", lambda positions, _: positions == 0, plots.ALERT),
     _Class("period", _token_is("."), plots.FFN),
@@ -62,9 +62,9 @@ def bypass(
     resamples: int = 1000,
     min_count: int = 20,
 ) -> Finding:
-    """How much of each block's sum is the residual stream, by kind of token and by token.
+    """Share of the residual stream in each block's sum, by class of tokens and by token.
 
-    A row of the table is a class of tokens, or a token that occurs `min_count` times or more.
+    Each row of the table is a class of tokens, or a token with at least `min_count` occurrences.
     """
     units = units_of(survey, corpora, seed=seed)
     L = survey.n_layers
@@ -117,12 +117,12 @@ def bypass(
 
 
 def classify(positions: NDArray[np.int64], tokens: list[str]) -> NDArray[np.int64]:
-    """Each token's index into the classes."""
+    """Index of each token's class."""
     return np.stack([c.holds(positions, tokens) for c in _CLASSES]).argmax(0)
 
 
 def _blocks(shares: NDArray[np.float64]) -> int:
-    """How many blocks there are: NaN stands for one that a parallel layer has not."""
+    """Number of blocks: NaN stands for the block that a parallel layer lacks."""
     return int((~np.isnan(shares[0])).sum()) if len(shares) else 0
 
 
@@ -156,7 +156,7 @@ def _table(
 
 
 def _excerpt(table: pa.Table, ends: int = 8) -> pa.Table:
-    """The classes, and the tokens that keep the most and the least."""
+    """The classes, and the tokens with the highest and lowest shares."""
     n = table["kind"].to_pylist().count("class")
     last = table.num_rows
     rows = [*range(min(n + ends, last)), *range(max(n + ends, last - ends), last)]
@@ -164,7 +164,7 @@ def _excerpt(table: pa.Table, ends: int = 8) -> pa.Table:
 
 
 def _frequent(by_token: dict[str, Floats], min_count: int) -> list[tuple[str, Floats]]:
-    """Tokens that occur often enough, those that keep most of their residual first."""
+    """Tokens that occur often enough, highest share of the residual first."""
     often = [(token, x) for token, x in by_token.items() if x[2] >= min_count]
     return sorted(often, key=lambda item: (-item[1][0] / item[1][2], item[0]))
 
@@ -215,7 +215,7 @@ def _statement(
 
 
 def _runs(mask: NDArray[np.bool_]) -> list[str]:
-    """Stretches of True, as in 2-5."""
+    """Runs of True, as in "2 to 5"."""
     edges = np.flatnonzero(np.diff(np.concatenate([[0], mask.astype(np.int8), [0]])))
     return [
         str(a) if a == b - 1 else f"{a} to {b - 1}"

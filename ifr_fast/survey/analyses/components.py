@@ -1,6 +1,4 @@
-"""(a) How important attention and FFN blocks are, by layer and by head; (b) how often heads are in
-the graphs.
-"""
+"""(a) Importance of attention, heads and FFN blocks; (b) frequency of heads in graphs."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ from numpy.typing import NDArray
 from ..schema import Survey
 from . import plots
 from .finding import Finding
-from .statistics import Floats, bootstrap, ratio
+from .intervals import Floats, bootstrap, ratio
 from .units import Part, units_of
 from .wording import head_name, listed, number, percent
 
@@ -25,7 +23,7 @@ def importance(
 ) -> Finding:
     """Mean importance of every FFN block and attention head, with 95% intervals.
 
-    A row of the table is a layer's attention, its FFN, or one head.
+    Each row of the table is a layer's attention, its FFN, or one head.
     """
     units = units_of(survey, corpora, seed=seed)
     L, H = survey.n_layers, survey.n_heads
@@ -239,7 +237,7 @@ def _leading(values: Floats, k: int) -> list[int]:
 
 
 def _thirds(values: Floats, name: str) -> str:
-    """How the importance of one kind of block is spread over the depth of the model."""
+    """Importance of one kind of block in each third of the layers, in words."""
     thirds = [float(x.sum()) for x in np.array_split(values, 3)]
     whole = sum(thirds) or 1.0
     low, middle, high = (percent(x / whole) for x in thirds)

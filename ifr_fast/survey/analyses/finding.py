@@ -1,4 +1,4 @@
-"""What an analysis gives: a statement, the table it rests on, and a figure of it."""
+"""The result of an analysis: a statement, the table behind it, and a figure."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 class Finding:
     """One analysis of a survey."""
 
-    name: str  # of its files in a report
+    name: str  # name of its files in a report
     title: str
-    statement: str  # what the table says, in words; paragraphs end with a newline
-    method: str  # how it was computed, and what it does not show
+    statement: str  # the result in words; one paragraph per line
+    method: str  # how it was computed, and its limits
     table: pa.Table
-    excerpt: pa.Table  # the rows of it that a reader wants first
+    excerpt: pa.Table  # its most important rows
     figure: Figure
 
 
 class NotApplicableError(ValueError):
-    """An analysis that this survey cannot carry: it lacks labels, corpora or documents."""
+    """Raised if the survey lacks the labels, corpora or documents that an analysis needs."""

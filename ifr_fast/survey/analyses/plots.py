@@ -1,6 +1,6 @@
-"""How the figures look, and the few shapes that they are made of.
+"""The style of the figures, and the plots that they consist of.
 
-No pyplot: a figure belongs to no backend and to no global state.
+Figures are made without pyplot: they belong to no backend and to no global state.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import IfrError
-from .statistics import Interval
+from .intervals import Interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 INK, MUTED, FAINT = "#1a1f26", "#56616d", "#dfe4e9"
 ATTENTION, FFN, RESIDUAL, TINT, ALERT = "#2b5fd9", "#c2560a", "#8a95a1", "#14a394", "#c01f7a"
-# Told apart with any usual colour vision; the order goes round the hues.
+# Colours that are distinguishable with colour-vision deficiencies, in the order of use.
 GROUPS = (
     *("#2b5fd9", "#c2560a", "#14a394", "#c01f7a", "#8a95a1", "#e0a100"),
     *("#6b3fa0", "#4d7c0f", "#7fb2ff", "#8b4a2b", "#ff8fb0", "#1a1f26"),
     *("#9fd8b4", "#c9b8ff"),
 )
-# Axes with whole numbers, by their names.
+# Labels of axes with whole numbers.
 _COUNTED = ("layer", "head", "offset", "heads, most frequent first", "heads, strongest first")
 STYLE: dict[str, Any] = {
     "font.family": "sans-serif",
@@ -51,8 +51,8 @@ STYLE: dict[str, Any] = {
     "legend.frameon": False,
     "lines.linewidth": 1.3,
     "text.color": INK,
-    "text.parse_math": False,  # labels are data: a dollar sign is one
-    "svg.hashsalt": "ifr_fast",  # the same figure is the same file
+    "text.parse_math": False,  # labels are data: a dollar sign starts no formula
+    "svg.hashsalt": "ifr_fast",  # equal figures give equal files
     "svg.fonttype": "path",
     "savefig.facecolor": "white",
 }
@@ -60,7 +60,7 @@ STYLE: dict[str, Any] = {
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """Within, figures are made, and saved, in this style. Raises IfrError without matplotlib."""
+    """Applies the style to figures made or saved inside. Raises IfrError without matplotlib."""
     try:
         from matplotlib import rc_context
     except ImportError as error:
@@ -74,7 +74,7 @@ def styled() -> Iterator[None]:
 
 @contextmanager
 def figure(width: float, height: float) -> Iterator[Figure]:
-    """A figure to draw into, in inches."""
+    """Gives an empty figure; width and height in inches."""
     with styled():
         from matplotlib.figure import Figure
 
@@ -83,7 +83,7 @@ def figure(width: float, height: float) -> Iterator[Figure]:
 
 
 def label(axes: Axes, title: str, x: str, y: str) -> None:
-    """Names a panel and its axes; what is counted has whole numbers."""
+    """Sets the title and the axis labels of a panel; counts get whole numbers."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set_title(title)
@@ -95,7 +95,7 @@ def label(axes: Axes, title: str, x: str, y: str) -> None:
 
 
 def band(axes: Axes, interval: Interval, color: str, name: str, style: str = "-") -> None:
-    """A curve over layers with its interval."""
+    """Draws a curve over layers with its interval."""
     x = np.arange(len(interval.value))
     axes.fill_between(x, interval.low, interval.high, color=color, alpha=0.18, linewidth=0)
     axes.plot(x, interval.value, style, color=color, label=name)
@@ -111,7 +111,7 @@ def heads(
     marked: Sequence[tuple[int, int]] = (),
     bar: str | None = None,
 ) -> None:
-    """A map of values [L, H]: layers upwards, heads across. NaN is left blank."""
+    """Draws a map of values [L, H], layers upwards and heads across. NaN stays blank."""
     from matplotlib import colormaps
 
     low, high = limits if limits is not None else (0.0, float(np.nanmax(values, initial=0)) or 1.0)
@@ -122,7 +122,7 @@ def heads(
     )  # fmt: skip
     if marked:
         layer, head = np.array(marked).T
-        for color, width in (("white", 2.2), (ALERT, 1.0)):  # to be seen on dark cells too
+        for color, width in (("white", 2.2), (ALERT, 1.0)):  # visible on dark cells, too
             axes.scatter(
                 head, layer, s=14, marker="s", facecolors="none", edgecolors=color, lw=width
             )

@@ -1,7 +1,7 @@
-"""(c) What heads do, from where the routes through them lead.
+"""(c) Roles of heads, by the sources of the routes through them.
 
-A head's edge mass is the importance of the edges through it. A role is a place where most of it
-comes from:
+The edge mass of a head is the importance of the edges through it. A role names the place where
+most of the edge mass comes from:
 
     own token        the position itself
     previous token, offset d   the position d before, 1 <= d <= 31
@@ -9,17 +9,17 @@ comes from:
     first token      position 0, into later positions
     punctuation      punctuation tokens, into later positions
 
-A role's score is that place's share of the head's edge mass (of the mass into later pieces, for
-subword merging), and it is held against two baselines: the same share of all other heads taken
-together, and that of a head which reads all it can see alike (of which heads/ tells for offsets
-and the first token). A head has the role where, at the lower end of the score's interval, the
-score is at least `min_score` and its odds are at least `min_lift` times those of either
-baseline.
+The score of a role is that place's share of the head's edge mass (for subword merging, of the
+mass into later pieces). It is compared with two baselines: the same share for all other heads
+together, and the share for a head that reads all positions equally (known for offsets and the first
+token).
+A head has the role if, at the lower end of the score's interval, the score is at least `min_score`
+and its odds are at least `min_lift` times those of either baseline.
 
-Two roles ask for more, because words and offsets overlap. The piece before a later piece of a word
-is one of the same word, so a previous-token head scores as a merging one. A merging head
-therefore must carry `min_selectivity` times as much into a later piece of a word as into
-another token; and one that does so is not named for the offset that its words have.
+Two roles have further conditions, because words and offsets overlap: the piece before a later
+piece of a word belongs to the same word, so a previous-token head also scores as a merging head. A
+merging head must therefore carry `min_selectivity` times as much into later pieces of words as into
+other tokens, and it is then not named for an offset.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 from ..schema import OFFSETS, Survey
 from . import plots
 from .finding import Finding
-from .statistics import Floats, Interval, bootstrap
+from .intervals import Floats, Interval, bootstrap
 from .units import Units, add, units_of
 from .wording import head_name, listed, number, percent
 
@@ -55,25 +55,25 @@ _SUMS = ("rows", "mass", "edge_mass", "first", "punctuation", "word_mass", "same
 
 @dataclass(frozen=True)
 class Rule:
-    """What a head must show to be given a role."""
+    """Conditions for a role."""
 
-    min_score: float = 0.5  # most of its edge mass
-    min_lift: float = 3.0  # odds of the score by odds of a baseline
-    min_selectivity: float = 2.0  # of merging heads
-    min_mass: float = 0.1  # importance of the head, by that of the mean head
-    min_listed: float = 0.25  # of its importance that is in edges above `keep`
+    min_score: float = 0.5  # share of the edge mass
+    min_lift: float = 3.0  # odds of the score / odds of a baseline
+    min_selectivity: float = 2.0  # of merging heads only
+    min_mass: float = 0.1  # importance of the head / importance of the mean head
+    min_listed: float = 0.25  # share of its importance that is in edges above `keep`
     min_edges: int = 50
 
 
 class _Score(NamedTuple):
-    """One role's evidence, [L * H] each."""
+    """Evidence for one role, [L * H] each."""
 
     score: Interval
-    others: Floats  # the share of all other heads together
-    uniform: Floats | None  # the share of a head that reads all it sees alike
+    others: Floats  # share for all other heads together
+    uniform: Floats | None  # share for a head that reads all positions equally
 
     def lift(self) -> Floats:
-        """Odds of the score's lower end, by the greater odds of the baselines."""
+        """Odds of the score's lower end, divided by the greater odds of the baselines."""
         baseline = self.others
         if self.uniform is not None:
             baseline = np.fmax(baseline, self.uniform)
@@ -85,7 +85,7 @@ class _Score(NamedTuple):
 
 
 def offset_name(offset: int) -> str:
-    """The role of a head that reads the position `offset` before."""
+    """Name of the role of heads that read the position `offset` before."""
     return {0: OWN, 1: PREVIOUS}.get(offset, f"offset {offset}")
 
 
@@ -100,10 +100,10 @@ def head_roles(
     seed: int = 0,
     resamples: int = 1000,
 ) -> Finding:
-    """Which heads have a role, and every head's scores; a row a head.
+    """Finds heads that have a role, and the scores of every head; one row per head.
 
-    Where several roles fit, the head is given the one with the greatest score, and merging subwords
-    goes before offsets.
+    If several roles fit, a head gets the one with the greatest score; subword merging precedes
+    offsets.
     """
     rule = rule or Rule()
     units = units_of(survey, corpora, seed=seed)
@@ -143,8 +143,8 @@ def head_roles(
 
 
 def _head_sums(survey: Survey, units: Units) -> dict[str, Floats]:
-    """Sums of heads/ [U, L * H, ...], and `uniform` [U, OFFSETS + 1]: the edge mass by offset, and
-    from the first token, of a head with mass 1 a row that reads all positions alike.
+    """Sums of heads/ [U, L * H, ...], and `uniform` [U, OFFSETS + 1]: edge mass by offset, and from
+    the first token, for a head with mass 1 per row that reads all positions equally.
     """
     L, H = survey.n_layers, survey.n_heads
     U, M = len(units), survey.n_layers * survey.n_heads
@@ -163,8 +163,10 @@ def _head_sums(survey: Survey, units: Units) -> dict[str, Floats]:
 
 
 def _uniform(rows: NDArray[np.int64]) -> Floats:
-    """[N, OFFSETS + 1] for documents of `rows` targets: target t gives 1 / (t + 1) to each of its
-    sources, so offset d gets Σ_{t >= d} 1 / (t + 1), and so does position 0 but from itself.
+    """Edge mass [N, OFFSETS + 1] of a uniform head in documents of `rows` targets.
+
+    Target t gives 1 / (t + 1) to each of its sources, so offset d gets Σ_{t >= d} 1 / (t + 1), and
+    position 0 gets Σ_{t >= 1} 1 / (t + 1).
     """
     harmonic = np.concatenate([[0.0], np.cumsum(1 / np.arange(1, rows.max(initial=0) + 1))])
     d = np.arange(OFFSETS - 1)
@@ -184,7 +186,7 @@ def _judged(sums: dict[str, Floats], rule: Rule) -> NDArray[np.bool_]:
 def _scores(
     sums: dict[str, Floats], seed: int, resamples: int
 ) -> tuple[dict[str, _Score], Interval]:
-    """Every role's evidence, and how much more a head carries into later pieces of words."""
+    """Evidence for every role, and the selectivity of heads for later pieces of words."""
     edge_mass = sums["edge_mass"]
     rows = sums["rows"][:, 0]
 
@@ -208,10 +210,10 @@ def _scores(
 
 
 def _selectivity(sums: dict[str, Floats], seed: int, resamples: int) -> Interval:
-    """Edge mass a later piece of a word, by edge mass a target that is none."""
+    """Edge mass per later piece of a word, divided by edge mass per other target."""
     inside = sums["word_mass"], sums["word_targets"]
     outside = sums["edge_mass"] - inside[0], sums["rows"] - inside[1]
-    # One bootstrap of both: the product of a ratio and an inverse one, document by document.
+    # Both ratios are bootstrapped together: each sample draws the same documents for both.
     U = len(inside[0])
     times = np.random.default_rng(seed).multinomial(U, np.full(U, 1 / U), size=resamples)
     drawn = np.concatenate([np.ones((1, U)), times.astype(np.float64)])
@@ -219,7 +221,7 @@ def _selectivity(sums: dict[str, Floats], seed: int, resamples: int) -> Interval
         rate_in = (drawn @ inside[0]) / (drawn @ inside[1])
         rate_out = np.maximum(drawn @ outside[0], 0) / (drawn @ outside[1])
         ratios = rate_in / rate_out
-        # All of it in words is more than any ratio; nothing at all is none.
+        # A head with all mass inside words exceeds any ratio; a head without mass has none.
         finite = np.nan_to_num(ratios, nan=0.0, posinf=np.finfo(np.float64).max)
         low, high = np.percentile(finite, [2.5, 97.5], axis=0)
     return Interval(ratios[0], low, high)
@@ -232,7 +234,7 @@ def _odds(x: Floats) -> Floats:
 
 
 def _best_offset(scores: dict[str, _Score]) -> NDArray[np.int64]:
-    """[M] the offset of at least 2 with the greatest score."""
+    """Offset of at least 2 with the greatest score, [M]."""
     shares = np.stack([scores[offset_name(d)].score.value for d in range(2, OFFSETS - 1)])
     return np.nan_to_num(shares, nan=-1).argmax(0) + 2
 
@@ -283,7 +285,7 @@ def _table(
 
 
 def _named(table: pa.Table, roles: list[str | None]) -> pa.Table:
-    """The heads that have a role, role by role, the most important first."""
+    """Heads that have a role, by role, the most important first."""
     mass = table["importance"].to_numpy()
     named = [i for i, role in enumerate(roles) if role is not None]
     order = sorted(named, key=lambda i: (_ORDER.index(str(roles[i])), -mass[i]))

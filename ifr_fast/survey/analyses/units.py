@@ -1,7 +1,7 @@
-"""Documents as the units of statistics, and sums over each of them, one part of a survey at a time.
+"""Documents as the units of statistics, and sums over each unit, one part of a survey at a time.
 
-A corpus of more documents than are resampled is dealt out at random into that many units, each
-of whole documents: memory does not grow with the corpus, and the units are as independent.
+The documents of a large corpus are assigned at random to a fixed number of units, each of whole
+documents. So memory does not grow with the corpus, and units stay independent.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from numpy.typing import NDArray
 
 from ..schema import Survey, Table
 from .finding import NotApplicableError
-from .statistics import Floats
+from .intervals import Floats
 
 Part = Mapping[str, NDArray[Any]]
-MOST = 1024  # units of all corpora together
+MOST = 1024  # most units of all corpora together
 
 
 @dataclass(frozen=True, eq=False)
 class Units:
-    """Which unit a document is in; U units, N documents."""
+    """Assignment of N documents to U units."""
 
     corpora: list[str]
     corpus: NDArray[np.int64]  # [U] index into corpora
     documents: NDArray[np.int64]  # [N] ascending
-    unit: NDArray[np.int64]  # [N] of each of them
+    unit: NDArray[np.int64]  # [N] the unit of each document
 
     def __len__(self) -> int:
         return len(self.corpus)
 
     def parts(self, table: Table, *columns: str) -> Iterator[tuple[NDArray[np.int64], Part]]:
-        """A table's parts, of these documents alone: the unit of each row, and its columns."""
+        """The unit of each row and the columns, for each part of a table; these documents only."""
         for part in table.parts("document", *columns):
             at = np.searchsorted(self.documents, part["document"]).clip(max=len(self.unit) - 1)
             mine = self.documents[at] == part["document"]
@@ -49,7 +49,7 @@ class Units:
         columns: list[str],
         values: Callable[[Part], Mapping[str, NDArray[Any]]],
     ) -> dict[str, Floats]:
-        """Sums [U, ...] over each unit's rows of what `values` makes of a part's columns."""
+        """Sums [U, ...] over the rows of each unit. values: maps a part's columns to terms."""
         sums: dict[str, Floats] = {}
         for unit, part in self.parts(table, *columns):
             for name, x in values(part).items():
@@ -59,7 +59,7 @@ class Units:
 
 
 def add(total: Floats, index: NDArray[np.int64], values: NDArray[Any]) -> None:
-    """total[index[i]] += values[i], where few values of `index` are many rows."""
+    """total[index[i]] += values[i], fast if many rows share an index."""
     if len(index) == 0:
         return
     order = index.argsort(kind="stable")
@@ -70,10 +70,10 @@ def add(total: Floats, index: NDArray[np.int64], values: NDArray[Any]) -> None:
 def units_of(
     survey: Survey, corpora: Collection[str] | None = None, *, seed: int = 0, most: int = MOST
 ) -> Units:
-    """The units of a survey's documents, of some of its corpora or all.
+    """Units of a survey's documents, from all corpora or some.
 
-    Raises ValueError for a corpus that the survey does not have, and NotApplicableError where there
-    is no document.
+    Raises ValueError for a corpus that the survey does not have, and NotApplicableError without
+    documents.
     """
     found: dict[int, str] = {}
     for part in survey.predictions.parts("document", "corpus"):
@@ -106,7 +106,7 @@ def units_of(
 
 
 def threshold_index(survey: Survey, threshold: float | None) -> int:
-    """Of one of a survey's thresholds; by default the one nearest to 0.04, as a ratio.
+    """Index of a threshold; default: the one nearest to 0.04, as a ratio.
 
     Raises ValueError for one that the survey does not have.
     """

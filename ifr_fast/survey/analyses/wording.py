@@ -1,4 +1,4 @@
-"""Numbers and names as the statements write them."""
+"""Formats numbers and names for statements."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from collections.abc import Sequence
 
 
 def head_name(layer: int, head: int) -> str:
-    """Layer and head, as the literature writes them."""
+    """Name of a head, as in the literature."""
     return f"L{layer}H{head}"
 
 
 def number(x: float) -> str:
-    """Three significant digits."""
+    """Formats a number with three significant digits."""
     return f"{x:.3g}"
 
 
 def percent(x: float) -> str:
-    """A share, in whole percents where that says enough."""
+    """Formats a share in percent, with decimals for small ones."""
     return f"{x:.0%}" if x >= 0.0995 or x == 0 else f"{x:.1%}" if x >= 0.001 else f"{x:.2%}"
 
 
 def listed(items: Sequence[str], most: int | None = None) -> str:
-    """One, two and three; with `most`, the rest as a count."""
+    """Joins items as in "one, two and three"; beyond `most`, a count replaces the rest."""
     shown = list(items)
     if most is not None and len(shown) > most:
         shown = [*shown[:most], f"{len(shown) - most} more"]
