@@ -38,8 +38,8 @@ from .capture import AttentionCall, AttentionHandler, AttentionThrough, LayerCal
 from .errors import UnsupportedArchitectureError
 
 _PROBE_LENGTH = 11  # a prime, so that it collides with no other dimension
-_PROBE_ROWS = 512  # of the identity pushed through a layer at once
-_FAR = 1 << 17  # keys beyond which a sliding window is none, where a model states no context
+_PROBE_ROWS = 512  # rows of the identity that pass through a layer at once
+_FAR = 1 << 17  # context assumed where a model states none; a wider window counts as none
 _SAMPLED = 16  # numbers of each tensor in a fingerprint
 HALF = (torch.bfloat16, torch.float16)
 TOLERANCE = 1e-4  # relative error that rounding explains in float32
@@ -54,27 +54,27 @@ class Block(NamedTuple):
     attention: nn.Module
     mid_site: nn.Module | None  # the module whose input is resid_mid; None in a parallel block
     W_O: Tensor  # [H, V, D] effective, in the model's dtype if that holds it; contiguous in V
-    bias: Tensor  # [D] what attention adds whatever its heads do; of no part
+    bias: Tensor  # [D] the constant that attention adds; it belongs to no part
     window: int | None  # keys visible to a row, itself included
-    row_scaled: bool  # attention is scaled by a number that depends on the row: a post-norm
+    row_scaled: bool  # a norm after attention scales each row by a number
     gate_site: nn.Module | None  # the module whose input is the attention output times a gate
     kv_heads: int
     d_key: int
-    width: int  # numbers a row of the widest tensor that its submodules return
+    width: int  # numbers per row in the widest tensor that its submodules return
     n_outputs: int | None  # length of the tuple that it returns; None where it returns a tensor
-    ffn_site: nn.Module | None  # the module whose output, perhaps scaled, is what the FFN adds
+    ffn_site: nn.Module | None  # the module whose output, perhaps scaled, the FFN adds
 
     @property
     def parallel(self) -> bool:
-        """Whether attention and FFN both read `resid_pre` and are added at once."""
+        """True if attention and FFN both read `resid_pre` and are added at once."""
         return self.mid_site is None
 
     def crossed_window(self, n_tokens: int) -> int | None:
-        """Its window, if a text of `n_tokens` crosses it."""
+        """The window if a text of `n_tokens` is longer than it, else None."""
         return None if self.window is None or self.window >= n_tokens else self.window
 
     def on_mid(self, keep: Callable[[Tensor], None]) -> torch.utils.hooks.RemovableHandle:
-        """Hands `keep` `resid_mid`; in a parallel block what attention adds to `resid_pre`."""
+        """Passes `resid_mid` to `keep`; in a parallel block, what attention adds to `resid_pre`."""
         if self.mid_site is not None:
             return capture.on_input(self.mid_site, keep)
         return capture.on_output(self.attention, keep)
@@ -263,8 +263,8 @@ class Decoder:
 def answering_layers(
     decoder: Decoder, answer: Callable[[Block, Tensor, LayerCall], Tensor]
 ) -> Iterator[None]:
-    """Within, no layer runs: its output [1, T, D] is what `answer` makes of its input [1, T, D] and
-    its other arguments.
+    """Inside the context, `answer` runs in place of each layer: it maps the layer's input
+    [1, T, D] and other arguments to its output [1, T, D].
     """
 
     def replace(block: Block) -> None:
@@ -285,20 +285,20 @@ def answering_layers(
     finally:
         for block, forward in zip(decoder.blocks, own, strict=True):
             block.module.__dict__.pop("forward", None)
-            if forward is not None:  # offloading has put its own there
+            if forward is not None:  # offloading had replaced it before
                 block.module.__dict__["forward"] = forward
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within, the model is in eval mode; each module's own flag is restored after."""
+    """Inside the context, the model is in eval mode; each module's flag is restored after."""
     with all_evaluating(model.modules()):
         yield
 
 
 @contextmanager
 def all_evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Within, each of `modules` is in eval mode; its own flag is restored after."""
+    """Inside the context, each of `modules` is in eval mode; its flag is restored after."""
     training = [module for module in modules if module.training]
     for module in training:
         module.training = False
@@ -310,9 +310,7 @@ def all_evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def _unwrapped(model: Any) -> nn.Module:
-    """The model itself, where `model` is one that PEFT or torch.compile put around it: adapters
-    are among its modules.
-    """
+    """The model inside a wrapper of PEFT or torch.compile; adapters are among its modules."""
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
@@ -333,7 +331,7 @@ def _check_wrapper(wrapper: nn.Module, decoder: Decoder) -> None:
     ):
         raise UnsupportedArchitectureError(
             f"model: {type(wrapper).__name__} does more than the model that it wraps, by a soft "
-            "prompt perhaps, and that model alone can be explained"
+            "prompt perhaps; only the wrapped model can be explained"
         )
 
 
@@ -345,7 +343,7 @@ def probe_tokens(decoder: Decoder) -> Tensor:
 
 
 class _Probe(NamedTuple):
-    """What one layer was seen to do on the probe; [T, ...] on its own device."""
+    """One layer's inputs and outputs on the probe; [T, ...] on the layer's device."""
 
     name: str
     module: nn.Module
@@ -355,11 +353,13 @@ class _Probe(NamedTuple):
     layer_call: LayerCall
     resid_pre: Tensor  # [T, D]
     resid_post: Tensor  # [T, D]
-    n_outputs: int | None  # of the layer, where it returns a tuple
+    n_outputs: int | None  # length of the tuple that the layer returns, if it returns one
 
     def rerun_in_float32(self) -> _Probe:
-        """What the layer does in float32, of the same stream and attention output. The caller has
-        it compute in float32. Raises UnsupportedArchitectureError where that is another output.
+        """The probe with the layer run in float32 on the same stream and attention output.
+
+        The caller makes the layer compute in float32. Raises UnsupportedArchitectureError if its
+        output differs.
         """
         layer_call, z, hidden = self.layer_call.float(), self.z.float(), self.resid_pre.float()
         with capture.answering(lambda _: z[None]):
@@ -371,7 +371,7 @@ class _Probe(NamedTuple):
 
 
 class _Upcast(TorchFunctionMode):
-    """Within, every operation reads half-precision tensors as float32, and only moves keep them."""
+    """Inside the context, every operation but moves reads half-precision tensors as float32."""
 
     _MOVES = frozenset({"__get__", "__set__", "to", "detach", "clone", "requires_grad_"})
 
@@ -398,11 +398,11 @@ def _is_plain(x: Tensor) -> bool:
 
 @contextmanager
 def in_float32(layer: nn.Module) -> Iterator[None]:
-    """Within, a half-precision layer computes in float32: rounding would hide what the closure
-    check is there to find.
+    """Inside the context, a half-precision layer computes in float32: rounding would hide the
+    errors that the closure check looks for.
     """
     tensors = [x for x in (*layer.parameters(), *layer.buffers()) if x.dtype in HALF]
-    # Offloaded weights come when they are used; quantized ones cannot be cast.
+    # Offloaded weights are loaded when they are used; quantized ones cannot be cast.
     if any(x.is_meta or not _is_plain(x) for x in tensors):
         with _Upcast():
             yield
@@ -418,7 +418,7 @@ def in_float32(layer: nn.Module) -> Iterator[None]:
 
 
 def _open_blocks(decoder: Decoder) -> tuple[AttentionThrough, list[Block]]:
-    """How to answer the model's attention, and its layers."""
+    """The context that overrides the model's attention, and the model's layers."""
     model = decoder.model
     token_ids = probe_tokens(decoder)
     n_tokens = len(token_ids)
@@ -517,9 +517,9 @@ def _open_blocks(decoder: Decoder) -> tuple[AttentionThrough, list[Block]]:
 
 
 def _check_attention(probe: _Probe, stream: Tensor, attended: Tensor) -> None:
-    """Refuses a layer whose attention module, answered, gives another row than it gave by itself,
-    `attended`, for the same residual stream [T, D]. States at the end of a whole run cannot tell in
-    half precision, where the rows that chose other experts differ anyway.
+    """Refuses a layer whose attention module, with its attention overridden, gives other rows than
+    the plain forward pass gave, `attended`, for the same residual stream [T, D]. The final states
+    cannot show this in half precision, where rows that chose other experts differ anyway.
     """
     T = len(stream)
     found = _stopped(
@@ -533,7 +533,7 @@ def _check_attention(probe: _Probe, stream: Tensor, attended: Tensor) -> None:
     if error > rounding_tolerance(found.dtype):
         _refuse(
             probe,
-            "its attention module gives something else when its attention is answered "
+            "its attention module gives another output when its attention is overridden "
             f"(relative error {error:.1e})",
         )
 
@@ -550,7 +550,7 @@ def _check_finite(model: PreTrainedModel, seen: list[Tensor]) -> None:
 
 
 def _layers(model: PreTrainedModel, attentions: list[nn.Module]) -> list[tuple[str, nn.Module]]:
-    """The decoder layer of each attention module: its ancestor inside the one ModuleList."""
+    """The decoder layer of each attention module: its ancestor in the ModuleList of layers."""
     names = {module: name for name, module in model.named_modules()}
     layers = []
     for attention in attentions:
@@ -566,12 +566,12 @@ def _layers(model: PreTrainedModel, attentions: list[nn.Module]) -> list[tuple[s
             )
     stack = list(model.get_submodule(layers[0][0].rpartition(".")[0]).children())
     if [layer for _, layer in layers] != stack:
-        asking = {layer for _, layer in layers}
-        silent = [f"{names[layer]} ({_described(layer)})" for layer in stack if layer not in asking]
+        seen = {layer for _, layer in layers}
+        unseen = [f"{names[layer]} ({_described(layer)})" for layer in stack if layer not in seen]
         raise UnsupportedArchitectureError(
             f"model: of {len(stack)} layers, {len(layers)} calls of softmax attention were seen; "
             "every layer must make exactly one"
-            + (f"; none came from {silent[0]}, whose sources are not known" if silent else "")
+            + (f"; none came from {unseen[0]}, whose sources are not known" if unseen else "")
         )
     return layers
 
@@ -581,14 +581,14 @@ def _described(layer: nn.Module) -> str:
 
 
 class _Run(NamedTuple):
-    """One run of a layer on the probe with a given attention output."""
+    """One run of a layer on the probe with its attention output overridden."""
 
     output: Tensor  # [T, D]
     attention_output: Tensor  # [T, D]
-    inputs: list[tuple[nn.Module, Tensor]]  # [T, D] of submodules called after attention
-    outputs: list[tuple[nn.Module, Tensor]]  # [T, D] of all submodules outside attention
+    inputs: list[tuple[nn.Module, Tensor]]  # inputs [T, D] of submodules called after attention
+    outputs: list[tuple[nn.Module, Tensor]]  # outputs [T, D] of submodules outside attention
     emits_output: bool  # a submodule's output *is* the layer's
-    width: int  # numbers a row of the widest tensor that a submodule returns
+    width: int  # numbers per row in the widest tensor that a submodule returns
 
 
 def _run(probe: _Probe, hidden: Tensor, z: Tensor) -> _Run:
@@ -631,7 +631,7 @@ def _run(probe: _Probe, hidden: Tensor, z: Tensor) -> _Run:
 
 
 class _Parts(NamedTuple):
-    """How a layer makes resid_mid of resid_pre and its attention output."""
+    """The parts by which a layer computes resid_mid from resid_pre and its attention output."""
 
     mid_site: nn.Module | None
     resid_mid: Tensor  # [T, D] on the probe
@@ -671,7 +671,7 @@ def _open_block(index: int, probe: _Probe, n_far: int) -> Block:
 
 
 def _decompose(index: int, probe: _Probe) -> _Parts:
-    """Finds the parts of a layer, and checks that they are all that it adds up."""
+    """Finds the parts of a layer, and checks that they add up to its output."""
     x, z = probe.resid_pre, probe.z
     generator = torch.Generator().manual_seed(index)
     # Relative steps: a unit step vanishes beside streams whose norm is in the thousands.
@@ -727,8 +727,10 @@ def _decompose(index: int, probe: _Probe) -> _Parts:
 
 
 def _close(probe: _Probe, parts: _Parts, attended: Tensor, beside: Tensor) -> _Parts:
-    """`parts` with the map by which they add up to what attention added, `attended` [T, D]: one
-    for all rows; one scaled by a number for each row; one behind a gate in value space.
+    """`parts` with a map W_O by which they add up to what attention added, `attended` [T, D].
+
+    The map is one for all rows, one scaled by a number for each row, or one behind a gate in value
+    space.
     """
 
     def gate_sites() -> Iterator[nn.Module | None]:
@@ -749,28 +751,29 @@ def _close(probe: _Probe, parts: _Parts, attended: Tensor, beside: Tensor) -> _P
             return parts._replace(W_O=W_O, gate_site=gate_site)
         scale = fit_rows(moved, attended - parts.bias)
         errors.append(relative_error(scale[:, None] * moved + parts.bias, attended, beside))
-        # A number that is the same for all rows is no norm's, but a wrong W_O's.
+        # A scale that is the same for all rows shows a wrong W_O, not a norm.
         varies = bool(scale.max() - scale.min() > TOLERANCE * scale.abs().max())
         if errors[-1] <= TOLERANCE and varies:
-            # At 0 a norm multiplies by 1 / sqrt(eps): brought to where its rows are.
+            # At 0 a norm multiplies by 1 / sqrt(eps), so W_O is scaled to the actual rows.
             W_O = W_O * scale.median()
             return parts._replace(W_O=W_O, row_scaled=True, gate_site=gate_site)
-    what = "attention output" if parts.mid_site is None else "resid_mid"
-    return _refuse(probe, f"its parts do not add up to {what} (relative error {min(errors):.1e})")
+    total = "attention output" if parts.mid_site is None else "resid_mid"
+    return _refuse(probe, f"its parts do not add up to {total} (relative error {min(errors):.1e})")
 
 
 def fit_rows(moved: Tensor, added: Tensor) -> Tensor:
-    """The number [R] for each row by which `moved` [R, D] is nearest to `added` [R, D]."""
+    """The factor [R] for each row that brings `moved` [R, D] nearest to `added` [R, D]."""
     return (moved * added).sum(-1) / moved.square().sum(-1).clamp(min=torch.finfo(moved.dtype).tiny)
 
 
 def _probe_output_map(
     probe: _Probe, mid_site: nn.Module | None, gate_site: nn.Module | None = None
 ) -> Tensor:
-    """W_O [H, V, D]: the derivative of `resid_mid` (of the layer's output in a parallel block) by
-    the attention output of the last row, or by that behind a gate; at 0, where norms are linear.
-    Forward mode: a difference of two runs would be swallowed by the residual stream in half
-    precision.
+    """W_O [H, V, D]: the derivative of `resid_mid` (in a parallel block, of the layer's output) by
+    the attention output of the last row, or by the gated one; taken at 0, where norms are linear.
+
+    Forward mode is used because in half precision the difference of two runs would be lost in the
+    rounding of the residual stream.
     """
     T, H, V = probe.z.shape
     eye = torch.eye(H * V, dtype=probe.z.dtype, device=probe.z.device).view(H * V, H, V)
@@ -802,7 +805,7 @@ def _probe_output_map(
             ):
                 try:
                     at_site.append(layer_call(probe.module, hidden))
-                except NotImplementedError as error:  # rounded on the way, to int8 for one
+                except NotImplementedError as error:  # it rounds on the way, for example to int8
                     _refuse(probe, f"what it makes of its attention has no derivative ({error})")
             derivative = forward_ad.unpack_dual(at_site[0]).tangent
         if derivative is None:
@@ -814,15 +817,15 @@ def _probe_output_map(
 def _gate_site(probe: _Probe) -> nn.Module | None:
     """The first submodule of the attention module that reads its output for all heads at once."""
     found: list[nn.Module] = []
-    asked = False
+    called = False
 
     def answer(_: AttentionCall) -> Tensor:
-        nonlocal asked
-        asked = True
+        nonlocal called
+        called = True
         return probe.z[None]
 
     def on_input(module: nn.Module, x: Tensor) -> None:
-        if asked and x.numel() == probe.z.numel() and x.shape[-1] == probe.z[0].numel():
+        if called and x.numel() == probe.z.numel() and x.shape[-1] == probe.z[0].numel():
             found.append(module)
 
     handles = [
@@ -836,8 +839,9 @@ def _gate_site(probe: _Probe) -> nn.Module | None:
 
 
 def _ffn_site(probe: _Probe, run: _Run, before: Tensor) -> nn.Module | None:
-    """The FFN: what is left of the output must be a multiple of one submodule's output. Of several
-    that pass it on the last one is returned that is called for nothing else; None without one.
+    """The FFN: the submodule whose output the rest of the layer's output is a multiple of.
+
+    If several pass that output on, the last one that is called only once; None if there is none.
     """
     left = run.output - before
     calls = [module for module, _ in run.outputs]
@@ -847,7 +851,7 @@ def _ffn_site(probe: _Probe, run: _Run, before: Tensor) -> nn.Module | None:
         scale = (left * x).sum() / x.square().sum().clamp(min=1e-30)
         error = relative_error(scale * x, left, run.output)
         best = min(best, error)
-        adds = bool(scale) or not bool(x.any())  # nothing is a multiple of everything
+        adds = bool(scale) or not bool(x.any())  # zero is a multiple of any output
         if error <= TOLERANCE and adds and calls.count(module) == 1:
             found = module
     if best <= TOLERANCE:
@@ -858,12 +862,12 @@ def _ffn_site(probe: _Probe, run: _Run, before: Tensor) -> nn.Module | None:
 
 
 def _probe_rows(n_tokens: int) -> Tensor:
-    """Some rows of the probe, to be run on their own."""
+    """Indices of the probe's rows that are run on their own."""
     return torch.tensor(sorted({n_tokens // 2, n_tokens - 1}))
 
 
 def _check_rows(probe: _Probe, block: Block, resid_mid: Tensor) -> None:
-    """A replay of single rows against the recorded keys gives what was recorded."""
+    """Refuses a layer if a replay of single rows against recorded keys gives other rows."""
     rows, call = _probe_rows(len(probe.resid_pre)), probe.call
     q, mid, _ = replay_rows(block, probe.layer_call, probe.resid_pre, call, rows)
     recorded = call.q[0].transpose(0, 1)[rows]
@@ -883,11 +887,11 @@ def replay_rows(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Runs one layer again on some rows alone, its attention reading recorded keys and values.
 
-    resid_pre [T, D]; of `recorded`, its keys, values, mask and slopes; rows [R] ascending, on the
-    CPU; window: keys visible to a row. Returns q
-    [R, H, K], `resid_mid` [R, D] (in a parallel block: resid_pre plus the attention module's
-    output) and the attention output z [R, H, V]. The caller has the model's attention answered,
-    by `Decoder.attention_through`.
+    resid_pre [T, D]; recorded: a call whose keys, values, mask and slopes are used; rows [R]:
+    ascending, on the CPU; window: keys visible to a row. Returns q [R, H, K], `resid_mid` [R, D]
+    (in a parallel block: resid_pre plus the attention module's output) and the attention output z
+    [R, H, V]. The caller must have overridden the model's attention, by
+    `Decoder.attention_through`.
     """
     queries: list[Tensor] = []
     attended: list[Tensor] = []
@@ -911,9 +915,10 @@ def replay_rows(
 def row_scales(
     block: Block, resid_pre: Tensor, resid_mid: Tensor, z: Tensor, value_gate: Tensor | None
 ) -> Tensor:
-    """What a row-scaled block multiplied each row's attention by, [R], in float32 or wider.
+    """The factors [R] by which a row-scaled block multiplied each row's attention, in float32 or
+    wider.
 
-    resid_pre, resid_mid [R, D]; the attention output z [R, H, V]; value_gate likewise or None.
+    resid_pre, resid_mid [R, D]; z [R, H, V]: the attention output; value_gate [R, H, V] or None.
     """
     wide = torch.promote_types(block.W_O.dtype, torch.float32)
     gated = z.to(wide) if value_gate is None else z.to(wide) * value_gate
@@ -924,8 +929,8 @@ def row_scales(
 
 
 def gate_rows(block: Block, layer_call: LayerCall, resid_pre: Tensor, rows: Tensor) -> Tensor:
-    """The gates [R, H, V] of some rows of a block that has them: what its gate site reads where
-    attention gives 1. Arguments and caller as in `replay_rows`.
+    """The gates [R, H, V] of some rows of a gated block: the input of its gate site when attention
+    gives 1. Arguments, and the caller's duty, are those of `replay_rows`.
     """
     assert block.gate_site is not None
     H, V, _ = block.W_O.shape
@@ -951,7 +956,7 @@ def _stopped(
     answer: AttentionHandler,
     watch: Callable[[Callable[[Tensor], None]], torch.utils.hooks.RemovableHandle],
 ) -> Tensor:
-    """What `watch` hands over when the layer is run on `hidden` [R, D], which ends there."""
+    """The tensor that `watch` passes on in a run of the layer on `hidden` [R, D], which it ends."""
     found: list[Tensor] = []
 
     def stop(x: Tensor) -> None:
@@ -969,14 +974,14 @@ def rounding_tolerance(dtype: torch.dtype) -> float:
 
 
 def relative_error(got: Tensor, expected: Tensor, beside: Tensor | None = None) -> float:
-    """Largest relative error of a row, |got - expected|_2 / |expected|_2; where `expected` was
-    taken from the difference of larger vectors `beside`, their rounding is granted.
+    """Largest relative error of a row, |got - expected|_2 / |expected|_2. If `expected` is a
+    difference of larger vectors `beside`, their rounding is allowed for.
     """
     return float(_relative_errors(got, expected, beside).max())
 
 
 def _relative_errors(got: Tensor, expected: Tensor, beside: Tensor | None = None) -> Tensor:
-    """Of each row."""
+    """The relative error of each row."""
     wide = torch.promote_types(got.dtype, torch.float32)
     got, expected = got.to(wide), expected.to(wide)
     distance = torch.linalg.vector_norm(got - expected, dim=-1)
@@ -988,9 +993,8 @@ def _relative_errors(got: Tensor, expected: Tensor, beside: Tensor | None = None
 
 
 def _error_of_runs(got: Tensor, expected: Tensor) -> float:
-    """How far apart two runs [T, D] of a model, or of a layer, are: the largest relative error of
-    a row, in half precision the median. There rounding can flip a choice of experts, and the row
-    is another.
+    """The difference of two runs [T, D] of a model or layer: the largest relative error of a row;
+    in half precision the median, because there rounding can flip a row's choice of experts.
     """
     errors = _relative_errors(got, expected)
     return float(errors.median() if expected.dtype in HALF else errors.max())
