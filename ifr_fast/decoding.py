@@ -263,10 +263,7 @@ class _Layer:
                 self.score(keep)
 
         yield capture.on_layer_call(block.module, enter)
-        if block.mid_site is None:
-            yield capture.on_output(block.attention, keep_mid)
-        else:
-            yield capture.on_input(block.mid_site, keep_mid)
+        yield block.on_mid(keep_mid)
         if block.parallel or last:
             yield capture.on_output(block.module, leave)
 

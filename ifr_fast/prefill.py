@@ -24,7 +24,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from . import capture
 from .capture import AttentionCall, LayerCall
-from .errors import IfrError, UnsupportedArchitectureError
+from .layer_pass import Masks, not_finite
 from .model import Block, Decoder, answering_layers, evaluating
 from .recording_file import Spec
 
@@ -192,14 +192,14 @@ class _LayerRun:
     ) -> None:
         self.block = decoder.blocks[layer]
         self.call = surroundings.calls[layer]
-        self.window, self.bands, self.n_tokens = window, bands, n_tokens
+        self.window, self.bands = window, bands
         self.pre, self.post = tensors[f"resid.{layer}"], tensors[f"resid.{layer + 1}"]
         self.checked = tensors[f"checked_mid.{layer}"]
         self.kept = tensors[f"k.{layer}"], tensors[f"v.{layer}"]
         self.device = self.block.W_O.device
         # The same tensors, or where they lie elsewhere a copy for as long as the layer is run.
         self.past = tuple(x.to(self.device) for x in self.kept)
-        self.mask: object = None
+        self.masks = Masks(n_tokens)
 
     def __call__(self, begin: int, end: int, checked_rows: Tensor) -> None:
         rows = torch.arange(begin, end)
@@ -207,7 +207,9 @@ class _LayerRun:
         found: list[Tensor] = []
 
         def answer(call: AttentionCall) -> Tensor:
-            self._check(call)
+            # Checked before the next chunk, at every row of the text.
+            if self.masks.see(call.mask, self.window):
+                self.masks.check([bool(flag) for flag in self.masks.flags()])
             for kept, past, new in zip(self.kept, self.past, (call.k, call.v), strict=True):
                 past[begin:end] = new[0].transpose(0, 1)
                 if kept is not past:
@@ -216,18 +218,10 @@ class _LayerRun:
             return attend(call._replace(k=k, v=v), begin, self.window, self.bands)
 
         block = self.block
-        site, on = (
-            (block.attention, capture.on_output)
-            if block.mid_site is None
-            else (block.mid_site, capture.on_input)
-        )
-        with capture.answering(answer), capture.hooks(on(site, found.append)):
+        with capture.answering(answer), capture.hooks(block.on_mid(found.append)):
             output = self.call.at(rows)(block.module, hidden[None])[0]
         if not bool(torch.isfinite(output).all()):
-            raise IfrError(
-                f"text: the model's states are not finite after layer {block.layer} in "
-                f"{output.dtype}; try a wider torch_dtype"
-            )
+            raise not_finite(block.layer, output.dtype)
         within = ((checked_rows >= begin) & (checked_rows < end)).nonzero().squeeze(1)
         if len(within):
             at = (checked_rows[within] - begin).to(self.device)
@@ -236,17 +230,6 @@ class _LayerRun:
                 hidden[at] + mid if block.parallel else mid
             ).to(self.checked.device)
         self.post[begin:end] = output.to(self.post.device)
-
-    def _check(self, call: AttentionCall) -> None:
-        """Whether the mask is the one that the layer was opened with, at every row of the text."""
-        if call.mask is self.mask:
-            return
-        if not bool(call.mask.is_causal(self.n_tokens, self.window)):
-            raise UnsupportedArchitectureError(
-                f"model: at {self.n_tokens} tokens its attention reads other keys than on the "
-                "probe it was opened with: neither all past ones, nor those of one sliding window"
-            )
-        self.mask = call.mask
 
 
 class Bands:

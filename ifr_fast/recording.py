@@ -8,25 +8,23 @@ forward pass's own, held instead of freed.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from . import capture, prefill, recording_file
 from .capture import AttentionCall, LayerCall, LazyMask
-from .errors import FormatError, IfrError, UnsupportedArchitectureError
+from .errors import FormatError
 from .kernels.contract import LayerInputs
-from .model import Block, Decoder, evaluating, gate_rows, replay_rows, row_scales
+from .layer_pass import WatchedLayer, WatchedPass, checked_rows, kept_rows, not_finite, pad
+from .model import Block, Decoder, gate_rows, replay_rows, row_scales
 from .progress import progress
 from .recording_file import MappedFile, Spec
-
-_CHECKED = 8  # rows of a layer whose parts must add up
 
 
 class RecordingMode(StrEnum):
@@ -83,12 +81,7 @@ class Recording:
 
     def sample(self, rows: Tensor) -> Tensor:
         """Indices of a few of `rows` [R], to check: where lean, ones with a recorded resid_mid."""
-        if self.mode is RecordingMode.LEAN:
-            among = torch.isin(rows, self.checked_rows).nonzero().squeeze(1)
-            if len(among):
-                return among
-        n = len(rows)
-        return torch.arange(n - 1, -1, -math.ceil(n / _CHECKED))
+        return checked_rows(rows, self.checked_rows if self.mode is RecordingMode.LEAN else None)
 
     def resid_post(self, layer: int) -> Tensor:
         """[T, D]"""
@@ -122,119 +115,110 @@ def record(
 
     Raises IfrError where the model's states are not finite.
     """
-    n_layers = decoder.n_layers
-    T = len(token_ids)
-    checked_rows = _checked_rows(T, position)
-    of_layer = {block.attention: block for block in decoder.blocks}
-    calls: dict[int, AttentionCall] = {}
-    attended: dict[int, Tensor] = {}
-    log_sum_exps: dict[int, Tensor] = {}
-    windows: dict[int, int | None] = {}
-    causal: dict[int, Tensor] = {}  # by mask: layers share few
-    layer_calls: dict[int, LayerCall] = {}
-    pre: dict[int, Tensor] = {}
-    mid: dict[int, Tensor] = {}
-    post: list[Tensor] = []
+    (found,) = record_together(decoder, [token_ids], [tokens], mode, [position])
+    return found
 
-    def answer(call: AttentionCall) -> Tensor:
-        block = of_layer[call.module]
-        # A mask that is a tensor shows its window only to texts that cross it.
-        window = block.crossed_window(T) if call.mask.n_rows is None else call.mask.window(T)
-        windows[block.layer] = window
-        if id(call.mask) not in causal:
-            causal[id(call.mask)] = call.mask.is_causal(T, window)
-        if mode is RecordingMode.FULL:
-            z, log_sum_exp = capture.attend_and_sum(call, window)
-            if log_sum_exp is not None:
-                log_sum_exps[block.layer] = log_sum_exp[0]
-        else:
-            z = capture.attend(call, window)
-        if block.row_scaled and mode is RecordingMode.FULL:
-            attended[block.layer] = z[0]
-        if mode is RecordingMode.LEAN:  # a view of a fused q/k/v projection would hold q too
-            call = call._replace(q=call.q.new_empty(0), k=_own(call.k), v=_own(call.v))
-        calls[block.layer] = call
-        return z
 
-    def watch(block: Block) -> list[torch.utils.hooks.RemovableHandle]:
-        def keep_call(hidden: Tensor, call: LayerCall) -> None:
-            pre[block.layer] = hidden[0]
-            layer_calls[block.layer] = call
+@torch.inference_mode()
+def record_together(
+    decoder: Decoder,
+    texts: list[Tensor],
+    tokens: list[list[str]],
+    mode: RecordingMode,
+    positions: list[int],
+) -> list[Recording]:
+    """One forward pass over B texts of token ids [T_b], their heads at `positions` alone.
 
-        def keep_mid(x: Tensor) -> None:
-            of_rows = slice(None) if mode is RecordingMode.FULL else checked_rows.to(x.device)
-            found = x.reshape(T, -1)[of_rows]
-            mid[block.layer] = pre[block.layer][of_rows] + found if block.parallel else found
+    The recordings are views of the pass's own tensors. Raises IfrError where the model's states are
+    not finite.
+    """
+    full = mode is RecordingMode.FULL
+    lengths = [len(text) for text in texts]
+    T = max(lengths)
+    positions = [position % n for position, n in zip(positions, lengths, strict=True)]
+    checked = [kept_rows(n, position) for position, n in zip(positions, lengths, strict=True)]
+    layers: list[WatchedLayer] = []
 
-        site, on = (
-            (block.attention, capture.on_output)
-            if block.mid_site is None
-            else (block.mid_site, capture.on_input)
-        )
-        return [capture.on_layer_call(block.module, keep_call), on(site, keep_mid)]
+    def attended(layer: WatchedLayer) -> None:
+        if not full:  # a view of a fused q/k/v projection would hold q too
+            call = layer.attention
+            empty = call.q.new_empty(0)
+            layer.attention = call._replace(q=empty, k=_own(call.k), v=_own(call.v))
+        if not (full and layer.block.row_scaled):
+            del layer.z
 
-    handles = [handle for block in decoder.blocks for handle in watch(block)]
-    handles.append(capture.on_output(decoder.blocks[-1].module, lambda x: post.append(x[0])))
-    with (
-        evaluating(decoder.model),
-        decoder.attention_through(decoder.model, answer),
-        capture.hooks(*handles),
-    ):
-        states, logits = decoder.forward(token_ids, position)
+    def left(layer: WatchedLayer) -> None:
+        del layer.resid_post  # the next layer's resid_pre
+        layers.append(layer)
 
-    # The residual stream carries every NaN and infinity to its end.
-    flags = [torch.isfinite(post[0]).all(), *causal.values()]
-    finite, *as_opened = torch.stack([flag.to(post[0].device) for flag in flags]).tolist()
-    if not all(as_opened):
-        raise UnsupportedArchitectureError(
-            f"model: at {T} tokens its attention reads other keys than on the probe it was opened "
-            "with: neither all past ones, nor those of one sliding window"
-        )
-    if not finite:
-        bad = next((i for i in range(1, n_layers) if not torch.isfinite(pre[i]).all()), n_layers)
-        raise IfrError(
-            f"text: the model's states are not finite after layer {bad - 1} in {states.dtype}; "
-            "try a wider torch_dtype"
-        )
-
-    layers = []
-    for i in range(n_layers):
-        call = calls[i]
-        layers.append(
-            LayerRecording(
-                resid_pre=pre[i],
-                k=call.k[0].transpose(0, 1),
-                v=call.v[0].transpose(0, 1),
-                scale=call.scale,
-                window=windows[i],
-                softcap=call.softcap,
-                sinks=call.sinks,
-                alibi_slopes=call.alibi_slopes,
-                mask=call.mask,
-                call=layer_calls[i],
-                q=call.q[0].transpose(0, 1) if mode is RecordingMode.FULL else None,
-                resid_mid=mid[i] if mode is RecordingMode.FULL else None,
-                z=attended.get(i),
-                log_sum_exp=log_sum_exps.get(i),
-                checked_mid=mid[i] if mode is RecordingMode.LEAN else None,
-            )
-        )
-    return Recording(
-        token_ids=token_ids,
-        tokens=tokens,
-        mode=mode,
-        layers=layers,
-        resid_final=post[0],
-        states=states,
-        position=position % len(token_ids),
-        logits=logits,
-        checked_rows=checked_rows,
-        decoder=decoder,
+    mid_rows = None if full else torch.cat([b * T + rows for b, rows in enumerate(checked)])
+    watched = WatchedPass(
+        decoder, lengths, attended=attended, left=left, sums=full, mid_rows=mid_rows
     )
+    with watched.watching():
+        if len(texts) == 1:
+            states, logits = (x[None] for x in decoder.forward(texts[0], positions[0]))
+        else:
+            states = decoder.forward_batch(pad(texts))
+    for b, finite in enumerate(watched.finite()):
+        if not finite:
+            _refuse_states(layers, b, lengths[b], states.dtype)
+    if len(texts) > 1:
+        at = torch.arange(len(texts), device=states.device)
+        logits = decoder.head(states[at, torch.tensor(positions, device=states.device)])
+
+    n_checked = [len(rows) for rows in checked]
+    checked_mids = [() if full else layer.resid_mid.split(n_checked) for layer in layers]
+
+    def one(b: int) -> Recording:
+        n = lengths[b]
+
+        def heads(x: Tensor) -> Tensor:
+            return x[b].transpose(0, 1)[:n]
+
+        found = []
+        for layer, checked_mid in zip(layers, checked_mids, strict=True):
+            call, sums = layer.attention, layer.log_sum_exp
+            found.append(
+                LayerRecording(
+                    resid_pre=layer.resid_pre[b, :n],
+                    k=heads(call.k),
+                    v=heads(call.v),
+                    scale=call.scale,
+                    window=layer.window_of(n),
+                    softcap=call.softcap,
+                    sinks=call.sinks,
+                    alibi_slopes=call.alibi_slopes,
+                    mask=call.mask,
+                    call=layer.call_of(b),
+                    q=heads(call.q) if full else None,
+                    resid_mid=layer.resid_mid[b, :n] if full else None,
+                    z=layer.z[b, :n] if full and layer.block.row_scaled else None,
+                    log_sum_exp=None if sums is None else sums[b, :n],
+                    checked_mid=None if full else checked_mid[b],
+                )
+            )
+        return Recording(
+            token_ids=texts[b],
+            tokens=tokens[b],
+            mode=mode,
+            layers=found,
+            resid_final=watched.resid_final[b, :n],
+            states=states[b, :n],
+            position=positions[b],
+            logits=logits[b],
+            checked_rows=checked[b],
+            decoder=decoder,
+        )
+
+    return [one(b) for b in range(len(texts))]
 
 
-def _checked_rows(n_tokens: int, position: int) -> Tensor:
-    return torch.tensor(sorted({position % n_tokens, n_tokens // 2, n_tokens - 1}))
+def _refuse_states(layers: list[WatchedLayer], b: int, n: int, dtype: torch.dtype) -> NoReturn:
+    """Raises the error for the first layer after which text `b` has states that are not finite."""
+    entered = range(1, len(layers))
+    bad = (i for i in entered if not layers[i].resid_pre[b, :n].isfinite().all())
+    raise not_finite(next(bad, len(layers)) - 1, dtype)
 
 
 @torch.inference_mode()
@@ -257,7 +241,7 @@ def record_in_chunks(
     """
     T, n_rows = len(token_ids), prefill.chunk_rows(decoder.device)
     position %= T
-    checked_rows = _checked_rows(T, position)
+    checked_rows = kept_rows(T, position)
     around = prefill.frame(decoder, token_ids)
     specs = prefill.specs(around, len(checked_rows))
     specs["token_ids"], specs["checked_rows"] = Spec.of(token_ids), Spec.of(checked_rows)
@@ -268,7 +252,7 @@ def record_in_chunks(
         "tokens": tokens,
         "position": position,
         "chunk_rows": n_rows,
-        "windows": [_window(block, T) for block in decoder.blocks],
+        "windows": [block.crossed_window(T) for block in decoder.blocks],
     }
     file = None
     if place is not None:
@@ -460,14 +444,9 @@ def _recording(
     )
 
 
-def _window(block: Block, n_tokens: int) -> int | None:
-    """The block's window if a text of `n_tokens` crosses it."""
-    return None if block.window is None or block.window >= n_tokens else block.window
-
-
 def _own(x: Tensor) -> Tensor:
-    """X itself, or a copy where its storage is shared with something larger."""
-    return x if x.untyped_storage().nbytes() <= 1.05 * x.nbytes else x.clone()
+    """`x` itself, or a copy where its storage holds more than `x`."""
+    return x if x.untyped_storage().nbytes() <= x.nbytes else x.clone()
 
 
 def past_of(block: Block, recorded: LayerRecording, k: Tensor, v: Tensor) -> AttentionCall:

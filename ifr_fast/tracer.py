@@ -38,7 +38,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import capture
-from .batching import Batch, as_texts, batches, is_batch, record_together
+from .batching import Batch, as_texts, batches, is_batch
 from .checkpoint import Checkpoint
 from .drilldown import (
     NeuronScores,
@@ -80,6 +80,7 @@ from .recording import (
     record,
     record_in_chunks,
     record_to_file,
+    record_together,
 )
 from .scoring import LayerScores, check_closure, choose_impl, score_layer
 from .tokens import Text, encode, token_strings

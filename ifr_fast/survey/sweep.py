@@ -12,22 +12,20 @@ document is only predicted: the model does not read it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import capture
-from ..batching import can_batch, of_text
-from ..capture import AttentionCall, LayerCall
-from ..errors import UnsupportedArchitectureError
+from ..batching import can_batch
+from ..capture import LayerCall
 from ..kernels.contract import LayerInputs
+from ..layer_pass import WatchedLayer, WatchedPass, checked_rows, pad
 from ..model import Block, Decoder, answering_layers, evaluating, gate_rows, row_scales
 from ..scoring import Closure, LayerScores, check_closure, score_rows
 
-_CHECKED = 8  # rows of a layer and document whose parts must add up
 _HEAD_ROWS = 512  # whose logits are formed at once, of a vocabulary that is not large
 _HEAD_ELEMENTS = 1 << 25
 _SOFTMAX_ROWS = 16  # on a CPU: as many as its cache holds
@@ -62,18 +60,6 @@ class Swept(NamedTuple):
     finite: list[bool]  # whether the model's states are; if not, a document's numbers mean nothing
 
 
-class _Current:
-    """What is at hand of the layer that the pass is at."""
-
-    def __init__(self) -> None:
-        self.pre: Tensor | None = None  # [B, T, D]
-        self.mid: Tensor | None = None  # [B, T, D]
-        self.z: Tensor | None = None  # [B, T, H, V]
-        self.log_sum_exp: Tensor | None = None  # [B, T, H]
-        self.call: LayerCall | None = None
-        self.attention: AttentionCall | None = None
-
-
 @torch.inference_mode()
 def sweep(decoder: Decoder, documents: list[Tensor], keep: float, impl: str) -> Swept:
     """Scores every prediction of some documents of token ids [T_b + 1], T_b at least 1.
@@ -83,14 +69,18 @@ def sweep(decoder: Decoder, documents: list[Tensor], keep: float, impl: str) -> 
     """
     lengths = [len(ids) - 1 for ids in documents]
     T = max(lengths)
-    token_ids = torch.stack([torch.cat([x[:-1], x[-1:].expand(T + 1 - len(x))]) for x in documents])
-    pass_ = _Pass(decoder, lengths, keep, impl)
-    with pass_.watching():
+    token_ids = pad(documents)[:, :-1]
+    layers = _Layers(lengths, keep, impl)
+    watched = WatchedPass(decoder, lengths, left=layers.score, sums=True)
+    with watched.watching():
         if can_batch(decoder):
             states = decoder.forward_batch(token_ids)
         else:
             states = decoder.forward(token_ids[0])[0][None]
-    finite = pass_.check()
+    finite = watched.finite()
+    for closures, is_finite in zip(layers.closures, finite, strict=True):
+        if is_finite:
+            check_closure(closures)
     logit, probability = torch.zeros(2, len(documents), T)
     read = torch.cat([states[b, :n] for b, n in enumerate(lengths)])
     following = torch.cat([ids[1:] for ids in documents])
@@ -103,28 +93,22 @@ def sweep(decoder: Decoder, documents: list[Tensor], keep: float, impl: str) -> 
         lengths=lengths,
         n_rows=T,
         parallel=[block.parallel for block in decoder.blocks],
-        residual=torch.stack(pass_.residual),
-        ffn=torch.stack(pass_.ffn),
-        ffn_residual=torch.stack(pass_.ffn_residual),
-        head_mass=torch.stack(pass_.head_mass),
-        edges=pass_.edges,
+        residual=torch.stack(layers.residual),
+        ffn=torch.stack(layers.ffn),
+        ffn_residual=torch.stack(layers.ffn_residual),
+        head_mass=torch.stack(layers.head_mass),
+        edges=layers.edges,
         logit=logit.flatten(),
         probability=probability.flatten(),
         finite=finite,
     )
 
 
-class _Pass:
-    """Scores each layer as it returns, and keeps what `Swept` needs, layer by layer."""
+class _Layers:
+    """Scores each layer as it is left, and keeps what `Swept` needs, layer by layer."""
 
-    def __init__(self, decoder: Decoder, lengths: list[int], keep: float, impl: str) -> None:
-        self.decoder, self.lengths, self.keep, self.impl = decoder, lengths, keep, impl
-        self.B, self.T = len(lengths), max(lengths)
-        self.of_module = {block.attention: block for block in decoder.blocks}
-        self.now = _Current()
-        self.replaying = False
-        self.causal: dict[int, tuple[object, Tensor]] = {}  # by mask: layers share few
-        self.final: Tensor | None = None
+    def __init__(self, lengths: list[int], keep: float, impl: str) -> None:
+        self.lengths, self.keep, self.impl = lengths, keep, impl
         self.residual: list[Tensor] = []
         self.ffn: list[Tensor] = []
         self.ffn_residual: list[Tensor] = []
@@ -132,146 +116,20 @@ class _Pass:
         self.edges: list[LayerEdges] = []
         self.closures: list[dict[int, Closure]] = [{} for _ in lengths]
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Within, the model's layers are scored when they run."""
-        decoder = self.decoder
-        handles = [handle for block in decoder.blocks for handle in self._watch(block)]
-        with ExitStack() as stack:
-            stack.enter_context(evaluating(decoder.model))
-            stack.enter_context(capture.hooks(*handles))
-            stack.enter_context(decoder.attention_through(decoder.model, self._answer))
-            yield
-
-    def check(self) -> list[bool]:
-        """Which documents' states are finite. Raises where what was scored is not the model's."""
-        assert self.final is not None
-        of_each = [torch.isfinite(self.final[b, :n]).all() for b, n in enumerate(self.lengths)]
-        causal = [flag for _, flag in self.causal.values()]
-        flags = torch.stack([flag.to(self.final.device) for flag in (*of_each, *causal)]).tolist()
-        finite, as_opened = flags[: self.B], flags[self.B :]
-        if not all(as_opened):
-            raise UnsupportedArchitectureError(
-                f"model: at {self.T} tokens its attention reads other keys than on the probe it "
-                "was opened with: neither all past ones, nor those of one sliding window"
-            )
-        for of_layers, fine in zip(self.closures, finite, strict=True):
-            if fine:
-                check_closure(of_layers)
-        return finite
-
-    def _answer(self, call: AttentionCall) -> Tensor:
-        block = self.of_module[call.module]
-        window = self._window(block, call, self.T)
-        # The mask is held on to: another one might get its id.
-        if id(call.mask) not in self.causal:
-            self.causal[id(call.mask)] = call.mask, call.mask.is_causal(self.T, window)
-        z, self.now.log_sum_exp = capture.attend_and_sum(call, window)
-        self.now.attention = call
-        if block.row_scaled:
-            self.now.z = z
-        return z
-
-    def _window(self, block: Block, call: AttentionCall, n_rows: int) -> int | None:
-        # A mask that is a tensor shows its window only to texts that cross it.
-        if call.mask.n_rows is None:
-            return block.crossed_window(n_rows)
-        return call.mask.window(n_rows)
-
-    def _watch(self, block: Block) -> list[torch.utils.hooks.RemovableHandle]:
-        def begin(hidden: Tensor, call: LayerCall) -> None:
-            if not self.replaying:
-                self.now = _Current()
-                self.now.pre, self.now.call = hidden, call
-
-        def keep_mid(x: Tensor) -> None:
-            if not self.replaying:
-                assert self.now.pre is not None
-                found = x.reshape(self.now.pre.shape)
-                self.now.mid = self.now.pre + found if block.parallel else found
-
-        def end(x: Tensor) -> None:
-            if not self.replaying:
-                assert self.now.pre is not None
-                self._score(block, x.reshape(self.now.pre.shape))
-
-        site, on = (
-            (block.attention, capture.on_output)
-            if block.mid_site is None
-            else (block.mid_site, capture.on_input)
-        )
-        return [
-            capture.on_layer_call(block.module, begin),
-            on(site, keep_mid),
-            capture.on_output(block.module, end),
-        ]
-
-    def _score(self, block: Block, post: Tensor) -> None:
-        """All documents' rows of the layer that is returning `post` [B, T, D]."""
+    def score(self, layer: WatchedLayer) -> None:
+        """All documents' rows of a layer."""
         scores = []
         for b, n in enumerate(self.lengths):
-            inputs, resid_post = self._inputs(block, b, n, post)
-            sample = torch.arange(n - 1, -1, -math.ceil(n / _CHECKED))
-            found = score_rows(block, inputs, resid_post, sample, self.keep, self.impl)
-            self.closures[b][block.layer] = found.closure
+            inputs, resid_post = _inputs(layer, b, n)
+            sample = checked_rows(inputs.rows)
+            found = score_rows(layer.block, inputs, resid_post, sample, self.keep, self.impl)
+            self.closures[b][layer.block.layer] = found.closure
             scores.append(found)
         self._keep(scores)
-        self.final = post
-        self.now = _Current()
-
-    def _inputs(
-        self, block: Block, b: int, n: int, post: Tensor
-    ) -> tuple[LayerInputs, Tensor | None]:
-        """As `recording.layer_inputs`, of what is at hand."""
-        now, device = self.now, block.W_O.device
-        call, pre, mid = now.attention, now.pre, now.mid
-        assert call is not None
-        assert pre is not None
-        assert mid is not None
-        assert now.call is not None
-        rows = torch.arange(n)
-
-        def take(x: Tensor) -> Tensor:
-            return x[b, :n].to(device)
-
-        def heads(x: Tensor) -> Tensor:
-            return x[b].transpose(0, 1)[:n].to(device)
-
-        resid_pre, resid_mid, resid_post = take(pre), take(mid), take(post)
-        value_gate = row_scale = None
-        if block.gate_site is not None:
-            self.replaying = True
-            try:
-                of_document = of_text(now.call, b, self.B)
-                value_gate = gate_rows(block, of_document, pre[b], rows)
-            finally:
-                self.replaying = False
-        if block.row_scaled:
-            assert now.z is not None
-            row_scale = row_scales(block, resid_pre, resid_mid, take(now.z), value_gate)
-        inputs = LayerInputs(
-            rows=rows,
-            resid_pre=resid_pre,
-            y=resid_post if block.parallel else resid_mid,
-            q=heads(call.q),
-            k=heads(call.k),
-            v=heads(call.v),
-            W_O=block.W_O,
-            scale=call.scale,
-            row_scale=row_scale,
-            value_gate=value_gate,
-            window=self._window(block, call, n),
-            softcap=call.softcap,
-            sinks=call.sinks,
-            alibi_slopes=call.alibi_slopes,
-            log_sum_exp=None if now.log_sum_exp is None else take(now.log_sum_exp),
-            ffn=resid_post - resid_mid if block.parallel else None,
-        )
-        return inputs, None if block.parallel else resid_post
 
     def _keep(self, scores: list[LayerScores]) -> None:
         """What stays of a layer's scores; moved to the CPU together."""
-        T = self.T
+        T = max(self.lengths)
 
         def padded(of_each: list[Tensor]) -> Tensor:
             out = of_each[0].new_zeros(len(of_each), T)
@@ -302,6 +160,47 @@ class _Pass:
             order = found.target.argsort(stable=True)
             found = LayerEdges(*(x[order] for x in found))
         self.edges.append(found)
+
+
+def _inputs(layer: WatchedLayer, b: int, n: int) -> tuple[LayerInputs, Tensor | None]:
+    """As `recording.layer_inputs`: all `n` rows of document `b`, and their `resid_post`."""
+    block, call = layer.block, layer.attention
+    device = block.W_O.device
+    rows = torch.arange(n)
+
+    def take(x: Tensor) -> Tensor:
+        return x[b, :n].to(device)
+
+    def heads(x: Tensor) -> Tensor:
+        return x[b].transpose(0, 1)[:n].to(device)
+
+    resid_pre, resid_mid, resid_post = map(
+        take, (layer.resid_pre, layer.resid_mid, layer.resid_post)
+    )
+    value_gate = row_scale = None
+    if block.gate_site is not None:
+        value_gate = gate_rows(block, layer.call_of(b), layer.resid_pre[b], rows)
+    if block.row_scaled:
+        row_scale = row_scales(block, resid_pre, resid_mid, take(layer.z), value_gate)
+    inputs = LayerInputs(
+        rows=rows,
+        resid_pre=resid_pre,
+        y=resid_post if block.parallel else resid_mid,
+        q=heads(call.q),
+        k=heads(call.k),
+        v=heads(call.v),
+        W_O=block.W_O,
+        scale=call.scale,
+        row_scale=row_scale,
+        value_gate=value_gate,
+        window=layer.window_of(n),
+        softcap=call.softcap,
+        sinks=call.sinks,
+        alibi_slopes=call.alibi_slopes,
+        log_sum_exp=None if layer.log_sum_exp is None else take(layer.log_sum_exp),
+        ffn=resid_post - resid_mid if block.parallel else None,
+    )
+    return inputs, None if block.parallel else resid_post
 
 
 def _known(x: Tensor | None) -> Tensor:

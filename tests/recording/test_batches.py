@@ -9,7 +9,7 @@ from oracle import TOLERANCE, assert_graph_agrees, importances
 from tiny import FAMILIES, VOCAB, WINDOW, account, tiny_model, tiny_text
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ifr_fast import Tracer
+from ifr_fast import Recording, Tracer
 from ifr_fast.batching import batches, can_batch, is_batch
 from ifr_fast.scoring import LayerScores
 
@@ -122,6 +122,52 @@ def test_one_pass_for_each_batch(monkeypatch):
     shapes.clear()
     tracer.trace(texts(), batch_size=2)
     assert shapes == [(2, 21), (2, 9)]  # by length; the last alone
+
+
+def held(recordings: list[Recording], *names: str) -> int:
+    """Bytes that these tensors of all layers keep alive, those outside of layers included."""
+    tensors = [getattr(layer, name) for r in recordings for layer in r.layers for name in names]
+    if "resid_pre" in names:
+        tensors += [x for r in recordings for x in (r.resid_final, r.states)]
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("family", ["phi3", "gpt_neox", "llama", "gpt2", "deepseek_v3"])
+def test_lean_recordings_hold_what_was_planned(family):
+    """The padding of a batch is held too: its recordings are views of the pass's tensors."""
+    tracer = Tracer(tiny_model(family))
+    plan = tracer.plan(max(LENGTHS))
+    together = tracer.record(texts(), mode="lean")
+    assert held(together, "k", "v") == len(LENGTHS) * plan.kv_bytes
+    assert held(together, "resid_pre", "k", "v") == len(LENGTHS) * plan.lean_bytes
+    assert {recording.nbytes for recording in together} == {len(LENGTHS) * plan.lean_bytes}
+    for text in texts():
+        plan, alone = tracer.plan(len(text)), tracer.record(text, mode="lean")
+        assert held([alone], "k", "v") == plan.kv_bytes
+        assert alone.nbytes == plan.lean_bytes
+
+
+def test_full_recordings_hold_the_log_sum_exp_of_single_ones():
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=8,
+        intermediate_size=50,
+        max_position_embeddings=96,
+    )
+    torch.manual_seed(0)
+    tracer = Tracer(LlamaForCausalLM(config).eval())
+    for got, text in zip(tracer.record(texts(), mode="full"), texts(), strict=True):
+        alone = tracer.record(text, mode="full")
+        for mine, theirs in zip(got.layers, alone.layers, strict=True):
+            assert mine.log_sum_exp.shape == (len(text), 6)
+            torch.testing.assert_close(mine.log_sum_exp, theirs.log_sum_exp, atol=1e-5, rtol=1e-5)
+    lean = tracer.record(texts(), mode="lean")
+    assert all(layer.log_sum_exp is None for recording in lean for layer in recording.layers)
 
 
 def test_batches_hold_every_text_once_and_keep_to_their_size():

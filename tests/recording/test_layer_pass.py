@@ -1,0 +1,167 @@
+"""The watched pass against the model's own run, and what all that read it off refuse alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tiny import account, tiny_model, tiny_text
+from torch import Tensor
+
+from ifr_fast import IfrError, Tracer, UnsupportedArchitectureError
+from ifr_fast.capture import LazyMask
+from ifr_fast.layer_pass import (
+    WatchedLayer,
+    WatchedPass,
+    checked_rows,
+    kept_rows,
+    pad,
+)
+from ifr_fast.recording import record_in_chunks
+from ifr_fast.survey.sweep import sweep
+
+TEXTS = [tiny_text(7), tiny_text(12, seed=1), tiny_text(1, seed=2)]
+LENGTHS = [len(text) for text in TEXTS]
+T = max(LENGTHS)
+
+
+def watched(tracer: Tracer, **options: Any) -> tuple[WatchedPass, list[WatchedLayer]]:
+    layers: list[WatchedLayer] = []
+    found = WatchedPass(tracer.decoder, LENGTHS, **({"left": layers.append} | options))
+    with torch.inference_mode(), found.watching():
+        tracer.decoder.forward_batch(pad(TEXTS))
+    return found, layers
+
+
+def n_hooks(tracer: Tracer) -> int:
+    modules = tracer.decoder.model.modules()
+    return sum(len(x._forward_hooks) + len(x._forward_pre_hooks) for x in modules)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt_neox", "cohere"])
+def test_layers_are_those_of_the_models_own_run(family: str) -> None:
+    model = tiny_model(family)
+    tracer = Tracer(model)
+    found, layers = watched(tracer)
+    assert [layer.block for layer in layers] == tracer.decoder.blocks
+    assert found.finite() == [True] * 3
+    assert torch.equal(found.resid_final, layers[-1].resid_post)
+    for b, text in enumerate(TEXTS):
+        n = len(text)
+        for layer, own in zip(layers, account(model, text), strict=True):
+            mid = own.resid_post - own.ffn if own.resid_mid is None else own.resid_mid
+            z = torch.einsum("htj,jhv->thv", own.pattern, own.v)
+            for got, expected in (
+                (layer.resid_pre, own.resid_pre),
+                (layer.resid_mid, mid),
+                (layer.resid_post, own.resid_post),
+                (layer.z, z),
+            ):
+                torch.testing.assert_close(got[b, :n].double(), expected, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_resid_mid_is_noted_at_the_rows_that_are_wanted(family: str) -> None:
+    tracer = Tracer(tiny_model(family))
+    rows = torch.tensor([0, 6, T + 11, 2 * T])
+    _, whole = watched(tracer)
+    _, few = watched(tracer, mid_rows=rows)
+    for layer, expected in zip(few, whole, strict=True):
+        assert torch.equal(layer.resid_mid, expected.resid_mid.flatten(0, 1)[rows])
+
+
+def test_callbacks_may_run_layers_and_leave_no_hook_behind() -> None:
+    tracer = Tracer(tiny_model("llama"))
+    seen: list[int] = []
+
+    def left(layer: WatchedLayer) -> None:
+        again = layer.layer_call(layer.block.module, layer.resid_pre)
+        assert torch.equal(again, layer.resid_post)
+        seen.append(layer.block.layer)
+
+    before = n_hooks(tracer)
+    with pytest.raises(AssertionError):  # the layer's attention would be asked once more
+        watched(tracer, left=left)
+    assert n_hooks(tracer) == before
+
+    def rerun(layer: WatchedLayer) -> None:
+        with tracer.decoder.attention_through(tracer.decoder.model, lambda _: layer.z):
+            left(layer)
+
+    watched(tracer, left=rerun)
+    assert seen == [0, 1, 2]
+    assert n_hooks(tracer) == before
+
+
+def in_chunks(tracer: Tracer) -> object:
+    place = torch.device("cpu")
+    return record_in_chunks(tracer.decoder, TEXTS[1], ["x"] * T, place=place)
+
+
+def in_a_sweep(tracer: Tracer) -> object:
+    return sweep(tracer.decoder, TEXTS[:2], 0.1, "eager")
+
+
+RUNS: dict[str, Callable[[Tracer], object]] = {
+    "one": lambda tracer: tracer.record(TEXTS[1], mode="full"),
+    "lean": lambda tracer: tracer.record(TEXTS[1], mode="lean"),
+    "together": lambda tracer: tracer.record(TEXTS, mode="full"),
+    "in chunks": in_chunks,
+    "in a sweep": in_a_sweep,
+}
+
+
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+def test_other_keys_are_refused(
+    run: Callable[[Tracer], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracer = Tracer(tiny_model("llama"))
+    monkeypatch.setattr(LazyMask, "is_causal", lambda *_: torch.tensor(False))
+    with pytest.raises(
+        UnsupportedArchitectureError, match=r"at 1[12] tokens its attention reads other keys"
+    ):
+        run(tracer)
+
+
+def spoiled(tracer: Tracer, layer: int, *at: int) -> torch.utils.hooks.RemovableHandle:
+    """From now on a layer returns NaN at text and row `at` of a batch."""
+
+    def spoil(_: Any, __: Any, output: Any) -> Any:
+        hidden = (output if isinstance(output, Tensor) else output[0]).clone()
+        if len(hidden) > at[0] and hidden.shape[1] > at[1]:
+            hidden[at] = torch.nan
+        return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
+
+    return tracer.decoder.blocks[layer].module.register_forward_hook(spoil)
+
+
+@pytest.mark.parametrize("run", [run for name, run in RUNS.items() if name != "in a sweep"])
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_states_that_are_not_finite_are_refused(run: Any, layer: int) -> None:
+    tracer = Tracer(tiny_model("llama"))
+    with (
+        spoiled(tracer, layer, 0, 6),
+        pytest.raises(IfrError, match=f"not finite after layer {layer} in torch.float32"),
+    ):
+        run(tracer)
+
+
+def test_padding_may_be_anything() -> None:
+    tracer = Tracer(tiny_model("llama"))
+    expected = tracer.record(TEXTS, mode="full")
+    with spoiled(tracer, 1, 0, LENGTHS[0]):  # behind the first text
+        got = tracer.record(TEXTS, mode="full")
+    for mine, theirs in zip(got, expected, strict=True):
+        assert torch.equal(mine.resid_final, theirs.resid_final)
+
+
+def test_rows_that_are_checked() -> None:
+    assert kept_rows(9, -1).tolist() == [4, 8]
+    assert kept_rows(9, 2).tolist() == [2, 4, 8]
+    assert checked_rows(torch.arange(5)).tolist() == [4, 3, 2, 1, 0]
+    assert checked_rows(torch.arange(17)).tolist() == [16, 13, 10, 7, 4, 1]
+    rows = torch.tensor([3, 4, 7])
+    assert checked_rows(rows, torch.tensor([4, 8])).tolist() == [1]
+    assert checked_rows(rows, torch.tensor([5, 8])).tolist() == [2, 1, 0]
