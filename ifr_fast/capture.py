@@ -1,7 +1,7 @@
-"""How a model is watched and replayed: transformers' own extension points, and module hooks.
+"""Watches and replays a model through transformers' extension points and module hooks.
 
-Attention and masks go through `AttentionInterface` and `AttentionMaskInterface`; what enters and
-leaves modules is seen by hooks. Nothing here knows a model family.
+Attention and masks go through `AttentionInterface` and `AttentionMaskInterface`; hooks see the
+inputs and outputs of modules. Nothing here depends on a model family.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from .errors import UnsupportedArchitectureError
 
 _NAME = "ifr_fast"
-_BLOCK_ELEMENTS = 1 << 21  # of [H, R, S] when attention is computed in row blocks
+_BLOCK_ELEMENTS = 1 << 21  # limit on [H, R, S] when attention is computed in row blocks
 
-# What models pass to an attention function and that does not change its value in eval mode.
+# Arguments of an attention function that do not change its output in eval mode.
 _HARMLESS = {
     "dropout",
     "is_causal",
@@ -39,8 +39,8 @@ _HARMLESS = {
 class LazyMask:
     """The model's own mask as a function of rows and keys; no [T, T] tensor exists.
 
-    Travels from the mask interface to the attention function in place of a tensor. n_rows: of
-    how many rows and keys the function knows, where it reads a tensor.
+    The mask interface passes it to the attention function in place of a tensor. n_rows: the number
+    of rows and keys that the function covers, if it reads a tensor; else None.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class LazyMask:
         self.n_rows = n_rows
 
     def visible(self, rows: Tensor, keys: Tensor) -> Tensor:
-        """Which of `keys` each of `rows` may read, bool [R, S]; absolute positions."""
+        """Bool [R, S]: true where a row may read a key; rows [R], keys [S]: absolute positions."""
         return self._at(rows[:, None], keys).expand(len(rows), len(keys))
 
     def _at(self, rows: Tensor, keys: Tensor) -> Tensor:
@@ -62,9 +62,9 @@ class LazyMask:
         return self._function(zero, zero, rows.to(self._device), keys.to(self._device))
 
     def window(self, n_keys: int) -> int | None:
-        """Keys that a row sees, itself included, if fewer than `n_keys`; else None.
+        """The number of keys that a row sees, itself included, if less than `n_keys`; else None.
 
-        Read off the row at `n_keys - 1`, which need not exist unless the mask has an end.
+        The row at `n_keys - 1` decides; it need not exist unless the mask has an end.
         """
         n_keys = n_keys if self.n_rows is None else min(n_keys, self.n_rows)
         seen = self.visible(torch.tensor([n_keys - 1]), torch.arange(n_keys))
@@ -72,9 +72,9 @@ class LazyMask:
         return None if width >= n_keys else width
 
     def is_causal(self, n_keys: int, window: int | None) -> Tensor:
-        """0-d bool: whether each row t sees itself and the past, no farther than `window` keys.
+        """0-d bool: true if each row t sees exactly itself and the past, at most `window` keys.
 
-        At every row the edges of what it may see are looked at; no value is read by the host.
+        Only the edges of each row's visible keys are checked; the device is not synchronized.
         """
         rows = torch.arange(n_keys, device=self._device)
         first = torch.zeros_like(rows) if window is None else (rows - window + 1).clamp(min=0)
@@ -85,7 +85,7 @@ class LazyMask:
 
 
 def causal_mask(window: int | None, device: torch.device) -> LazyMask:
-    """All past keys and the row's own, or the last `window` of them."""
+    """The mask that shows a row all past keys and its own, or the last `window` of them."""
 
     def function(_: Any, __: Any, rows: Tensor, keys: Tensor) -> Tensor:
         past = keys <= rows
@@ -95,7 +95,7 @@ def causal_mask(window: int | None, device: torch.device) -> LazyMask:
 
 
 class AttentionCall(NamedTuple):
-    """What an attention module asks of its attention function."""
+    """The arguments with which an attention module calls its attention function."""
 
     module: nn.Module
     q: Tensor  # [B, H, T, K]
@@ -105,7 +105,7 @@ class AttentionCall(NamedTuple):
     scale: float
     softcap: float | None
     sinks: Tensor | None  # [H]
-    alibi_slopes: Tensor | None = None  # [H] scores get slope * (j - t)
+    alibi_slopes: Tensor | None = None  # [H]; slope * (j - t) is added to scores
 
 
 AttentionHandler = Callable[[AttentionCall], Tensor]  # -> [B, T, H, V]
@@ -116,7 +116,7 @@ _handler: ContextVar[AttentionHandler] = ContextVar("ifr_fast_attention_handler"
 
 
 def asked(call: AttentionCall) -> Tensor:
-    """What the handler in charge answers."""
+    """The attention output [B, T, H, V] of the current handler."""
     return _handler.get()(call)
 
 
@@ -161,14 +161,14 @@ AttentionMaskInterface.register(_NAME, _mask)
 
 
 def uses_interface(model: PreTrainedModel) -> bool:
-    """Whether transformers can set the model's attention function: it looks at the source."""
+    """True if transformers can set the model's attention function; it inspects the source."""
     check = getattr(model, "_can_set_attn_implementation", None)
     return check is None or bool(check())
 
 
 @contextmanager
 def attention_through(model: PreTrainedModel, handler: AttentionHandler) -> Iterator[None]:
-    """Within, every attention module of `model` asks `handler` for its output."""
+    """Inside the context, `handler` computes the output of every attention module of `model`."""
     with exclusively(model), answering(handler):
         before = model.config._attn_implementation
         try:
@@ -182,9 +182,8 @@ _single: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 
 def _set_attention(model: PreTrainedModel, name: str) -> None:
-    """`set_attn_implementation`, which walks over all modules: as long as a layer's decode step.
-
-    Where it came down to one config before, that is set directly.
+    """`set_attn_implementation`, made cheap: it visits all modules, as slow as a decode step of a
+    layer. For a model whose modules share one config, that config is set directly.
     """
     if _single.get(model):
         model.config._attn_implementation = name
@@ -200,7 +199,9 @@ _locks_lock = Lock()
 
 @contextmanager
 def exclusively(model: nn.Module) -> Iterator[None]:
-    """Within, no other thread watches or replays `model`: hooks and settings are the model's."""
+    """Inside the context, no other thread watches or replays `model`, as threads share its hooks
+    and settings.
+    """
     with _locks_lock:
         lock = _locks.setdefault(model, RLock())
     with lock:
@@ -209,7 +210,7 @@ def exclusively(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def answering(handler: AttentionHandler) -> Iterator[None]:
-    """Within, `handler` answers instead of the one given to `attention_through`."""
+    """Inside the context, `handler` replaces the handler of `attention_through`."""
     token = _handler.set(handler)
     try:
         yield
@@ -218,7 +219,7 @@ def answering(handler: AttentionHandler) -> Iterator[None]:
 
 
 def attend(call: AttentionCall, window: int | None) -> Tensor:
-    """The attention output [B, T, H, V], by torch's fused kernel wherever that computes it."""
+    """The attention output [B, T, H, V], by torch's fused kernel wherever it applies."""
     if call.softcap is None and call.sinks is None and call.alibi_slopes is None:
         kv_heads, heads = call.k.shape[1], call.q.shape[1]
         if window is None:
@@ -235,20 +236,20 @@ def attend(call: AttentionCall, window: int | None) -> Tensor:
 
 
 def may_sum(d_key: int, d_value: int) -> bool:
-    """Whether `attend_and_sum` may give sums at such widths: elsewhere
-    scaled_dot_product_attention pads them on GPUs before it calls the kernel.
+    """True if `attend_and_sum` may return sums at these widths. On GPUs
+    scaled_dot_product_attention pads other widths before it calls the kernel.
     """
     return d_key == d_value and d_key % 8 == 0
 
 
 def _sums_well(x: Tensor) -> bool:
-    """On CPUs torch's flash kernel takes scores in half precision where its inputs are."""
+    """False where torch's flash kernel keeps scores in half precision: on CPUs, for such inputs."""
     return not x.is_cpu or x.dtype in (torch.float32, torch.float64)
 
 
 def attend_and_sum(call: AttentionCall, window: int | None) -> tuple[Tensor, Tensor | None]:
-    """`attend`, and the scores' log-sum-exp [B, T, H] (natural log) where it comes at no cost: from
-    torch's flash kernel, where that is what torch would choose here; else None. Has no gradient.
+    """`attend`, and the scores' log-sum-exp [B, T, H] (natural log) where it costs nothing, else
+    None. It comes from torch's flash kernel, if torch would choose that here. It has no gradient.
     """
     q, k, v = call.q, call.k, call.v
     plain = call.softcap is None and call.sinks is None and call.alibi_slopes is None
@@ -267,10 +268,10 @@ def attend_and_sum(call: AttentionCall, window: int | None) -> tuple[Tensor, Ten
 
 
 def attend_rows(call: AttentionCall, q: Tensor, rows: Tensor, window: int | None = None) -> Tensor:
-    """Attention output [B, R, H, V] of queries `q` [B, H, R, K] at ascending positions `rows` [R],
-    in row blocks, with the model's own mask.
+    """The attention output [B, R, H, V] of queries `q` [B, H, R, K] at ascending positions `rows`
+    [R], computed in row blocks with the model's own mask.
 
-    window: keys visible to a row, itself included, so that no others are read.
+    window: the number of keys visible to a row, itself included; no others are read.
     """
     heads, kv_heads = q.shape[1], call.k.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -293,7 +294,7 @@ def attend_rows(call: AttentionCall, q: Tensor, rows: Tensor, window: int | None
             )
             out.append(z.transpose(1, 2))
             continue
-        # Heads that share keys are more rows of one head: nothing is repeated.
+        # Heads that share keys become more rows of one head, so keys are not repeated.
         grouped = q[:, :, i : i + step].reshape(len(q), kv_heads, -1, q.shape[-1])
         scores = (grouped @ k.transpose(-1, -2)).to(wide) * call.scale
         scores = scores.view(len(q), heads, len(block), len(keys))
@@ -314,7 +315,7 @@ def attend_rows(call: AttentionCall, q: Tensor, rows: Tensor, window: int | None
 
 
 def map_tensors(x: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """X with every tensor in it changed."""
+    """A copy of `x` in which `change` is applied to every tensor."""
     if isinstance(x, Tensor):
         return change(x)
     if isinstance(x, tuple | list):
@@ -342,9 +343,10 @@ class LayerCall(NamedTuple):
         return hidden, LayerCall(hidden.shape[1], args[1:], kwargs)
 
     def at(self, rows: Tensor) -> LayerCall:
-        """The same call for some rows: whatever has a row dimension is cut to them.
+        """A copy of the call for some rows: every tensor with a row dimension is cut to them.
 
-        By rank, where the size is the number of rows: dim 0 of 1, dim 1 of 2 and 3, dim 2 of 4.
+        The rank decides which dimension that is, if its size is the number of rows: dim 0 of 1,
+        dim 1 of 2 and 3, dim 2 of 4.
         """
 
         def cut(x: Tensor) -> Tensor:
@@ -356,7 +358,7 @@ class LayerCall(NamedTuple):
         return LayerCall(len(rows), map_tensors(self.args, cut), map_tensors(self.kwargs, cut))
 
     def float(self) -> LayerCall:
-        """The same call with all floating tensors in float32."""
+        """A copy of the call with all floating tensors in float32."""
         return LayerCall(
             self.n_rows, map_tensors(self.args, _float), map_tensors(self.kwargs, _float)
         )
@@ -369,17 +371,17 @@ class LayerCall(NamedTuple):
 
 
 def hidden_output(output: Any) -> Tensor:
-    """The hidden states among what a module returned."""
+    """The hidden states in a module's output: itself, or its first element."""
     return output if isinstance(output, Tensor) else output[0]
 
 
 class StopForward(Exception):  # noqa: N818 - control flow, not an error
-    """Raised by a hook that has seen enough."""
+    """A hook raises this to end a forward pass early."""
 
 
 @contextmanager
 def hooks(*handles: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
-    """Removes the hooks at the end."""
+    """Removes the hooks when the context ends."""
     with ExitStack() as stack:
         for handle in handles:
             stack.callback(handle.remove)
@@ -389,7 +391,7 @@ def hooks(*handles: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
 def on_layer_call(
     layer: nn.Module, keep: Callable[[Tensor, LayerCall], None]
 ) -> torch.utils.hooks.RemovableHandle:
-    """Hands `keep` the hidden states [1, T, D] and the other arguments of each call of `layer`."""
+    """Passes the hidden states [1, T, D] and other arguments of each call of `layer` to `keep`."""
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         keep(*LayerCall.of(args, kwargs))
@@ -400,7 +402,7 @@ def on_layer_call(
 def on_input(
     module: nn.Module, keep: Callable[[Tensor], None]
 ) -> torch.utils.hooks.RemovableHandle:
-    """Hands `keep` the first tensor that `module` is called with."""
+    """Passes the first argument of each call of `module` to `keep`, if it is a tensor."""
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs.get("hidden_states")
@@ -411,14 +413,14 @@ def on_input(
 
 
 def change_input(module: nn.Module, x: Tensor) -> torch.utils.hooks.RemovableHandle:
-    """Has `module` called with `x` in place of its first argument."""
+    """Replaces the first argument of each call of `module` by `x`."""
     return module.register_forward_pre_hook(lambda _, args: (x, *args[1:]))
 
 
 def on_output(
     module: nn.Module, keep: Callable[[Tensor], None]
 ) -> torch.utils.hooks.RemovableHandle:
-    """Hands `keep` the hidden states that `module` returns."""
+    """Passes the hidden states that `module` returns to `keep`."""
 
     def hook(_: nn.Module, __: Any, output: Any) -> None:
         x = hidden_output(output)
@@ -431,7 +433,7 @@ def on_output(
 def change_output(
     module: nn.Module, change: Callable[[Tensor], Tensor]
 ) -> torch.utils.hooks.RemovableHandle:
-    """Has `module` return what `change` makes of its hidden states, at every call."""
+    """Applies `change` to the hidden states that `module` returns, at every call."""
 
     def hook(_: nn.Module, __: Any, output: Any) -> Any:
         if isinstance(output, Tensor):
