@@ -1,10 +1,10 @@
 """Models that compute their attention themselves, outside transformers' attention interface.
 
-Their q kᵀ is not formed when they ask for it. A stand-in remembers the product and what is done to
-it: scaled, masked, given a position bias, softmaxed. When it comes to be multiplied by v, the
-attention handler is asked, as the interface would ask it. Whatever else is done to a stand-in
-turns it into the tensor that it stands for, so a product that was not attention is not disturbed.
-Nothing here knows a model family.
+Their q kᵀ is not computed at first. A stand-in tensor records the product and the changes to it:
+scale, mask, position bias, softmax. When the stand-in is multiplied by v, the attention handler is
+called, as the interface would call it. Any other operation turns a stand-in into the tensor that it
+stands for, so products that are not attention are unchanged. Nothing here depends on a model
+family.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class _Meaning(NamedTuple):
     q: Tensor  # [..., T, K]
     k: Tensor  # [..., S, K]
     scale: float = 1.0
-    biases: tuple[tuple[float, Tensor], ...] = ()  # factor, and what broadcasts to [..., T, S]
-    visible: tuple[Tensor, ...] = ()  # bool, the same
-    hidden: tuple[Tensor, ...] = ()  # bool, the same
+    biases: tuple[tuple[float, Tensor], ...] = ()  # factor; tensor that broadcasts to [..., T, S]
+    visible: tuple[Tensor, ...] = ()  # bool; each broadcasts to [..., T, S]
+    hidden: tuple[Tensor, ...] = ()  # bool; each broadcasts to [..., T, S]
     softmaxed: bool = False
 
     def times(self, factor: float) -> _Meaning:
@@ -42,14 +42,14 @@ class _Meaning(NamedTuple):
 
 
 class _Scores(Tensor):
-    """Stands for a product of batched matrices and what was done to it since."""
+    """A stand-in for a product of batched matrices and the changes made to it since."""
 
     meaning: _Meaning
     compute: Callable[[], Tensor]
 
     @staticmethod
     def of(like: Tensor, meaning: _Meaning, compute: Callable[[], Tensor]) -> _Scores:
-        """One of the shape and dtype of `like`."""
+        """A stand-in with the shape and dtype of `like`."""
         scores: _Scores = Tensor._make_wrapper_subclass(
             _Scores, like.shape, dtype=like.dtype, device=meaning.q.device
         )
@@ -58,10 +58,10 @@ class _Scores(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, *_: Any) -> Any:
-        raise AssertionError(f"{func} reached a stand-in outside of the forward it was made in")
+        raise AssertionError(f"{func} reached a stand-in outside the forward that made it")
 
 
-# What may be done to a stand-in: each gives its new meaning, or None where that is none.
+# Operations on a stand-in: each function returns the new meaning, or None if there is none.
 
 
 def _times(x: _Scores, factor: Any) -> _Meaning | None:
@@ -105,18 +105,18 @@ def _dropout(
 
 
 def _cast(x: _Scores, *dtype: torch.dtype) -> _Meaning | None:
-    return x.meaning if all(isinstance(given, torch.dtype) for given in dtype) else None
+    return x.meaning if all(isinstance(item, torch.dtype) for item in dtype) else None
 
 
 def _reshaped(x: _Scores, *shape: Any) -> _Meaning | None:
     if not isinstance(shape[0], int):
         (shape,) = shape
-    kept = all(given in (-1, n) for given, n in zip(shape[-2:], x.shape[-2:], strict=True))
+    kept = all(size in (-1, n) for size, n in zip(shape[-2:], x.shape[-2:], strict=True))
     return x.meaning if kept else None
 
 
 def _hides(value: Any) -> bool:
-    """Whether a score filled in with `value` gets no weight."""
+    """True if a score filled with `value` gets no weight."""
     if isinstance(value, Tensor):
         return value.ndim == 0 and float(value) <= _HIDDEN
     return float(value) <= _HIDDEN
@@ -140,26 +140,26 @@ _METADATA = {"__get__", "size", "dim"}
 
 
 class _Watch(TorchFunctionMode):
-    """Within, products of batched matrices are stand-ins until they are looked at."""
+    """A mode in which products of batched matrices are stand-ins until their values are needed."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._running: list[nn.Module] = []  # whose forward is being run, innermost last
+        self._running: list[nn.Module] = []  # modules whose forward is running, innermost last
 
     def enter(self, module: nn.Module, _: Any) -> None:
-        """A pre-hook of every module."""
+        """The pre-hook of every module."""
         if not self._running:
             self.__enter__()
         self._running.append(module)
 
     def leave(self, *_: Any) -> None:
-        """A hook of every module, called after errors too."""
+        """The hook of every module, called after errors too."""
         self._running.pop()
         if not self._running:
             self.__exit__(None, None, None)
 
     def close(self) -> None:
-        """Ends it where no hook has: torch calls none after a KeyboardInterrupt."""
+        """Ends the mode if no hook has: torch calls no hooks after a KeyboardInterrupt."""
         if self._running:
             self._running.clear()
             self.__exit__(None, None, None)
@@ -194,7 +194,7 @@ class _Watch(TorchFunctionMode):
         return func(*map_tensors(args, _computed), **map_tensors(kwargs, _computed))
 
     def _attended(self, weights: _Scores, v: Tensor) -> Tensor | None:
-        """What the handler says of weights @ v [..., T, V]; None where that is no attention."""
+        """weights @ v [..., T, V] by the handler; None if the product is not attention."""
         meaning, module = weights.meaning, self._running[-1]
         with torch._C.DisableTorchFunctionSubclass():
             shape = weights.shape
@@ -229,7 +229,7 @@ class _Watch(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        """`scaled_dot_product_attention`, in the terms of the products that it fuses."""
+        """`scaled_dot_product_attention`, expressed by the products that it fuses."""
         T, S = query.shape[-2], key.shape[-2]
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         meaning = _Meaning(query, key, scale, softmaxed=True)
@@ -247,7 +247,7 @@ class _Watch(TorchFunctionMode):
 
 
 def _never() -> Tensor:
-    raise AssertionError("weights of a fused attention are asked for")
+    raise AssertionError("the weights of a fused attention were read")
 
 
 def _holds_scores(args: Iterable[Any]) -> bool:
@@ -269,7 +269,7 @@ def _bare(x: Any) -> Any:
 
 
 def _of_tokens(a: Tensor, b: Tensor) -> bool:
-    """Whether a and b may be q and kᵀ of the same tokens."""
+    """True if a and b may be q and kᵀ of the same tokens."""
     return (
         a.ndim == b.ndim >= 3
         and a.is_floating_point()
@@ -279,7 +279,7 @@ def _of_tokens(a: Tensor, b: Tensor) -> bool:
 
 
 def _product(func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    """A product of two tensors; a stand-in where it may be one of q and kᵀ."""
+    """The product of two tensors; a stand-in if they may be q and kᵀ."""
     if len(args) != 2 or kwargs or not _of_tokens(*args):
         return func(*args, **kwargs)
     q, k = args[0], args[1].transpose(-1, -2)
@@ -295,7 +295,7 @@ def _biased_product(
     beta: float = 1,
     alpha: float = 1,
 ) -> Tensor:
-    """The same of beta * bias + alpha * batch1 @ batch2."""
+    """beta * bias + alpha * batch1 @ batch2; a stand-in if the matrices may be q and kᵀ."""
 
     def compute() -> Tensor:
         return func(bias, batch1, batch2, beta=beta, alpha=alpha)
@@ -309,28 +309,28 @@ def _biased_product(
 def _changed(
     name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> _Scores | None:
-    """The stand-in for what `func` makes of one; None where that has no meaning here."""
+    """The stand-in for `func` applied to a stand-in; None if the result has no meaning here."""
     if name not in _CHANGES:
         return None
     if name in _COMMUTE and not isinstance(args[0], _Scores):
         args = args[::-1]
-    of = args[1] if name == "where" else args[0]
+    changed = args[1] if name == "where" else args[0]
     stand_ins = [x for x in (*args, *kwargs.values()) if isinstance(x, _Scores)]
-    if len(stand_ins) != 1 or stand_ins[0] is not of:
+    if len(stand_ins) != 1 or stand_ins[0] is not changed:
         return None
     dtype = kwargs.get("dtype")
-    telling = {key: x for key, x in kwargs.items() if key not in ("dtype", "_stacklevel")}
+    relevant = {key: x for key, x in kwargs.items() if key not in ("dtype", "_stacklevel")}
     with torch._C.DisableTorchFunctionSubclass():
-        meaning = _CHANGES[name](*args, **telling)
+        meaning = _CHANGES[name](*args, **relevant)
     if meaning is None:
         return None
     pending = [x.compute if isinstance(x, _Scores) else x for x in args]
 
     def compute() -> Tensor:
-        given = [p() if isinstance(x, _Scores) else x for x, p in zip(args, pending, strict=True)]
-        return func(*given, **kwargs)
+        values = [p() if isinstance(x, _Scores) else x for x, p in zip(args, pending, strict=True)]
+        return func(*values, **kwargs)
 
-    like = _bare(of)
+    like = _bare(changed)
     if name in _RESHAPES:
         like = func(*map(_bare, args), **kwargs)
     elif dtype is not None:
@@ -339,20 +339,20 @@ def _changed(
         for x in args:
             if isinstance(x, Tensor) and x.ndim > 0 and x.is_floating_point():
                 like = like.to(torch.promote_types(like.dtype, x.dtype))
-    if name.endswith("_") and not name.endswith("__"):  # in place: its other names see it too
-        of.meaning, of.compute = meaning, compute
-        return of
+    if name.endswith("_") and not name.endswith("__"):  # an in-place operation, seen by all users
+        changed.meaning, changed.compute = meaning, compute
+        return changed
     return _Scores.of(like, meaning, compute)
 
 
 def _by_head(x: Tensor) -> Tensor:
-    """[..., T, K] -> [1, H, T, K]: heads may come merged with a batch of one."""
+    """[..., T, K] as [1, H, T, K]; heads may be merged with a batch of one."""
     return x.reshape(1, -1, *x.shape[-2:])
 
 
 def _mask(meaning: _Meaning, n_keys: int) -> LazyMask:
-    """Which keys are not hidden; read off the first head's."""
-    visible, hidden = meaning.visible, meaning.hidden  # and not q and k, which it would keep alive
+    """The mask of keys that are not hidden, taken from the first head."""
+    visible, hidden = meaning.visible, meaning.hidden  # the closure must not keep q and k alive
     biases = tuple(bias for _, bias in meaning.biases)
 
     def function(_: Any, __: Any, rows: Tensor, keys: Tensor) -> Tensor:
@@ -379,7 +379,7 @@ def _slopes(meaning: _Meaning, n_keys: int, module: nn.Module) -> Tensor | None:
     """
     total: Tensor | None = None
     for factor, bias in meaning.biases:
-        # A replay of some rows reads other keys, with the slopes that were recorded.
+        # A bias for other keys comes from a replay of rows, which uses the recorded slopes.
         if bias.ndim < 3 or bias.shape[-3] == 1 or bias.shape[-1] != n_keys:
             continue
         last = factor * bias.flatten(0, -3)[:, -1].float()  # [H, S] of the last row
@@ -398,7 +398,7 @@ def _slopes(meaning: _Meaning, n_keys: int, module: nn.Module) -> Tensor | None:
 
 @contextmanager
 def attention_through(model: PreTrainedModel, handler: AttentionHandler) -> Iterator[None]:
-    """As `capture.attention_through`, for a model that does not use the interface."""
+    """`capture.attention_through` for a model that does not use the interface."""
     watch = _Watch()
     with capture.exclusively(model), capture.answering(handler), ExitStack() as stack:
         stack.callback(watch.close)
