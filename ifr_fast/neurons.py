@@ -1,16 +1,16 @@
 """The neurons of an FFN block: its output as a sum of activation times direction.
 
-Nothing is known per family. A block's *down projection* is the submodule of the layer, outside of
-attention, without whose input the FFN adds nothing but a bias, and in whose input what it adds is
-linear, up to a number for each row (a norm after the FFN). It is looked for on a short probe:
+Nothing here depends on a model family. A block's *down projection* is a submodule of the layer,
+outside attention. With zeros as its input the FFN adds only a bias, and what the FFN adds is linear
+in its input, up to a number for each row (a norm after the FFN). A short probe finds it:
 
-1. with zeros as its input, what the layer adds to `resid_mid` is the same for every row: the bias;
-2. with half of its input, the layer adds half as much (or, behind a norm, as much);
-3. W [F, D], the derivative of the layer's output by its input, in forward mode, at 0, where norms
-   are linear, gives back what the FFN added to each row. It has the output's norm weight and
-   multipliers in it, and adapters.
+1. with zeros as its input, the layer adds the same to `resid_mid` in every row: the bias;
+2. with half of its input, the layer adds half as much (or, before a norm, as much);
+3. W [F, D] is the derivative of the layer's output by that input, in forward mode, taken at 0,
+   where norms are linear. It reproduces what the FFN added to each row. It includes the output's
+   norm weight, multipliers and adapters.
 
-A mixture of experts has several down projections and no such submodule: it is refused.
+A mixture of experts has several down projections, so no single submodule fits: it is refused.
 """
 
 from __future__ import annotations
@@ -40,27 +40,27 @@ from .model import (
 from .prefill import attended
 from .recording import Recording, RecordingMode, past_of, record
 
-_PROBE_ROWS = 512  # of the identity pushed through a layer at once
+_PROBE_ROWS = 512  # rows of the identity that pass through a layer at once
 
 
 class NeuronBasis(NamedTuple):
-    """What each neuron of a layer's FFN block writes, and where its activation is."""
+    """The directions that the neurons of a layer's FFN block write, and the activations' site."""
 
-    site: nn.Module  # whose input is the activations
-    W: Tensor  # [F, D] what an activation of 1 adds; in a row-scaled block, before the scale
-    bias: Tensor  # [D] what the FFN adds at activations of 0; of no neuron
-    row_scaled: bool  # a norm stands after the FFN
+    site: nn.Module  # the module whose input is the activations
+    W: Tensor  # [F, D] output of an activation of 1; in a row-scaled block, before the scale
+    bias: Tensor  # [D] output of the FFN at activations of 0; it belongs to no neuron
+    row_scaled: bool  # a norm follows the FFN
 
 
 class Activations(NamedTuple):
     """R rows of a layer's neurons."""
 
     values: Tensor  # [R, F] as the down projection reads them
-    row_scale: Tensor | None  # [R] of what it makes of them
+    row_scale: Tensor | None  # [R] scale of the down projection's output
 
 
 class NeuronBases:
-    """The neuron bases of a model's layers, each found when it is first asked for."""
+    """The neuron bases of a model's layers, each found at its first use."""
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
@@ -68,7 +68,7 @@ class NeuronBases:
         self._found: dict[int, NeuronBasis] = {}
 
     def __getitem__(self, layer: int) -> NeuronBasis:
-        """Raises UnsupportedArchitectureError where the block has none."""
+        """The basis of a layer; raises UnsupportedArchitectureError if its block has none."""
         if layer not in self._found:
             if self._probe is None:
                 tokens = probe_tokens(self._decoder)
@@ -83,8 +83,8 @@ def activations(
 ) -> Activations:
     """The activations at `rows` [R] (int64, CPU, ascending), by running the layer on them again.
 
-    added: [R, D] what the FFN added there; the neurons and the bias have to give it back, or
-    IfrError is raised.
+    added: [R, D] what the FFN added there. IfrError is raised unless the neurons and the bias add
+    up to it.
     """
     block = recording.decoder.blocks[layer]
     with torch.inference_mode(), attended(recording.decoder):
@@ -107,7 +107,7 @@ def activations(
 
 
 class _Replay(NamedTuple):
-    """A layer as it was called on some rows, its attention answered with what it was."""
+    """A layer's call on some rows, with its attention over the recorded keys and values."""
 
     block: Block
     call: LayerCall
@@ -130,7 +130,7 @@ class _Replay(NamedTuple):
         )
 
     def differentiable(self) -> _Replay:
-        """The same in float32 or wider, and of tensors that forward mode takes."""
+        """A copy in float32 or wider, made of tensors that forward mode accepts."""
 
         def own(x: Tensor) -> Tensor:
             return x.float() if x.dtype in HALF else x.clone()
@@ -167,13 +167,13 @@ class _Candidate(NamedTuple):
     """A submodule that may be the down projection."""
 
     site: nn.Module
-    values: Tensor  # its input, as it came
+    values: Tensor  # its input, in the original shape
 
 
 def _find(probe: Recording, layer: int) -> NeuronBasis:
     block = probe.decoder.blocks[layer]
     found = None
-    # Forward-mode derivatives do not exist in inference mode, nor do they take its tensors.
+    # Forward-mode derivatives exist neither in inference mode nor for its tensors.
     with (
         torch.inference_mode(False),
         torch.no_grad(),
@@ -195,7 +195,7 @@ def _find(probe: Recording, layer: int) -> NeuronBasis:
 
 
 def _held(basis: NeuronBasis, dtype: torch.dtype) -> Tensor:
-    """W in the model's dtype if that holds it, and the module's own weight where it is that."""
+    """W in the model's dtype if exact there; the module's own weight if it is equal."""
     narrow = basis.W.to(dtype)
     if not torch.equal(narrow.to(basis.W.dtype), basis.W):
         return basis.W
@@ -208,8 +208,8 @@ def _held(basis: NeuronBasis, dtype: torch.dtype) -> Tensor:
 
 
 def _watch(run: _Replay) -> tuple[list[_Candidate], Tensor, Tensor]:
-    """Submodules with a matrix that map rows to rows of the stream, the last that ran first; what
-    stands before the FFN is added, and after, [R, D].
+    """Submodules that have a matrix and map rows to rows of the stream, the last that ran first;
+    and the stream before and after the FFN is added, [R, D] each.
     """
     block, (R, D) = run.block, run.hidden.shape
     inside = set(block.attention.modules())
@@ -244,7 +244,7 @@ def _watch(run: _Replay) -> tuple[list[_Candidate], Tensor, Tensor]:
 
 
 def _try(run: _Replay, candidate: _Candidate, mid: Tensor, post: Tensor) -> NeuronBasis | None:
-    """The basis, if the candidate is the down projection."""
+    """The basis if the candidate is the down projection, else None."""
 
     def with_input(x: Tensor) -> Tensor:
         return run([capture.change_input(candidate.site, x)])
@@ -268,12 +268,12 @@ def _try(run: _Replay, candidate: _Candidate, mid: Tensor, post: Tensor) -> Neur
     scale = fit_rows(moved, added)
     if relative_error(scale[:, None] * moved, added, post) > TOLERANCE:
         return None
-    # At 0 a norm multiplies by 1 / sqrt(eps): brought to where its rows are.
+    # At 0 a norm multiplies by 1 / sqrt(eps), so W is scaled to the actual rows.
     return NeuronBasis(candidate.site, W * scale.median(), bias, row_scaled=True)
 
 
 def _derivative(run: _Replay, candidate: _Candidate) -> Iterator[Tensor]:
-    """Of the layer's output by the candidate's input, at 0: rows of [F, D]."""
+    """The derivative [F, D] of the layer's output by the candidate's input at 0, in row blocks."""
     x = candidate.values
     T, F = run.hidden.shape[0], x.shape[-1]
     for tangent in torch.eye(F, dtype=x.dtype, device=x.device).split(_PROBE_ROWS):
