@@ -1,13 +1,13 @@
-"""Several texts in one forward pass.
+"""Batches: several texts in one forward pass.
 
-Texts are padded on the right, and nothing is masked: in a causal decoder what follows a token
-changes nothing of it, so every text's rows are what they would be alone, whatever positions,
-windows and biases the model has. What comes padded on either side is cut to its own tokens first.
-Each text's Recording is a view of the pass's tensors.
+Texts are padded on the right, and nothing is masked: in a causal decoder a token does not depend on
+later ones. Every text's rows are thus the same as when it runs alone, whatever positions, windows
+and biases the model has. Texts that come with padding, on either side, are cut to their own tokens
+first.
 
-Texts go together that are of like length, and of one rotary regime (where frequencies depend on
-the length of the text, the longest would decide for all). Models outside transformers' attention
-interface merge heads with the batch, each in its way: theirs are run one by one.
+Texts of similar length run together, if they share a rotary regime (where frequencies depend on
+the length of the text, the longest would decide for all). Models outside of transformers' attention
+interface merge heads with the batch, each in its own way: their texts run one by one.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from .model import Decoder
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
-# Mappings are what tokenizers return.
+# Tokenizers return mappings.
 Batch: TypeAlias = (
     "list[str] | list[list[int]] | list[Tensor] | list[np.ndarray[Any, Any]] "
     "| list[list[dict[str, str]]] | Mapping[str, Any]"
 )
 
-_BATCH_TOKENS = 8192  # of one pass, padding included, unless a batch size is given
+_BATCH_TOKENS = 8192  # tokens of one pass, padding included, unless a batch size is given
 
 
 def is_batch(text: Any) -> TypeIs[Batch]:
-    """Whether this is several texts: a list or tuple of strings, of token-id sequences or of
+    """True for several texts: a list or tuple of strings, of token-id sequences or of
     conversations, or what a tokenizer returns for several texts. A list of ints is one text, and so
     is a list of chat messages.
     """
@@ -51,7 +51,7 @@ def is_batch(text: Any) -> TypeIs[Batch]:
 
 
 def as_texts(batch: Batch) -> list[Any]:
-    """The single texts of a batch, without padding. Raises ValueError for a mask that is none."""
+    """The single texts of a batch, without padding. Raises ValueError for an invalid mask."""
     if not isinstance(batch, Mapping):
         return list(batch)
     try:
@@ -79,7 +79,7 @@ def _unpadded(token_ids: Tensor, mask: Tensor) -> Tensor:
 
 
 def can_batch(decoder: Decoder) -> bool:
-    """Whether several texts can go through this model at once."""
+    """True if several texts can go through this model at once."""
     return decoder.attention_through is capture.attention_through
 
 
@@ -89,9 +89,9 @@ def batches(
     batch_size: int | None = None,
     batch_tokens: int = _BATCH_TOKENS,
 ) -> Iterator[list[int]]:
-    """Which texts of these lengths to run together: indices, longest first, each once.
+    """Groups texts of these lengths to run together: indices, longest first, each once.
 
-    batch_size: texts of a pass; else as many as make `batch_tokens` at most, padding included.
+    batch_size: texts of a pass; None: as many as fit into `batch_tokens`, padding included.
     """
     if not can_batch(decoder):
         batch_size = 1

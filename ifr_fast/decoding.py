@@ -1,9 +1,10 @@
-"""A decode step: one new token is run through the model alone, its attention reading stored keys
-and values, and each layer's new row is scored as the pass leaves it.
+"""A decode step runs one new token through the model, its attention reading stored keys and values,
+and scores each layer's new row as soon as the layer has computed it.
 
-Then its keys and values and W_O are still in a processor's cache, and what the row was scored
-from can be forgotten. Two stores do the work of a layer: the native kernel's own, which hands the
-weights of attention on to scoring, and `TensorLayer` for all other kernels, devices and dtypes.
+At that time the layer's keys, values and W_O are still in the processor's cache, and the row's
+activations can be dropped afterwards. Two stores do the work of a layer: the native kernel's own,
+which hands attention weights on to scoring, and `TensorLayer` for all other kernels, devices and
+dtypes.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from .scoring import Kernel, cat_on, load_kernel
 
 
 class StepScores(Protocol):
-    """Scores of rows that are added one by one, each of a layer of its own."""
+    """Scores of rows that are added one by one, each by its own layer."""
 
-    def take(self) -> AttentionScores: ...  # of all rows added; none are left
+    def take(self) -> AttentionScores: ...  # removes all rows added so far
 
 
 class StepLayer(Protocol):
@@ -56,11 +57,11 @@ class StepLayer(Protocol):
         row_scale: Tensor | None,  # [1]
         value_gate: Tensor | None,  # [1, H, V]
         ffn: Tensor | None,  # [1, D]
-    ) -> None: ...  # adds to what scores it was made with
+    ) -> None: ...  # adds to the `StepScores` that the layer was made with
 
 
 class TensorScores:
-    """`StepScores` on `device`, of rows that any kernel scores."""
+    """`StepScores` on `device`, for rows scored by any kernel."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -93,8 +94,8 @@ class TensorScores:
 
 
 class TensorLayer:
-    """`StepLayer` by any kernel. k, v: stores [room, H_kv, K], [room, H_kv, V] whose first `n_keys`
-    are filled; W_O: [H, V, D].
+    """`StepLayer` for any kernel. k, v: stores [room, H_kv, K] and [room, H_kv, V], whose first
+    `n_keys` are filled; W_O: [H, V, D].
     """
 
     def __init__(
@@ -130,7 +131,7 @@ class TensorLayer:
         k, v = (x[: self._n_keys].transpose(0, 1)[None] for x in (self._k, self._v))
         if softcap is None and sinks is None and self._alibi_slopes is None:
             begin = 0 if window is None else max(0, self._n_keys - window)
-            # The heads that share a key are so many rows that read it, unmasked.
+            # Heads that share a key become rows of one head, without a mask.
             grouped = q.reshape(1, k.shape[1], -1, q.shape[-1])
             z = nn.functional.scaled_dot_product_attention(
                 grouped, k[:, :, begin:], v[:, :, begin:], scale=scale
@@ -173,7 +174,7 @@ class TensorLayer:
 
 
 class NewRows(NamedTuple):
-    """A decode step's rows, one of each of N layers that are all sequential or all parallel."""
+    """A decode step's rows, one for each of N layers that are all sequential or all parallel."""
 
     layers: list[int]  # ascending
     resid_pre: Tensor  # [N, D]
@@ -185,7 +186,7 @@ class NewRows(NamedTuple):
 
 
 class _Layer:
-    """A layer as the pass goes through it, and its store, whose room is doubled when used up."""
+    """A layer of the running pass, and its store, whose room is doubled when used up."""
 
     layer_call: LayerCall
     resid_pre: Tensor  # [1, D]
@@ -202,7 +203,7 @@ class _Layer:
         self.alibi_slopes = None if slopes is None else slopes.to(device)
         self.n_keys = len(recorded.k)
         self._open, self._recorded = open_, recorded
-        # A recording may lie in host memory or in a file.
+        # Recorded tensors may lie in host memory or in a file.
         self._move(recorded.k.to(device), recorded.v.to(device), self.n_keys + room)
 
     def _move(self, k: Tensor, v: Tensor, room: int) -> None:
@@ -214,11 +215,11 @@ class _Layer:
 
     @property
     def recorded(self) -> LayerRecording:
-        """What was recorded, its keys and values in the store."""
+        """The layer's recording, its keys and values in the store."""
         return self._recorded
 
     def attend(self, call: AttentionCall) -> Tensor:
-        """Attention output [1, 1, H, V] of a new row, whose key and value are kept."""
+        """The attention output [1, 1, H, V] of a new row, whose key and value are stored."""
         if self.n_keys == len(self.k):
             self._move(self.k, self.v, 2 * self.n_keys)
         self.n_keys += 1
@@ -241,8 +242,8 @@ class _Layer:
         self._step.score(self.resid_pre, y, keep, row_scale=scale, value_gate=gate, ffn=self.ffn)
 
     def watch(self, below: _Layer | None, last: bool, keep: float) -> Iterator[RemovableHandle]:
-        """Hooks that see a step's row pass, and score it unless it has a gate. below: the layer
-        that it comes from; last: whether none comes after this one.
+        """Hooks that note a step's row, and score it unless the block has a gate. below: the layer
+        before this one; last: true if no layer follows.
         """
         block = self.block
 
@@ -272,19 +273,19 @@ _Open = Callable[[_Layer], StepLayer]
 
 
 def _with_room(x: Tensor, room: int) -> Tensor:
-    """A copy of keys or values [T, H_kv, K] with room for so many, a head's in one piece."""
+    """A copy of keys or values [T, H_kv, K] in a store with `room`, contiguous for each head."""
     out = x.new_empty(x.shape[1], room, x.shape[2]).transpose(0, 1)
     out[: len(x)] = x
     return out
 
 
 def _where_it_lies(block: Block) -> Tensor:
-    """W_O of a block: the model's own weight where it is nothing else. Having just multiplied by
-    that, the model leaves it in the processor's cache.
+    """W_O of a block; if the model's own weight is equal, that weight: the model has just
+    multiplied by it, so that it is still in the processor's cache.
     """
     H, V, D = block.W_O.shape
     for weight in block.attention.parameters():
-        if type(weight) is not nn.Parameter:  # quantized ones are tensors of their own kind
+        if type(weight) is not nn.Parameter:  # quantized weights are of other classes
             continue
         if weight.shape == (D, H * V) and weight.dtype == block.W_O.dtype:
             view = weight.detach().view(D, H, V).permute(1, 2, 0)
@@ -294,7 +295,7 @@ def _where_it_lies(block: Block) -> Tensor:
 
 
 class _Alike:
-    """Layers that are all sequential or all parallel: their rows make one table."""
+    """Layers that are all sequential or all parallel, so that their rows form one table."""
 
     def __init__(
         self,
@@ -315,7 +316,7 @@ class _Alike:
         self._on_one_device = all(x.W_O.device == device for x in self.layers)
 
     def take(self) -> NewRows:
-        """The rows of the step that has just been done."""
+        """The rows of the last step."""
         layers = self.layers
         cat = torch.cat if self._on_one_device else functools.partial(cat_on, self._device)
         resid_pre = cat([x.resid_pre for x in layers])
@@ -331,7 +332,7 @@ class _Alike:
 def _scored_by(
     impl: str, dtypes: set[torch.dtype], block: Block, device: torch.device
 ) -> tuple[StepScores, _Open]:
-    """What a group of layers is scored by, and with. dtypes: of their keys and values."""
+    """The scores of a group of layers, and how to open each store. dtypes: of keys and values."""
     if impl == "cpu" and dtypes == {torch.float32}:
         from .kernels.cpu import kernel as cpu
 
@@ -342,10 +343,11 @@ def _scored_by(
 
 
 class Decoding:
-    """Decode steps of one text, after `recorded` was recorded of its beginning.
+    """Decode steps of one text, whose beginning has been recorded.
 
-    room: tokens that stores have room for at first, beyond those recorded. keep: edges with
-    weight above it are listed. device: where rows are brought together.
+    recorded: that recording's layers. room: tokens that stores have room for at first, beyond those
+    recorded. keep: edges with weight above it are listed. device: the rows of all layers are moved
+    there.
     """
 
     def __init__(
@@ -371,12 +373,12 @@ class Decoding:
 
     @property
     def recorded(self) -> list[LayerRecording]:
-        """What was recorded of each layer, its keys and values in the store."""
+        """Each layer's recording, its keys and values in the store."""
         return [layer.recorded for layer in self._layers]
 
     def step(self, token_id: int, position: int) -> tuple[Tensor, list[NewRows]]:
         """Runs the model on the token at `position`, the end of the text so far. Returns the logits
-        [vocab] of the one after it, and the row of each layer, scored.
+        [vocab] of the next token, and the scored row of each layer.
         """
 
         def answer(call: AttentionCall) -> Tensor:
@@ -387,13 +389,13 @@ class Decoding:
             all_evaluating(self._modules),
         ):
             below: _Layer | None = None
-            with ExitStack() as hooks:  # an interrupt leaves none behind
+            with ExitStack() as hooks:  # all are removed after an interrupt too
                 for layer in self._layers:
                     for handle in layer.watch(below, layer is self._layers[-1], self._keep):
                         hooks.callback(handle.remove)
                     below = layer
                 _, logits = self._decoder.step(token_id, position)
-            for layer in self._layers:  # which run again for their gates
+            for layer in self._layers:  # gated layers run again, for their gates
                 if layer.block.gate_site is not None:
                     layer.score(self._keep)
         return logits, [alike.take() for alike in self._alike]

@@ -1,15 +1,16 @@
-"""A long text's lean recording, layer by layer and chunk by chunk, into tensors made beforehand.
+"""A long text's lean recording is made layer by layer and chunk by chunk, into given tensors.
 
-1. The model is run once with its layers left out: that gives the embeddings, and what each layer
-   would be called with, rotary tables of the whole text among it.
+1. The model is run once with its layers left out. That gives the embeddings, and the arguments that
+   each layer would be called with, such as rotary tables of the whole text.
 2. Each layer is called on one chunk of rows after another. Its attention puts the chunk's keys and
    values behind those of the chunks before and reads them there: the recording is the cache.
    A layer is done with the whole text before the next begins, so that only its own keys are needed,
    and offloaded weights are fetched once.
-3. The model is run on the last layer's output, again without its layers: what its head reads.
+3. The model is run on the last layer's output, again without its layers. That gives the states
+   that its head reads.
 
-Activations are those of a chunk. A row's values are those of one pass, up to the order of sums.
-Any step can be the last one before an interruption: the next run goes on behind it.
+Only the activations of one chunk are held. A row's values are those of a single pass, up to the
+order of sums. After an interruption at any step, the next run resumes at the step after it.
 """
 
 from __future__ import annotations
@@ -28,44 +29,46 @@ from .layer_pass import Masks, not_finite
 from .model import Block, Decoder, answering_layers, evaluating
 from .recording_file import Spec
 
-CHUNK_ROWS = {"cpu": 512}  # that a layer is called on at once, by device
+CHUNK_ROWS = {"cpu": 512}  # rows that a layer is called on at once, by device
 _CHUNK_ROWS = 2048
 
 
 def chunk_rows(device: torch.device) -> int:
-    """Rows of a chunk on a device."""
+    """The number of rows of a chunk on a device."""
     return CHUNK_ROWS.get(device.type, _CHUNK_ROWS)
 
 
 def is_chunkable(decoder: Decoder) -> bool:
-    """Whether a text can be recorded in chunks: attention outside of transformers' interface builds
-    masks of its own from all rows.
+    """True if a text can be recorded in chunks: attention outside of transformers' interface
+    builds masks of its own from all rows.
     """
     return decoder.attention_through is capture.attention_through
 
 
 class LayerFacts(NamedTuple):
-    """What a layer's attention asks for, whatever the text."""
+    """The properties of a layer's attention that are the same for all texts."""
 
-    k: Spec  # of one row: [H_kv, K]
-    v: Spec  # [H_kv, V]
+    k: Spec  # one row: [H_kv, K]
+    v: Spec  # one row: [H_kv, V]
     scale: float
     softcap: float | None
     sinks: Tensor | None
 
 
 class Frame(NamedTuple):
-    """What surrounds the layers when a text is read."""
+    """The inputs of all layers, and the shapes of what follows them."""
 
-    embeddings: Tensor  # [T, D] what the first layer reads
+    embeddings: Tensor  # [T, D] input of the first layer
     calls: list[LayerCall]
     facts: list[LayerFacts]
-    states: Spec  # of one row of what the head reads
-    logits: Spec  # of one row
+    states: Spec  # one row of the head's input
+    logits: Spec  # one row
 
 
 @contextmanager
 def attended(decoder: Decoder) -> Iterator[None]:
+    """Within, single layers can be run, their attention answered by `capture.answering`."""
+
     def outside(_: AttentionCall) -> Tensor:
         raise AssertionError("attention asked outside of a layer that is run")
 
@@ -100,7 +103,7 @@ def frame(decoder: Decoder, token_ids: Tensor) -> Frame:
 
 
 def _facts(block: Block, call: LayerCall, hidden: Tensor) -> LayerFacts:
-    """From the layer's attention on the last row alone."""
+    """Runs the layer's attention on the last row alone."""
     asked: list[AttentionCall] = []
 
     def stop(call: AttentionCall) -> Tensor:
@@ -131,7 +134,7 @@ def specs(surroundings: Frame, n_checked: int) -> dict[str, Spec]:
 
 
 def n_steps(decoder: Decoder, n_tokens: int, n_rows: int) -> int:
-    """Of `prefill`, in chunks of `n_rows`: each layer's and the head's."""
+    """The number of steps of `prefill`, in chunks of `n_rows`: each layer's and the head's."""
     return (decoder.n_layers + 1) * -(-n_tokens // n_rows)
 
 
@@ -149,8 +152,8 @@ def prefill(
     first_step: int = 0,
     on_step: Callable[[int], None] | None = None,
 ) -> None:
-    """Fills `tensors` (see `specs`), but for "resid.0", the embeddings, from step `first_step` on;
-    `on_step` hears how many are done.
+    """Fills `tensors` (see `specs`) except "resid.0", the embeddings, from step `first_step` on;
+    `on_step` is called with the number of steps done.
 
     Raises IfrError where the model's states are not finite.
     """
@@ -197,7 +200,7 @@ class _LayerRun:
         self.checked = tensors[f"checked_mid.{layer}"]
         self.kept = tensors[f"k.{layer}"], tensors[f"v.{layer}"]
         self.device = self.block.W_O.device
-        # The same tensors, or where they lie elsewhere a copy for as long as the layer is run.
+        # These are the same tensors, or copies on the layer's device while it runs.
         self.past = tuple(x.to(self.device) for x in self.kept)
         self.masks = Masks(n_tokens)
 
@@ -207,7 +210,7 @@ class _LayerRun:
         found: list[Tensor] = []
 
         def answer(call: AttentionCall) -> Tensor:
-            # Checked before the next chunk, at every row of the text.
+            # The mask is checked at every row of the text, once a layer.
             if self.masks.see(call.mask, self.window):
                 self.masks.check([bool(flag) for flag in self.masks.flags()])
             for kept, past, new in zip(self.kept, self.past, (call.k, call.v), strict=True):
@@ -233,8 +236,8 @@ class _LayerRun:
 
 
 class Bands:
-    """Masks to add to the scores of a chunk. Which keys a row sees depends on their distance alone,
-    so that the masks of all chunks are windows of one band.
+    """Masks that are added to the scores of a chunk. The keys that a row sees depend on their
+    distance alone, so that the masks of all chunks are windows of one band.
     """
 
     def __init__(self, n_rows: int, n_tokens: int) -> None:
@@ -242,7 +245,7 @@ class Bands:
         self._bands: dict[tuple[int | None, torch.dtype, torch.device], Tensor] = {}
 
     def of(self, q: Tensor, window: int | None, n_before: int) -> Tensor:
-        """[R, n_before + R] for R rows, `n_before` keys before the first of them."""
+        """The mask [R, n_before + R] of R rows, with `n_before` keys before the first of them."""
         farthest = self.n_tokens if window is None else window - 1
         key = (window, q.dtype, q.device)
         if key not in self._bands:
@@ -258,7 +261,7 @@ class Bands:
 
 
 def attend(call: AttentionCall, begin: int, window: int | None, bands: Bands) -> Tensor:
-    """Attention output [1, R, H, V] of the rows from `begin` on, over keys up to the last row."""
+    """The attention output [1, R, H, V] of the rows from `begin` on, over keys up to the last."""
     R, end = call.q.shape[2], call.k.shape[2]
     if not (call.softcap is None and call.sinks is None and call.alibi_slopes is None):
         return capture.attend_rows(call, call.q, torch.arange(begin, end), window)
@@ -290,7 +293,7 @@ def _read_out(
     end: int,
     position: int,
 ) -> None:
-    """What the head reads of a chunk's last states, and its logits where `position` is in it."""
+    """Fills in the head's inputs of a chunk, and the logits if `position` is in it."""
     last = decoder.blocks[-1]
 
     def answer(block: Block, hidden: Tensor, _: LayerCall) -> Tensor:

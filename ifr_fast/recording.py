@@ -1,9 +1,9 @@
-"""One forward pass -> Recording: what scoring any row of any layer needs.
+"""A Recording holds what scoring any row of any layer needs, from one forward pass.
 
-Lean: the residual stream at every layer, keys and values; q and `resid_mid` of a row come from
-replaying its layer on that row alone. Full: q and `resid_mid` too, which saves the replays. The
-two give the same graphs; `Tracer.plan` chooses by memory. Nothing is copied: the tensors are the
-forward pass's own, held instead of freed.
+A lean recording holds the residual stream at every layer, keys and values; q and `resid_mid` of a
+row come from replaying its layer on that row alone. A full one holds q and `resid_mid` too, which
+saves the replays. The two give the same graphs; `Tracer.plan` chooses by memory. The tensors are
+the forward pass's own, held instead of freed; only views of larger tensors are copied if lean.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from .recording_file import MappedFile, Spec
 
 
 class RecordingMode(StrEnum):
-    """What a recording holds of each layer."""
+    """The tensors that a recording holds of each layer."""
 
     LEAN = "lean"  # resid_pre, k, v
-    FULL = "full"  # and q, resid_mid, log_sum_exp where there is one, in row-scaled blocks z
+    FULL = "full"  # also q, resid_mid, log_sum_exp if there is one, z of row-scaled blocks
 
 
 @dataclass(eq=False)
@@ -65,37 +65,41 @@ class Recording:
     layers: list[LayerRecording]
     resid_final: Tensor  # [T, D] resid_post of the last layer
     states: Tensor  # [T, D] what the head reads
-    position: int  # whose next token the forward pass predicted
-    logits: Tensor  # [vocab] there
-    checked_rows: Tensor  # [C] int64, on the CPU: where the parts are checked against resid_mid
-    decoder: Decoder  # that made it
+    position: int  # the forward pass predicted the token after this one
+    logits: Tensor  # [vocab] at `position`
+    checked_rows: Tensor  # [C] int64, on the CPU: rows whose parts are checked against resid_mid
+    decoder: Decoder  # the model that was recorded
 
     def __len__(self) -> int:
         return len(self.token_ids)
 
     @property
     def is_replayed(self) -> bool:
-        """Whether scoring it runs layers again, for what it does not hold."""
+        """True if scoring it runs layers again, for tensors that it does not hold."""
         gated = any(block.gate_site is not None for block in self.decoder.blocks)
         return gated or self.mode is RecordingMode.LEAN
 
     def sample(self, rows: Tensor) -> Tensor:
-        """Indices of a few of `rows` [R], to check: where lean, ones with a recorded resid_mid."""
+        """Indices of a few of `rows` [R] to check; if lean, of rows with a recorded resid_mid."""
         return checked_rows(rows, self.checked_rows if self.mode is RecordingMode.LEAN else None)
 
     def resid_post(self, layer: int) -> Tensor:
-        """[T, D]"""
+        """The residual stream [T, D] after a layer."""
         return (
             self.layers[layer + 1].resid_pre if layer + 1 < len(self.layers) else self.resid_final
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Saves it (safetensors), for `Tracer.load_recording` of the same model."""
+        """Saves it as safetensors, for `Tracer.load_recording` with the same model."""
         recording_file.write(path, _tensors(self), _fields(self))
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, a storage shared by several tensors counted once."""
+        """Bytes that are held; a storage that several tensors share is counted once.
+
+        Recordings of one batch share their storages: each counts all of them. The few rows in
+        `checked_mid` are left out, as in `Plan`.
+        """
         storages = {}
         for layer in self.layers:
             of_layer = (layer.resid_pre, layer.k, layer.v, layer.q, layer.resid_mid, layer.z)
@@ -234,7 +238,7 @@ def record_in_chunks(
     """A lean recording of `token_ids` [T], made chunk by chunk (prefill.py).
 
     place: the device that it lies on; None: a file mapped into memory, at `path` or without a
-    name. A file that an interrupted run has left is gone on with, and a whole one is read.
+    name. A file from an interrupted run is resumed, and a complete one is read.
 
     Raises IfrError where the model's states are not finite or the file cannot be written, and
     FormatError where the file holds something else.
@@ -310,7 +314,7 @@ def record_in_chunks(
 def _to_go_on_with(
     path: str | os.PathLike[str], token_ids: Tensor, fields: dict[str, Any]
 ) -> MappedFile:
-    """The file of a recording of this text; the position of its logits is its own."""
+    """The file of a recording of this text, to be resumed; the position of its logits is kept."""
     file = recording_file.open_file(path, writable=True)
     _check_model(path, file.fields, fields["model"])
     if file.done and not torch.equal(file.tensors["token_ids"], token_ids):
@@ -331,7 +335,7 @@ def record_to_file(
     path: str | os.PathLike[str],
     position: int = -1,
 ) -> Recording:
-    """As `record_in_chunks`, in one pass: nothing is left of one that is interrupted."""
+    """Does as `record_in_chunks`, but in one pass, which cannot be resumed if interrupted."""
     if not os.path.lexists(path):
         record(decoder, token_ids, tokens, RecordingMode.LEAN, position).save(path)
     recording = load(path, decoder)
@@ -369,7 +373,7 @@ def load(path: str | os.PathLike[str], decoder: Decoder) -> Recording:
 
 
 def _tensors(recording: Recording) -> dict[str, Tensor]:
-    """Its tensors by their names in a file."""
+    """The recording's tensors by their names in a file."""
     found: dict[str, Tensor | None] = {
         "token_ids": recording.token_ids,
         "checked_rows": recording.checked_rows,
@@ -405,7 +409,7 @@ def _fields(recording: Recording) -> dict[str, Any]:
 def _recording(
     decoder: Decoder, tensors: Mapping[str, Tensor], fields: dict[str, Any], around: prefill.Frame
 ) -> Recording:
-    """From tensors by name, and what only the model can say."""
+    """Makes a recording of tensors by name, and of what only the model knows."""
     layers = []
     for i, (block, facts, call) in enumerate(
         zip(decoder.blocks, around.facts, around.calls, strict=True)
@@ -450,7 +454,7 @@ def _own(x: Tensor) -> Tensor:
 
 
 def past_of(block: Block, recorded: LayerRecording, k: Tensor, v: Tensor) -> AttentionCall:
-    """What a replay's attention reads: keys and values [S, H_kv, K or V], and how."""
+    """The keys and values [S, H_kv, K or V] that a replay's attention reads, and how it does."""
     return AttentionCall(
         block.attention,
         recorded.resid_pre.new_empty(0),
@@ -468,17 +472,16 @@ def past_of(block: Block, recorded: LayerRecording, k: Tensor, v: Tensor) -> Att
 def layer_inputs(
     recording: Recording, layer: int, rows: Tensor
 ) -> tuple[LayerInputs, Tensor | None]:
-    """What the kernels need to score `rows` [R] (int64, CPU, ascending) of a layer.
+    """The kernels' inputs for `rows` [R] (int64, CPU, ascending) of a layer.
 
-    Also `resid_post` [R, D] where the block is sequential, so that its FFN can be scored. The
-    caller has the model's attention answered by `Decoder.attention_through` if the recording
-    `is_replayed`.
+    If the block is sequential, `resid_post` [R, D] is returned too, so that its FFN can be scored.
+    If the recording `is_replayed`, call this within `Decoder.attention_through`.
     """
     block, recorded = recording.decoder.blocks[layer], recording.layers[layer]
     everything = len(rows) == len(recording)
     on_device = rows.to(recorded.resid_pre.device)
 
-    device = block.W_O.device  # what was recorded may lie elsewhere
+    device = block.W_O.device  # recorded tensors may lie elsewhere
 
     def take(x: Tensor) -> Tensor:
         return (x if everything else x[on_device]).to(device)
@@ -495,7 +498,7 @@ def layer_inputs(
         q, mid, z = replay_rows(
             block, recorded.call, recorded.resid_pre, past, rows, recorded.window
         )
-        if recorded.checked_mid is not None:  # where there is one, not the replay's own word
+        if recorded.checked_mid is not None:  # preferred to the replay's own
             among = torch.isin(rows, recording.checked_rows)
             known = torch.isin(recording.checked_rows, rows)
             mid = mid.index_copy(

@@ -1,17 +1,16 @@
-"""Interventions on a running model: its own modules, with some activations exchanged.
+"""Interventions: a model runs with some activations exchanged.
 
-1. A head's output z = α v (before the output projection, [B, T, H, V]) is exchanged where the model
-   asks its attention function for it; an FFN's where its module returns it. Everything downstream
-   is the model's own computation (`intervening`).
-2. What a run had there is kept (`observe`), to put into another run: activation patching.
-3. Downstream of layer l nothing above it is needed but the residual stream that enters it, and in
-   a causal model nothing before position t feels what changes at t. So a patched run begins at
-   layer l and at position t: rows from t on go through the layers that follow, where attention
-   reads the unchanged keys and values of the rows before (`Observed.restart`).
+1. `intervening` exchanges a head's output z = α v (before the output projection, [B, T, H, V]) when
+   the model calls its attention function, and an FFN's output when its module returns it.
+   Everything downstream is the model's own computation.
+2. `observe` keeps the outputs of one run, to be put into another run: activation patching.
+3. `Observed.restart` begins a patched run at layer l and position t. Layers before l do not change,
+   and in a causal model neither do positions before t. The rows from t on go through layer l and
+   those that follow, where attention reads the unchanged keys and values of the rows before.
 
-Texts of a batch are padded behind their last token, which no causal row reads. Models outside of
-transformers' attention interface merge heads with the batch, and build masks of their own from all
-rows: theirs run one at a time, restarted at the layer but not at the position.
+Texts of a batch are padded behind their last token. No row of a text reads the padding. Models
+outside of transformers' attention interface merge heads with the batch, and build masks of their
+own from all rows: their texts run one at a time, restarted at the layer but not at the position.
 """
 
 from __future__ import annotations
@@ -31,20 +30,20 @@ from ..errors import UnsupportedArchitectureError
 from ..layer_pass import WatchedLayer, WatchedPass, pad, window_of
 from ..model import Block, Decoder, answering_layers, evaluating
 
-# (layer, what is there) -> what is put there instead. Heads: z [B, T, H, V]; FFNs: [B, T, D].
+# (layer, output) -> the output that replaces it. Heads: z [B, T, H, V]; FFNs: [B, T, D].
 Edit = Callable[[int, Tensor], Tensor]
 
-_RUN_ROWS = 4096  # of a batch of whole texts, padding included
-_HEAD_ROWS = 8  # at least, that the head reads at once
-_VARIANTS = 8  # a multiple of so many leaves no row over, which matrix products round otherwise
+_RUN_ROWS = 4096  # rows of a batch of whole texts, padding included
+_HEAD_ROWS = 8  # minimum number of rows that the head reads at once
+_VARIANTS = 8  # batches are multiples of it: matrix products round left-over rows differently
 
 
 @contextmanager
 def intervening(
     decoder: Decoder, *, heads: Edit | None = None, ffn: Edit | None = None
 ) -> Iterator[None]:
-    """Within, whoever runs the model runs it with every layer's heads and FFN as the edits give
-    them back. All hooks are gone afterwards, whatever happens.
+    """Within, the model runs with the edits made to each layer's head and FFN outputs. All hooks
+    are removed afterwards, after errors too.
 
     heads gets each layer's z [B, T, H, V], and ffn each FFN's output [B, T, D], before what a
     block may scale it by. Batches of several texts are for models of transformers' interface.
@@ -117,7 +116,7 @@ def run(
 
 
 def _states(decoder: Decoder, token_ids: Tensor) -> Tensor:
-    """What the head reads, [B, T, D], of one pass over token ids [B, T]."""
+    """The states [B, T, D] that the head reads, of one pass over token ids [B, T]."""
     if len(token_ids) == 1:
         return decoder.forward(token_ids[0])[0][None]
     return decoder.forward_batch(token_ids)
@@ -127,8 +126,8 @@ def _logits(decoder: Decoder, states: Tensor, lengths: Tensor) -> Tensor:
     """Logits [B, vocab] after the last token of texts whose states are [B, T, D]."""
     last = states[torch.arange(len(states)), lengths - 1]
     with answering_layers(decoder, lambda _, hidden, __: hidden):  # no layer is needed for it
-        # Few rows are multiplied by another routine, which rounds otherwise than the model's own
-        # pass over all rows of a text.
+        # Another routine multiplies few rows, and rounds differently from the model's own pass over
+        # all rows of a text.
         return decoder.head(last.repeat(-(-_HEAD_ROWS // len(last)), 1))[: len(last)]
 
 
@@ -140,13 +139,13 @@ def _check_batch(decoder: Decoder, n_texts: int) -> None:
 
 
 def text_batches(decoder: Decoder, lengths: Sequence[int]) -> list[list[int]]:
-    """Which texts of these lengths to run together: indices, longest first."""
+    """Groups texts of these lengths to run together: indices, longest first."""
     return list(batches(decoder, list(lengths), max(1, _RUN_ROWS // max(lengths))))
 
 
 @dataclass(frozen=True, eq=False)
 class Observed:
-    """What one pass over B texts did, T positions with padding: all that restarting it needs."""
+    """The activations of one pass over B texts that restarting it needs; T positions, padded."""
 
     decoder: Decoder
     lengths: Tensor  # [B] int64
@@ -183,14 +182,14 @@ class Observed:
         `layer` have heads' outputs z [N, R, H, V], or an FFN output ffn [N, R, D], R = end - begin,
         in place of the observed ones.
 
-        paired: each text also runs with what was observed put back, in the same batch, and the
-        change from that is added to the observed logits: a batch of another shape rounds otherwise
-        than the observed pass did (by some 3e-5 of logits near 20, in float32), and thus it
-        cancels. Otherwise a variant a text is saved.
+        paired: each text also runs unchanged in the same batch, and the difference is added to the
+        observed logits. A batch of another shape rounds differently from the observed pass (by some
+        3e-5 of logits near 20, in float32), and this cancels. Without it, one variant a text is
+        saved.
 
-        Positions before `begin` and layers before `layer` are what they were, and so are, in this
-        layer, positions from `end` on: they are not computed again, nor is what is padding of all
-        of `texts`. Use within `restarting`.
+        Positions before `begin`, layers before `layer`, and in this layer positions from `end` on
+        keep their values and are not computed again, nor is padding that all of `texts` have. Use
+        within `restarting`.
         """
         logits = self.logits[texts].clone()
         felt = self.feels(layer, texts, begin, end)
@@ -215,8 +214,8 @@ class Observed:
         return logits
 
     def feels(self, layer: int, texts: Tensor, begin: int, end: int) -> Tensor:
-        """Which of `texts` [N] can change, bool [N], where rows `begin` to `end` of `layer` do: not
-        those that end before, and the last layer's rows are read by nobody but the target.
+        """True for each of `texts` [N] that can change if rows `begin` to `end` of `layer` do. A
+        text that ends before `begin` cannot, and in the last layer only the target row matters.
         """
         targets = self.lengths[texts] - 1
         last_layer = layer + 1 == self.decoder.n_layers
@@ -274,7 +273,7 @@ class Observed:
 
 @contextmanager
 def restarting(decoder: Decoder) -> Iterator[None]:
-    """Within, `Observed.restart` can be called, and the model is in nobody else's hands."""
+    """Within, `Observed.restart` can be called, and no other thread uses the model."""
 
     def outside(_: AttentionCall) -> Tensor:
         raise AssertionError("attention asked outside of a layer that is run")
@@ -285,7 +284,7 @@ def restarting(decoder: Decoder) -> Iterator[None]:
 
 @torch.inference_mode()
 def observe(decoder: Decoder, texts: Sequence[Sequence[int] | Tensor]) -> Observed:
-    """Runs the model on a batch of texts and keeps what it did; padded to the longest.
+    """Runs the model on a batch of texts, padded to the longest, and keeps its activations.
 
     Where the model takes no batches, there must be one text.
     """
@@ -326,7 +325,7 @@ def observe(decoder: Decoder, texts: Sequence[Sequence[int] | Tensor]) -> Observ
 
 
 def _readout(decoder: Decoder, resid_final: Tensor) -> Tensor:
-    """Logits [N, vocab] of the last layer's output [N, D]: what follows is the model's own."""
+    """Logits [N, vocab] that the model itself computes of the last layer's output [N, D]."""
     ids = torch.zeros(len(resid_final), 1, dtype=torch.long, device=decoder.device)
     with answering_layers(decoder, lambda *_: resid_final[:, None]):
         logits: Tensor = decoder.model(input_ids=ids, use_cache=False).logits

@@ -1,12 +1,12 @@
-"""One forward pass over a batch of documents, its layers scored while the pass is at them.
+"""A sweep is one forward pass over a batch of documents that scores each layer when it returns.
 
-When a layer returns, its q, k, v, residual stream before and after are still at hand: all rows of
-all documents are scored there, the edges above `keep` stay, and the rest is forgotten. Nothing is
-recorded beyond the layer that the pass is at, and layers come bottom first: what an edge is worth
-depends on its target alone, so graphs can be read off the edges afterwards (walk.py).
+At that time the layer's q, k, v and the residual stream before and after it are still in memory.
+All rows of all documents are scored, the edges above `keep` are kept, and the rest is dropped. Only
+one layer is thus in memory at a time. Layers are scored bottom first: an edge's weight depends on
+its target alone, so graphs can be read off the edges afterwards (walk.py).
 
 Documents are padded on the right and nothing is masked, as in batching.py. The last token of a
-document is only predicted: the model does not read it.
+document is predicted, but not read by the model.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from ..layer_pass import WatchedLayer, WatchedPass, checked_rows, pad
 from ..model import Block, Decoder, answering_layers, evaluating, gate_rows, row_scales
 from ..scoring import Closure, LayerScores, check_closure, score_rows
 
-_HEAD_ROWS = 512  # whose logits are formed at once, of a vocabulary that is not large
+_HEAD_ROWS = 512  # rows whose logits are computed at once, unless the vocabulary is large
 _HEAD_ELEMENTS = 1 << 25
-_SOFTMAX_ROWS = 16  # on a CPU: as many as its cache holds
+_SOFTMAX_ROWS = 16  # rows of logits that fit into a CPU's cache
 
 
 class LayerEdges(NamedTuple):
-    """Attention edges above `keep` of one layer, all documents; nodes count through the batch."""
+    """One layer's attention edges above `keep`; nodes are numbered through all documents."""
 
     target: Tensor  # [E] int64, b * T + t, ascending
     source: Tensor  # [E] int64, b * T + s
@@ -41,13 +41,13 @@ class LayerEdges(NamedTuple):
 
 
 class Swept(NamedTuple):
-    """What a pass over B documents leaves, on the CPU; T rows each, padded with zeros.
+    """The results of a pass over B documents, on the CPU; T rows each, padded with zeros.
 
     Node b * T + t is position t of document b. A parallel block has `residual` and `ffn` in one
     denominator, and its `ffn_residual` is NaN.
     """
 
-    lengths: list[int]  # rows of each document: its tokens less one
+    lengths: list[int]  # rows of each document: one less than its tokens
     n_rows: int  # T
     parallel: list[bool]  # [L]
     residual: Tensor  # [L, B * T] float32
@@ -57,7 +57,7 @@ class Swept(NamedTuple):
     edges: list[LayerEdges]
     logit: Tensor  # [B * T] float32, of the token that follows
     probability: Tensor  # [B * T] float32
-    finite: list[bool]  # whether the model's states are; if not, a document's numbers mean nothing
+    finite: list[bool]  # false if a document's states are not: its numbers are then meaningless
 
 
 @torch.inference_mode()
@@ -128,7 +128,7 @@ class _Layers:
         self._keep(scores)
 
     def _keep(self, scores: list[LayerScores]) -> None:
-        """What stays of a layer's scores; moved to the CPU together."""
+        """Keeps a layer's scores, moved to the CPU."""
         T = max(self.lengths)
 
         def padded(of_each: list[Tensor]) -> Tensor:
@@ -163,7 +163,7 @@ class _Layers:
 
 
 def _inputs(layer: WatchedLayer, b: int, n: int) -> tuple[LayerInputs, Tensor | None]:
-    """As `recording.layer_inputs`: all `n` rows of document `b`, and their `resid_post`."""
+    """Inputs as `recording.layer_inputs` makes them, for all `n` rows of document `b`."""
     block, call = layer.block, layer.attention
     device = block.W_O.device
     rows = torch.arange(n)
@@ -217,7 +217,7 @@ def _following(decoder: Decoder, states: Tensor, token_ids: Tensor) -> Tensor:
         return hidden
 
     with ExitStack() as stack:
-        if can_batch(decoder):  # the head is all that is wanted of the model
+        if can_batch(decoder):  # only the head is needed
             stack.enter_context(evaluating(decoder.model))
             stack.enter_context(capture.exclusively(decoder.model))
             stack.enter_context(answering_layers(decoder, skip))
