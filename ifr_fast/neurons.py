@@ -5,7 +5,7 @@ outside attention. With zeros as its input the FFN adds only a bias, and what th
 in its input, up to a number for each row (a norm after the FFN). A short probe finds it:
 
 1. with zeros as its input, the layer adds the same to `resid_mid` in every row: the bias;
-2. with half of its input, the layer adds half as much (or, before a norm, as much);
+2. with half of its input, the layer adds half as much (or as much, if a norm follows);
 3. W [F, D] is the derivative of the layer's output by that input, in forward mode, taken at 0,
    where norms are linear. It reproduces what the FFN added to each row. It includes the output's
    norm weight, multipliers and adapters.
