@@ -1,13 +1,13 @@
-"""Rows whose attention weights are given, not computed of q and k, and weighted sums of rows.
+"""Rows whose attention weights are supplied, not computed from q and k, and weighted sums of rows.
 
 A part p[h, j] = alpha (gate * v[j]) @ W_O[h] = u[h, j] @ W_O[h] depends on weights and values
-through u [S, H, V] alone. To a kernel, u are the values of heads that have keys of their own, all
-of which are read alike: q k^T = 0, so alpha = 1 / S, and row_scale = S. Several rows, each with its
-own u, lie end to end, [R * S, H, V], and a window of S keys keeps each to its own. So every kernel
-scores them as they are, and what is exact for a row (docs/design.md, section 3.1) is exact here.
+through u [S, H, V] alone. A kernel takes u as the values of heads whose keys all get the same
+weight: q k^T = 0, so alpha = 1 / S, and row_scale = S. The u of several rows lie end to end,
+[R * S, H, V], and a window of S keys restricts each row to its own u. So every kernel scores these
+rows unchanged, and a method that is exact for a row (docs/design.md, section 3.1) is exact here.
 
-A sum of rows by weights w_t is one such row: its parts are added up in value space, where they
-have V numbers instead of D,
+A sum of rows by weights w_t is one row of this form: its parts are added up in value space, where
+they have V numbers instead of D,
 
     sum_t w_t y_t = sum_t w_t resid_pre_t + sum over h and j of u[h, j] @ W_O[h]  (+ ...),
     u[h, j] = sum_t w_t row_scale_t alpha[h, t, j] (value_gate[t, h] * v[j]).
@@ -25,9 +25,9 @@ from .scoring import Closure, Kernel, closure
 def given_rows(
     u: Tensor, W_O: Tensor, resid_pre: Tensor, y: Tensor, ffn: Tensor | None = None
 ) -> LayerInputs:
-    """Rows with weighted values u [R, S, H, V]; W_O [H, V, D]; resid_pre, y, ffn [R, D].
+    """The rows with weighted values u [R, S, H, V]; W_O [H, V, D]; resid_pre, y, ffn [R, D].
 
-    In a kernel's answer row r is r, and key j of it is r * S + j.
+    In a kernel's result, row r is numbered r, and its key j is numbered r * S + j.
     """
     R, S, H, V = u.shape
     return LayerInputs(
@@ -48,9 +48,9 @@ def given_rows(
 def score_given(
     kernel: Kernel, inputs: LayerInputs, positions: Tensor, keep: float
 ) -> AttentionScores:
-    """Scores of `given_rows` at `positions` [R], ascending; edges by positions of their keys.
+    """Scores of `given_rows` at `positions` [R], ascending; edge sources are key positions.
 
-    A row reads no key behind it: its u is 0 there.
+    A row reads no later key: its u is 0 there.
     """
     R, H = len(positions), inputs.v.shape[1]
     S = len(inputs.v) // R
@@ -64,7 +64,7 @@ def score_given(
     residual, ffn, head_total = scores.residual, scores.ffn, scores.head_total
     total = scores.total
     if bool(flat.any()):
-        # 1/n each was of S keys; a row has fewer.
+        # The kernel gave each of n parts 1/n with S keys in n, but a row has fewer keys.
         n_keys = (positions + 1).to(residual.dtype)
         share = 1 / (1 + H * n_keys + (ffn is not None))
         total = total.where(~flat, 1 / share)
@@ -72,12 +72,12 @@ def score_given(
         ffn = None if ffn is None else ffn.where(~flat, share)
         head_total = head_total.where(~flat[:, None], (share * n_keys)[:, None])
         row, source, weight, head_weight = _without(flat, row, source, weight, head_weight)
-        among = flat & (H * share > keep)
+        kept = flat & (H * share > keep)
         keys = torch.arange(S, device=flat.device)
-        its, key = ((keys <= positions[:, None]) & among[:, None]).nonzero(as_tuple=True)
-        row, source = torch.cat([row, its]), torch.cat([source, key])
-        weight = torch.cat([weight, H * share[its]])
-        head_weight = torch.cat([head_weight, share[its, None].expand(-1, H)])
+        added, key = ((keys <= positions[:, None]) & kept[:, None]).nonzero(as_tuple=True)
+        row, source = torch.cat([row, added]), torch.cat([source, key])
+        weight = torch.cat([weight, H * share[added]])
+        head_weight = torch.cat([head_weight, share[added, None].expand(-1, H)])
     edges = EdgeList(row, source, weight, head_weight)
     return AttentionScores(residual, ffn, head_total, edges, flat, scores.linear, total)
 
@@ -88,8 +88,8 @@ def _without(flat: Tensor, row: Tensor, *columns: Tensor) -> tuple[Tensor, ...]:
 
 
 def summed_row(inputs: LayerInputs, weights: Tensor) -> LayerInputs:
-    """The sum of the rows of `inputs` by `weights` [R], as one row that reads the keys up to the
-    last one's, in float32 or wider. [H, R, S] is formed in row blocks.
+    """The sum of the rows of `inputs` by `weights` [R], as one row at the last position, in float32
+    or wider. [H, R, S] is formed in row blocks.
     """
     from .kernels.eager import BLOCK_ELEMENTS
     from .kernels.rows import attention_pattern, block_of
@@ -126,9 +126,9 @@ def summed_row(inputs: LayerInputs, weights: Tensor) -> LayerInputs:
 
 
 def given_closure(inputs: LayerInputs, bias: Tensor, dtype: torch.dtype) -> Closure:
-    """Of rows that `given_rows` made, what `check_closure` takes: their parts and `bias` [D] must
-    add up to them. The parts are added up here, whatever a kernel makes of them. dtype: the
-    model's, whose rounding is granted.
+    """The argument of `check_closure` for rows of `given_rows`: their parts and `bias` [D] must add
+    up to them. The parts are added up here, not by a kernel. dtype: the model's, whose rounding is
+    allowed.
     """
     from .kernels.breakpoints import signs
 
