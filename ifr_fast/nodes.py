@@ -1,7 +1,7 @@
-"""Nodes (layer, position) that have been scored, and what each adds to a graph that reaches it.
+"""Scored nodes (layer, position), and the edges that each adds to a graph that reaches it.
 
-What a node is made of never changes once it is scored, so graphs of a text that grows are gathered
-from the same nodes: the lists of those that a graph reaches, end to end.
+A scored node's edges never change. So the graphs of a growing text are assembled from the same
+nodes: the edge lists of all nodes that a graph reaches, end to end.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Ints = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class _Growing:
-    """An array that is added to at its end."""
+    """An array that grows at its end."""
 
     def __init__(self, *shape: int, dtype: type[np.generic]) -> None:
         self._room = np.empty((1024, *shape), dtype)
@@ -47,12 +47,12 @@ class Lists:
         self._ends.extend(np.zeros(1))
 
     def extend(self, rows: Floats, ends: Ints) -> None:
-        """More lists, end to end, and where each ends."""
+        """Appends lists, end to end; ends: the row at which each ends."""
         self._ends.extend(ends + self._ends.all[-1])
         self._rows.extend(rows)
 
     def of(self, nodes: Ints) -> Floats:
-        """The lists of some nodes, end to end."""
+        """The lists of `nodes`, end to end."""
         ends = self._ends.all
         begins = ends[nodes]
         counts = ends[nodes + 1] - begins
@@ -62,31 +62,31 @@ class Lists:
 
 
 class Nodes:
-    """All nodes known of a text, at one threshold."""
+    """All scored nodes of a text, at one threshold."""
 
     def __init__(self, n_layers: int, threshold: float, granularity: Granularity) -> None:
         self._threshold, self._granularity = threshold, granularity
         self.at: list[dict[int, int]] = [{} for _ in range(n_layers)]  # position -> node
-        self.below: list[list[int]] = []  # positions of the layer below that a node leads to
+        self.below: list[list[int]] = []  # of each node, the positions it reaches one layer below
         self._flagged: dict[int, list[Node]] = {}
         self.edges = Lists()  # an EdgeTable's columns
         self.heads = Lists()  # a HeadEdgeTable's columns
 
     def flags(self, nodes: list[int]) -> list[Node]:
-        """Unattributed ones among some nodes."""
+        """The unattributed nodes among `nodes`."""
         of = self._flagged
         return [node for i in nodes if i in of for node in of[i]] if of else []
 
     def add(self, table: LayerTable, layers: list[int], positions: list[int]) -> None:
         """Makes nodes of the rows [N] of a table, in one layer or in several. layers, positions:
-        [N], where they stand, in place of the table's own; its edges' sources are positions.
+        [N], used in place of the table's own; the sources of the table's edges are positions.
         """
         n, first = len(layers), len(self.below)
         everywhere: Any = np.ones(n, bool)
         of_rows = _arrays(table)._replace(rows=np.arange(n))
-        # Of arrays, as the table is; targets are rows.
+        # The result holds arrays, like the table; its targets are rows.
         grown: Any = edges_into(0, of_rows, everywhere, self._threshold, self._granularity)
-        *own, attention = grown.steps  # those at the node's own position, and the others
+        *own, attention = grown.steps  # the sources of `own` are at the node's own position
         layer_of, position_of = np.array(layers), np.array(positions)
         node, weight, kept = (
             np.concatenate([getattr(step, name) for step in grown.steps])
@@ -132,12 +132,12 @@ def _rows(*columns: np.ndarray[Any, Any]) -> Floats:
 
 
 def _ends(node: Ints, n: int) -> Ints:
-    """Where each of `n` nodes' entries end, in order of nodes."""
+    """The end [n] of each node's entries, when entries are in order of nodes."""
     return np.bincount(node, minlength=n).cumsum()
 
 
 def _arrays(x: Any) -> Any:
-    """A table with numpy arrays in place of tensors; floating ones in float32."""
+    """A table with numpy arrays in place of tensors; floating tensors become float32."""
     if isinstance(x, Tensor):
         return (x.float() if x.is_floating_point() else x).cpu().numpy()
     return x if x is None else type(x)._make(map(_arrays, x))
