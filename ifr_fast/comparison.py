@@ -1,8 +1,8 @@
-"""Two graphs side by side, node by node: two prompts, or two models of one shape.
+"""Two graphs compared node by node: two prompts, or two models of one shape.
 
-The tokens of both texts are put into common *columns*. A node is then (layer, kind, column), an
-edge is an edge of either graph, and has a weight in both: 0 in a graph that does not have it, which
-means that there it is not above the threshold, or that its target was not reached.
+The tokens of both texts are put into common *columns*. A node is then (layer, kind, column). An
+edge of either graph has a weight in both. The weight is 0 in a graph without the edge: there it is
+not above the threshold, or its target was not reached.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 
 class Column(NamedTuple):
-    """Positions that stand for each other; None where one text has no such token."""
+    """A position of each text that correspond; None where a text has no such token."""
 
     first: int | None
     second: int | None
 
 
 class EdgeDifferences(NamedTuple):
-    """Edges of either graph, by layer, kind, target, source."""
+    """The edges of either graph, in order of layer, kind, target, source."""
 
     layer: Tensor  # [E] int64
     kind: Tensor  # [E] int64, an EdgeKind
@@ -42,7 +42,7 @@ class EdgeDifferences(NamedTuple):
 
 
 class HeadDifferences(NamedTuple):
-    """Each head's share of the attention edges, by layer, head, target, source."""
+    """Each head's share of the attention edges, in order of layer, head, target, source."""
 
     layer: Tensor  # [M] int64
     head: Tensor  # [M] int64
@@ -65,7 +65,7 @@ class Change(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class GraphDifference:
-    """What changes from one graph to another; tensors on the CPU."""
+    """The differences of two graphs; tensors on the CPU."""
 
     first: RouteGraph
     second: RouteGraph
@@ -92,7 +92,7 @@ class GraphDifference:
         ]
 
     def token_importance(self) -> Tensor:
-        """[C, 2] float32: of each column, in both graphs; 0 where a text has no such token."""
+        """[C, 2] float32: importance of each column in both graphs; 0 where a text lacks it."""
         out = torch.zeros(len(self.columns), 2)
         for i, graph in enumerate((self.first, self.second)):
             importance = graph.token_importance()
@@ -102,11 +102,11 @@ class GraphDifference:
         return out
 
     def head_importance(self) -> Tensor:
-        """[L, H] float32: how much more of it each head has in the second graph."""
+        """[L, H] float32: head importance in the second graph minus that in the first."""
         return self.second.head_importance() - self.first.head_importance()
 
     def ffn_importance(self) -> Tensor:
-        """[L] float32: how much more of it each FFN block has in the second graph."""
+        """[L] float32: FFN importance in the second graph minus that in the first."""
         return self.second.ffn_importance() - self.first.ffn_importance()
 
     def top_changes(self, k: int = 10) -> list[Change]:
@@ -123,7 +123,7 @@ class GraphDifference:
         return found
 
     def to_pandas(self) -> pd.DataFrame:
-        """The edges, a row each: layer, kind, columns and tokens, both weights, difference."""
+        """One row per edge: layer, kind, columns and tokens, both weights, difference."""
         try:
             import pandas as pd
         except ImportError as error:
@@ -149,10 +149,10 @@ class GraphDifference:
         )
 
     def to_networkx(self) -> nx.MultiDiGraph:
-        """Both graphs in one, laid over each other; nodes are (kind, layer, column).
+        """The union of both graphs; nodes are (kind, layer, column).
 
-        Nodes carry `first` and `second`, their tokens there (None where a graph does not have the
-        node), edges `first` and `second`, their weights there, and their `difference`.
+        The attributes `first` and `second` hold a node's token in each graph (None in a graph
+        without the node), and an edge's weight in each graph. An edge also has `difference`.
         """
         from .export.networkx import to_networkx
 
@@ -191,8 +191,8 @@ def compare(
 ) -> GraphDifference:
     """The difference of two graphs of models with equally many layers and heads.
 
-    positions: pairs of a position in the first and one in the second text, ascending, which stand
-    for each other. Default: texts of equal length token by token, others as their tokens match.
+    positions: pairs of corresponding positions in the first and the second text, both ascending.
+    Default: token by token in texts of equal length, in others by matching tokens.
     """
     if not isinstance(second, RouteGraph):
         raise ValueError(f"other: expected a RouteGraph, got {type(second).__name__}")
@@ -213,7 +213,7 @@ def compare(
 
 
 def _matched(first: list[str], second: list[str]) -> list[tuple[int, int]]:
-    """Pairs of positions that stand for each other."""
+    """Pairs of corresponding positions."""
     if len(first) == len(second):
         return [(i, i) for i in range(len(first))]
     pairs = []
@@ -225,7 +225,7 @@ def _matched(first: list[str], second: list[str]) -> list[tuple[int, int]]:
 
 
 def _columns(pairs: list[tuple[int, int]], n_first: int, n_second: int) -> list[Column]:
-    """Every position of both texts, in order; what no pair names stands alone."""
+    """The columns of both texts, in order; a position that is in no pair has its own column."""
     found: list[Column] = []
     next_first = next_second = 0
     for i, j in [*pairs, (n_first, n_second)]:
@@ -247,7 +247,7 @@ def _places(columns: list[Column], which: int) -> Tensor:
 
 
 def _joined(tables: list[EdgeTable] | list[HeadEdgeTable], places: list[Tensor]) -> list[Tensor]:
-    """The rows of two tables, positions turned into columns, and both weights."""
+    """The union of the rows of two tables, with columns for positions, and both weights."""
     rows = []
     for table, place in zip(tables, places, strict=True):
         layer, which, target, source, _ = table
