@@ -1,4 +1,4 @@
-"""How much memory there is."""
+"""Available memory, and sizes in bytes as text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
 def available_memory(device: torch.device) -> int | None:
-    """Bytes that can still be allocated on a device; None where it cannot be told."""
+    """Bytes that can still be allocated on a device; None if unknown."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -29,7 +29,7 @@ def available_memory(device: torch.device) -> int | None:
 
 
 def describe_bytes(n: float) -> str:
-    """1536 -> '1.5 kB' and so on, in powers of 1000."""
+    """A size in bytes as text, in powers of 1000: 1536 -> '1.54 kB'."""
     for unit in ("B", "kB", "MB", "GB"):
         if n < 1000:
             return f"{n:.3g} {unit}"
@@ -38,7 +38,10 @@ def describe_bytes(n: float) -> str:
 
 
 def parse_bytes(text: str | int, name: str = "max_memory") -> int:
-    """'8GB', '500 MB', '1.5g' or a number of bytes; units are powers of 1000, of 1024 with an i."""
+    """The number of bytes in '8GB', '500 MB', '1.5g' or a plain number.
+
+    Units are powers of 1000, or of 1024 with an i. Raises ValueError for any other text.
+    """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", str(text).lower())
     if found is None or (found[3] and not found[2]):
         raise ValueError(f"{name}: expected a size such as 8GB or 500MB, got {text!r}")
