@@ -1,12 +1,12 @@
-"""What attribution costs on this machine, beside the model's own forward pass.
+"""The cost of attribution on this machine, relative to the model's plain forward pass.
 
 The unit is one warm plain forward pass of the same text in the same run: the model's own attention
-(sdpa unless it was loaded with another), inference mode, no cache, one position's logits. It and
-everything else are run in turn, A B A B, so that a machine that slows down slows all of them; one
-round is not counted, and the rest give medians.
+(sdpa unless it was loaded with another), inference mode, no cache, one position's logits. All jobs
+alternate, A B A B, so that a slowdown of the machine affects all of them; the first round is not
+counted, and the others give medians.
 
-Scoring is `Tracer.trace_all` of a recording: every layer's importances at every position, and what
-is checked of them. A pair is a (row, head, visible key) of a layer; all of them are scored.
+Scoring is `Tracer.trace_all` of a recording: every layer's importances at every position, with
+their checks. A pair is a (row, head, visible key) of a layer; all of them are scored.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from .tracer import Tracer
 
 Result = TypeVar("Result")
 
-THRESHOLD = 0.04  # of every trace measured here
+THRESHOLD = 0.04  # threshold of every measured trace
 TIMED = ("forward", "record", "route", "scoring", "trace", "trace_all")
 
 
 class Machine(NamedTuple):
-    """Where a figure was measured."""
+    """The machine and software of a measurement."""
 
-    processor: str  # of the device that the model is on
+    processor: str  # processor of the model's device
     device: str
-    threads: int  # as torch sets them
-    cpu_capability: str  # the widest instruction set that torch uses
+    threads: int  # torch's number of threads
+    cpu_capability: str  # widest instruction set that torch uses
     system: str
     python: str
     torch: str
@@ -53,7 +53,7 @@ class Machine(NamedTuple):
 
 
 class Subject(NamedTuple):
-    """What was measured: the model and how it is scored."""
+    """The measured model, and how it is scored."""
 
     model: str
     dtype: str
@@ -65,15 +65,15 @@ class Subject(NamedTuple):
 
 
 class MemoryUse(NamedTuple, Generic[Result]):
-    """What a job took, in bytes: resident memory, or on a GPU what its tensors allocate.
+    """Memory of a job in bytes: resident memory, or on a GPU the memory of tensors.
 
-    None where the system does not tell.
+    None if the system does not report it.
     """
 
     result: Result
-    added: int | None  # at its peak, above what was in use before
-    held: int | None  # still in use at its end, its result alive, above what was in use before
-    peak: int | None  # of everything; where the mark cannot be reset, since the process began
+    added: int | None  # at the peak, more than before
+    held: int | None  # at the end, result included, more than before
+    peak: int | None  # in total; since the start of the process if it cannot be reset
 
 
 class Throughput(NamedTuple):
@@ -81,36 +81,36 @@ class Throughput(NamedTuple):
 
     n_tokens: int
     pairs: int  # (row, head, visible key), all layers together
-    repeat: int  # rounds that were counted
+    repeat: int  # counted rounds
     threshold: float
-    mode: str  # of the recording, as `Tracer.plan` chose it
+    mode: str  # mode of the recording, chosen by `Tracer.plan`
     forward_seconds: float  # a plain forward pass: the unit
-    record_seconds: float  # a forward pass that is recorded
+    record_seconds: float  # a recorded forward pass
     route_seconds: float  # one route, of the last position, from a recording
     scoring_seconds: float  # the routes of all positions, from a recording
     trace_seconds: float  # one route from token ids, end to end
     trace_all_seconds: float  # the routes of all positions from token ids, end to end
-    recording_bytes: int  # what the recording holds
-    scoring_bytes: int | None  # what scoring all positions adds at its peak, its result included
-    peak_bytes: int | None  # of all that is in use while recording and scoring
+    recording_bytes: int  # size of the recording
+    scoring_bytes: int | None  # peak memory of scoring all positions, result included
+    peak_bytes: int | None  # peak of all memory during recording and scoring
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens whose routes are had in a second, end to end."""
+        """Tokens per second, for the routes of all positions, end to end."""
         return self.n_tokens / self.trace_all_seconds
 
     @property
     def pairs_per_second(self) -> float:
-        """Pairs scored in a second."""
+        """Scored pairs per second."""
         return self.pairs / self.scoring_seconds
 
     @property
     def share_of_forward(self) -> float:
-        """Seconds of scoring all positions over seconds of the forward pass."""
+        """Time of scoring all positions, relative to the forward pass."""
         return self.scoring_seconds / self.forward_seconds
 
     def units(self, name: str) -> float:
-        """One of TIMED, in plain forward passes."""
+        """Time of a job of TIMED, in plain forward passes."""
         return float(getattr(self, f"{name}_seconds") / self.forward_seconds)
 
     def to_dict(self) -> dict[str, Any]:
@@ -132,9 +132,9 @@ def measure(
     threshold: float = THRESHOLD,
     on_round: Callable[[int], None] | None = None,
 ) -> Throughput:
-    """Times a text, token ids [T], in every use of a tracer. `on_round` gets each round's number.
+    """Times every use of a tracer on a text, token ids [T]. `on_round` gets each round's number.
 
-    Memory is taken from the first recording and the first scoring, before anything is timed.
+    Memory is measured in the first recording and the first scoring, before the timing.
     """
     if repeat < 1:
         raise ValueError(f"repeat: expected at least 1, got {repeat}")
@@ -142,7 +142,7 @@ def measure(
     of_recording = memory_use(lambda: tracer.record(token_ids), device)
     recording = of_recording.result
 
-    def score() -> None:  # its result is dropped: nothing idle is held while timing
+    def score() -> None:  # the result is dropped, so that no memory is held during the timing
         tracer.trace_all(recording, threshold=threshold)
 
     of_scoring = memory_use(score, device)
@@ -170,7 +170,7 @@ def measure(
 
 
 def plain_forward(model: PreTrainedModel, token_ids: Tensor) -> Callable[[], object]:
-    """The unit: a job that runs the model on `token_ids` [T] as one would without a tracer."""
+    """The unit: a job that runs the model on `token_ids` [T] without a tracer."""
     ids = token_ids[None].to(model.get_input_embeddings().weight.device)
     keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
     options = {"logits_to_keep": 1} if keeps_logits else {}
@@ -190,10 +190,10 @@ def in_turn(
     *,
     warm_up: bool = True,
 ) -> dict[str, float]:
-    """Median seconds of each job over `repeat` rounds of all of them; a warm-up round is round 0.
+    """Median seconds of each job over `repeat` rounds of all jobs; round 0 is a warm-up.
 
-    A job's time ends when it returns (on a GPU: when that has nothing left to do); freeing what it
-    returned is not counted.
+    A job's time ends when it returns (on a GPU: after a synchronization); freeing its result is
+    not counted.
     """
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     for i in range(0 if warm_up else 1, repeat + 1):
@@ -216,7 +216,7 @@ def _now() -> float:
 
 
 def n_pairs(recording: Recording) -> int:
-    """(row, head, visible key) of all layers: T (T + 1) / 2 * H * L where no window is narrower."""
+    """Pairs of all layers: T (T + 1) / 2 * H * L, fewer with sliding windows."""
     T, n = len(recording), 0
     for layer in recording.layers:
         W = min(T, layer.window or T)
@@ -225,7 +225,7 @@ def n_pairs(recording: Recording) -> int:
 
 
 def memory_use(job: Callable[[], Result], device: torch.device) -> MemoryUse[Result]:
-    """Runs a job once and tells its memory: allocated on a GPU, else resident (Linux)."""
+    """Runs a job once and measures its memory: allocated on a GPU, else resident (Linux)."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -233,29 +233,29 @@ def memory_use(job: Callable[[], Result], device: torch.device) -> MemoryUse[Res
         result = job()
         peak = torch.cuda.max_memory_allocated(device)
         return MemoryUse(result, peak - before, torch.cuda.memory_allocated(device) - before, peak)
-    _give_back_freed()
+    _return_free_memory()
     restarted = _restart_peak()
     resident = _process_status("VmRSS")
     result = job()
     at_peak = _process_status("VmHWM")
     if not restarted or resident is None or at_peak is None:
         return MemoryUse(result, None, None, _peak_since_start())
-    _give_back_freed()
+    _return_free_memory()
     after = _process_status("VmRSS")
     assert after is not None
     return MemoryUse(result, max(0, at_peak - resident), max(0, after - resident), at_peak)
 
 
-def _give_back_freed() -> None:
-    """Has the allocator return what is free, or a job could reuse it and seem to need nothing."""
+def _return_free_memory() -> None:
+    """Makes the allocator return free memory: a job could reuse it and seem to need none."""
     if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # missing in musl
         if trim is not None:
             trim(0)
 
 
 def _restart_peak() -> bool:
-    """Sets the process's memory peak back to what is resident now, where that is permitted."""
+    """Resets the memory peak of the process, if that is permitted."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -264,7 +264,7 @@ def _restart_peak() -> bool:
 
 
 def _process_status(field: str) -> int | None:
-    """A field of the process status in bytes (Linux)."""
+    """Field of the process status, in bytes (Linux)."""
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
             name, _, value = line.partition(":")
@@ -285,7 +285,7 @@ def _peak_since_start() -> int | None:
 
 
 def machine(device: torch.device) -> Machine:
-    """What this process runs on, for a model on `device`."""
+    """Machine and software of this process, for a model on `device`."""
     return Machine(
         processor=torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         device=str(device),
@@ -311,7 +311,7 @@ def _cpu_name() -> str:
 
 
 def subject(tracer: Tracer) -> Subject:
-    """The model that a tracer explains, by name, and how."""
+    """Name of a tracer's model, and how it is scored."""
     config = tracer.model.config
     name = str(config.name_or_path) or type(tracer.model).__name__
     return Subject(
@@ -326,7 +326,7 @@ def subject(tracer: Tracer) -> Subject:
 
 
 def report(tracer: Tracer, results: Sequence[Throughput]) -> dict[str, Any]:
-    """All of it as JSON has it: `machine`, `subject`, `results`, one a length."""
+    """All figures as JSON values: `machine`, `subject`, and `results`, one per length."""
     return {
         "machine": machine(tracer.decoder.device)._asdict(),
         "subject": subject(tracer)._asdict(),
@@ -335,7 +335,7 @@ def report(tracer: Tracer, results: Sequence[Throughput]) -> dict[str, Any]:
 
 
 def prose() -> str:
-    """English that comes with every Python: its language reference, 465 kB of it in Python 3.11."""
+    """English text that comes with Python: its language reference, 465 kB in Python 3.11."""
     import pydoc_data.topics
 
     topics = pydoc_data.topics.topics
@@ -343,10 +343,10 @@ def prose() -> str:
 
 
 def first_tokens(text: str, tokenizer: PreTrainedTokenizerBase | None, n_tokens: int) -> Tensor:
-    """The first token ids [n_tokens] of a text, with the special tokens that begin it."""
+    """First token ids [n_tokens] of a text, with its leading special tokens."""
     if tokenizer is None:
         raise ValueError("text: the model has no tokenizer")
     ids = tokenizer(text, truncation=True, max_length=n_tokens)["input_ids"]
     if len(ids) < n_tokens:
-        raise ValueError(f"text: has {len(ids)} tokens, {n_tokens} are to be measured")
+        raise ValueError(f"text: has {len(ids)} tokens, expected at least {n_tokens}")
     return torch.tensor(ids, dtype=torch.int64)

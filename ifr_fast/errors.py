@@ -1,17 +1,17 @@
-"""What ifr_fast raises. Wrong arguments are plain `ValueError`s that name the argument."""
+"""Errors of ifr_fast. A wrong argument raises a `ValueError` that names the argument."""
 
 
 class IfrError(Exception):
-    """Base of all errors that are not a wrong argument."""
+    """Base of all errors other than wrong arguments."""
 
 
 class UnsupportedArchitectureError(IfrError):
-    """A model whose decomposition into parts could not be shown to be right."""
+    """The decomposition of a model into parts could not be verified."""
 
 
 class MemoryBudgetError(IfrError):
-    """A text whose recording does not fit into the memory at hand."""
+    """The recording of a text does not fit into the available memory."""
 
 
 class FormatError(IfrError):
-    """A file that is truncated, foreign, or of another format version."""
+    """A file is truncated, foreign, or of another format version."""

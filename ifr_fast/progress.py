@@ -1,4 +1,4 @@
-"""How far a long job is: a bar on a terminal, nothing in a pipe; and what may be shown there."""
+"""Progress of long jobs, as a bar on a terminal and as nothing in a pipe; printable text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 @contextmanager
 def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """Gives a function that is told how many of `total` steps are done."""
+    """Gives a function that takes the number of steps done, of `total`."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield lambda _: None
@@ -28,5 +28,5 @@ def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[[int], N
 
 
 def printable(text: str) -> str:
-    """Text without control characters, as a terminal may be shown it."""
+    """Text whose control characters are escaped, safe for a terminal."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

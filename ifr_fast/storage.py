@@ -22,11 +22,11 @@ from .errors import FormatError, IfrError
 
 @contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Gives a temporary path, and puts its file in the place of `path` if the block succeeds.
+    """Gives a temporary path, whose file replaces `path` if the block succeeds.
 
-    Links are followed and an existing file's mode is kept. What is no regular file (a FIFO,
-    /dev/null) is written to instead. Raises IfrError, naming the path, where the system refuses;
-    a file is then as it was.
+    Links are followed and an existing file's mode is kept. A FIFO or a device such as /dev/null is
+    written to, not replaced. Raises IfrError with the path if the system refuses; an existing file
+    is then unchanged.
     """
     temporary = None
     try:
@@ -35,7 +35,7 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         target = Path(os.path.realpath(path) if replaced else path)
         folder = target.parent if replaced else Path(tempfile.gettempdir())
         temporary = folder / f".ifr_fast.{secrets.token_hex(8)}"
-        # Opened so, it gets the mode that the umask leaves to new files.
+        # os.open applies the umask to the mode of the new file.
         flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
         os.close(os.open(temporary, flags, 0o666 if replaced else 0o600))
         if mode is None:
@@ -57,7 +57,7 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _mode(path: str | os.PathLike[str]) -> int | None:
-    """Of what the path leads to; None where there is nothing."""
+    """Mode of the file that a path leads to; None if there is none."""
     try:
         return os.stat(path).st_mode
     except FileNotFoundError:
@@ -86,7 +86,7 @@ def save_tensors(
 def load_tensors(
     path: str | os.PathLike[str], format_name: str, version: int, *, oldest: int | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `save_tensors` saved, in `version` or one from `oldest` on.
+    """Loads what `save_tensors` saved, in any version from `oldest` to `version`.
 
     Raises FormatError for a truncated or foreign file.
     """

@@ -1,4 +1,4 @@
-"""Text in every form that a Tracer takes -> token ids and the strings that stand for them."""
+"""Text in every form that a Tracer takes -> token ids, and their strings."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Text: TypeAlias = (
 def encode(
     text: Text, tokenizer: PreTrainedTokenizerBase | None, add_special_tokens: bool | None
 ) -> Tensor:
-    """Token ids [T] int64 on the CPU of a string, ids, or chat messages.
+    """Encodes a string, ids or chat messages as token ids [T], int64 on the CPU.
 
-    Raises ValueError for what is none of these, or is empty.
+    Raises ValueError for other objects and for empty ones.
     """
     ids = _ids(text, tokenizer, add_special_tokens)
     if ids.ndim != 1 or ids.dtype.is_floating_point or ids.dtype == torch.bool:
@@ -46,7 +46,7 @@ def _ids(
             )
         return torch.from_numpy(text.astype(np.int64))
     if isinstance(text, str):
-        if not text:  # a tokenizer may make one special token of it
+        if not text:  # a tokenizer may add a special token
             raise ValueError("text: is empty; expected at least one token")
         return torch.tensor(_need(tokenizer)(text, **special)["input_ids"], dtype=torch.int64)
     if isinstance(text, bytes) or not isinstance(text, Iterable):
@@ -88,7 +88,7 @@ def _chat(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) ->
 
 
 def token_strings(ids: Tensor, tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
-    """Each token's text by itself: a piece of a UTF-8 character shows as U+FFFD."""
+    """Text of each token by itself; a piece of a UTF-8 character becomes U+FFFD."""
     if tokenizer is None:
         return [f"<{i}>" for i in ids.tolist()]
     strings = []
@@ -96,6 +96,6 @@ def token_strings(ids: Tensor, tokenizer: PreTrainedTokenizerBase | None) -> lis
         string = tokenizer.decode([i], clean_up_tokenization_spaces=False)
         piece = tokenizer.convert_ids_to_tokens(i)
         if isinstance(piece, str) and piece.startswith("\u2581") and not string.startswith(" "):
-            string = " " + string  # SentencePiece drops the space of a first piece
+            string = " " + string  # SentencePiece drops the space before a first piece
         strings.append(string)
     return strings

@@ -1,1 +1,1 @@
-"""A RouteGraph in other formats and as pictures; each module is imported when it is called."""
+"""Exports of a RouteGraph, to other formats and as pictures; modules are imported on demand."""

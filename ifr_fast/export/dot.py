@@ -1,8 +1,8 @@
 """A RouteGraph in DOT, the language of Graphviz: `dot -Tsvg graph.dot -o graph.svg`.
 
-Bottom up, a row a level of nodes. Embeddings and the nodes explained are labelled with their
-tokens, other nodes are points whose tooltip says what they are. An edge is as wide as its weight
-and coloured by its kind; `importance`, `kind`, `layer` and `heads` are there for programs.
+Each level of nodes is a row, from bottom to top. Embeddings and the explained nodes are labelled
+with their tokens; other nodes are points with a tooltip. The width of an edge shows its weight, the
+colour its kind; the attributes `importance`, `kind`, `layer` and `heads` are for programs.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _COLOR = {
     EdgeKind.RESIDUAL_POST: "#8a95a1",
     EdgeKind.FFN: "#c2560a",
 }
-_WIDTH = 6.0  # in points, of an edge of weight 1
+_WIDTH = 6.0  # points, for an edge of weight 1
 
 
 def to_dot(graph: RouteGraph) -> str:
-    """The document; whatever tokens hold, only printable characters come out."""
+    """The DOT document. It contains only printable characters, whatever the tokens hold."""
     links = links_of(graph)
     nodes = sorted(nodes_of(graph, links), key=lambda node: (level(node), node.position))
     lines = [
@@ -67,6 +67,6 @@ def _edge(link: Link) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A DOT string: no backslash in it begins an escape or a record field."""
+    """Quotes a DOT string, so that a backslash starts no escape and no record field."""
     escaped = text.replace("\\", "\\\\").replace('"', '\\"')
     return f'"{escaped}"'

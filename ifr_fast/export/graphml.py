@@ -1,10 +1,9 @@
 """A RouteGraph as GraphML, for Gephi, yEd, Cytoscape, networkx and others.
 
-Nodes are named kind_layer_position, edges lead the way information flows; two edges may join the
-same nodes (the residual and self-attention). Weights are written so that they read back exactly.
-XML cannot hold every character: where a token has one of the others, U+FFFD stands for it, and
-`token_id` says which token it was. What is no number or string, each head's share of an edge and
-the graph's `tokens`, is JSON, in ASCII.
+Nodes are named kind_layer_position, and edges have the direction of information; two edges may join
+the same nodes (the residual and self-attention). Weights can be read back exactly. XML cannot hold
+every character: U+FFFD replaces the others, and `token_id` identifies the token. Lists and mappings
+(the heads' shares of an edge, the graph's `tokens`) are JSON in ASCII.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ _KEYS = [
 
 
 def to_graphml(graph: RouteGraph) -> str:
-    """The document, to be written in UTF-8. A node's `flow`: weight of all paths down to it."""
+    """The GraphML document, for UTF-8. `flow` of a node: weight of all paths down to it."""
     links = links_of(graph)
     flow = flow_of(graph, links)
     token_ids = graph.token_ids.tolist()

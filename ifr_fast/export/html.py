@@ -1,8 +1,8 @@
 """A RouteGraph as a standalone page that draws it, and as a notebook cell that holds the page.
 
-The page is graph.html with graph.css, graph.js and the graph's JSON put in. It asks for nothing
-from any network and its Content-Security-Policy forbids it to. Tokens are data: they enter as
-JSON in which no character can end the script element, and are shown through `textContent` alone.
+The page is graph.html with graph.css, graph.js and the graph's JSON inserted. It makes no network
+request, and its Content-Security-Policy forbids them. Tokens are data: they are inserted as JSON in
+which no character can end the script element, and are displayed only through `textContent`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def to_html(graph: RouteGraph) -> str:
-    """The page, as text to write to a .html file."""
+    """The page as text, to write to a .html file."""
     here = resources.files(__package__)
     of_each = [graph.predictions] if graph.span is None else graph.span.predictions
     predicted = visible("".join(of[0].token if of else "?" for of in of_each))
@@ -35,7 +35,7 @@ def to_html(graph: RouteGraph) -> str:
 
 
 def to_notebook_html(graph: RouteGraph) -> str:
-    """The page in a frame of its own, which may run its script and nothing else."""
+    """The page in a sandboxed frame that may run only its own script."""
     height = min(860, max(420, 280 + 20 * graph.n_layers))  # CSS pixels; the page scrolls beyond
     return (
         f'<iframe srcdoc="{escape(to_html(graph))}" sandbox="allow-scripts" '

@@ -1,7 +1,7 @@
-"""A RouteGraph as one JSON document: its keys are the graph's attributes, its tables columns.
+"""A RouteGraph as a JSON document: keys are the graph's attributes, tables are stored by column.
 
-Weights are float32 values written so that they read back exactly. Only ASCII comes out, so that
-no token, not even a lone surrogate, can break the file that holds it.
+Weights are float32 and can be read back exactly. The document is ASCII, so that no token, not even
+a lone surrogate, can break the file.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from ..graph import RouteGraph, Span
 
 FORMAT = "ifr_fast.route_graph.json"
-VERSION = 2  # 1 knew no spans
+VERSION = 2  # version 1 has no spans
 
 
 def to_json(graph: RouteGraph) -> str:
-    """The document. Raises ValueError for a weight or probability that is not finite."""
+    """The JSON document. Raises ValueError for a weight or probability that is not finite."""
     edges = {name: column.tolist() for name, column in graph.edges._asdict().items()}
     names = {int(kind): kind.name.lower() for kind in EdgeKind}
     edges["kind"] = [names[kind] for kind in edges["kind"]]
@@ -37,7 +37,7 @@ def to_json(graph: RouteGraph) -> str:
 
 
 def described(graph: RouteGraph) -> dict[str, Any]:
-    """What a graph says of itself, besides its tables, as JSON has it."""
+    """Attributes of a graph other than its tables, as JSON values."""
     return {
         "tokens": graph.tokens,
         "token_ids": graph.token_ids.tolist(),

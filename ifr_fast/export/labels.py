@@ -1,4 +1,4 @@
-"""What pictures of a graph share: token text made visible, and which tokens get a column."""
+"""Text and columns of the tokens in pictures of a graph."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 if TYPE_CHECKING:
     from ..graph import RouteGraph
 
-SHOW_ALL = 40  # a text of up to so many tokens is shown whole
+SHOW_ALL = 40  # longest text, in tokens, that is shown completely
 
 _MARKS = {" ": "·", "\n": "↵", "\t": "⇥"}
 
@@ -24,11 +24,11 @@ class Column(NamedTuple):
 
 
 def visible(token: str) -> str:
-    """The token with whitespace marked and whatever would not show as its code point."""
+    """The token with marks for whitespace, and code points for invisible characters."""
     if not token:
         return "∅"
     out: list[str] = []
-    alone = True  # nothing that shows stands before: an accent needs something to sit on
+    alone = True  # no visible character precedes, so an accent needs a carrier
     for char in token:
         category = unicodedata.category(char)
         hidden = char in _MARKS or category[0] in "CZ"
@@ -41,7 +41,7 @@ def visible(token: str) -> str:
 
 
 def columns(graph: RouteGraph) -> list[Column]:
-    """Left to right: a column for each token, or in a long text for each that is reached."""
+    """Columns from left to right: all tokens, or in a long text those that the graph reaches."""
     T = len(graph.tokens)
     reached = torch.zeros(T, dtype=torch.bool)
     reached[list(graph.starts)] = True

@@ -1,8 +1,8 @@
-"""The nodes and links that every format of a RouteGraph draws from.
+"""Nodes and links of a RouteGraph, for all formats.
 
-`resid_pre` of a layer is the `post` of the one below, or an `embed`, which is at layer 0. An FFN
-edge becomes two links, into the `ffn` node with weight 1 and out of it with its own, so that the
-product of weights along a path stays that of the path.
+`resid_pre` of a layer is the `post` node of the layer below, or an `embed` node at layer 0. An FFN
+edge becomes two links, into the `ffn` node with weight 1 and out of it with the edge's weight, so
+that the product of the weights along a path does not change.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Link(NamedTuple):
     target: Node
     kind: EdgeKind
     layer: int
-    weight: float  # importance of the part in its target; 1 into an `ffn` node
-    heads: dict[int, float] | None  # each head's share, of attention alone
+    weight: float  # importance of the source in the target; 1 into an `ffn` node
+    heads: dict[int, float] | None  # each head's share, for attention only
 
 
 def links_of(graph: RouteGraph) -> list[Link]:
@@ -54,18 +54,18 @@ def links_of(graph: RouteGraph) -> list[Link]:
 
 
 def nodes_of(graph: RouteGraph, links: list[Link]) -> list[Node]:
-    """The nodes explained, then those that the links join, each once."""
+    """The explained nodes, then those that links join, each once."""
     ends = (end for link in links for end in (link.source, link.target))
     return list(dict.fromkeys([*tops_of(graph), *ends]))
 
 
 def tops_of(graph: RouteGraph) -> list[Node]:
-    """The nodes that are explained, by position."""
+    """The explained nodes, by position."""
     return [Node(graph.n_layers - 1, NodeKind.POST, position) for position in graph.starts]
 
 
 def flow_of(graph: RouteGraph, links: list[Link]) -> dict[Node, float]:
-    """Weight of all paths from the predictions down to each node; 0 is not listed."""
+    """Weight of all paths from the predictions down to each node, without zeros."""
     flow: defaultdict[Node, float] = defaultdict(float)
     for top, weight in zip(tops_of(graph), graph.starts.values(), strict=True):
         flow[top] = weight
@@ -76,17 +76,17 @@ def flow_of(graph: RouteGraph, links: list[Link]) -> dict[Node, float]:
 
 
 def level(node: Node) -> int:
-    """Higher for a link's target than for its source."""
+    """Height of a node: a link's target is higher than its source."""
     return -1 if node.kind == NodeKind.EMBED else 3 * node.layer + _RANK[node.kind]
 
 
 def name_of(node: Node) -> str:
-    """What identifies a node in formats whose nodes have names."""
+    """Name of a node in formats with node names."""
     return f"{node.kind.value}_{node.layer}_{node.position}"
 
 
 def rows(table: Any) -> Any:
-    """A table's rows, as Python numbers."""
+    """Rows of a table, as Python numbers."""
     return zip(*(column.tolist() for column in table), strict=True)
 
 

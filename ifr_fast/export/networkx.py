@@ -1,8 +1,8 @@
-"""A RouteGraph as a networkx graph, edges in the direction in which information flows.
+"""A RouteGraph as a networkx graph, with edges in the direction of information.
 
-Nodes are tuples (kind, layer, position); an `embed` is at layer 0. `resid_pre` of a layer is the
-`post` of the one below. An FFN edge becomes two, into the `ffn` node with weight 1 and out of it
-with its own, so that the product of weights along a path stays that of the path.
+Nodes are tuples (kind, layer, position); an `embed` node is at layer 0. `resid_pre` of a layer is
+the `post` node of the layer below. An FFN edge becomes two edges, into the `ffn` node with weight 1
+and out of it with its own weight, so that the product of the weights along a path does not change.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 
 def to_networkx(graph: RouteGraph) -> nx.MultiDiGraph:
-    """Nodes carry token, layer, kind, position; edges weight, kind, layer, and attention heads.
+    """Nodes have token, layer, kind, position; edges weight, kind, layer, and for attention heads.
 
-    The graph's `starts` are the positions explained and their weights.
+    The graph's `starts` are the explained positions and their weights.
     """
     try:
         import networkx as nx

@@ -1,23 +1,22 @@
 """A RouteGraph as an attribution graph, the JSON of Neuronpedia and circuit-tracer.
 
-The published schema asks for `metadata`, `qParams`, `nodes` and `links`. Here
+The published schema requires `metadata`, `qParams`, `nodes` and `links`. In this export,
 
 - an `embed` is an `embedding` node, `E_{token id}_{position}`;
-- `mid`, `ffn` and `post` nodes are `{layer}_{feature}_{position}`, where feature 0, 1, 2 says
-  which; their `feature_type` is "attention output", "mlp output" or "residual stream", and `clerp`
+- `mid`, `ffn` and `post` nodes are `{layer}_{feature}_{position}`, with feature 0, 1 and 2; their
+  `feature_type` is "attention output", "mlp output" or "residual stream", and `clerp`
   labels them;
-- each position explained has a `logit` node, `{L + 1}_{token id}_{position}`, for its likeliest
-  next token, linked with the position's weight (1 where it is the only one);
-- a link's weight is an importance, so positive. Two edges between the same nodes (the residual
-  and self-attention) are one link whose weight is their sum; `kinds` has each one's own.
+- each explained position has a `logit` node, `{L + 1}_{token id}_{position}`, for its likeliest
+  next token, linked with the position's weight (1 if it is the only one);
+- the weight of a link is an importance, so it is positive. Two edges between the same nodes (the
+  residual and self-attention) are one link whose weight is their sum; `kinds` has the parts.
 
-`influence` is what the sliders of these tools prune by, so it is theirs: nodes are sorted by the
-weight of all paths from the prediction (`flow`), and each has the share of the total that it and
-those before it make up. It is 0 for nothing, near 1 for what matters least, and null for logits.
+The sliders of these tools prune by `influence`, so it is defined as there: nodes are sorted by the
+weight of all paths from the prediction (`flow`), and `influence` is the cumulative share of the
+total. It is near 1 for the least important nodes, and null for logits.
 
-A cap keeps links from the logits down, each time the one with the most flow through it among those
-into a node that is there already: what is left hangs together, and no link hangs in the air.
-Only ASCII comes out.
+A cap keeps links from the logits downwards, each time the one with the largest flow among those
+into nodes that are already kept, so that the result is connected. The document is ASCII.
 """
 
 from __future__ import annotations
@@ -42,18 +41,18 @@ _FEATURE = {
     NodeKind.FFN: (1, "mlp output"),
     NodeKind.POST: (2, "residual stream"),
 }
-_SLUG = 60  # characters
+_SLUG = 60  # most characters
 
 
 class _Link(NamedTuple):
     source: Node
     target: Node | None  # None: the logit at its source's position
     weight: float
-    kinds: dict[str, float] | None  # of each edge that it stands for
+    kinds: dict[str, float] | None  # weight of each edge in the link, by kind
 
 
 def to_neuronpedia(graph: RouteGraph, slug: str | None, scan: str, max_links: int) -> str:
-    """The document. Raises ValueError for a `max_links` below 1 and names that are no strings."""
+    """The JSON document. Raises ValueError for `max_links` below 1, or a name that is no string."""
     if as_index("max_links", max_links) < 1:
         raise ValueError(f"max_links: expected at least 1, got {max_links}")
     for argument, name in (("slug", "" if slug is None else slug), ("scan", scan)):
@@ -103,7 +102,7 @@ def to_neuronpedia(graph: RouteGraph, slug: str | None, scan: str, max_links: in
 
 
 def _strongest(graph: RouteGraph, max_links: int) -> tuple[list[_Link], dict[Node, float]]:
-    """The links to keep, each after one out of its target, and the flow of all nodes."""
+    """Links to keep, each after a link out of its target, and the flow of all nodes."""
     single = links_of(graph)
     flow = flow_of(graph, single)
     kinds: defaultdict[tuple[Node, Node], dict[str, float]] = defaultdict(dict)
@@ -113,7 +112,7 @@ def _strongest(graph: RouteGraph, max_links: int) -> tuple[list[_Link], dict[Nod
     for (source, target), of in kinds.items():
         into[target].append(_Link(source, target, sum(of.values()), of))
 
-    waiting: list[tuple[float, int, _Link]] = []  # strongest first; of equals, the first come
+    waiting: list[tuple[float, int, _Link]] = []  # strongest first, then by order of insertion
     count = itertools.count()
 
     def offer(link: _Link) -> None:
@@ -135,7 +134,7 @@ def _strongest(graph: RouteGraph, max_links: int) -> tuple[list[_Link], dict[Nod
 
 
 def _influence(nodes: list[Node], flow: dict[Node, float]) -> dict[Node, float]:
-    """Each node's share of all flow, together with those that have more."""
+    """Cumulative share of the flow, from the node with the largest flow on."""
     total = sum(flow[node] for node in nodes)
     so_far, found = 0.0, {}
     for node in sorted(nodes, key=lambda node: -flow[node]):
@@ -181,7 +180,7 @@ def _node(graph: RouteGraph, node: Node, flow: float, influence: float) -> dict[
 
 
 def _logit(graph: RouteGraph, position: int) -> dict[str, Any]:
-    """The node of the likeliest token after a position that is explained."""
+    """Node of the likeliest token after an explained position."""
     predictions = graph.predictions
     if graph.span is not None:
         predictions = graph.span.predictions[graph.span.positions.index(position)]
@@ -205,7 +204,7 @@ def _logit(graph: RouteGraph, position: int) -> dict[str, Any]:
 
 
 def _fields(name: str, **own: Any) -> dict[str, Any]:
-    """A node with all fields that circuit-tracer's have."""
+    """A node with all fields of circuit-tracer's nodes."""
     return {
         "node_id": name,
         "jsNodeId": name,
@@ -223,6 +222,6 @@ def _quoted(token: str) -> str:
 
 
 def _slug(prompt: str) -> str:
-    """Words of a text that a URL can hold."""
+    """Words of a text, for a URL."""
     words = re.sub("[^a-z0-9]+", "-", prompt.lower()).strip("-")[:_SLUG].rstrip("-")
     return words or "routes"

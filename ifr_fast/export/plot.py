@@ -1,9 +1,9 @@
 """A RouteGraph as a matplotlib figure: tokens along the bottom, layers upwards.
 
-A layer's nodes are `mid` and `post`; attention leads into mid (in a parallel block, into post) as
-a curve, the FFN is a loop to the right of its column, self-attention one to the left. Width and
-opacity grow with an edge's weight. No pyplot: the figure belongs to no backend and to no
-global state.
+A layer has the nodes `mid` and `post`. Attention is a curve into mid (in a parallel block, into
+post), the FFN a loop to the right of its column, self-attention a loop to the left. Width and
+opacity grow with the weight of an edge. The figure is made without pyplot, so that it belongs to no
+backend and to no global state.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 _MID = 0.6  # height of mid within its layer
 _GAP = 0.5  # width of a gap, in columns
-_LABEL = 22  # characters of a token
-_CHARACTER, _ABOVE = 0.085, 0.95  # inches: a character, and the room above the layers
-_WIDEST = 1.0  # inches: a column
+_LABEL = 22  # most characters of a token
+_CHARACTER, _ABOVE = 0.085, 0.95  # inches: width of a character, room above the layers
+_WIDEST = 1.0  # inches: widest column
 _INK, _MUTED, _FAINT, _BAND, _CHIP = "#1a1f26", "#56616d", "#dfe4e9", "#f6f8fa", "#eef1f4"
 _COLOR = {"residual": "#8a95a1", "attention": "#2b5fd9", "FFN": "#c2560a"}
 _TINT, _ALERT = "#14a394", "#c01f7a"
-# Beyond DejaVu Sans, which comes with matplotlib: used where they are installed.
+# Fonts that are used if installed, besides DejaVu Sans, which comes with matplotlib.
 _FONTS = (
     *("Noto Sans CJK JP", "Noto Sans CJK SC", "PingFang SC", "Hiragino Sans", "Microsoft YaHei"),
     *("Malgun Gothic", "Noto Sans Devanagari", "Noto Sans Thai", "Noto Emoji", "Arial Unicode MS"),
@@ -44,7 +44,7 @@ class _Line(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """Where things are, in units of columns and layers."""
+    """Coordinates, in units of columns and layers."""
 
     columns: list[Column]
     x: dict[int, float]  # by token position
@@ -59,7 +59,7 @@ class _Place(NamedTuple):
 
 
 def check_plot() -> None:
-    """Raises IfrError where `plot` could not run."""
+    """Raises IfrError if `plot` cannot run."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
@@ -69,7 +69,7 @@ def check_plot() -> None:
 
 
 def plot(graph: RouteGraph) -> Figure:
-    """The figure; `savefig` writes it. It grows with the tokens reached and with the layers."""
+    """The figure; `savefig` writes it. Its size grows with the tokens reached and the layers."""
     check_plot()
     from matplotlib.figure import Figure
 
@@ -84,12 +84,12 @@ def plot(graph: RouteGraph) -> Figure:
     up = max(2.0, graph.n_layers * 0.26)
     outcomes = _outcomes(graph, labels)
     above = _ABOVE
-    if graph.span is not None:  # a label stands upright on each of its columns
+    if graph.span is not None:  # each column has an upright label
         above += max((len(text) for text in outcomes.values()), default=0) * _CHARACTER
     height = up + below + above
     figure = Figure(figsize=(across, height), facecolor="white")
     axes = figure.add_axes((0.6 / across, below / height, 1 - 0.85 / across, up / height))
-    # A text of few tokens leaves room at both sides, or its loops would be as wide as the page.
+    # A short text gets margins, since its loops would be as wide as the page.
     beside = max(0.0, (across - 0.85) / _WIDEST - (place.width + 0.4)) / 2
     axes.set_xlim(-0.7 - beside, place.width - 0.3 + beside)
     axes.set_ylim(-0.15, graph.n_layers + 0.35)
@@ -167,7 +167,7 @@ def _draw_edges(axes: Axes, lines: list[_Line]) -> None:
 
 
 def _thickness(line: _Line) -> float:
-    """In points. Most residual weights are near 1; FFN loops are too narrow for thick lines."""
+    """Width in points: residual weights are mostly near 1, and FFN loops need thin lines."""
     if line.looks == "residual":
         return 0.4 + 1.8 * line.weight
     if line.looks == "FFN":
@@ -253,7 +253,7 @@ def _draw_tokens(
 
 
 def _outcomes(graph: RouteGraph, labels: _Labels) -> dict[int, str]:
-    """What is predicted after each position explained; of a single one, how probable it is too."""
+    """Predicted token after each explained position; a single one also has its probability."""
     if graph.span is not None:
         each = zip(graph.span.positions, graph.span.predictions, strict=True)
         return {position: labels.of(of[0].token) for position, of in each if of}
@@ -329,7 +329,7 @@ def _draw_heading(figure: Figure, graph: RouteGraph, height: float) -> None:
 
 
 class _Labels:
-    """Token text in the fonts at hand; a box for a character that none of them has."""
+    """Token text in the installed fonts; a box replaces a missing character."""
 
     def __init__(self) -> None:
         from matplotlib import font_manager

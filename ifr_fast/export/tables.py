@@ -1,15 +1,14 @@
 """A RouteGraph as tidy tables: pandas data frames, Arrow tables, Parquet files.
 
-- `edges`: a row an edge. `layer`, `kind`, `target` and `source` (positions), `target_token`,
-  `source_token`, `weight`, and `flow`: the weight of all paths that take the edge, its share in
-  what the graph explains.
-- `parts`: the same, but an attention edge has a row a head (`head`; missing in other rows), with
-  that head's share of weight and flow. It holds the whole graph, and is what a Parquet file has
-  unless another is asked for.
-- `tokens`: a row a token. `position`, `token`, `token_id`, `importance`.
+- `edges`: one row per edge. `layer`, `kind`, `target` and `source` (positions), `target_token`,
+  `source_token`, `weight`, and `flow`: the weight of all paths through the edge.
+- `parts`: like `edges`, but an attention edge has one row per head (`head`, missing in other rows),
+  with that head's share of weight and flow. This table holds the whole graph, and is the default
+  for Parquet files.
+- `tokens`: one row per token. `position`, `token`, `token_id`, `importance`.
 
-A file's metadata, and that of an Arrow table, says under `ifr_fast.route_graph` in JSON what the
-graph says of itself: threshold, granularity, starts, predictions and so on.
+The metadata of a file, and of an Arrow table, hold the graph's other attributes as JSON under
+`ifr_fast.route_graph`: threshold, granularity, starts, predictions and so on.
 """
 
 from __future__ import annotations
@@ -39,15 +38,15 @@ METADATA = b"ifr_fast.route_graph"
 
 
 class _Column(NamedTuple):
-    """One column, before it is of any library."""
+    """A column, independent of pandas and Arrow."""
 
-    values: np.ndarray[Any, Any]  # numbers; of strings, indices of `names`
-    names: list[str] | None = None  # what a string column is made of
+    values: np.ndarray[Any, Any]  # numbers, or indices into `names`
+    names: list[str] | None = None  # strings of the column
     missing: np.ndarray[Any, Any] | None = None  # bool
 
 
 def to_pandas(graph: RouteGraph, table: TableName) -> pd.DataFrame:
-    """One of the tables; strings are categorical."""
+    """A table as a data frame; strings are categorical."""
     try:
         import pandas as pd
     except ImportError as error:
@@ -67,7 +66,7 @@ def to_pandas(graph: RouteGraph, table: TableName) -> pd.DataFrame:
 
 
 def to_arrow(graph: RouteGraph, table: TableName) -> pa.Table:
-    """One of the tables; strings are dictionary-encoded."""
+    """A table as an Arrow table; strings are dictionary-encoded."""
     try:
         import pyarrow as pa
     except ImportError as error:
@@ -89,7 +88,7 @@ def to_arrow(graph: RouteGraph, table: TableName) -> pa.Table:
 
 
 def check_parquet() -> None:
-    """Raises IfrError where `to_parquet` could not run."""
+    """Raises IfrError if `to_parquet` cannot run."""
     try:
         import pyarrow.parquet  # noqa: F401
     except ImportError as error:
@@ -97,7 +96,7 @@ def check_parquet() -> None:
 
 
 def to_parquet(graph: RouteGraph, path: str | os.PathLike[str], table: TableName) -> None:
-    """Writes one of the tables, whole or not at all."""
+    """Writes a table, whole or not at all."""
     check_parquet()
     import pyarrow.parquet as pq
 
@@ -183,7 +182,7 @@ def _of_edges(
 
 
 def _codes(column: _Column) -> np.ndarray[Any, Any]:
-    """Indices of the different names."""
+    """Indices of the distinct names."""
     assert column.names is not None
     place: dict[str, int] = {}
     codes = np.array([place.setdefault(name, len(place)) for name in column.names], dtype=np.int32)
@@ -191,5 +190,5 @@ def _codes(column: _Column) -> np.ndarray[Any, Any]:
 
 
 def _encodable(text: str) -> str:
-    """Arrow holds UTF-8: a lone surrogate becomes a replacement mark."""
+    """Text for UTF-8, as Arrow requires: a lone surrogate becomes a replacement mark."""
     return text.encode(errors="replace").decode()

@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from command import Ran, assert_one_error, shell
+from command import Ran, assert_one_error
 
 from ifr_fast import RouteGraph, Tracer
 from ifr_fast.cli import options
@@ -142,8 +142,6 @@ def test_a_dash_writes_to_standard_output(ifr: Any, tiny_dir: Path, tiny_tracer:
     ):
         ran = ifr("trace", "-m", tiny_dir, "some words", option, "-")
         assert ran == Ran(0, expected, "")
-    ran = shell("trace", "-m", tiny_dir, "some words", "--json", "-")
-    assert ran == Ran(0, graph.to_json(), "")
     ran = ifr("generate", "-m", tiny_dir, "some words", "-n", 3, "--json", "-")
     assert (ran.code, ran.err) == (0, "")
     steps = list(tiny_tracer.generate("some words", max_new_tokens=3))

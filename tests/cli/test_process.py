@@ -1,20 +1,25 @@
-"""The command in a process of its own: pipes, terminals and exit codes."""
+"""Standard output that breaks, fills up or lacks characters, and processes that end."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
+import sys
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+import pytest
 from command import COMMAND, Ran, assert_one_error, shell
 
 from ifr_fast import __version__
 
 
 def test_failing_in_a_process_of_its_own(tmp_path: Path) -> None:
-    ran = shell("trace", "--model", tmp_path / "missing", "--save", "out", cwd=tmp_path)
-    assert_one_error(ran, "no directory", str(tmp_path / "missing"))
+    ran = shell("trace", "--file", tmp_path / "missing", "--save", "out", cwd=tmp_path)
+    assert_one_error(ran, "No such file", str(tmp_path / "missing"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -22,42 +27,61 @@ def test_version_in_a_process_of_its_own() -> None:
     assert shell("--version") == Ran(0, f"ifr-fast {__version__}\n", "")
 
 
-def test_a_reader_that_stops_reading(tiny_dir: Path, tmp_path: Path) -> None:
+def test_a_reader_that_stops_reading(
+    trace: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`ifr-fast trace ... | head -0`: the files are whole, and nothing is complained about."""
     path = tmp_path / "out.json"
-    for args in (["trace", "-m", tiny_dir, "some words", "--json", path], ["--version"]):
-        reader, writer = os.pipe()
-        os.close(reader)
-        process = subprocess.Popen(
-            [COMMAND, *map(str, args)], stdout=writer, stderr=subprocess.PIPE, text=True
-        )
-        os.close(writer)
-        _, err = process.communicate()
-        assert process.returncode == 1
-        assert err == (f"wrote {path}\n" if "--json" in args else "")
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert trace("some words", "--json", path) == Ran(1, "", f"wrote {path}\n")
     assert json.loads(path.read_text())["tokens"] == list("some words")
 
 
-def test_a_terminal_that_cannot_show_everything(tiny_dir: Path, tmp_path: Path) -> None:
+def test_a_process_whose_reader_stops_reading() -> None:
+    """The interpreter flushes once more when it exits."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = subprocess.Popen([COMMAND, "--version"], stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    _, err = process.communicate()
+    assert (process.returncode, err) == (1, b"")
+
+
+def test_a_terminal_that_cannot_show_everything(
+    ifr: Any, trace: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ascii_streams() -> tuple[io.BytesIO, io.BytesIO]:
+        out, err = io.BytesIO(), io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, "ascii"))
+        monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(err, "ascii", write_through=True))
+        return out, err
+
+    out, err = ascii_streams()
     path = tmp_path / "caf\u00e9.json"
-    ran = shell("trace", "-m", tiny_dir, "words", "--json", path, PYTHONIOENCODING="ascii")
-    assert ran.code == 0, ran
-    assert ran.out.startswith("after ?s?@4 the model predicts ")
-    assert ran.err == f"wrote {tmp_path / 'caf?.json'}\n"
+    assert trace("words", "--json", path).code == 0
+    assert out.getvalue().startswith(b"after ?s?@4 the model predicts ")
+    assert err.getvalue().decode() == f"wrote {tmp_path / 'caf?.json'}\n"
     assert json.loads(path.read_text())["tokens"] == list("words")
-    ran = shell("trace", "-m", tmp_path / "caf\u00e9", "words", PYTHONIOENCODING="ascii")
-    assert_one_error(ran, "caf?")
+    out, err = ascii_streams()
+    code = ifr("trace", "-m", tmp_path / "caf\u00e9", "words").code
+    assert_one_error(Ran(code, out.getvalue().decode(), err.getvalue().decode()), "caf?")
 
 
-def test_a_full_standard_output(tiny_dir: Path) -> None:
+def test_a_full_standard_output(trace: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for more in ([], ["--json", "-"]):
-        with open("/dev/full", "wb") as full:
-            ran = subprocess.run(
-                [COMMAND, "trace", "-m", tiny_dir, "some words", *more],
-                stdout=full,
-                stderr=subprocess.PIPE,
-                text=True,
-                check=False,
-            )
-        assert ran.returncode == 2
-        assert ran.stderr == "error: [Errno 28] No space left on device\n"
+        full = open("/dev/full", "w")  # noqa: SIM115  # closing it fails
+        monkeypatch.setattr(sys, "stdout", full)
+        ran = trace("some words", *more)
+        assert ran == Ran(2, "", "error: [Errno 28] No space left on device\n")
+        with suppress(OSError):
+            full.close()
+
+
+def test_a_process_whose_standard_output_is_full() -> None:
+    with open("/dev/full", "wb") as full:
+        ran = subprocess.run([COMMAND, "--version"], stdout=full, stderr=-1, check=False)
+    assert ran.returncode == 2
+    assert ran.stderr == b"error: [Errno 28] No space left on device\n"

@@ -15,11 +15,13 @@ from command import Ran, assert_one_error, shell
 from ifr_fast import RouteGraph, Tracer, __version__
 from ifr_fast.cli import options
 from ifr_fast.cli.options import DEMO_TEXT
+from ifr_fast.pretrained import default_model
 
 
 @pytest.mark.default_model
-@pytest.mark.usefixtures("smol")  # so that the model is in the cache
 def test_the_demonstration(tmp_path: Path) -> None:
+    """The default model, in a process of its own."""
+    default_model()  # fetches it, with a bar of its progress
     files = {kind: tmp_path / f"out.{kind}" for kind in ("json", "html", "png", "save")}
     ran = shell("trace", *(x for kind, path in files.items() for x in (f"--{kind}", path)))
     assert ran.code == 0, ran.err

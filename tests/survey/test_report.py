@@ -34,6 +34,12 @@ def surveyed(path: Path) -> Survey:
     )
 
 
+@pytest.fixture
+def no_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The figure's t-SNE map takes longer than the rest of a report."""
+    monkeypatch.setattr("sklearn.manifold.TSNE.fit_transform", lambda _, x: x[:, :2])
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Report:
     return report(surveyed(tmp_path_factory.mktemp("report") / "survey"))
@@ -94,7 +100,7 @@ def test_what_cannot_be_computed_is_said(tmp_path: Path) -> None:
     assert "no label 'pos'; it has none" in written.path.read_text().replace("&#x27;", "'")
 
 
-def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command(tmp_path: Path, no_map: None) -> None:
     columns = made_up(18, 16)
     columns["corpus"] = np.array(["a", "b", "c"], object)[columns["document"] % 3]
     survey = write_survey(
@@ -121,7 +127,9 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert message in str(failed.exception)
 
 
-def test_the_documentation_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_documentation_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_map: None
+) -> None:
     columns = made_up(16, 16)
     columns["corpus"] = np.where(columns["corpus"] == "odd", "code", "prose").astype(object)
     write_survey(

@@ -15,6 +15,12 @@ from ifr_fast.survey.analyses import (
 )
 
 
+@pytest.fixture(autouse=True)
+def no_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The figure's t-SNE map takes longer than all numbers; the report's tests draw it."""
+    monkeypatch.setattr("sklearn.manifold.TSNE.fit_transform", lambda _, x: x[:, :2])
+
+
 def test_parts_of_speech_are_told_where_they_differ(tmp_path: Path) -> None:
     """Each tag has a head of its own; words say nothing of tags here."""
     columns = made_up(30, 20)

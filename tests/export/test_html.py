@@ -1,14 +1,10 @@
-"""What a graph is exported to says what the graph says; hostile tokens are text and no more."""
+"""The page that draws a graph, in a browser; hostile tokens are text and no more."""
 
 from __future__ import annotations
 
-import builtins
 import dataclasses
-import json
 import shutil
-import warnings
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,187 +12,9 @@ import pytest
 import torch
 from hostile import HOSTILE, N_TOKENS, VOCABULARY, trace, tracer
 
-from ifr_fast.errors import IfrError
-from ifr_fast.export.labels import SHOW_ALL, columns, visible
-from ifr_fast.graph import EdgeKind, Node, NodeKind, Prediction, RouteGraph
+from ifr_fast.export.labels import columns, visible
+from ifr_fast.graph import EdgeKind, RouteGraph
 from ifr_fast.storage import write_text
-
-
-@pytest.fixture(scope="module", params=["sequential", "parallel"])
-def parallel(request: pytest.FixtureRequest) -> bool:
-    return request.param == "parallel"
-
-
-@pytest.fixture(scope="module", params=["token", "head"])
-def graph(request: pytest.FixtureRequest, parallel: bool) -> RouteGraph:
-    found = trace(parallel, request.param)
-    assert {EdgeKind.ATTENTION, EdgeKind.FFN} <= set(found.edges.kind.tolist())
-    return found
-
-
-@pytest.fixture(scope="module")
-def hostile() -> RouteGraph:
-    graph = trace(False)
-    predictions = [
-        Prediction(token, i, p.probability)
-        for i, (token, p) in enumerate(zip(HOSTILE, graph.predictions, strict=False))
-    ]
-    unattributed = [
-        Node(graph.n_layers - 1, NodeKind.POST, graph.position),
-        Node(graph.n_layers - 1, NodeKind.MID, graph.position),
-    ]
-    return dataclasses.replace(
-        graph, tokens=HOSTILE, predictions=predictions, unattributed=unattributed
-    )
-
-
-def test_json_reproduces_the_tables(graph: RouteGraph) -> None:
-    document = json.loads(graph.to_json())
-    names = {kind.name.lower(): int(kind) for kind in EdgeKind}
-    document["edges"]["kind"] = [names[name] for name in document["edges"]["kind"]]
-    for name in ("edges", "head_edges"):
-        table = getattr(graph, name)
-        assert list(document[name]) == list(table._fields)
-        for field, column in table._asdict().items():
-            assert torch.equal(torch.tensor(document[name][field], dtype=column.dtype), column)
-    for name in ("tokens", "position", "threshold", "granularity", "n_layers", "n_heads"):
-        assert document[name] == getattr(graph, name)
-    assert document["token_ids"] == graph.token_ids.tolist()
-    assert document["parallel"] == graph.parallel.tolist()
-    assert [Prediction(**p) for p in document["predictions"]] == graph.predictions
-    assert document["token_importance"] == graph.token_importance().tolist()
-    assert document["format"] == "ifr_fast.route_graph.json"
-    assert document["version"] == 2
-    assert document["span"] is None
-
-
-def test_json_of_hostile_tokens_is_ascii_and_reads_back(hostile: RouteGraph) -> None:
-    text = hostile.to_json()
-    assert text.isascii()
-    document = json.loads(text)
-    assert document["tokens"] == HOSTILE
-    assert [Node(**n) for n in document["unattributed"]] == hostile.unattributed
-
-
-def test_json_refuses_what_is_not_finite(hostile: RouteGraph) -> None:
-    weight = hostile.edges.weight.clone()
-    weight[0] = float("nan")
-    broken = dataclasses.replace(hostile, edges=hostile.edges._replace(weight=weight))
-    with pytest.raises(ValueError, match="JSON compliant"):
-        broken.to_json()
-
-
-def test_networkx_paths_sum_to_token_importance(parallel: bool) -> None:
-    nx = pytest.importorskip("networkx")
-    graph = trace(parallel, n_layers=2, n_tokens=6, threshold=0.05)
-    exported = graph.to_networkx()
-    top = ("post", graph.n_layers - 1, graph.position)
-    importance = torch.zeros(6, dtype=torch.float64)
-    for node in [n for n in exported if n[0] == "embed"]:
-        for path in nx.all_simple_edge_paths(exported, node, top):
-            product = 1.0
-            for edge in path:
-                product *= exported.edges[edge]["weight"]
-            importance[node[2]] += product
-    assert (importance > 0).sum() > 1
-    torch.testing.assert_close(importance.float(), graph.token_importance(), rtol=1e-5, atol=1e-8)
-
-
-def test_networkx_attributes(graph: RouteGraph) -> None:
-    pytest.importorskip("networkx")
-    exported = graph.to_networkx()
-    n_ffn = int((graph.edges.kind == EdgeKind.FFN).sum())
-    assert exported.number_of_edges() == len(graph.edges.layer) + n_ffn
-    for (kind, layer, position), data in exported.nodes(data=True):
-        token = graph.tokens[position]
-        assert data == {"token": token, "kind": kind, "layer": layer, "position": position}
-    kinds = {"embed", "ffn", "post"} if bool(graph.parallel[0]) else {k.value for k in NodeKind}
-    assert {node[0] for node in exported} == kinds
-    heads = 0
-    for source, target, data in exported.edges(data=True):
-        height = {"embed": 0, "mid": 1, "ffn": 2, "post": 3}
-        assert (source[1], height[source[0]]) < (target[1], height[target[0]])
-        assert ("heads" in data) == (data["kind"] == "attention")
-        if data["kind"] == "attention":
-            assert sum(data["heads"].values()) == pytest.approx(data["weight"], rel=1e-5)
-            heads += len(data["heads"])
-    assert heads == len(graph.head_edges.layer)
-    assert exported.graph["threshold"] == graph.threshold
-    assert exported.graph["tokens"] == graph.tokens
-
-
-def test_visible_shows_what_would_not_show() -> None:
-    assert visible(" to") == "·to"
-    assert visible("a\n\tb") == "a↵⇥b"
-    assert visible("") == "∅"
-    assert visible("\u202e\u200b\ud800\u2028") == "‹202E›‹200B›‹D800›‹2028›"
-    assert visible("\u0301e\u0301 \u0301") == "◌\u0301e\u0301·◌\u0301"
-    assert visible("\ufffd日本語") == "\ufffd日本語"
-
-
-def test_long_texts_collapse_tokens_that_are_not_reached() -> None:
-    graph = trace(False, n_layers=2, n_tokens=90, threshold=0.15)
-    reached = {graph.position, *graph.edges.source.tolist(), *graph.edges.target.tolist()}
-    found = columns(graph)
-    assert {c.first for c in found if not c.gap} == reached
-    covered = [i for c in found for i in range(c.first, c.last + 1)]
-    assert covered == list(range(90))
-    assert not any(a.gap and b.gap for a, b in pairwise(found))
-    assert any(c.gap for c in found)
-    short = trace(False, n_layers=2, n_tokens=SHOW_ALL, threshold=0.15)
-    assert len(columns(short)) == SHOW_ALL
-
-
-@pytest.mark.parametrize("n_tokens", [1, 14, 90])
-def test_plot_saves_a_picture(tmp_path: Path, parallel: bool, n_tokens: int) -> None:
-    pytest.importorskip("matplotlib")
-    graph = trace(parallel, n_layers=2, n_tokens=n_tokens, threshold=0.1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        figure = graph.plot()
-        figure.savefig(tmp_path / "graph.png", dpi=60)
-    assert (tmp_path / "graph.png").read_bytes().startswith(b"\x89PNG")
-    drawn = [len(c.get_paths()) for c in figure.axes[0].collections[:3]]
-    assert sum(drawn) == len(graph.edges.layer)
-
-
-@pytest.mark.parametrize("n_tokens", [1, 2, 14, 90])
-def test_columns_of_a_plot_are_never_wide(n_tokens: int) -> None:
-    """A single token's loops do not fill the page."""
-    pytest.importorskip("matplotlib")
-    figure = trace(False, n_layers=2, n_tokens=n_tokens, threshold=0.1).plot()
-    axes = figure.axes[0]
-    left, right = axes.get_xlim()
-    inches = axes.get_position().width * figure.get_figwidth() / (right - left)
-    assert 0.2 < inches <= 1.0 + 1e-9
-    assert left <= -0.7
-
-
-@pytest.mark.filterwarnings("error")
-def test_plot_of_hostile_tokens(tmp_path: Path, hostile: RouteGraph) -> None:
-    pytest.importorskip("matplotlib")
-    figure = hostile.plot()
-    for name in ("graph.png", "graph.svg"):
-        figure.savefig(tmp_path / name, dpi=80)
-    texts = [text.get_text() for text in figure.axes[0].texts]
-    assert "·$x^2$·\\frac{$" in texts
-    assert "line↵feed⇥tab‹000D›" in texts
-
-
-def test_a_missing_extra_is_named(hostile: RouteGraph, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def without(name: str, *args: Any, **kwargs: Any) -> Any:
-        level = args[3] if len(args) > 3 else kwargs.get("level", 0)
-        if level == 0 and name.split(".")[0] in ("matplotlib", "networkx"):
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(IfrError, match=r"pip install 'ifr-fast\[plot\]'"):
-        hostile.plot()
-    with pytest.raises(IfrError, match=r"pip install 'ifr-fast\[networkx\]'"):
-        hostile.to_networkx()
 
 
 def test_page_text_is_standalone(hostile: RouteGraph) -> None:
