@@ -1,12 +1,12 @@
-"""Routes against activation patching: interventions, tasks, and how far the two agree.
+"""Routes compared with activation patching: tasks, interventions, and how far the two agree.
 
     task = circuits.ioi(tracer.tokenizer, 50)
     routes = circuits.contrastive(tracer, task)  # differences of importances, [P, L, H]
-    effects = circuits.patch(tracer.decoder, task)  # what patching each head does, [P, L, H]
-    gap = effects.prompt - effects.against  # what there was to restore, [P]
+    effects = circuits.patch(tracer.decoder, task)  # the effect of patching each head, [P, L, H]
+    gap = effects.prompt - effects.against  # the difference that patching can restore, [P]
     circuits.agreement(routes.heads.flatten(1), effects.heads.flatten(1), least=0.02, gap=gap)
 
-docs/circuits.md tells what is measured and how.
+docs/circuits.md explains the measurements.
 """
 
 from .agreement import (

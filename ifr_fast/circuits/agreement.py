@@ -1,22 +1,26 @@
-"""How well one account of components agrees with another: ROC curve, rank correlation, precision.
+"""Agreement of components' scores with their effects: ROC curve, rank correlation, precision.
 
-One account gives scores (routes, say), the other effects, or a set of heads that somebody else
-published. Both are means over prompts; intervals are percentiles of a bootstrap over prompts, which
-draws them with replacement and takes the means, and what follows from them, anew.
+One method gives scores (routes, for example). They are compared with effects of patching, or with a
+set of heads that somebody else published. Both are means over prompts. Intervals are percentiles of
+a bootstrap over prompts: each draw takes prompts with replacement and computes the means, and all
+that follows from them, again. All draws are computed at once, and the numbers that a seed gives are
+documented, so AUC, rank correlation and bootstrap are written here and not taken from a library.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from statistics import NormalDist
-from typing import NamedTuple
+from importlib import import_module
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-LEVEL = 0.95  # of all intervals
-DRAWS = 1000
+from ..errors import IfrError
+
+LEVEL = 0.95  # confidence level of all intervals
+DRAWS = 1000  # bootstrap draws
 
 
 class Interval(NamedTuple):
@@ -33,11 +37,11 @@ class Interval(NamedTuple):
 
 
 class Agreement(NamedTuple):
-    """Of scores with effects, N components."""
+    """How well scores agree with effects, over N components."""
 
-    auc: Interval  # the chance that a positive scores above a negative
-    rank_correlation: Interval  # Spearman's, of scores with the size of effects
-    precision: dict[int, Interval]  # share of positives among the k that score highest
+    auc: Interval  # the probability that a positive scores above a negative
+    rank_correlation: Interval  # Spearman's, between scores and the size of effects
+    precision: dict[int, Interval]  # by k: share of positives among the k highest scores
     n_positive: int
     n_components: int
 
@@ -45,30 +49,25 @@ class Agreement(NamedTuple):
 def roc_curve(scores: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
     """False and true positive rates, [M] each, from (0, 0) to (1, 1); equal scores are one step.
 
-    scores [N], positive bool [N]. Raises ValueError unless there are both kinds.
+    scores [N], positive bool [N]. Raises ValueError unless there are positives and negatives.
     """
     _check_kinds(scores, positive)
-    order = scores.argsort(descending=True, stable=True)
-    ordered, hits = scores[order], positive[order].double()
-    changes = torch.ones(len(ordered), dtype=torch.bool)
-    changes[:-1] = ordered[1:] != ordered[:-1]
-    ends = changes.nonzero().squeeze(1)
-    true, false = hits.cumsum(0)[ends], (1 - hits).cumsum(0)[ends]
-    zero = true.new_zeros(1)
-    return torch.cat([zero, false / false[-1]]), torch.cat([zero, true / true[-1]])
+    metrics = _library("sklearn.metrics")
+    false, true, _ = metrics.roc_curve(positive.numpy(), scores.numpy(), drop_intermediate=False)
+    return torch.from_numpy(false), torch.from_numpy(true)
 
 
 def auc(scores: Tensor, positive: Tensor) -> float:
-    """Area under the ROC curve: Mann and Whitney's statistic, ties counting one half.
+    """Area under the ROC curve: Mann and Whitney's statistic, where ties count one half.
 
-    scores [N], positive bool [N]. Raises ValueError unless there are both kinds.
+    scores [N], positive bool [N]. Raises ValueError unless there are positives and negatives.
     """
     _check_kinds(scores, positive)
     return float(_auc(scores, positive))
 
 
 def _auc(scores: Tensor, positive: Tensor) -> Tensor:
-    """[...] of [..., N]; NaN where there is one kind alone."""
+    """Areas [...] of scores [..., N]; NaN where all are positive or none is."""
     hits = positive.double()
     n_positive = hits.sum(-1)
     wins = (ranks(scores) * hits).sum(-1) - n_positive * (n_positive + 1) / 2
@@ -76,15 +75,12 @@ def _auc(scores: Tensor, positive: Tensor) -> Tensor:
 
 
 def ranks(x: Tensor) -> Tensor:
-    """[..., N] float64: ranks from 1 along the last dimension, equal values sharing the mean."""
-    ordered = x.sort(-1).values.contiguous()
-    less = torch.searchsorted(ordered, x.contiguous())
-    not_more = torch.searchsorted(ordered, x.contiguous(), right=True)
-    return (less + not_more + 1).double() / 2
+    """Ranks [..., N] float64 along the last dimension, from 1; equal values share their mean."""
+    return torch.from_numpy(_library("scipy.stats").rankdata(x.numpy(), axis=-1))
 
 
 def rank_correlation(x: Tensor, y: Tensor) -> float:
-    """Spearman's, of two [N]; 0 where one of them is constant."""
+    """Spearman's rank correlation of x [N] and y [N]; 0 where one of them is constant."""
     return float(_rank_correlation(x, y))
 
 
@@ -95,8 +91,9 @@ def _rank_correlation(x: Tensor, y: Tensor) -> Tensor:
 
 
 def precision_at(scores: Tensor, positive: Tensor, k: int) -> float:
-    """The share of positives among the k highest of scores [N]; where scores tie at the border,
-    their positives count in the proportion in which they are taken.
+    """The share of positives among the k highest of scores [N].
+
+    Where scores tie for the last places, each of them counts with the share that is taken.
     """
     if not 1 <= k <= len(scores):
         raise ValueError(f"k: expected 1 to {len(scores)}, got {k}")
@@ -114,8 +111,10 @@ def _precision_at(scores: Tensor, positive: Tensor, k: int) -> Tensor:
 def bootstrap(
     statistic: Callable[[Tensor], Tensor], n: int, *, draws: int = DRAWS, seed: int = 0
 ) -> Interval:
-    """Of a statistic of n prompts, which is given the indices of many draws [draws, n] and gives a
-    number for each [draws]. Draws for which it is not defined (NaN) are left out.
+    """The bootstrap interval of a statistic of n prompts.
+
+    statistic: takes the prompts' indices in many draws [draws, n] and returns a number for each
+    draw [draws]. Draws where it is not defined (NaN) are left out.
     """
     generator = torch.Generator().manual_seed(seed)
     drawn = statistic(torch.randint(n, (draws, n), generator=generator)).double()
@@ -129,25 +128,24 @@ def bootstrap(
 
 
 def mean_interval(x: Tensor, *, seed: int = 0) -> Interval:
-    """Of the mean of x [P], one number a prompt."""
+    """The interval of the mean of x [P], one number for each prompt."""
     return bootstrap(lambda chosen: x.double()[chosen].mean(-1), len(x), seed=seed)
 
 
 def share_interval(hits: Tensor) -> Interval:
-    """Of the share of hits, bool [P]: Wilson's score interval, which has a width at 0 and 1, too;
-    NaN where there are none to count.
+    """Wilson's interval of the share of hits, bool [P]; NaN where P is 0.
+
+    Unlike a bootstrap's interval, it has a width where the share is 0 or 1.
     """
-    n = len(hits)
-    if n == 0:
+    if len(hits) == 0:
         return Interval(math.nan, math.nan, math.nan)
-    p, z = float(hits.double().mean()), NormalDist().inv_cdf((1 + LEVEL) / 2)
-    middle = (p + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * math.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2)
-    return Interval(p, max(0.0, middle - half), min(1.0, middle + half))
+    test = _library("scipy.stats").binomtest(int(hits.sum()), len(hits))
+    low, high = test.proportion_ci(LEVEL, method="wilson")
+    return Interval(float(hits.double().mean()), float(low), float(high))
 
 
 def ratio_interval(x: Tensor, y: Tensor, *, seed: int = 0) -> Interval:
-    """Of the mean of x [P] over that of y [P]."""
+    """The interval of the mean of x [P] divided by the mean of y [P]."""
     return bootstrap(lambda chosen: x[chosen].mean(-1) / y[chosen].mean(-1), len(x), seed=seed)
 
 
@@ -162,15 +160,15 @@ def agreement(
     draws: int = DRAWS,
     seed: int = 0,
 ) -> Agreement:
-    """Of scores with effects, [P, N] each, of P prompts.
+    """Agreement of scores [P, N] with effects [P, N], of N components on P prompts.
 
-    gap: of each prompt [P], the difference that there was to restore or to lose: effects count in
-    shares of its mean, or as they are without it. absolute: rank by the size of the mean score,
-    whatever its sign.
+    gap: [P], the difference that patching could restore or remove on each prompt. With it, effects
+    count as shares of its mean; without it, they count as they are. absolute: rank components by
+    the size of the mean score, whatever its sign.
 
-    A component is positive where the size of its mean effect is at least `least`, an effect's
-    sign being that of its service to the task: one that works against it is part of the circuit
-    too. Shares and positives are found anew in each draw.
+    A component is positive where the size of its mean effect is at least `least`, whatever the
+    sign: a component that works against the task is part of the circuit too. Each bootstrap draw
+    determines shares and positives again.
     """
     if scores.shape != effects.shape or scores.ndim != 2:
         raise ValueError(
@@ -196,7 +194,7 @@ def agreement_with(
     draws: int = DRAWS,
     seed: int = 0,
 ) -> Agreement:
-    """Of scores [P, N] with a published set, bool [N]."""
+    """Agreement of scores [P, N] with a published set of heads, bool [N]."""
     member = heads.double()
     return _agreement(
         scores,
@@ -218,7 +216,7 @@ def _agreement(
     draws: int,
     seed: int,
 ) -> Agreement:
-    """size: of effects [draws, N], where prompts have the weights [draws, P]."""
+    """size: takes weights of prompts [draws, P] and returns the sizes of effects [draws, N]."""
     P, N = scores.shape
 
     def interval(of: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Interval:
@@ -254,3 +252,11 @@ def _check_kinds(scores: Tensor, positive: Tensor) -> None:
         raise ValueError(
             f"positive: expected some and not all of {len(positive)}, got {int(positive.sum())}"
         )
+
+
+def _library(name: str) -> Any:
+    try:
+        return import_module(name)
+    except ImportError as error:
+        package = {"scipy.stats": "scipy", "sklearn.metrics": "scikit-learn"}[name]
+        raise IfrError(f"{package} is not installed: pip install 'ifr-fast[circuits]'") from error

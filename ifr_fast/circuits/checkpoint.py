@@ -11,26 +11,22 @@ from ..errors import FormatError
 from ..storage import load_tensors, save_tensors
 
 _FORMAT = "ifr_fast.patching"
-
-
 _VERSION = 1
-
-
 _COUNTED = ("runs", "row_layers", "seconds")
 
 
 class LayerPatches(NamedTuple):
-    """What one layer's patches gave for one batch of texts."""
+    """Results of one layer's patches on one batch of texts."""
 
     heads: Tensor  # [B, H, 1 or T] logit differences
     ffn: Tensor  # [B, 1 or T]
     runs: int
-    row_layers: int  # rows computed, summed over the layers that they went through
+    row_layers: int  # computed rows, summed over layers
     seconds: float
 
 
 class SweepFolder(NamedTuple):
-    """A folder with a file for each layer that is done."""
+    """A folder with one file for each batch and layer that is done."""
 
     folder: Path
     identity: str
@@ -39,13 +35,13 @@ class SweepFolder(NamedTuple):
         return self.folder / f"{batch}-{layer}.safetensors"
 
     def load(self, batch: int, layer: int) -> LayerPatches | None:
-        """What was saved. Raises FormatError where it is of another sweep."""
+        """The saved result, or None. Raises FormatError if it belongs to other settings."""
         path = self._path(batch, layer)
         if not path.exists():
             return None
         tensors, fields = load_tensors(path, _FORMAT, _VERSION)
         if fields.get("identity") != self.identity:
-            raise FormatError(f"{path}: of another model, task or kind of patching than asked for")
+            raise FormatError(f"{path}: belongs to another model, task or kind of patching")
         return LayerPatches(
             tensors["heads"], tensors["ffn"], **{name: fields[name] for name in _COUNTED}
         )

@@ -1,10 +1,11 @@
-"""Contrastive routes: what a task's routes have that those of its corrupted twin have not.
+"""Contrastive routes: how a task's routes differ from those of its corrupted prompts.
 
-Routes name every component that information flowed through, generally active ones among them. The
-paper isolates a task's by comparing prompts with a twin in which the task is not there. Here that
-is the mean difference of components' importances, over pairs of graphs: of prompts and their
-twins, or of two targets, which are two positions of the same texts whose predictions are explained
-(a route graph explains what stands at a position, whichever next token is then asked about).
+Routes name every component that information flowed through, also components that are active in any
+text. The paper isolates those of a task by comparing prompts with corrupted prompts, which lack the
+task. Here that is the mean difference of components' importances over pairs of graphs. A pair is a
+prompt and its corrupted prompt, or the same text with two targets, that is, two positions whose
+predictions are explained. (A route graph explains what stands at a position, whichever next token
+is then asked about.)
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ Measure = Literal["importance", "frequency"]
 
 @dataclass(frozen=True, eq=False)
 class Components:
-    """A number for each component of each of P graphs."""
+    """One number for each component of each of P graphs."""
 
     heads: Tensor  # [P, L, H] float64
     ffn: Tensor  # [P, L] float64
@@ -41,9 +42,10 @@ class Components:
 
 
 def components(graphs: Sequence[RouteGraph], measure: Measure = "importance") -> Components:
-    """The importance of every head and FFN block in each graph, by the weight of the paths through
-    it ("importance"), or 1 where it is in the graph, an edge of its own above the threshold, else 0
-    ("frequency").
+    """The importance of every head and FFN block in each graph.
+
+    measure: "importance" is the weight of the paths through a component. "frequency" is 1 where the
+    component is in the graph, that is, has an edge above the threshold by itself, and else 0.
     """
     if measure not in ("importance", "frequency"):
         raise ValueError(f"measure: expected 'importance' or 'frequency', got {measure!r}")
@@ -62,9 +64,9 @@ def components(graphs: Sequence[RouteGraph], measure: Measure = "importance") ->
 
 
 def membership(graph: RouteGraph) -> tuple[Tensor, Tensor]:
-    """Where each head and FFN block is in a graph: bool [L, H, T] and [L, T].
+    """The positions at which a graph has each head and FFN block: bool [L, H, T] and [L, T].
 
-    A head is at a position where it reads into it by an edge that exceeds the threshold by itself.
+    A head is at a position where its edge into that position exceeds the threshold by itself.
     """
     T = len(graph.tokens)
     heads = torch.zeros(graph.n_layers, graph.n_heads, T, dtype=torch.bool)
@@ -90,8 +92,9 @@ def contrastive(
 ) -> Components:
     """Differences of components' importances [P, L, H] and [P, L], one for each pair.
 
-    texts: several, or a Task, which brings its twins. against: the texts that they are compared
-    with, as many and in the same order; or, with `against_position`, by default the same ones.
+    texts: several texts, or a Task, which has corrupted prompts. against: the texts to compare
+    with, as many and in the same order. against_position: another target to compare with; `against`
+    is then by default the same texts.
     """
     if isinstance(texts, Task):
         against = texts.twins if against is None and against_position is None else against

@@ -1,8 +1,9 @@
-"""What routes cost beside patching: seconds and forward passes, of the same prompts in one run.
+"""The cost of routes and of patching: seconds and forward passes, on the same prompts in one run.
 
-Routes are `Tracer.trace` of the prompts as one batch. Patching is at its fastest: batched, begun at
-the patched layer and, one position at a time, at the patched position; heads alone, without the
-runs that make own activations exact. A prompt's forward pass, in a batch like theirs, is the unit.
+Routes are `Tracer.trace` of the prompts as one batch. Patching is at its fastest: it is batched and
+begins at the patched layer and, with one position at a time, at the patched position; only heads
+are patched, without the runs that make own activations exact. The unit is a prompt's forward pass
+in a batch of the same size.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from .tasks import Task
 
 
 class Cost(NamedTuple):
-    """Of one way to find heads."""
+    """The cost of one way to find heads."""
 
     what: str
     prompts: int
@@ -34,10 +35,11 @@ class Cost(NamedTuple):
 
     @property
     def seconds_each(self) -> float:
-        """Seconds a prompt."""
+        """Seconds for each prompt."""
         return self.seconds / self.prompts
 
 
+# These names are saved in a report's folder.
 FORWARD, ROUTES, ROUTES_OF_BOTH = "forward pass", "routes", "routes of prompts and twins"
 HEADS, EACH = "patching, heads", "patching, heads at each position"
 
@@ -51,10 +53,10 @@ def measure_cost(
     repeat: int = 3,
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> list[Cost]:
-    """FORWARD, ROUTES and ROUTES_OF_BOTH of all of `task` and of its `sample` alone, medians of
-    `repeat`; patching (HEADS, EACH) of the sample, once.
+    """Measures FORWARD, ROUTES and ROUTES_OF_BOTH on all of `task` and on `sample`, medians of
+    `repeat` runs, and patching (HEADS, EACH) once on the sample.
 
-    checkpoint: a folder that keeps what patching did, layer by layer, and the seconds of each.
+    checkpoint: a folder that keeps results and seconds of patching, layer by layer.
     """
     decoder, threads = tracer.decoder, torch.get_num_threads()
 

@@ -1,4 +1,14 @@
-"""DELETION"""
+"""Deletion and insertion of input tokens: how faithful an attribution is to a prediction.
+
+Deletion replaces tokens by padding, the most important ones first, in at most 20 steps. After each
+step the log probability of the right tokens is measured. RISE (Petsiuk et al. 2018) is the area
+under that curve, normalized to fall from 1 to 0 and never to rise: smaller is better. MAS (Walker
+et al. 2024) adds the distance between the curve and the attribution mass that is left, so that a
+method's numbers count and not only their order. Both are computed as in FlashTrace 0.1.1
+(`faithfulness_test_skip_tokens`), and punctuation and white space are never deleted; but only the
+next token is predicted, without an end-of-text token behind it. Insertion starts from padding
+alone and puts tokens back in the same order: larger is better.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +21,8 @@ from torch import Tensor
 
 from ..tracer import Tracer
 
-STEPS = 20
-
-
-STOP_TOKENS = (",", ".", "")  # tokens that are left alone, stripped
+STEPS = 20  # at most, of a deletion or an insertion
+STOP_TOKENS = (",", ".", "")  # tokens that are not deleted, without white space
 
 
 class Curves(NamedTuple):
@@ -28,8 +36,9 @@ class Curves(NamedTuple):
 def deletion_groups(
     attribution: Tensor, among: Sequence[int], steps: int = STEPS
 ) -> list[list[int]]:
-    """The positions `among` in the order in which they are deleted, in at most `steps` groups of
-    like size, the larger ones first.
+    """The positions `among` in the order of their deletion, in at most `steps` groups.
+
+    Sizes of groups differ by at most one; the larger groups come first.
     """
     order = attribution[list(among)].argsort(descending=True, stable=True)
     ordered = [among[i] for i in order.tolist()]
@@ -40,8 +49,9 @@ def deletion_groups(
 
 
 def mass_left(attribution: Tensor, groups: Sequence[Sequence[int]]) -> Tensor:
-    """[K + 1] float64: the share of the attribution of all groups that is left after each; falling
-    evenly where there is none.
+    """[K + 1] float64: the share of all groups' attribution that is left after each group.
+
+    It falls evenly where all attributions are 0.
     """
     of_groups = torch.stack([attribution[list(group)].double().sum() for group in groups])
     if float(of_groups.sum()) <= 0:
@@ -50,10 +60,11 @@ def mass_left(attribution: Tensor, groups: Sequence[Sequence[int]]) -> Tensor:
 
 
 def rise_and_mas(scores: Tensor, left: Tensor) -> tuple[float, float]:
-    """Of log probabilities [K + 1] after each step of a deletion, nothing deleted first, and of the
-    attribution mass left [K + 1].
+    """RISE and MAS of a deletion in K steps.
 
-    Where the last score is the first, nothing can be normalized, and both are 1/2.
+    scores: [K + 1] log probabilities after each step, the first with nothing deleted. left:
+    [K + 1], the attribution mass left. Both results are 1/2 where the first and the last score are
+    equal, since nothing can be normalized then.
     """
     scores = scores.double()
     if float(scores[0]) == float(scores[-1]):
@@ -68,8 +79,10 @@ def rise_and_mas(scores: Tensor, left: Tensor) -> tuple[float, float]:
 
 
 def insertion_area(scores: Tensor) -> float:
-    """Of log probabilities [K + 1] after each step of an insertion, all padding first: normalized
-    to rise from 0 to 1 and never to fall. 1/2 where the two ends are alike.
+    """The area under the curve of an insertion, normalized to rise from 0 to 1 and never to fall.
+
+    scores: [K + 1] log probabilities after each step, the first with padding alone. The result is
+    1/2 where the first and the last score are equal.
     """
     scores = scores.double()
     if float(scores[0]) == float(scores[-1]):

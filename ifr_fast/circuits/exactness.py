@@ -1,8 +1,6 @@
-"""The largest change of a logit in interventions that should change none."""
+"""A test of interventions: the largest change of a logit where none should change."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,26 +9,21 @@ from ..tracer import Tracer
 from .interventions import observe, restarting, run
 from .tasks import Task
 
-if TYPE_CHECKING:
-    pass
-
-
-_EXACT_TEXTS = 4
-
-
-_EXACT_LAYERS = 10
+_TEXTS = 4  # texts that are tried
+_LAYERS = 10  # about so many layers are tried
 
 
 @torch.inference_mode()
 def exactness(tracer: Tracer, task: Task) -> dict[str, float]:
-    """The largest change of any logit of the model itself, called by nobody else, in interventions
-    that should change none.
+    """The largest change of any logit from the plain forward pass, by kind of intervention.
+
+    None of these interventions should change a logit.
     """
     decoder = tracer.decoder
-    seen = [observe(decoder, [text]) for text in task.texts[:_EXACT_TEXTS]]
+    seen = [observe(decoder, [text]) for text in task.texts[:_TEXTS]]
     names = ("nothing", "own activations, whole run", "own activations, restarted")
     worst = dict.fromkeys((*names, "own activations, restarted alone"), 0.0)
-    step = max(1, decoder.n_layers // _EXACT_LAYERS)
+    step = max(1, decoder.n_layers // _LAYERS)
     of = torch.zeros(1, dtype=torch.int64)
     for one, text in zip(seen, task.texts, strict=False):
         plain = tracer.model(input_ids=torch.tensor([text], device=decoder.device)).logits[:, -1]

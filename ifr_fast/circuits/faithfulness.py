@@ -1,19 +1,19 @@
-"""What of a prediction survives when only a route graph's components are left, or without them.
+"""Faithfulness: how much of a prediction is left with only a route graph's components, or without.
 
-Every head and FFN block outside a graph is set to its mean over a reference corpus ("keep"), or
-those inside are ("remove"), and the model is run: how much of the logit difference is left, and of
-the probability of the right tokens? Either a component is one thing, kept at all positions where
-the graph has it at any ("component"), or each of its positions is ("position"): a graph names a
-head where it reads, and an FFN block where it stands.
+Mean ablation sets every head and FFN block outside a graph ("keep"), or inside it ("remove"), to
+its mean over a reference corpus. The model is then run: how much of the logit difference is left,
+and how much of the probability of the right tokens? The unit is a component, which is kept at all
+positions if the graph has it at any ("component"), or one position of a component ("position"): a
+graph has a head at the positions that it reads into, and an FFN block at its own positions.
 
-Others, layer by layer as large as the graph:
+Other selections, in each layer as large as the graph:
 
-- random: as many heads and FFN blocks in each layer, drawn without replacement (of single
-  positions, as many pairs of head and position);
+- random: as many heads and FFN blocks in each layer, drawn without replacement (for single
+  positions: as many pairs of head and position);
 - attention: a graph grown as routes are, from the prediction down, but along the largest attention
-  weights. Attention says nothing of FFN blocks, so these are the route graph's own;
-- attention without the first token: the same, where no edge may lead to the text's first token, the
-  sink of most heads.
+  weights. Attention weights do not rank FFN blocks, so the route graph's FFN blocks are taken;
+- attention without the first token: the same graph, but no edge may lead to the text's first token,
+  the sink of most heads.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from .patching import Activations, ablated_logits, mean_activations
 from .tasks import Task
 
 Unit = Literal["component", "position"]
-Of = Literal["ld", "probability"]
+Quantity = Literal["ld", "probability"]
 Mode = Literal["keep", "remove"]
 
 UNITS: tuple[Unit, ...] = ("component", "position")
@@ -54,14 +54,14 @@ _VERSION = 1
 
 
 class Selection(NamedTuple):
-    """Some of a model's components, or of their positions in a text."""
+    """A set of a model's components, or of their positions in a text."""
 
     heads: Tensor  # bool [L, H], or [L, H, T]
     ffn: Tensor  # bool [L], or [L, T]
 
 
 def selected(graph: RouteGraph, unit: Unit) -> Selection:
-    """What a graph has."""
+    """The components, or their positions, that a graph has."""
     if unit not in UNITS:
         raise ValueError(f"unit: expected 'component' or 'position', got {unit!r}")
     heads, ffn = membership(graph)
@@ -69,7 +69,7 @@ def selected(graph: RouteGraph, unit: Unit) -> Selection:
 
 
 def random_selection(like: Selection, generator: torch.Generator) -> Selection:
-    """As many heads and FFN blocks in each layer as `like` has, any equally likely."""
+    """A random selection with as many heads and FFN blocks in each layer as `like` has."""
 
     def shuffled(x: Tensor) -> Tensor:
         flat = x.reshape(len(x), -1)
@@ -82,12 +82,13 @@ def random_selection(like: Selection, generator: torch.Generator) -> Selection:
 def attention_selection(
     weights: Tensor, like: Selection, *, position: int = -1, first_token: bool = True
 ) -> Selection:
-    """A selection as large as `like` in each layer, grown along the largest of the attention
-    `weights` [L, H, T, T]; with its FFN blocks.
+    """A selection as large as `like` in each layer, grown along the largest attention weights.
 
-    From the prediction down, each layer's edges into the positions reached so far are taken,
-    largest first, until as many heads (or pairs of head and position) have one. Their sources
-    are reached. first_token: whether edges may lead to it.
+    weights: [L, H, T, T]. Layers are visited from the top down, beginning with the prediction's
+    position. In each layer the edges into the positions reached so far are taken, largest first,
+    until as many heads (or pairs of head and position) have an edge as `like` has. Their sources
+    are then reached too. FFN blocks are those of `like`. first_token: whether edges may lead to the
+    first token.
     """
     L, _, T, _ = weights.shape
     heads = torch.zeros_like(like.heads)
@@ -115,7 +116,7 @@ def attention_selection(
 def attention_weights(decoder: Decoder, token_ids: Sequence[int] | Tensor) -> Tensor:
     """Attention weights of a text, [L, H, T, T] in the model's dtype, on the CPU.
 
-    The attention output for values that are the unit vectors of positions is the weights.
+    If each position's value is its own unit vector, the attention output is the weights.
     """
     ids = torch.as_tensor(token_ids, dtype=torch.int64)
     of_module = {block.attention: block.layer for block in decoder.blocks}
@@ -136,49 +137,49 @@ def attention_weights(decoder: Decoder, token_ids: Sequence[int] | Tensor) -> Te
 
 @dataclass(frozen=True, eq=False)
 class Survival:
-    """What is left of P prompts' predictions, float64; M thresholds, draws of random graphs."""
+    """What is left of P prompts' predictions, float64, at M thresholds."""
 
     mode: Mode
     thresholds: list[float]
     logit_difference: dict[tuple[Unit, str], Tensor]  # [P, M], "random" [P, M, draws]
-    probability: dict[tuple[Unit, str], Tensor]  # the same
+    probability: dict[tuple[Unit, str], Tensor]  # shapes as above
     kept: dict[Unit, Tensor]  # [P, M, 2] share of heads and of FFN blocks that the graph has
     full: tuple[Tensor, Tensor]  # [P] logit difference and probability with nothing ablated
     empty: tuple[Tensor, Tensor]  # [P] with everything ablated
 
     @property
     def solved(self) -> Tensor:
-        """[P] bool: whether the model prefers the right tokens with nothing ablated. Where it does
-        not, the share of a logit difference that is kept is a share of an error.
+        """[P] bool: whether the model prefers the right tokens with nothing ablated. Elsewhere the
+        share of the logit difference that is kept is a share of an error.
         """
         return self.full[0] > 0
 
-    def left(self, unit: Unit, method: str, of: Of = "ld") -> Tensor:
-        """[P, M] logit difference or probability, random graphs' mean over draws."""
+    def left(self, unit: Unit, method: str, of: Quantity = "ld") -> Tensor:
+        """[P, M] logit difference or probability; for random graphs, the mean over draws."""
         found = (self.logit_difference if of == "ld" else self.probability)[unit, method]
         return found.mean(-1) if found.ndim == 3 else found
 
-    def share(self, unit: Unit, method: str, of: Of = "ld") -> Tensor:
-        """[P, M] of what there was before."""
+    def share(self, unit: Unit, method: str, of: Quantity = "ld") -> Tensor:
+        """[P, M] the share of the unablated logit difference or probability that is left."""
         return self.left(unit, method, of) / self.full[of == "probability"][:, None]
 
-    def area(self, unit: Unit, method: str, of: Of = "ld") -> Tensor:
-        """[P] the mean of the share over the logarithm of the threshold, by trapezoids; the share
-        itself where there is one threshold.
+    def area(self, unit: Unit, method: str, of: Quantity = "ld") -> Tensor:
+        """[P] the mean share over the logarithm of the threshold, by trapezoids. With a single
+        threshold it is the share itself.
         """
         share, x = self.share(unit, method, of), torch.tensor(self.thresholds).double().log()
         if len(x) == 1:
             return share[:, 0]
         return torch.trapezoid(share, x) / (x[-1] - x[0])
 
-    def beats_random(self, unit: Unit, of: Of = "ld") -> Tensor:
-        """[P, M] bool: whether the routes keep a larger share of the logit difference than the mean
-        of the random graphs (in "remove" mode: whether less is left without them).
+    def beats_random(self, unit: Unit, of: Quantity = "ld") -> Tensor:
+        """[P, M] bool: whether routes keep a larger share than the mean of the random graphs (in
+        "remove" mode: whether less is left without the routes than without random graphs).
         """
         return self._better(self.share(unit, "routes", of), self.share(unit, "random", of))
 
-    def area_beats_random(self, unit: Unit, of: Of = "ld") -> Tensor:
-        """[P] bool: the same of areas over thresholds."""
+    def area_beats_random(self, unit: Unit, of: Quantity = "ld") -> Tensor:
+        """[P] bool: as `beats_random`, with areas over thresholds in place of shares."""
         return self._better(self.area(unit, "routes", of), self.area(unit, "random", of))
 
     def _better(self, routes: Tensor, random: Tensor) -> Tensor:
@@ -197,12 +198,11 @@ def survival(
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> Survival:
-    """Keeps, or removes, each prompt's route graph at each threshold, and graphs as large.
+    """Keeps, or removes, each prompt's route graph at each threshold, and other graphs as large.
 
-    values: put in place of what is ablated, means over a reference corpus; by default those of each
-    prompt's own references, position by position (`Prompt.references`). checkpoint: a folder
-    that keeps what is done, prompt by prompt, so that more can be added.
-    Graphs have granularity "head".
+    values: replace ablated activations, means over a reference corpus; by default the means at each
+    position over the prompt's own references (`Prompt.references`). checkpoint: a folder that keeps
+    the result of each prompt, so that prompts can be added later. Graphs have granularity "head".
     """
     if mode not in ("keep", "remove"):
         raise ValueError(f"mode: expected 'keep' or 'remove', got {mode!r}")
@@ -228,7 +228,7 @@ def survival(
             if path is not None and path.exists():
                 tensors, fields = load_tensors(path, _FORMAT, _VERSION)
                 if fields.get("identity") != identity:
-                    raise FormatError(f"{path}: of another model, task or setting than asked for")
+                    raise FormatError(f"{path}: belongs to another model, task or setting")
             else:
                 tensors = _survival_of(tracer, task, i, values, mode, at, draws, seed)
                 if path is not None:
@@ -272,7 +272,7 @@ def _survival_of(
     draws: int,
     seed: int,
 ) -> dict[str, Tensor]:
-    """One prompt's: "ld" and "probability" [U, M, 3 + draws], "kept" [U, M, 2], "ends" [2, 2]."""
+    """One prompt's "ld" and "probability" [U, M, 3 + draws], "kept" [U, M, 2], "ends" [2, 2]."""
     decoder, text = tracer.decoder, task.texts[i]
     generator = torch.Generator().manual_seed(seed * 1_000_003 + i)
     lowest = tracer.trace(text, threshold=thresholds[0], granularity="head")

@@ -1,23 +1,15 @@
-"""Which input tokens a prediction rests on: attributions by several methods, and how faithful.
+"""Attributions of predictions to input tokens by several methods, and how faithful they are.
 
-Deletion replaces tokens by padding, those first that a method holds most important, in at most 20
-steps, and asks after each for the log probability of the right tokens. RISE (Petsiuk et al. 2018)
-is the area under that curve, normalized to fall from 1 to 0 and never to rise: the smaller, the
-better were the tokens chosen. MAS (Walker et al. 2024) adds the distance of the curve from the
-attribution mass that is left, so that a method answers for its numbers too and not only for its
-order. Both as FlashTrace 0.1.1 computes them (`faithfulness_test_skip_tokens`), punctuation and
-white space left out of it; but of the next token alone, without an end-of-text token behind it.
-Insertion starts from padding alone and puts tokens back in the same order: the larger, the better.
+deletion.py defines the curves. By FlashTrace's protocol the last token is deleted like any other. A
+method that ranks it first, the position where the answer is predicted, then wins because it breaks
+the prediction, and not because it finds what the prediction rests on. So all curves can also be
+computed with the last token left in place.
 
-The last token is deleted like any other, by that protocol: a method that names it first, the
-position where the answer is predicted, wins by breaking the prediction and not by finding what it
-rests on. So all curves can also be had with the last token left in place.
-
-Attributions are numbers of at least 0 for each token; those with signs by their size.
+Attributions are numbers of at least 0 for each token; attributions with signs count by their size.
 
 - Routes: the weight of all paths from the prediction to a token.
 - Direct reads: the importances of what one row read by attention, summed over layers. That is
-  FlashTrace's arithmetic, on our kernels: no path leads on from what was read.
+  FlashTrace's arithmetic, computed by this project's kernels: no path leads on from what was read.
 - "Answer appended": both explain the position of the answer itself, put behind the prompt, as
   FlashTrace does, in place of the position before it.
 """
@@ -51,12 +43,8 @@ from .interventions import run, text_batches
 from .tasks import Prompt, Task
 
 _IG_STEPS = 32
-
-
-_THRESHOLD = 0.01  # of the routes
-
-
-Attribution = Callable[[Tracer, Task, int], Tensor]  # of the prompt at an index -> [T]
+_THRESHOLD = 0.01  # threshold of the routes
+Attribution = Callable[[Tracer, Task, int], Tensor]  # tracer, task, index of a prompt -> [T]
 
 
 def token_faithfulness(
@@ -68,10 +56,10 @@ def token_faithfulness(
     keep_last: bool = False,
     seed: int = 0,
 ) -> dict[str, list[Curves]]:
-    """Curves of every prompt under each of `methods` (see `METHODS`), by default those that can
-    run here, and under "random", a random order.
+    """Curves of every prompt under each of `methods`, and under "random", a random order.
 
-    keep_last: the last token is never deleted.
+    methods: some of `METHODS`; default: all that can run here. keep_last: never delete the last
+    token.
     """
     chosen = available(tracer) if methods is None else list(methods)
     for name in chosen:
@@ -126,7 +114,7 @@ def _curves(
 
 
 def _log_probability(decoder: Decoder, task: Task, i: int, texts: list[Tensor]) -> Tensor:
-    """[N] of the right tokens of prompt i after each of N texts."""
+    """Log probabilities [N] of prompt i's right tokens after each of N texts."""
     found = torch.zeros(len(texts), dtype=torch.float64)
     for together in text_batches(decoder, [len(text) for text in texts]):
         logits = run(decoder, [texts[j] for j in together])
@@ -135,11 +123,8 @@ def _log_probability(decoder: Decoder, task: Task, i: int, texts: list[Tensor]) 
     return found
 
 
-# Methods
-
-
 def _with_answer(tracer: Tracer, task: Task, i: int) -> list[int]:
-    """Prompt i with the likeliest of its right tokens behind it."""
+    """Prompt i followed by its likeliest right token."""
     text = task.texts[i]
     logits = run(tracer.decoder, [text])[0]
     return [*text, max(task.prompts[i].right, key=lambda token: float(logits[token]))]
@@ -155,8 +140,8 @@ def _routes_of_answer(tracer: Tracer, task: Task, i: int) -> Tensor:
 
 
 def direct_reads(tracer: Tracer, text: Sequence[int]) -> Tensor:
-    """What the last row of a text of token ids read from each token, [T] float32: importances of
-    its attention edges, heads and layers summed.
+    """Importances [T] float32 of what a text's last row reads from each token by attention, summed
+    over heads and layers.
     """
     found = torch.zeros(len(text))
     for scores in tracer.contributions(text, rows=[-1], keep=0):
@@ -174,7 +159,7 @@ def _reads_of_answer(tracer: Tracer, task: Task, i: int) -> Tensor:
 
 
 def _rollout(tracer: Tracer, task: Task, i: int) -> Tensor:
-    """Abnar & Zuidema 2020: heads' mean weights, half of them and half the residual stream."""
+    """Attention rollout (Abnar & Zuidema 2020): heads' mean weights plus the residual stream."""
     weights = attention_weights(tracer.decoder, task.texts[i]).double().mean(1)  # [L, T, T]
     flow = torch.zeros(weights.shape[-1], dtype=torch.float64)
     flow[-1] = 1
@@ -187,8 +172,10 @@ def _rollout(tracer: Tracer, task: Task, i: int) -> Tensor:
 def _embedding_attribution(
     tracer: Tracer, prompt: Prompt, attribute: Callable[[Any, Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """What `attribute` makes of a function of embeddings [B, T, D] (the log probability of the
-    right tokens), of the text's and of padding's, [1, T, D] each; summed over D, by size.
+    """Sizes [T] of an attribution to embeddings, summed over D.
+
+    attribute: takes a function from embeddings [B, T, D] to the right tokens' log probability, the
+    embeddings [1, T, D] of the text, and those of padding.
     """
     model = tracer.decoder.model
     right = torch.tensor(prompt.right, device=tracer.decoder.device)
@@ -230,8 +217,9 @@ def _integrated_gradients(tracer: Tracer, task: Task, i: int) -> Tensor:
 
 
 def flashtrace_arguments(model: PreTrainedModel, token_ids: Tensor) -> dict[str, Any]:
-    """What FlashTrace's functions (flashtrace.core, 0.1.1) ask for of a text of token ids [T]: its
-    own recording of a pass with eager attention, no other gives it the weights.
+    """Arguments of FlashTrace's functions (flashtrace.core, 0.1.1) for token ids [T].
+
+    They hold its own recording of a pass with eager attention, the only one that returns weights.
     """
     from flashtrace import core
 
@@ -273,8 +261,9 @@ def flashtrace_arguments(model: PreTrainedModel, token_ids: Tensor) -> dict[str,
 
 
 def _flashtrace(tracer: Tracer, task: Task, i: int) -> Tensor:
-    """FlashTrace's span aggregate with the likeliest right token behind the prompt as its span:
-    for one token without reasoning it has no further hop to make.
+    """FlashTrace's span aggregate, where the span is the likeliest right token behind the prompt.
+
+    One token without reasoning leaves no further hop to make.
     """
     from flashtrace import core
 
@@ -305,14 +294,14 @@ _NEEDS = {
 
 
 def missing(tracer: Tracer) -> dict[str, str]:
-    """Methods that cannot run here, and why."""
+    """The methods that cannot run here, each with the reason."""
     found = {
         name: f"the package {package} is not installed"
         for name, package in _NEEDS.items()
         if find_spec(package) is None
     }
     if "FlashTrace" not in found and not _is_llama_style(tracer.decoder):
-        found["FlashTrace"] = "it knows models of Llama's layout alone"
+        found["FlashTrace"] = "it supports only models with Llama's layout"
     return found
 
 
@@ -323,7 +312,7 @@ def available(tracer: Tracer) -> list[str]:
 
 
 def _is_llama_style(decoder: Decoder) -> bool:
-    """Whether the modules that FlashTrace asks for by name are there."""
+    """True if the model has the modules that FlashTrace looks up by name."""
     names = {name for name, _ in decoder.model.named_modules()}
     wanted = ("input_layernorm", "post_attention_layernorm", "self_attn.v_proj", "self_attn.o_proj")
     return all(f"model.layers.0.{name}" in names for name in (*wanted, "mlp"))

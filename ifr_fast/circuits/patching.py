@@ -1,16 +1,17 @@
 """Activation patching and ablation of every head and FFN block, one at a time.
 
-Denoising runs the corrupted twin with one component's output taken from the prompt's run: what is
-the component enough for? Noising runs the prompt with one taken from the twin's, and ablation with
-its mean over a reference corpus or with zero: what is it needed for? (Heimersheim & Nanda 2024,
-arXiv 2404.15255, section 2.) An effect is the change of the logit difference, in the direction
-in which a component that serves the task is positive:
+Denoising runs the corrupted prompt with one component's output taken from the prompt's run. It
+shows what the component is sufficient for. Noising runs the prompt with one component's output
+taken from the corrupted prompt's run; ablation takes the component's mean over a reference corpus,
+or zero. They show what the component is necessary for (Heimersheim & Nanda 2024, arXiv 2404.15255,
+section 2). An effect is a change of the logit difference (LD). It is positive for a component that
+serves the task:
 
-    denoising          LD(twin, patched) - LD(twin)
+    denoising          LD(corrupted prompt, patched) - LD(corrupted prompt)
     noising, ablation  LD(prompt) - LD(prompt, patched)
 
-Either a component is patched at all positions at once, or at one position at a time. Runs begin at
-the patched layer and position, many variants to a batch (interventions.py).
+A component is patched at all positions at once, or at one position at a time. Runs begin at the
+patched layer and position, with many variants in a batch (interventions.py).
 """
 
 from __future__ import annotations
@@ -35,28 +36,22 @@ from .interventions import Observed, observe, restarting, run, text_batches
 from .tasks import Task
 
 Direction = Literal["denoise", "noise"]
-
-
 Positions = Literal["all", "each"]
-
-
 Over = Literal["rest", "all", "texts"]
-
-
-_ROWS = 4096  # of a batch of variants
+_ROWS = 4096  # rows in a batch of variants
 
 
 class Activations(NamedTuple):
-    """Values to put in place of the components' outputs, the same for every text.
+    """Values that replace the components' outputs, the same for every text.
 
-    Position t takes the row t, and where there are fewer rows the last one.
+    Position t takes row t, or the last row if there are fewer rows.
     """
 
     heads: Tensor  # [L, rows, H, V]
     ffn: Tensor  # [L, rows, D]
 
     def at(self, layer: int, n_tokens: int) -> tuple[Tensor, Tensor]:
-        """Of a layer, for each of `n_tokens` positions: [T, H, V] and [T, D]."""
+        """A layer's values for each of `n_tokens` positions: [T, H, V] and [T, D]."""
         rows = torch.arange(n_tokens).clamp(max=self.heads.shape[1] - 1)
         return self.heads[layer][rows], self.ffn[layer][rows]
 
@@ -67,9 +62,9 @@ def mean_activations(
 ) -> Activations:
     """Means of every head's and FFN's output over a reference corpus of token ids.
 
-    over: "rest", all positions but the first, which has a mean of its own (most models keep an
-    attention sink there, and its outsize activations would drown all others); "all" positions; or
-    "texts" alone, at each position, where the texts must be of one length.
+    over: "rest" takes the mean over all positions except the first, which has its own mean (most
+    models keep an attention sink there, with activations much larger than all others). "all" takes
+    the mean over all positions. "texts" takes a mean at each position, over texts of equal length.
     """
     if over not in ("rest", "all", "texts"):
         raise ValueError(f"over: expected 'rest', 'all' or 'texts', got {over!r}")
@@ -106,7 +101,7 @@ def mean_activations(
 
 
 def zero_activations(decoder: Decoder) -> Activations:
-    """Zeros in place of every head's and FFN's output."""
+    """Zeros for every head's and FFN's output."""
     L, (H, V, D) = decoder.n_layers, decoder.blocks[0].W_O.shape
     like = decoder.blocks[0].bias
     return Activations(like.new_zeros(L, 1, H, V), like.new_zeros(L, 1, D))
@@ -120,8 +115,9 @@ def ablated_logits(
     heads: Tensor,
     ffn: Tensor,
 ) -> Tensor:
-    """Logits [B, vocab] after the last token of each text, with `values` wherever the masks are
-    set: heads bool [B, L, H] or [B, L, H, T], ffn [B, L] or [B, L, T].
+    """Logits [B, vocab] after the last token of each text, with `values` where a mask is True.
+
+    heads: bool [B, L, H] or [B, L, H, T]. ffn: bool [B, L] or [B, L, T].
     """
     found: dict[int, Tensor] = {}
     lengths = [len(text) for text in texts]
@@ -150,22 +146,22 @@ def ablated_logits(
 class Effects:
     """Effects of patching or ablating each component, in units of the logit difference."""
 
-    layers: list[int]  # that were patched
+    layers: list[int]  # the patched layers
     heads: Tensor  # [P, L, H], or [P, L, H, T], float64
     ffn: Tensor  # [P, L], or [P, L, T]
-    prompt: Tensor  # [P] logit difference of the prompts themselves
-    against: Tensor  # [P] that of their twins; 0 for ablation
-    runs: int  # variants that were run
-    passes: float  # what was computed for them, in whole forward passes of their texts
-    seconds: float  # that they took, in earlier calls that this one went on from, too
+    prompt: Tensor  # [P] logit difference of the prompts
+    against: Tensor  # [P] logit difference of the corrupted prompts; 0 for ablation
+    runs: int  # number of variants
+    passes: float  # their computation, in whole forward passes of their texts
+    seconds: float  # their time, including earlier calls that this call resumed
 
     @property
     def gap(self) -> float:
-        """The mean difference that there was to restore or to lose."""
+        """The mean difference that patching could restore or remove."""
         return float((self.prompt - self.against).mean())
 
     def summed(self) -> Effects:
-        """Effects at single positions, summed over them."""
+        """Effects at single positions, summed over positions."""
         if self.heads.ndim == 3:
             raise ValueError("effects: are of all positions at once; there is nothing to sum")
         return Effects(
@@ -191,13 +187,13 @@ def patch(
     paired: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> Effects:
-    """Patches each head and FFN block between each prompt of `task` and its twin.
+    """Patches each head and FFN block between each prompt of `task` and its corrupted prompt.
 
     positions: "all" at once, or "each" by itself. layers: default all. ffn: whether FFN blocks
-    are patched too; their effects are 0 otherwise. paired: effects are taken against the same
-    restarted batch's own run of the text, so that rounding cancels (`Observed.restart`); False is
-    a little faster. checkpoint: a folder that keeps what is done, layer by layer; the same call
-    goes on there after an interruption.
+    are patched too; otherwise their effects are 0. paired: effects are measured against a run of
+    the unchanged text in the same restarted batch, so that rounding cancels (`Observed.restart`);
+    False is a little faster. checkpoint: a folder that keeps the results of each layer; after an
+    interruption, the same call resumes there.
     """
     if direction not in ("denoise", "noise"):
         raise ValueError(f"direction: expected 'denoise' or 'noise', got {direction!r}")
@@ -215,7 +211,7 @@ def ablate(
     paired: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> Effects:
-    """Puts `values` in place of each head and FFN block, one at a time; otherwise as `patch`."""
+    """Replaces each head and FFN block by `values`, one at a time; otherwise as `patch`."""
     return _sweep(decoder, task, "ablate", values, positions, layers, ffn, paired, checkpoint)
 
 
@@ -256,9 +252,9 @@ def _sweep(
             first = torch.zeros(len(batch), dtype=torch.int64)
             base, source = clean, None
             if values is None:
-                twin = observe(decoder, [task.twins[i] for i in batch])
-                against[batch] = task.logit_difference(twin.logits, index).cpu()
-                base, source = (clean, twin) if direction == "noise" else (twin, clean)
+                corrupted = observe(decoder, [task.twins[i] for i in batch])
+                against[batch] = task.logit_difference(corrupted.logits, index).cpu()
+                base, source = (clean, corrupted) if direction == "noise" else (corrupted, clean)
                 first = torch.tensor([task.prompts[i].first_difference for i in batch])
 
             def measure(logits: Tensor, texts: Tensor, index: Tensor = index) -> Tensor:
@@ -293,7 +289,7 @@ def _sweep(
 def _values(
     base: Observed, source: Observed | None, values: Activations | None, layer: int
 ) -> tuple[Tensor, Tensor]:
-    """What to put in: z [B, T, H, V] and the FFN's output [B, T, D] of a layer."""
+    """The replacement z [B, T, H, V] and FFN output [B, T, D] of a layer."""
     if source is not None:
         return source.z[layer], source.ffn[layer]
     assert values is not None
@@ -311,8 +307,8 @@ def _patch_layer(
     paired: bool,
     measure: Callable[[Tensor, Tensor], Tensor],
 ) -> LayerPatches:
-    """Logit differences with each component of a layer exchanged for `new`, which differs from
-    what is there from positions `first` [B] on.
+    """Logit differences with each component of a layer replaced by `new`, which differs from the
+    observed values from positions `first` [B] on.
     """
     decoder, began = base.decoder, time.perf_counter()
     B, T, H = base.n_texts, base.n_tokens, decoder.n_heads
@@ -342,7 +338,7 @@ def _patch_layer(
             felt = (differs & base.feels(layer, every, begin, end)).nonzero().squeeze(1)
             column = begin if positions == "each" else 0
             size = max(1, _ROWS // (T - begin)) if can_batch(decoder) else 1
-            # Texts of one length together, and none of them is padded.
+            # Texts of one length run together, so that none of them is padded.
             of_length = base.lengths[felt].unique_consecutive(return_counts=True)[1].tolist()
             for alike in felt.split(of_length):
                 for texts, head in zip(
@@ -373,7 +369,7 @@ def _identity(
     with_ffn: bool,
     paired: bool,
 ) -> str:
-    """What tells one sweep from another."""
+    """A digest of everything that the results depend on."""
     digest = hashlib.sha256(decoder.fingerprint().encode())
     asked = [direction, positions, with_ffn, paired, task.texts, task.twins]
     asked += [[prompt.right, prompt.wrong] for prompt in task.prompts]

@@ -1,8 +1,8 @@
-"""Heads that others found in GPT-2 small, for comparison when that model is the one examined.
+"""Heads that others found in GPT-2 small, to compare with when that model is examined.
 
 - Indirect object identification: Wang et al. 2022, arXiv 2211.00593, figure 2 and appendix F.
-- Greater-than: Hanna et al. 2023, arXiv 2305.00586, section 3; the early heads that read the year
-  as in the circuit of Conmy et al. 2023, arXiv 2304.14997.
+- Greater-than: Hanna et al. 2023, arXiv 2305.00586, section 3. The early heads that read the
+  year are those of the circuit of Conmy et al. 2023, arXiv 2304.14997.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _CIRCUITS = {"ioi": IOI, "greater-than": GREATER_THAN}
 
 
 def published_circuit(task: str, model_name: str | None) -> Circuit | None:
-    """What is published of a task's circuit in the model of that name; None where nothing is."""
+    """The published circuit of a task in the model of that name, or None."""
     return _CIRCUITS.get(task) if model_name in GPT2_SMALL else None
 
 

@@ -1,22 +1,22 @@
-"""Prompts of known tasks, each with the corrupted twin that isolates what the task needs.
+"""Prompts of known tasks, each with a corrupted prompt that isolates what the task needs.
 
 - Indirect object identification (Wang et al. 2022, arXiv 2211.00593, section 2): "When Mary and
-  John went to the store, John gave a drink to" -> " Mary", ABBA where the indirect object comes
-  first and BABA where the subject does. In the twin all three names are others and none is
-  repeated (their p_ABC), or ("swap") the second subject is the indirect object.
+  John went to the store, John gave a drink to" -> " Mary". The order is ABBA if the indirect object
+  comes first and BABA if the subject does. In the corrupted prompt all three names are others and
+  none is repeated (their p_ABC), or ("swap") the second subject is the indirect object.
 - Greater-than (Hanna et al. 2023, arXiv 2305.00586, section 2): "The war lasted from the year 1732
-  to the year 17" -> any later year. In the twin the first year ends in 01.
+  to the year 17" -> any later year. In the corrupted prompt the first year ends in 01.
 
-Names and years are filtered to those that are single tokens where they stand, for the tokenizer at
-hand. Where it writes numbers digit by digit, the year's tens are asked for instead: later
-tens are right, earlier ones wrong, and the same ones, which may be either, are not counted.
+Only names and years are used that the tokenizer at hand writes as single tokens in their places. If
+it writes numbers digit by digit, the task asks for the year's tens instead: later tens are right,
+earlier tens are wrong, and the same tens, which may be either, are not counted.
 
-References are for mean ablation: texts of the same template and as many tokens, with three other
-names each, or with other years. Their mean at a position is what is there whatever the answer.
+References are for mean ablation: texts of the same template with as many tokens, but with three
+other names each, or with other years. Their mean at a position does not depend on the answer.
 
-The contrast of a prompt is between two sets of next tokens. The logit difference is logsumexp of
-the right ones' logits minus that of the wrong ones': log odds, which for single tokens is the usual
-difference of two logits.
+The logit difference of a prompt compares two sets of next tokens: logsumexp of the right tokens'
+logits minus logsumexp of the wrong tokens' logits. That is a log odds ratio, and for single tokens
+the usual difference of two logits.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ NAMES = _words(
 )
 PLACES = ("store", "garden", "restaurant", "school", "hospital", "office", "house", "station")
 OBJECTS = ("ring", "kiss", "bone", "basketball", "computer", "necklace", "drink", "snack")
-# {A}, {B}: the names first mentioned, in this order; {S}: the one mentioned again.
+# {A} and {B} are the names first mentioned, in this order; {S} is the name mentioned again.
 IOI_TEMPLATES = (
     "When {A} and {B} went to the {place}, {S} gave a {object} to",
     "Then, {A} and {B} went to the {place}. {S} gave a {object} to",
@@ -66,15 +66,15 @@ EVENTS = _words(
 )
 YEAR_TEMPLATE = "The {event} lasted from the year {century}{year} to the year {century}"
 _CENTURIES = range(11, 18)
-_REFERENCES = 16  # of each prompt
-_ATTEMPTS = 60  # attempts for each prompt asked for, before a tokenizer is given up
+_REFERENCES = 16  # for each prompt
+_ATTEMPTS = 60  # for each prompt, before the tokenizer is refused
 
-Twin = Literal["abc", "swap"]
+Corruption = Literal["abc", "swap"]
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt and its corrupted twin, of as many tokens."""
+    """One prompt and its corrupted prompt (`twin`), which has as many tokens."""
 
     text: str
     twin: str
@@ -82,14 +82,14 @@ class Prompt:
     twin_ids: list[int]
     right: list[int]  # next tokens that the task asks for
     wrong: list[int]
-    references: list[list[int]]  # texts like it without the task, token by token in the same places
+    references: list[list[int]]  # similar texts without the task, aligned token by token
     template: str
-    places: dict[str, int]  # positions that play a part, by name
+    places: dict[str, int]  # named positions
 
     @property
     def first_difference(self) -> int:
-        """The position from which on prompt and twin differ: nothing before it does. Where they
-        are the same, the number of tokens.
+        """The first position where prompt and corrupted prompt differ; the number of tokens if
+        they are the same.
         """
         pairs = zip(self.token_ids, self.twin_ids, strict=True)
         return next((i for i, (a, b) in enumerate(pairs) if a != b), len(self.token_ids))
@@ -97,7 +97,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Task:
-    """Prompts of one task; the prediction after each one's last token is what it is about."""
+    """Prompts of one task, which is to predict the token after each prompt."""
 
     name: str
     seed: int
@@ -113,11 +113,11 @@ class Task:
 
     @property
     def twins(self) -> list[list[int]]:
-        """Token ids of each prompt's twin."""
+        """Token ids of each corrupted prompt."""
         return [prompt.twin_ids for prompt in self.prompts]
 
     def logit_difference(self, logits: Tensor, which: Tensor) -> Tensor:
-        """[N] float64 of logits [N, vocab], those of the prompts `which` [N]."""
+        """Logit differences [N] float64 of logits [N, vocab] of the prompts `which` [N]."""
         right, wrong = (
             self._of(logits, which, [getattr(p, name) for p in self.prompts])
             for name in ("right", "wrong")
@@ -125,14 +125,14 @@ class Task:
         return right - wrong
 
     def probability(self, logits: Tensor, which: Tensor) -> Tensor:
-        """[N] float64: the probability of all right tokens together."""
+        """Probabilities [N] float64 of all right tokens together."""
         right = self._of(logits, which, [p.right for p in self.prompts])
         return (right - logits.double().logsumexp(-1)).exp()
 
     def _of(self, logits: Tensor, which: Tensor, sets: list[list[int]]) -> Tensor:
-        """[N] float64: logsumexp of the logits of the tokens that `sets` has for each row's prompt.
+        """[N] float64: logsumexp over the tokens that `sets` has for each row's prompt.
 
-        No other logits are read: a sweep asks for as many rows as it runs variants.
+        No other logits are read, since patching passes one row for each variant.
         """
         widest = max(map(len, sets))
         tokens = torch.tensor([[*of, *[of[0]] * (widest - len(of))] for of in sets])[which]
@@ -146,7 +146,7 @@ def ioi(
     n_prompts: int,
     *,
     seed: int = 0,
-    twin: Twin = "abc",
+    twin: Corruption = "abc",
     templates: Sequence[str] = IOI_TEMPLATES,
     names: Sequence[str] = NAMES,
     places: Sequence[str] = PLACES,
@@ -154,8 +154,9 @@ def ioi(
 ) -> Task:
     """Prompts of indirect object identification, ABBA and BABA equally likely.
 
-    twin: "abc", three other names and none repeated, or "swap", the second subject replaced by
-    the indirect object. Raises ValueError where fewer than six names are single tokens.
+    twin: the corrupted prompt; "abc" has three other names and repeats none, "swap" replaces the
+    second subject by the indirect object. Raises ValueError if fewer than six names are single
+    tokens.
     """
     if twin not in ("abc", "swap"):
         raise ValueError(f"twin: expected 'abc' or 'swap', got {twin!r}")
@@ -184,7 +185,7 @@ def ioi(
             return None
         twice = [i for i, x in enumerate(ids) if x == wrong[0]]
         once = [i for i, x in enumerate(ids) if x == right[0]]
-        if len(twice) != 2 or len(once) != 1:  # a name that stands first may be another token
+        if len(twice) != 2 or len(once) != 1:  # a name that begins the text may be another token
             return None
         spots = {"IO": once[0], "S1": twice[0], "S2": twice[1], "END": len(ids) - 1}
         like = [tokenizer(unrelated())["input_ids"] for _ in range(_REFERENCES)]
@@ -206,8 +207,7 @@ def greater_than(
 ) -> Task:
     """Prompts of the greater-than task.
 
-    Raises ValueError where the tokenizer writes years neither in pairs of digits nor in single
-    ones.
+    Raises ValueError if the tokenizer writes years neither in pairs of digits nor in single digits.
     """
 
     def draw(rng: random.Random) -> Prompt | None:
@@ -249,7 +249,7 @@ TASKS: dict[str, Callable[..., Task]] = {"ioi": ioi, "greater-than": greater_tha
 
 
 def _drawn(draw: Callable[[random.Random], Prompt | None], n: int, seed: int) -> list[Prompt]:
-    """The first n different prompts that a tokenizer can spell."""
+    """The first n different prompts that `draw` returns."""
     if n < 1:
         raise ValueError(f"n_prompts: expected at least 1, got {n}")
     rng = random.Random(seed)
@@ -271,7 +271,7 @@ def _drawn(draw: Callable[[random.Random], Prompt | None], n: int, seed: int) ->
 
 
 def _next(tokenizer: PreTrainedTokenizerBase, text: str, addition: str) -> list[int]:
-    """The tokens that `addition` puts behind those of `text`; none where it changes them."""
+    """The tokens that `addition` appends to those of `text`; none if it changes these."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     longer = tokenizer(text + addition, add_special_tokens=False)["input_ids"]
     return longer[len(ids) :] if longer[: len(ids)] == ids else []

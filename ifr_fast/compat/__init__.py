@@ -1,1 +1,1 @@
-"""Other tools' faces on this engine: change an import, keep the code. One module a tool."""
+"""Interfaces of other tools on this engine: change an import and keep the code."""

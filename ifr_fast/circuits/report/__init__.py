@@ -1,4 +1,4 @@
-"""A report on one task and one model: tables, figures and text in a folder."""
+"""A report on one task and one model, in a folder: tables, figures and text."""
 
 from .results import Results, Settings
 from .run import make_report

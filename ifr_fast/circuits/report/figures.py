@@ -7,13 +7,8 @@ from typing import TYPE_CHECKING
 
 from ...errors import IfrError
 from ...storage import whole_file
-from ..agreement import (
-    roc_curve,
-)
-from ..faithfulness import (
-    METHODS,
-    UNITS,
-)
+from ..agreement import roc_curve
+from ..faithfulness import METHODS, UNITS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,8 +36,8 @@ def roc_figure(results: Results, L: int, H: int) -> Figure:
         figure.subplots(1, 2), results.effects.items(), strict=True
     ):
         hits = shares(effects).mean(0).abs().flatten() >= results.settings.least
-        both = 0 < int(hits.sum()) < len(hits)  # else there is no curve
-        for name, scores in results.accounts.items() if both else ():
+        both = 0 < int(hits.sum()) < len(hits)  # otherwise there is no curve
+        for name, scores in results.scores.items() if both else ():
             found = results.agreements[direction][name].auc
             axes.plot(*roc_curve(ranking(name, scores), hits), label=f"{name}: {found.value:.2f}")
         axes.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=0.8, label="chance: 0.50")
@@ -55,8 +50,8 @@ def roc_figure(results: Results, L: int, H: int) -> Figure:
 def heads_figure(results: Results, L: int, H: int) -> Figure:
     figure = _figure(12, max(4, 0.2 * L))
     shown = {
-        "plain routes": results.accounts["plain routes"].mean(0).view(L, H),
-        "contrastive routes": results.accounts["contrastive routes"].mean(0).view(L, H),
+        "plain routes": results.scores["plain routes"].mean(0).view(L, H),
+        "contrastive routes": results.scores["contrastive routes"].mean(0).view(L, H),
         **{f"patching ({k})": shares(of).mean(0) for k, of in results.effects.items()},
     }
     for axes, (name, values) in zip(figure.subplots(1, 4), shown.items(), strict=True):

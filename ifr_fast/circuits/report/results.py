@@ -1,34 +1,23 @@
-"""What is measured, and what was found."""
+"""Settings and results of a report."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
 from .. import cost as costs
-from ..agreement import (
-    Agreement,
-)
+from ..agreement import Agreement
 from ..contrast import Components
 from ..deletion import Curves
-from ..faithfulness import (
-    THRESHOLDS,
-    Survival,
-)
+from ..faithfulness import THRESHOLDS, Survival
 from ..patching import Effects
 from ..published import Circuit
 from ..tasks import TASKS, Task
 
-if TYPE_CHECKING:
-    pass
-
-
-BY_SIZE = ", size"  # of an account that ranks by the size of its mean, whatever the sign
-
-
-HEAD_SCORES = (
+BY_SIZE = ", size"  # such a method ranks by the size of the mean score, whatever its sign
+HEAD_METHODS = (
     "contrastive routes",
     "contrastive routes" + BY_SIZE,
     "contrastive routes, frequency",
@@ -37,30 +26,28 @@ HEAD_SCORES = (
     "attention",
     "contrastive attention",
 )
-
-
-INPUTS = {"all tokens": False, "last token kept": True}  # what deletion may reach
+INPUTS = {"all tokens": False, "last token kept": True}  # whether the last token stays
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured, and how much of it."""
+    """The measurements to make, and their sizes."""
 
     task: str = "ioi"
     n_prompts: int = 50
     seed: int = 0
-    threshold: float = 0.01  # of the routes that are compared with patching
-    least: float = 0.02  # share of the clean-to-twin difference that makes a head positive
-    patch_prompts: int | None = None  # the first so many are patched; None: all
-    keep_prompts: int | None = None  # the first so many are ablated; None: all that are patched
-    thresholds: tuple[float, ...] = THRESHOLDS  # of the graphs that are kept
-    remove_thresholds: tuple[float, ...] = (0.01, 0.04)
-    draws: int = 20  # of random graphs
-    cost_prompts: int = 5  # that are patched position by position
-    input_prompts: int = 20
+    threshold: float = 0.01  # of the routes compared with patching
+    least: float = 0.02  # smallest effect of a positive head, in shares of the difference
+    patch_prompts: int | None = None  # number of prompts to patch; None: all
+    keep_prompts: int | None = None  # number of prompts to ablate; None: all that are patched
+    thresholds: tuple[float, ...] = THRESHOLDS  # of kept graphs
+    remove_thresholds: tuple[float, ...] = (0.01, 0.04)  # of removed graphs
+    draws: int = 20  # random graphs for each route graph
+    cost_prompts: int = 5  # patched position by position
+    input_prompts: int = 20  # prompts whose tokens are deleted
 
     def check(self) -> None:
-        """Raises ValueError for what cannot be measured."""
+        """Raises ValueError for settings that cannot be measured."""
         if self.task not in TASKS:
             raise ValueError(f"--task: expected one of {', '.join(TASKS)}, got {self.task!r}")
         asked = ("n_prompts", "draws", "cost_prompts", "input_prompts", "patch_prompts",
@@ -73,28 +60,28 @@ class Settings:
 
 
 class Results(NamedTuple):
-    """What a report tells of."""
+    """All numbers of a report."""
 
     settings: Settings
     task: Task
     exact: dict[str, float]  # largest change of a logit
     cost: list[costs.Cost]
-    accounts: dict[str, Tensor]  # [P, L * H]
+    scores: dict[str, Tensor]  # by method: [P, L * H]
     effects: dict[str, Effects]  # by direction
-    agreements: dict[str, dict[str, Agreement]]  # by direction (or "published"), account
+    agreements: dict[str, dict[str, Agreement]]  # by direction (or "published"), then method
     sensitivity: dict[float, dict[str, float]]  # AUC against denoising, by `least`
     kept: Survival
     removed: Survival
-    inputs: dict[str, dict[str, list[Curves]]]  # by INPUTS, method
-    ffn: Components  # contrastive
+    inputs: dict[str, dict[str, list[Curves]]]  # by name in INPUTS, then method
+    ffn: Components  # contrastive routes
     published: Circuit | None
 
 
 def ranking(name: str, scores: Tensor) -> Tensor:
-    """[N] what an account ranks heads by."""
+    """The numbers [N] by which a method ranks heads."""
     return scores.mean(0).abs() if name.endswith(BY_SIZE) else scores.mean(0)
 
 
 def shares(effects: Effects) -> Tensor:
-    """[P, L, H] effects in shares of the mean difference that there was."""
+    """Effects [P, L, H] in shares of the mean difference that patching could restore or remove."""
     return effects.heads / effects.gap

@@ -1,8 +1,9 @@
-"""Everything about a task on one model, into a folder: tables, figures and a short report.
+"""All measurements of a task on one model, and the folder that holds them.
 
-Stages, each kept in the folder's `work/` as soon as it is done, so that the same command goes on
-after an interruption: that interventions are exact; what routes and patching cost; routes of
-prompts and twins; denoising, noising; agreement; keep-only and remove-only; input tokens.
+The stages are: whether interventions are exact; the cost of routes and patching; routes of prompts
+and corrupted prompts; denoising and noising; agreement; keep-only and remove-only; input tokens.
+Each stage is saved in the folder's `work/` as soon as it is done. After an interruption, run the
+same command again to resume.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,30 +24,17 @@ from ...errors import FormatError
 from ...storage import write_text
 from ...tracer import Tracer
 from .. import cost as costs
-from ..agreement import (
-    agreement,
-    agreement_with,
-    auc,
-)
+from ..agreement import agreement, agreement_with, auc
 from ..contrast import Components, components
 from ..deletion import Curves
-from ..faithfulness import (
-    Mode,
-    Survival,
-    attention_weights,
-    survival,
-)
+from ..exactness import exactness
+from ..faithfulness import Mode, Survival, attention_weights, survival
 from ..inputs import available, token_faithfulness
 from ..patching import Effects, patch
 from ..published import as_mask, published_circuit
 from ..tasks import TASKS, Task
-
-if TYPE_CHECKING:
-    pass
-
-from ..exactness import exactness
 from .figures import heads_figure, roc_figure, save_figure, survival_figure
-from .results import BY_SIZE, HEAD_SCORES, INPUTS, Results, Settings, ranking, shares
+from .results import BY_SIZE, HEAD_METHODS, INPUTS, Results, Settings, ranking, shares
 from .tables import document, finite, input_rows, survival_rows, write_table
 from .text import report_text
 
@@ -54,9 +42,10 @@ from .text import report_text
 def make_report(
     tracer: Tracer, out: Path, settings: Settings, *, model_name: str | None = None
 ) -> Results:
-    """Measures what `settings` say and writes the folder `out`; returns what was found.
+    """Makes the measurements of `settings`, writes the folder `out` and returns the results.
 
-    model_name: as the user named it; heads that others published are compared where it is theirs.
+    model_name: as the user named it. If others published a circuit of that model, heads are
+    compared with it.
     """
     settings.check()
     if tracer.tokenizer is None:
@@ -83,7 +72,7 @@ def make_report(
             ),
         )
     ]
-    accounts, ffn = _head_scores(tracer, task, settings.threshold)
+    scores, ffn = _head_scores(tracer, task, settings.threshold)
     effects = {
         "denoise": patch(decoder, task, direction="denoise", checkpoint=work / "denoise"),
         "noise": patch(decoder, task, direction="noise", checkpoint=work / "noise"),
@@ -91,14 +80,14 @@ def make_report(
     agreements = {
         direction: {
             name: agreement(
-                scores,
+                of_heads,
                 of.heads.flatten(1),
                 least=settings.least,
                 gap=of.prompt - of.against,
                 absolute=name.endswith(BY_SIZE),
                 seed=settings.seed,
             )
-            for name, scores in accounts.items()
+            for name, of_heads in scores.items()
         }
         for direction, of in effects.items()
     }
@@ -106,8 +95,10 @@ def make_report(
     if circuit is not None:
         heads = as_mask(circuit, decoder.n_layers, decoder.n_heads).flatten()
         agreements["published"] = {
-            name: agreement_with(scores, heads, absolute=name.endswith(BY_SIZE), seed=settings.seed)
-            for name, scores in accounts.items()
+            name: agreement_with(
+                of_heads, heads, absolute=name.endswith(BY_SIZE), seed=settings.seed
+            )
+            for name, of_heads in scores.items()
         }
 
     def left(mode: Mode, thresholds: Sequence[float]) -> Survival:
@@ -139,10 +130,10 @@ def make_report(
         task,
         exact,
         cost,
-        accounts,
+        scores,
         effects,
         agreements,
-        _sensitivity(accounts, effects["denoise"]),
+        _sensitivity(scores, effects["denoise"]),
         kept,
         removed,
         inputs,
@@ -158,13 +149,13 @@ def _first(task: Task, n: int) -> Task:
 
 
 class _Stages(NamedTuple):
-    """Results of stages as JSON files of a folder."""
+    """A folder with the results of stages, one JSON file each."""
 
     folder: Path
     identity: str
 
     def of(self, name: str, asked: list[Any], compute: Callable[[], Any]) -> Any:
-        """What a stage found, computed unless the folder has it for the same question."""
+        """A stage's result, computed unless the folder has it for the same question."""
         path = self.folder / f"{name}.json"
         key = hashlib.sha256(json.dumps([self.identity, asked]).encode()).hexdigest()
         if path.exists():
@@ -173,7 +164,7 @@ class _Stages(NamedTuple):
                 if kept["identity"] == key:
                     return kept["found"]
             except (ValueError, LookupError, TypeError) as error:
-                raise FormatError(f"{path}: is no stage's result ({error})") from error
+                raise FormatError(f"{path}: is not the result of a stage ({error})") from error
         found = json.loads(json.dumps(compute()))
         write_text(path, json.dumps({"identity": key, "found": found}) + "\n")
         return found
@@ -190,30 +181,30 @@ def _head_scores(
 ) -> tuple[dict[str, Tensor], Components]:
     """Scores of heads by each method, [P, L * H] each, and contrastive scores of FFN blocks."""
     graphs = tracer.trace(task.texts, threshold=threshold)
-    twins = tracer.trace(task.twins, threshold=threshold)
+    corrupted = tracer.trace(task.twins, threshold=threshold)
     found: dict[str, Tensor] = {}
     for suffix, measure in (("", "importance"), (", frequency", "frequency")):
-        plain, other = components(graphs, measure), components(twins, measure)  # type: ignore[arg-type]
+        plain, other = components(graphs, measure), components(corrupted, measure)  # type: ignore[arg-type]
         found["contrastive routes" + suffix] = (plain - other).heads.flatten(1)
         found["plain routes" + suffix] = plain.heads.flatten(1)
         if measure == "importance":
             ffn = plain - other
     largest, moved = [], []
-    for text, twin in zip(task.texts, task.twins, strict=True):
+    for text, corrupted_text in zip(task.texts, task.twins, strict=True):
         weights, others = (
-            attention_weights(tracer.decoder, x)[:, :, -1].double() for x in (text, twin)
+            attention_weights(tracer.decoder, x)[:, :, -1].double() for x in (text, corrupted_text)
         )
         largest.append(weights[..., 1:-1].amax(-1).flatten())
         moved.append((weights - others).abs().sum(-1).flatten() / 2)
     found["contrastive routes" + BY_SIZE] = found["contrastive routes"]
     found["attention"] = torch.stack(largest)
     found["contrastive attention"] = torch.stack(moved)
-    return {name: found[name] for name in HEAD_SCORES}, ffn
+    return {name: found[name] for name in HEAD_METHODS}, ffn
 
 
-def _sensitivity(accounts: Mapping[str, Tensor], effects: Effects) -> dict[float, dict[str, float]]:
-    """Areas under the ROC curve where other effects make a head positive; NaN where none or all
-    are.
+def _sensitivity(scores: Mapping[str, Tensor], effects: Effects) -> dict[float, dict[str, float]]:
+    """Areas under the ROC curve with other values of `least`; NaN where all heads are positive or
+    none is.
     """
     size = shares(effects).mean(0).abs().flatten()
     found = {}
@@ -221,20 +212,17 @@ def _sensitivity(accounts: Mapping[str, Tensor], effects: Effects) -> dict[float
         hits = size >= least
         both = 0 < int(hits.sum()) < len(hits)
         found[least] = {
-            name: auc(ranking(name, scores), hits) if both else math.nan
-            for name, scores in accounts.items()
+            name: auc(ranking(name, of_heads), hits) if both else math.nan
+            for name, of_heads in scores.items()
         } | {"positives": float(hits.sum())}
     return found
-
-
-# Writing
 
 
 def _write(tracer: Tracer, results: Results, out: Path, model_name: str | None) -> None:
     decoder = tracer.decoder
     L, H = decoder.n_layers, decoder.n_heads
     effects = {name: shares(of).mean(0) for name, of in results.effects.items()}
-    means = {name: ranking(name, x).view(L, H) for name, x in results.accounts.items()}
+    means = {name: ranking(name, x).view(L, H) for name, x in results.scores.items()}
     rows = [
         [layer, head]
         + [f"{float(x[layer, head]):.6g}" for x in (*means.values(), *effects.values())]

@@ -1,4 +1,4 @@
-"""The report's tables (CSV) and all its numbers (JSON)."""
+"""Rows of the report's tables, and the document with all its numbers."""
 
 from __future__ import annotations
 
@@ -8,30 +8,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ...benchmark import machine
 from ...storage import write_text
 from ...tracer import Tracer
-from ..agreement import (
-    Interval,
-    mean_interval,
-    ratio_interval,
-)
+from ..agreement import Interval, mean_interval, ratio_interval
 from ..deletion import Curves
-from ..faithfulness import (
-    METHODS,
-    UNITS,
-    Of,
-    Survival,
-    Unit,
-)
-
-if TYPE_CHECKING:
-    pass
-
+from ..faithfulness import METHODS, UNITS, Quantity, Survival, Unit
 from .results import Results
 
 CURVES = ("RISE", "MAS", "insertion")
@@ -69,14 +55,16 @@ def survival_rows(of: Survival, seed: int) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
-def share_left(of: Survival, unit: Unit, method: str, m: int, what: Of, seed: int) -> Interval:
-    """What is left of the prompts' mean logit difference or probability."""
+def share_left(
+    of: Survival, unit: Unit, method: str, m: int, what: Quantity, seed: int
+) -> Interval:
+    """The share of the prompts' mean logit difference or probability that is left."""
     full = of.full[what == "probability"]
     return ratio_interval(of.left(unit, method, what)[:, m], full, seed=seed)
 
 
 def _restored(of: Survival, unit: Unit, method: str, m: int, seed: int) -> Interval:
-    """What is left of the mean logit difference beyond what is there with everything ablated."""
+    """As `share_left`, of the logit difference beyond the one with everything ablated."""
     empty = of.empty[0]
     return ratio_interval(of.left(unit, method)[:, m] - empty, of.full[0] - empty, seed=seed)
 
@@ -93,7 +81,7 @@ def input_rows(results: Results) -> tuple[list[str], list[list[str]]]:
 
 
 def curve_means(curves: Sequence[Curves], seed: int) -> list[Interval]:
-    """RISE, MAS and insertion."""
+    """Mean RISE, MAS and insertion."""
     return [mean_interval(x, seed=seed) for x in torch.tensor(curves, dtype=torch.float64).T]
 
 
@@ -121,16 +109,16 @@ def document(tracer: Tracer, results: Results, model_name: str | None) -> dict[s
                     "precision": {k: x._asdict() for k, x in found.precision.items()},
                     "positives": found.n_positive,
                 }
-                for name, found in by_account.items()
+                for name, found in by_method.items()
             }
-            for direction, by_account in results.agreements.items()
+            for direction, by_method in results.agreements.items()
         },
         "sensitivity": results.sensitivity,
     }
 
 
 def finite(x: Any) -> Any:
-    """A document with null for every number that is not defined: JSON has none for it."""
+    """A document with None in place of every NaN or infinity, which JSON does not have."""
     if isinstance(x, dict):
         return {key: finite(value) for key, value in x.items()}
     if isinstance(x, list | tuple):

@@ -1,4 +1,4 @@
-"""The component graph: its scores, the circuit chosen from them, and its files."""
+"""The component graph: scores, the circuit that is chosen by them, and JSON files."""
 
 from __future__ import annotations
 
@@ -38,17 +38,18 @@ class Edge(NamedTuple):
     name: str
     parent: str
     child: str
-    qkv: str | None  # which of a head's inputs it leads into
+    qkv: str | None  # the input of a head that the edge leads into
     score: float
     in_graph: bool
 
 
 @dataclass(eq=False)
 class Graph:
-    """Scores between components, and which of them are in a circuit.
+    """Scores between components, and the circuit that some of them form.
 
-    Rows are sources (`sources`), columns the inputs that nodes have (`inputs`): a layer's q of all
-    heads, then k, then v, then its FFN block; the logits at last. What is no edge scores 0.
+    Rows are sources (`sources`). Columns are the inputs of nodes (`inputs`): in each layer q of all
+    heads, then k, then v, then the FFN block; the last column is the logits. Pairs that are not an
+    edge score 0.
     """
 
     cfg: dict[str, Any]  # n_layers, n_heads, parallel_attn_mlp, d_model
@@ -59,7 +60,7 @@ class Graph:
 
     @classmethod
     def from_model(cls, model: Tracer | Decoder | dict[str, Any]) -> Graph:
-        """A graph of a model's components, with no scores and nothing in the circuit.
+        """A graph of a model's components, without scores and with an empty circuit.
 
         model: a Tracer, or a dict with n_layers, n_heads, parallel_attn_mlp and d_model.
         """
@@ -82,17 +83,17 @@ class Graph:
 
     @property
     def n_forward(self) -> int:
-        """Nodes that write."""
+        """Number of nodes that write."""
         return len(self.scores)
 
     @property
     def n_backward(self) -> int:
-        """Inputs that nodes read by."""
+        """Number of inputs of all nodes."""
         return self.scores.shape[1]
 
     @property
     def sources(self) -> list[str]:
-        """Names of the rows."""
+        """The names of the rows."""
         found = ["input"]
         for layer in range(self.cfg["n_layers"]):
             found += [f"a{layer}.h{head}" for head in range(self.cfg["n_heads"])]
@@ -101,7 +102,7 @@ class Graph:
 
     @property
     def inputs(self) -> list[tuple[str, str | None]]:
-        """Of each column the node, and q, k or v where that is a head."""
+        """The node of each column, and q, k or v if the node is a head."""
         found: list[tuple[str, str | None]] = []
         for layer in range(self.cfg["n_layers"]):
             for letter in "qkv":
@@ -111,13 +112,13 @@ class Graph:
 
     @property
     def real_edge_mask(self) -> Tensor:
-        """[n_forward, n_backward] bool: which pairs are edges."""
+        """[n_forward, n_backward] bool: True for pairs that are edges."""
         before = torch.tensor([self._sources_before(child) for child, _ in self.inputs])
         return torch.arange(self.n_forward)[:, None] < before
 
     @property
     def nodes(self) -> dict[str, Node]:
-        """All nodes by their names; the logits are always in the circuit."""
+        """All nodes by name; the logits are always in the circuit."""
         found = {}
         for i, name in enumerate(self.sources):
             score = None if self.nodes_scores is None else float(self.nodes_scores[i])
@@ -126,7 +127,7 @@ class Graph:
 
     @property
     def edges(self) -> dict[str, Edge]:
-        """All edges by their names."""
+        """All edges by name."""
         found = {}
         scores, in_graph = self.scores.tolist(), self.in_graph.tolist()
         for i, j, name, parent, child, letter in self._named():
@@ -134,11 +135,11 @@ class Graph:
         return found
 
     def count_included_edges(self) -> int:
-        """Edges in the circuit."""
+        """Number of edges in the circuit."""
         return int(self.in_graph.sum())
 
     def count_included_nodes(self) -> int:
-        """Nodes in the circuit, the logits not counted."""
+        """Number of nodes in the circuit, without the logits."""
         return int(self.nodes_in_graph.sum())
 
     def apply_threshold(
@@ -149,10 +150,10 @@ class Graph:
         level: str = "edge",
         prune: bool = True,
     ) -> None:
-        """Makes the circuit of the edges that score at least `threshold`.
+        """Makes a circuit of the edges that score at least `threshold`.
 
-        absolute: rank by absolute scores. reset: take the nodes that these edges join, else leave
-        the nodes as they are. level: "edge". prune: keep only what is on a path.
+        absolute: rank by absolute scores. reset: take the nodes that these edges join; otherwise
+        leave the nodes as they are. level: "edge". prune: keep only nodes and edges on a path.
         """
         _check_level(level)
         self._choose((self._ranked(absolute) >= threshold) & self.real_edge_mask, reset, prune)
@@ -165,9 +166,9 @@ class Graph:
         reset: bool = True,
         prune: bool = True,
     ) -> None:
-        """Makes the circuit of the n edges that score highest; the first of those that tie.
+        """Makes a circuit of the n edges that score highest; of equal scores the first count.
 
-        Arguments as in `apply_threshold`.
+        Other arguments as in `apply_threshold`.
         """
         _check_level(level)
         n_edges = int(self.real_edge_mask.sum())
@@ -182,11 +183,11 @@ class Graph:
     def apply_greedy(
         self, n_edges: int, absolute: bool = True, reset: bool = True, prune: bool = True
     ) -> None:
-        """Makes the circuit of n edges from the logits down, each time the one that scores highest
-        among those into nodes that are in it.
+        """Makes a circuit of n edges from the logits down, and adds each time the edge with the
+        highest score among those into nodes of the circuit.
 
-        reset: begin with nothing but the logits; else with the nodes and edges that are in the
-        circuit, which are among the n where they are chosen again. Others as in `apply_threshold`.
+        reset: begin with the logits alone; otherwise begin with the present circuit, whose edges
+        count among the n only if they are chosen again. Other arguments as in `apply_threshold`.
         """
         total = int(self.real_edge_mask.sum())
         if not 0 <= as_index("n_edges", n_edges) <= total:
@@ -217,12 +218,12 @@ class Graph:
             self.prune()
 
     def prune(self) -> None:
-        """Keeps of the circuit what lies on a path from `input` to `logits`."""
+        """Keeps the part of the circuit that lies on paths from `input` to `logits`."""
         N, children = self.n_forward, self._children
         joined = torch.zeros(N, N + 1, dtype=torch.int32)
         joined.index_add_(1, children, self.in_graph.int())
         linked = joined > 0
-        below = torch.zeros(N + 1, dtype=torch.bool)  # reached from the input
+        below = torch.zeros(N + 1, dtype=torch.bool)  # reachable from the input
         below[0] = True
         for child in range(1, N + 1):
             below[child] = bool((linked[:, child] & below[:N]).any())
@@ -237,8 +238,8 @@ class Graph:
     def to_json(self, filename: str | os.PathLike[str]) -> None:
         """Writes the JSON that EAP-IG's `Graph.from_json` and the MIB benchmark read.
 
-        Raises ValueError where a score is not finite, which JSON has no number for. (A node
-        without a score has none in the file.)
+        A node without a score has none in the file. Raises ValueError if a score is not finite,
+        since JSON has no number for it.
         """
         nodes: dict[str, dict[str, Any]] = {}
         for node in self.nodes.values():
@@ -257,9 +258,9 @@ class Graph:
 
     @classmethod
     def from_json(cls, json_path: str | os.PathLike[str]) -> Graph:
-        """What `to_json`, here or in EAP-IG, has written.
+        """Reads a file that `to_json` wrote, here or in EAP-IG.
 
-        Raises FormatError for another file, and for a circuit of single neurons.
+        Raises FormatError for any other file, and for a circuit of single neurons.
         """
         try:
             document = json.loads(Path(json_path).read_bytes())
@@ -272,7 +273,7 @@ class Graph:
         return graph
 
     def to_networkx(self) -> nx.MultiDiGraph:
-        """The circuit; edges have `score`, and by `key` q, k or v where they lead into a head."""
+        """The circuit. Edges have a `score`; the key of an edge into a head is q, k or v."""
         try:
             import networkx as nx
         except ImportError as error:
@@ -293,12 +294,12 @@ class Graph:
 
     @property
     def _children(self) -> Tensor:
-        """[n_backward] the node that each column belongs to; n_forward for the logits."""
+        """[n_backward]: the row of each column's node; n_forward for the logits."""
         place = {name: i for i, name in enumerate([*self.sources, "logits"])}
         return torch.tensor([place[child] for child, _ in self.inputs])
 
     def _sources_before(self, child: str) -> int:
-        """How many nodes write into what `child` reads."""
+        """The number of nodes that write into the stream that `child` reads."""
         H = self.cfg["n_heads"]
         if child == "logits":
             return self.n_forward
@@ -335,7 +336,7 @@ class Graph:
             self.prune()
 
     def _fill(self, nodes: dict[str, Any], edges: dict[str, Any]) -> None:
-        """From a document. Raises ValueError where it says other things than this graph could."""
+        """Fills in a document. Raises ValueError if it does not fit this graph."""
         sources = self.sources
         if set(nodes) - {"logits"} != set(sources):
             raise ValueError(f"nodes: expected {len(sources)} and logits, got {len(nodes)}")
@@ -343,7 +344,7 @@ class Graph:
         for i, name in enumerate(sources):
             node = nodes[name]
             if "neurons" in node or "neurons_scores" in node:
-                raise ValueError(f"nodes: {name} has neurons; whole components alone are read")
+                raise ValueError(f"nodes: {name} has neurons; only whole components can be read")
             self.nodes_in_graph[i] = _flag(name, node["in_graph"])
             if "score" in node:
                 scored[i] = float(node["score"])
@@ -373,7 +374,7 @@ def _check_config(cfg: dict[str, Any]) -> dict[str, Any]:
 
 def _check_level(level: str) -> None:
     if level != "edge":
-        raise ValueError(f"level: expected 'edge', got {level!r}; nodes are not scored here")
+        raise ValueError(f"level: expected 'edge', got {level!r}; nodes have no scores here")
 
 
 def _flag(name: str, value: Any) -> bool:

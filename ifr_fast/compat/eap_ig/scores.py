@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,16 +15,10 @@ from ...prefill import attended
 from ...recording import Recording, layer_inputs
 from ...tokens import Text, encode
 from ...tracer import Tracer
-
-if TYPE_CHECKING:
-    pass
-
 from .graph import Graph
 
 METHOD = "information-flow-routes"
-
-
-_ELEMENTS = 1 << 22  # of all nodes' outputs at some positions
+_ELEMENTS = 1 << 22  # of all nodes' outputs that are held at once
 
 
 def score_components(
@@ -35,9 +29,9 @@ def score_components(
     positions: bool = False,
     add_special_tokens: bool | None = None,
 ) -> Graph:
-    """The component graph of a model on some texts: the mean of their scores; the circuit is empty.
+    """The component graph of a model, with the mean scores over some texts and an empty circuit.
 
-    prepend_bos: begin each text with the tokenizer's BOS token where it does not already.
+    prepend_bos: put the tokenizer's BOS token before each text that does not begin with it.
     positions: count learned position embeddings as part of `input`.
     """
     graph = Graph.from_model(tracer)
@@ -61,10 +55,10 @@ def attribute(
 ) -> None:
     """Fills `graph.scores`, as EAP-IG's `attribute` does with `information-flow-routes`.
 
-    model: a Tracer in place of a HookedTransformer. dataloader: gives (clean, corrupted, label),
-    clean a list of texts, which begin with BOS. aggregation: "mean" divides by d_model, as there.
-    What else there is to say of other methods is not asked for: metric, intervention, ig_steps,
-    intervention_dataloader, quiet.
+    model: a Tracer in place of a HookedTransformer. dataloader: yields (clean, corrupted, label),
+    where clean is a list of texts, to which BOS is added. aggregation: "mean" divides by d_model,
+    as in EAP-IG. metric, intervention, ig_steps, intervention_dataloader and quiet have no effect;
+    they belong to other methods.
     """
     if method != METHOD:
         raise ValueError(f"method: expected {METHOD!r}, got {method!r}")
@@ -78,7 +72,7 @@ def attribute(
 
 def _clean_texts(dataloader: Iterable[Any]) -> Iterator[Any]:
     for clean, *_ in dataloader:
-        if isinstance(clean, str):  # else its characters would be the texts
+        if isinstance(clean, str):  # otherwise its characters would be the texts
             raise ValueError(
                 f"dataloader: expected batches (clean, corrupted, label) with a list of texts in "
                 f"clean, got {clean!r}"
@@ -94,7 +88,7 @@ def _mean_scores(
     positions: bool,
     add_special_tokens: bool | None,
 ) -> Tensor:
-    """[n_forward, n_backward] float64."""
+    """The mean scores [n_forward, n_backward] float64 over texts."""
     total, n_texts = torch.zeros(graph.scores.shape, dtype=torch.float64), 0
     for text in texts:
         if not isinstance(text, Recording):
@@ -111,7 +105,7 @@ def _mean_scores(
 
 @torch.inference_mode()
 def _scores(graph: Graph, recording: Recording, positions: bool) -> Tensor:
-    """[n_forward, n_backward] float64: the mean over a text's positions."""
+    """The mean scores [n_forward, n_backward] float64 over one text's positions."""
     decoder, T = recording.decoder, len(recording)
     N, H, D = graph.n_forward, graph.cfg["n_heads"], graph.cfg["d_model"]
     embedded = recording.layers[0].resid_pre
@@ -140,12 +134,12 @@ def _scores(graph: Graph, recording: Recording, positions: bool) -> Tensor:
 
 
 class _Layer(NamedTuple):
-    """R rows of a layer, in float32 or wider."""
+    """R rows of one layer, in float32 or wider."""
 
     pre: Tensor  # [R, D]
-    heads: Tensor  # [R, H, D] what each adds
+    heads: Tensor  # [R, H, D] output of each head
     mid: Tensor | None  # [R, D]; None in a parallel block
-    ffn: Tensor  # [R, D] what it adds
+    ffn: Tensor  # [R, D] output of the FFN block
 
 
 def _layer(recording: Recording, layer: int, rows: Tensor) -> _Layer:
@@ -174,7 +168,8 @@ def _layer(recording: Recording, layer: int, rows: Tensor) -> _Layer:
 def _shares(parts: Tensor, y: Tensor) -> Tensor:
     """Importances of parts [R, n, D] in y [R, D], summed over rows: [n] float64, on the CPU."""
     y = y[:, None]
-    # In place, and coordinate by coordinate: a few huge ones would swallow the rest of two norms.
+    # The difference is taken in each coordinate: a difference of two norms would lose small
+    # coordinates beside a few huge ones.
     farther = torch.sub(parts, y).abs_().sub_(y.abs())
     proximity = farther.sum(-1).neg_().clamp_(min=0).double()
     total = proximity.sum(-1, keepdim=True)
@@ -183,7 +178,7 @@ def _shares(parts: Tensor, y: Tensor) -> Tensor:
 
 
 def _without_tokens(recording: Recording) -> Tensor:
-    """[T, D] what the first layer reads where every token's embedding is zero: its position's."""
+    """The input [T, D] of the first layer with every token's embedding zero: that of positions."""
     decoder = recording.decoder
     found: list[Tensor] = []
 

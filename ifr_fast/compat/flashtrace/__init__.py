@@ -1,17 +1,17 @@
-"""FlashTrace's face (PyPI flashtrace 0.1.1) on this engine: which prompt tokens shaped an answer.
+"""FlashTrace (PyPI flashtrace 0.1.1) on this engine: which prompt tokens shaped an answer.
 
     from ifr_fast.compat.flashtrace import FlashTrace  # in place of flashtrace's own
 
-A token's score is the sum over layers of the importances of the attention edges that read it: no
-routes are followed. By `method`:
+A token's score is the sum over layers of the importances of the attention edges that read it. No
+routes are followed. The methods are:
 
-- ifr-matrix: every generated token's row is scored; the scores are their mean.
+- ifr-matrix: every generated token's row is scored, and the scores are averaged.
 - ifr-span: the rows of a span are added up first, and their sum is scored as one row.
-- flashtrace: the span form, hop after hop. A hop's scores of the generated tokens are the weights
-  by which the next adds up their rows; what falls on the prompt is collected, times the share of
-  all scores that the hops before left on generated tokens. Stop tokens are left out.
+- flashtrace: the span method in several hops. The scores of generated tokens in one hop are the
+  weights by which the next hop adds up their rows. Scores of prompt tokens are collected, times the
+  share of all scores that earlier hops left on generated tokens. Stop tokens are left out.
 
-docs/compat-flashtrace.md says what differs from the package.
+docs/compat-flashtrace.md lists the differences from the package.
 """
 
 from __future__ import annotations
@@ -41,29 +41,28 @@ __all__ = [
 ]
 
 TraceMethod = Literal["flashtrace", "ifr-span", "ifr-matrix"]
-Span: TypeAlias = tuple[int, int]  # first and last, both included, of the generated tokens
+Span: TypeAlias = tuple[int, int]  # the first and the last of some generated tokens
 
 _EPS = 1e-12  # added to every denominator
 
 
 class MultiHopIFRResult(NamedTuple):
-    """All hops of method "flashtrace"."""
+    """All hops of the method "flashtrace"."""
 
     raw_attributions: list[IFRAggregate]
-    thinking_ratios: list[float]  # the share of all scores that is left after each hop
+    thinking_ratios: list[float]  # share of all scores that is left after each hop
     observation: dict[str, Tensor | list[Tensor]]
 
 
 class FlashTrace:
-    """FlashTrace's scores for one model: any that `Tracer` opens, with any attention function.
+    """FlashTrace's scores for any model that `Tracer` opens, with any attention function.
 
-    chunk_tokens, sink_chunk_tokens, recompute_attention: taken, and without effect. They bound the
-    package's memory; here no decomposed tensor and no attention weights are stored.
-    generate_kwargs: of `model.generate`, where `trace` gets no target; default 512 new tokens,
-    greedily. use_chat_template: prompts go through the tokenizer's chat template.
-    parity: values as the package forms them, without the bias of a v_proj and with 1e-6 as the
-    epsilon of Llama-like norms; False: as the model's attention read them.
-    impl, max_memory: as in `Tracer`.
+    chunk_tokens, sink_chunk_tokens, recompute_attention: have no effect. They limit the package's
+    memory; here neither a decomposed tensor nor attention weights are stored. generate_kwargs:
+    arguments of `model.generate` if `trace` gets no target; default: 512 new tokens, greedily.
+    use_chat_template: apply the tokenizer's chat template to prompts. parity: compute values as the
+    package does, without the bias of a v_proj and with 1e-6 as the epsilon of Llama-like norms;
+    False: take the values that the model's attention read. impl, max_memory: as in `Tracer`.
     """
 
     def __init__(
@@ -101,15 +100,15 @@ class FlashTrace:
         method: TraceMethod = "flashtrace",
         renorm_threshold: float | None = None,
     ) -> TraceResult:
-        """Scores the prompt's tokens by what they gave to the generated ones.
+        """Scores the prompt's tokens by their contribution to the generated tokens.
 
         target: the generated text, to which the tokenizer's end-of-text token is added; None: the
-        model generates it. output_span, reasoning_span: of generated tokens, the latter for method
-        "flashtrace" alone; default: all. renorm_threshold: proximities below it, of single heads
-        and keys and of FFNs, count as 0.
+        model generates it. output_span, reasoning_span: spans of generated tokens, the second only
+        for the method "flashtrace"; default: all. renorm_threshold: proximities below it count as
+        0, those of single heads and keys and those of FFNs.
 
-        Raises ValueError for an unknown method, for a span that leaves what was generated, and for
-        a prompt that is not found in what the chat template made of it.
+        Raises ValueError for an unknown method, for a span outside of the generated tokens, and if
+        the prompt is not found in the output of the chat template.
         """
         if method not in get_args(TraceMethod):
             expected = ", ".join(get_args(TraceMethod))
@@ -149,7 +148,7 @@ class FlashTrace:
             metadata={"ifr": about | {"renorm_threshold": options.threshold}, "method": method},
         )
 
-    # The methods give scores [generated tokens, T], NaN in rows that were not asked for, and facts.
+    # Each method returns scores [generated tokens, T], NaN outside of the span, and metadata.
 
     def _matrix(
         self, text: Text, span: Span | None, options: Options
@@ -228,7 +227,7 @@ class FlashTrace:
 
         weights = torch.tensor([not text.is_stop(i) for i in range(around[0], around[1] + 1)])
         hops: list[IFRAggregate] = []
-        seen: list[Tensor] = []  # of each hop, on the prompt
+        seen: list[Tensor] = []  # scores of the prompt in each hop
         ratios: list[float] = []
         ratio = 1.0
         for hop in range(max(0, n_hops) + 1):
@@ -242,7 +241,7 @@ class FlashTrace:
                     options,
                     None if unweighted else weights,
                 )
-            else:  # nothing is left on generated tokens
+            else:  # no scores are left on generated tokens
                 found = IFRAggregate.zero(
                     len(kept), recording.decoder.n_layers, recording.decoder.n_heads
                 )
@@ -291,7 +290,7 @@ def _unscored(text: Text) -> Tensor:
 
 
 def _checked(name: str, span: Span | None, last: int) -> Span:
-    """The span, all of them where it is None; `last` is the last index that it may have."""
+    """The span, or all generated tokens if it is None; `last` is the last valid index."""
     begin, end = (0, last) if span is None else (int(span[0]), int(span[1]))
     if not 0 <= begin <= end <= last:
         raise ValueError(f"{name}: expected first and last from 0 to {last}, got {(begin, end)}")
@@ -306,9 +305,9 @@ def load_model_and_tokenizer(
     trust_remote_code: bool = False,
     **model_kwargs: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A Hugging Face causal LM in eval mode, and its tokenizer, which is given a padding token.
+    """A Hugging Face causal LM in eval mode, and its tokenizer with a padding token.
 
-    dtype: torch's, or "auto", "float16", "fp16", "bfloat16", "bf16", "float32", "fp32".
+    dtype: a torch dtype, or "auto", "float16", "fp16", "bfloat16", "bf16", "float32", "fp32".
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

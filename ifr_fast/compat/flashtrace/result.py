@@ -1,4 +1,4 @@
-"""What a trace gives: scores of the prompt's tokens, as JSON and as a page."""
+"""The result of a trace: scores of the prompt's tokens, as JSON and as a page."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class TokenScore:
 
 @dataclass(frozen=True)
 class TraceResult:
-    """What `FlashTrace.trace` found. Scores are of the prompt's tokens, and at least 0."""
+    """The result of `FlashTrace.trace`: scores of the prompt's tokens, at least 0."""
 
     prompt_tokens: list[str]
     generation_tokens: list[str]
@@ -39,13 +39,13 @@ class TraceResult:
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def topk_inputs(self, k: int = 20) -> list[TokenScore]:
-        """The `k` prompt tokens with the highest scores; of equal ones, the first first."""
+        """The `k` prompt tokens with the highest scores; equal scores keep the text's order."""
         scored = enumerate(zip(self.prompt_tokens, self.scores, strict=False))
         items = [TokenScore(i, token, float(score)) for i, (token, score) in scored]
         return sorted(items, key=lambda item: item.score, reverse=True)[: max(0, int(k))]
 
     def to_dict(self) -> dict[str, Any]:
-        """The same in what JSON can hold, with the first 20 of `topk_inputs`."""
+        """The result in types that JSON can hold, with the first 20 of `topk_inputs`."""
         return {
             "method": self.method,
             "prompt_tokens": list(self.prompt_tokens),
@@ -65,7 +65,7 @@ class TraceResult:
         Path(path).write_text(text, encoding="utf-8")
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
-        """Writes a standalone page, the prompt's tokens shaded by their scores, to a file."""
+        """Writes a standalone page to a file, with the prompt's tokens shaded by their scores."""
         Path(path).write_text(_page(self), encoding="utf-8")
 
 

@@ -1,11 +1,11 @@
-"""FlashTrace's arithmetic on our kernels: importances of token edges, summed over layers.
+"""FlashTrace's arithmetic on this project's kernels: importances of token edges over layers.
 
-In each layer, of a row (or of a sum of rows, which is scored as one: ../../given.py) with node y,
+In each layer, for a row (or a sum of rows, which is scored as one row) with node y:
 
-    proximity(p, y) = max(|y|_1 - |y - p|_1, 0), 0 where below the threshold given,
-    e[j] = sum over heads h of proximity(p[h, j], y) / (all of them + that of resid_pre + 1e-12),
+    proximity(p, y) = max(|y|_1 - |y - p|_1, 0), 0 if below the given threshold,
+    e[j] = sum over heads h of proximity(p[h, j], y) / (all of them + that of resid_pre + 1e-12).
 
-where FlashTrace does not floor, flag or share out: a row without proximities scores 0.
+Unlike in `Tracer`, a row without proximities scores 0.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from ...scoring import Closure, Kernel, check_closure, load_kernel
 from ...tracer import Tracer
 
 _EPS = 1e-12  # added to every denominator
-_NORM_EPS = 1e-6  # FlashTrace takes it for every norm's that is not named `eps`
-_BLOCK_PAIRS = 1 << 22  # of rows and keys whose edges are listed at once
+_NORM_EPS = 1e-6  # FlashTrace's epsilon for a norm without an attribute `eps`
+_BLOCK_PAIRS = 1 << 22  # pairs of row and key whose edges are listed at once
 
 
 @dataclass
@@ -52,16 +52,16 @@ class IFRAggregate:
 
     @staticmethod
     def zero(n_tokens: int, n_layers: int, n_heads: int) -> IFRAggregate:
-        """Of a row that nothing flowed to."""
+        """The aggregate of a row that nothing flowed to."""
         L, T, H = n_layers, n_tokens, n_heads
         return IFRAggregate([], torch.zeros(T), torch.zeros(H), torch.zeros(L), torch.zeros(L))
 
 
 class Options(NamedTuple):
-    """How parts are formed and counted."""
+    """How parts are computed and counted."""
 
     threshold: float = 0.0  # proximities below it count as 0
-    parity: bool = True  # values as FlashTrace forms them, not as attention read them
+    parity: bool = True  # compute values as FlashTrace does, not as attention read them
 
 
 @torch.no_grad()
@@ -81,7 +81,7 @@ def token_matrix(
             found = _proximities(kernel, layer.inputs, options.threshold)
             total = found.beside.index_add(0, found.row, found.weight) + _EPS
             weight = (found.weight / total[found.row]).to(block)
-            # Of the entries at one place all but one are padding, of weight 0.
+            # If several entries have the same place, all but one are padding with weight 0.
             at = (found.row.to(block.device), found.source.to(block.device))
             block.index_put_(at, weight, accumulate=True)
         blocks.append(block.cpu())
@@ -97,9 +97,9 @@ def aggregate(
     options: Options,
     weights: Tensor | None = None,
 ) -> IFRAggregate:
-    """Of the sum of the rows from `begin` to before `end`.
+    """The importances of the sum of the rows from `begin` to before `end`.
 
-    weights: [R] of the rows, brought to a sum of 1; None: 1 each.
+    weights: weights [R] of the rows, rescaled to sum to 1; None: 1 each.
     """
     rows, kernel = torch.arange(begin, end), load_kernel(tracer.impl)
     of_rows = torch.ones(len(rows))
@@ -125,8 +125,9 @@ class _Layer(NamedTuple):
 
 
 def _layers(tracer: Tracer, recording: Recording, rows: Tensor, parity: bool) -> Iterator[_Layer]:
-    """What scores `rows` [R] of each layer, from the bottom. Raises IfrError in the end where a
-    layer's parts do not add up to what the model computed.
+    """Inputs of the kernels for `rows` [R] of each layer, from the bottom up.
+
+    Raises IfrError in the end if a layer's parts do not add up to the model's own activations.
     """
     from ...kernels.rows import block_of
 
@@ -147,10 +148,10 @@ def _layers(tracer: Tracer, recording: Recording, rows: Tensor, parity: bool) ->
 
 
 def _values(block: Block, resid_pre: Tensor, v: Tensor) -> Tensor:
-    """V [S, H_kv, V] as FlashTrace forms it of `resid_pre` [S, D]: without the bias of a v_proj,
-    and behind a norm with an epsilon of its own.
+    """Values v [S, H_kv, V] as FlashTrace computes them: without the bias of a v_proj, and with its
+    epsilon in the norm of `resid_pre` [S, D].
 
-    It opens no model whose layers have other names; of those v stays as it is.
+    FlashTrace opens no model whose layers have other names; their v is returned unchanged.
     """
     projection = getattr(block.attention, "v_proj", None)
     norm = getattr(block.module, "input_layernorm", None)
@@ -169,18 +170,18 @@ def _values(block: Block, resid_pre: Tensor, v: Tensor) -> Tensor:
 
 
 class _Proximities(NamedTuple):
-    """Of a layer's pairs that have any, and of what is beside them, in float32 or wider."""
+    """Nonzero proximities of a layer's pairs, and those of other parts, in float32 or wider."""
 
     row: Tensor  # [N]
     source: Tensor  # [N]
     weight: Tensor  # [N] summed over heads
     head_weight: Tensor  # [N, H]
     residual: Tensor  # [R]
-    beside: Tensor  # [R] residual, in parallel blocks and that of the FFN
+    beside: Tensor  # [R] residual, in parallel blocks plus that of the FFN
 
 
 def _proximities(kernel: Kernel, inputs: LayerInputs, threshold: float) -> _Proximities:
-    """The shares that the kernel gives, times their total; 0 where it shares out."""
+    """The kernel's shares times their total; 0 in rows without proximities."""
     scores = kernel.score_attention(inputs, 0.0)
     scale = scores.total.masked_fill(scores.unattributed, 0)
     row, source, weight, head_weight = scores.edges
@@ -209,7 +210,7 @@ def _layer_result(
     if layer.resid_post is None:
         of_ffn = float((found.beside - found.residual) / total)
         return IFRLayerResult(tokens, of_residual, heads, of_ffn, of_residual)
-    # FlashTrace weighs a span's rows for attention alone: its FFN is that of their plain sum.
+    # FlashTrace weights a span's rows for attention only; the FFN takes their plain sum.
     mid, post = (x.to(row.y).sum(0) for x in (layer.inputs.y, layer.resid_post))
     ffn, passed = _proximity(post - mid, post), _proximity(mid, post)
     ffn, passed = (x.where(x >= threshold, 0) for x in (ffn, passed))

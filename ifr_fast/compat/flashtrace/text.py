@@ -1,4 +1,4 @@
-"""What FlashTrace makes of a prompt and an answer: ids, the pieces of text that they stand for."""
+"""Token ids of a prompt and an answer, and the pieces of text that they stand for."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Generated and prompt tokens that method "flashtrace" leaves out, when stripped of spaces; blank
-# ones it leaves out too.
+# The method "flashtrace" leaves out these generated and prompt tokens, without their spaces, and
+# blank tokens.
 STOP_TOKENS = [",", "."]
 
 _DEFAULT_GENERATE = {"max_new_tokens": 512, "do_sample": False}
@@ -19,17 +19,17 @@ _PROMPT_TEMPLATE = "Context:{context}\n\n\nQuery: {query}"
 
 
 class Text(NamedTuple):
-    """A prompt in its chat template, if any, and what was generated after it."""
+    """A prompt, in its chat template if there is one, and the generated tokens after it."""
 
     prompt_ids: list[int]
     generation_ids: list[int]
-    user_prompt_indices: list[int]  # of the user's prompt among the ids
+    user_prompt_indices: list[int]  # positions of the user's prompt among the ids
     user_prompt_tokens: list[str]
-    generation_tokens: list[str]  # perhaps not as many as ids: of the text that they decode to
+    generation_tokens: list[str]  # of the decoded text, so perhaps fewer or more than ids
 
     @property
     def token_ids(self) -> Tensor:
-        """[T]"""
+        """All token ids [T]."""
         return torch.tensor(self.prompt_ids + self.generation_ids)
 
     def at(self, generated: int) -> int:
@@ -37,12 +37,12 @@ class Text(NamedTuple):
         return len(self.prompt_ids) + generated
 
     def is_stop(self, generated: int) -> bool:
-        """Whether a generated token is one that is left out; what has no piece of text is."""
+        """True if a generated token is left out, as are tokens without a piece of text."""
         tokens = self.generation_tokens
         return _is_stop(tokens[generated] if generated < len(tokens) else "")
 
     def kept(self) -> Tensor:
-        """[T] 1, and 0 where the user's or the generated text has a stop token."""
+        """[T]: 0 at stop tokens of the user's and of the generated text, otherwise 1."""
         mask = torch.ones(len(self.prompt_ids) + len(self.generation_ids))
         for i, token in zip(self.user_prompt_indices, self.user_prompt_tokens, strict=True):
             if i < len(self.prompt_ids):
@@ -52,8 +52,8 @@ class Text(NamedTuple):
         return mask
 
     def last_attributable(self, eos_token_id: int | list[int] | None) -> int:
-        """Index of the last generated token, of the one before where that ends the text or is a
-        stop token; -1: there is none.
+        """The index of the last generated token, or of the one before if that ends the text or is
+        a stop token; -1 if there is none.
         """
         last = len(self.generation_ids) - 1
         if last < 0:
@@ -65,7 +65,7 @@ class Text(NamedTuple):
         return last
 
     def project(self, x: Tensor) -> Tensor:
-        """The columns of x [..., T] that are of the user's prompt, then the generated ones."""
+        """The columns of x [..., T] for the user's prompt, then those for generated tokens."""
         columns = self.user_prompt_indices + list(range(self.at(0), x.shape[-1]))
         return x[..., columns]
 
@@ -84,14 +84,14 @@ def read(
     use_chat_template: bool,
     generate_kwargs: dict[str, Any] | None,
 ) -> Text:
-    """Tokenizes, and generates where `target` is None. No special tokens are added but those of the
-    chat template, and the end-of-text token behind a target.
+    """Tokenizes, and generates if `target` is None.
 
-    Raises ValueError where the prompt is not found in what the template made of it.
+    The only special tokens are those of the chat template and the end-of-text token behind a
+    target. Raises ValueError if the prompt is not found in the output of the template.
     """
 
     def tokens(text: str) -> tuple[list[int], list[str]]:
-        """Ids, and the piece of `text` that each stands for."""
+        """Token ids, and the piece of `text` that each stands for."""
         encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
         return list(encoded["input_ids"]), [text[i:j] for i, j in encoded["offset_mapping"]]
 
@@ -112,7 +112,7 @@ def read(
             "prompt: expected a text whose first token is among those that the model is given, "
             f"got {prompt!r}"
         )
-    begin = prompt_ids.index(user_ids[0])  # where it first occurs, be that in the template
+    begin = prompt_ids.index(user_ids[0])  # its first occurrence, even if in the template
     if target is None:
         given = torch.tensor([prompt_ids], device=model.device)
         with torch.no_grad():

@@ -1,9 +1,9 @@
-"""The face of the LM Transparency Tool (facebookresearch/llm-transparency-tool) on this engine.
+"""The LM Transparency Tool (facebookresearch/llm-transparency-tool) on this engine.
 
-The same functions, shapes and node names; no tensor of [pos, key_pos, head, D] exists unless it is
-read. A `TransparentLlm` computes as this project does unless it is made with `parity=True`, which
-is the published tool's own arithmetic (docs/compat-llm-transparency-tool.md lists the
-differences). `install` puts all of it in the place of an installed llm_transparency_tool.
+Functions, shapes and node names are the tool's. No tensor of [pos, key_pos, head, D] is formed
+until it is read. A `TransparentLlm` computes as the rest of this project; with `parity=True` it
+uses the published tool's own arithmetic (docs/compat-llm-transparency-tool.md lists the
+differences). `install` replaces the functions of an installed llm_transparency_tool.
 """
 
 from __future__ import annotations

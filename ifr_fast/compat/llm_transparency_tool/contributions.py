@@ -1,11 +1,11 @@
 """The published tool's functions of importance, on tensors.
 
-A part p of a whole y scores how much nearer y is to it than to 0, ‖y‖ − ‖y − p‖, clipped from
-below; contributions are scores over their sum (paper section 2.2). `parity` chooses whose
-arithmetic that is (docs/compat-llm-transparency-tool.md lists what differs):
+The score of a part p of a whole y is how much nearer y is to p than to 0, ‖y‖ − ‖y − p‖, clipped
+from below. Contributions are scores divided by their sum (paper section 2.2). `parity` chooses the
+arithmetic (docs/compat-llm-transparency-tool.md lists the differences):
 
-- False, ours: clipped at 0, and where all scores are 0 each of the n parts gets 1 / n.
-- True, the tool's: EPSILON is added to every coordinate of y − p before its norm is taken, scores
+- False, this project's: scores are clipped at 0, and if all are 0, each of n parts gets 1 / n.
+- True, the tool's: EPSILON is subtracted from every coordinate of y before ‖y − p‖ is taken, scores
   are clipped at FLOOR, and thresholding keeps the tool's sums and its 0 / 0.
 
 Scores are summed in float64, from differences in the tensors' own precision, at least float32.
@@ -18,13 +18,14 @@ from torch import Tensor
 
 from .decomposition import DecomposedAttention
 
-EPSILON = 1e-6  # of torch's pairwise_distance
+EPSILON = 1e-6  # that of torch's pairwise_distance
 FLOOR = 1e-5
 
 
 def offset(y: Tensor) -> Tensor:
-    """‖y‖₁ − ‖y − EPSILON‖₁ of y [..., D], in float64: what parity adds to every part's score of
-    y − EPSILON.
+    """‖y‖₁ − ‖y − EPSILON‖₁ of y [..., D], in float64.
+
+    Parity adds it to the score of every part of y − EPSILON.
     """
     half = EPSILON / 2
     return 2 * (y - half).clamp_(-half, half).sum(-1).double()
@@ -37,9 +38,9 @@ def get_contributions(
     """Contributions of parts to a whole.
 
     parts [p_1 ... p_k, v_1 ... v_n, D]: the p are the parts of each v; whole [v_1 ... v_n, D].
-    Returns [p_1 ... p_k, v_1 ... v_n], in the dtype of `parts`; of each v they sum to 1.
+    Returns [p_1 ... p_k, v_1 ... v_n], in the dtype of `parts`; those of each v sum to 1.
 
-    Raises ValueError where the shapes do not match.
+    Raises ValueError if the shapes do not match.
     """
     k = parts.ndim - whole.ndim
     if k < 0 or parts.shape[k:] != whole.shape:
@@ -57,7 +58,7 @@ def get_contributions_with_one_off_part(
 ) -> tuple[Tensor, Tensor]:
     """As `get_contributions`, with one more part [v_1 ... v_n, D].
 
-    Returns the contributions of the parts, [p_1 ... p_k, v_1 ... v_n], and of the one,
+    Returns the contributions of the parts, [p_1 ... p_k, v_1 ... v_n], and of the additional part,
     [v_1 ... v_n].
     """
     k = parts.ndim - whole.ndim
@@ -87,12 +88,12 @@ def get_attention_contributions(
 ) -> tuple[Tensor, Tensor]:
     """Contributions to the residual stream after attention.
 
-    resid_pre, resid_mid [batch, pos, D]; decomposed_attn [batch, pos, key_pos, head, D]. What a
-    `TransparentLlm` gives for the last is formed only if something reads it, and not here: with
-    `distance_norm` 1 the kernels take its place.
+    resid_pre, resid_mid [batch, pos, D]; decomposed_attn [batch, pos, key_pos, head, D]. The
+    `decomposed_attn` of a `TransparentLlm` is formed only if something reads it. With
+    `distance_norm` 1 this function does not read it, but calls the kernels.
 
-    Returns those of each token by each head [batch, pos, key_pos, head], and of the residual
-    stream [batch, pos]. Ours counts no key after its row among the parts.
+    Returns contributions of each token through each head [batch, pos, key_pos, head], and those of
+    the residual stream [batch, pos]. Without parity, keys after their row are not parts.
     """
     if distance_norm == 1 and isinstance(decomposed_attn, DecomposedAttention):
         return decomposed_attn.contributions(resid_pre, resid_mid, parity)
@@ -126,7 +127,7 @@ def get_mlp_contributions(
 ) -> tuple[Tensor, Tensor]:
     """Contributions to the residual stream after the FFN, all of shape [batch, pos, D].
 
-    Returns that of the FFN's output and that of `resid_mid`, each [batch, pos].
+    Returns the contributions of the FFN's output and of `resid_mid`, each [batch, pos].
     """
     ffn, residual = get_contributions(
         torch.stack((mlp_out, resid_mid)), resid_post, distance_norm, parity=parity
@@ -145,8 +146,8 @@ def get_decomposed_mlp_contributions(
 ) -> tuple[Tensor, float]:
     """Contributions of an FFN's neurons at one position.
 
-    resid_mid, resid_post [D]; decomposed_mlp_out [hidden, D]. Returns those of the neurons
-    [hidden], and of `resid_mid`.
+    resid_mid, resid_post [D]; decomposed_mlp_out [hidden, D]. Returns the contributions of the
+    neurons [hidden], and that of `resid_mid`.
     """
     neurons, residual = get_contributions_with_one_off_part(
         decomposed_mlp_out, resid_mid, resid_post, distance_norm, parity=parity
@@ -158,13 +159,13 @@ def get_decomposed_mlp_contributions(
 def apply_threshold_and_renormalize(
     threshold: float, c_blocks: Tensor, c_residual: Tensor, *, parity: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Drops contributions of at most `threshold`; what is left of each representation sums to 1.
+    """Drops contributions of at most `threshold` and rescales the others of each v to sum to 1.
 
-    c_residual [v_1 ... v_n]; c_blocks [v_1 ... v_n, b_1 ... b_k]: the blocks of each v, one where
-    k is 0. Returns both, in that order. Where nothing is left, all are 0.
+    c_residual [v_1 ... v_n]; c_blocks [v_1 ... v_n, b_1 ... b_k]: the blocks of each v, a single
+    one if k is 0. Returns c_blocks and c_residual. If nothing is left of a v, all are 0.
 
-    Parity: where k is 0 the tool divides by the residual stream's own plus the sum of the blocks
-    of *all* v; where nothing is left it divides 0 by 0.
+    Parity: if k is 0, the tool divides by the contribution of the residual stream plus the sum of
+    the blocks of *all* v; if nothing is left, it divides 0 by 0.
     """
     n = c_residual.ndim
     if c_blocks.shape[:n] != c_residual.shape:
@@ -182,9 +183,9 @@ def apply_threshold_and_renormalize(
 
 
 def _sum(x: Tensor, first: int, last: int, parity: bool) -> Tensor:
-    """The sum over dimensions `first` to `last`, kept with size 1; over none of them, x itself.
+    """The sum over dimensions `first` to `last`, kept with size 1; x itself if they are none.
 
-    Parity: over none, the sum over all, as torch has it.
+    Parity: if they are none, the sum over all dimensions, as torch has it.
     """
     return x if first == last and not parity else x.sum(tuple(range(first, last)), keepdim=True)
 
@@ -194,7 +195,7 @@ def _scores(parts: Tensor, whole: Tensor, norm: int, parity: bool) -> Tensor:
     wide = torch.promote_types(parts.dtype, torch.float32)
     parts, y = parts.to(wide), whole.to(wide)
     shifted = y - EPSILON if parity else y
-    if norm == 1:  # coordinate by coordinate: huge ones would swallow a difference of norms
+    if norm == 1:  # by coordinate: a difference of norms loses small ones
         scores = (shifted.abs() - (shifted - parts).abs()).sum(-1, dtype=torch.float64)
         if parity:
             scores += offset(y)
@@ -207,7 +208,7 @@ def _scores(parts: Tensor, whole: Tensor, norm: int, parity: bool) -> Tensor:
 
 
 def _shares(scores: Tensor, total: Tensor) -> Tensor:
-    """Scores [p..., v...] over their sums [1..., v...]; where those are 0, 1 / n each."""
+    """Scores [p..., v...] divided by their sums [1..., v...]; 1 / n each where the sum is 0."""
     n_parts = scores.numel() // max(1, total.numel())
     flat = total == 0
     return (scores + flat) / torch.where(flat, n_parts, total)

@@ -1,9 +1,10 @@
-"""What attention moved from each token through each head, as a tensor that need not exist.
+"""The decomposed attention, as a tensor that is formed only when it is read.
 
-`TransparentLlm.decomposed_attn` is [pos, key_pos, head, D]: hundreds of GB at 1,000 tokens of a 7B
-model. This one knows its shape, and is formed when an operation reads it. Putting dimensions of
-size 1 before it, as the published app does, reads nothing, and `get_attention_contributions` asks
-it for what the kernels make of it.
+`TransparentLlm.decomposed_attn`, what attention moved from each token through each head, is
+[pos, key_pos, head, D]: hundreds of GB at 1,000 tokens of a 7B model. This tensor knows its shape,
+and is formed when an operation reads it. Dimensions of size 1 can be put before it, as the
+published app does, without reading it. `get_attention_contributions` takes its contributions from
+the kernels.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ Contributions = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]]
 
 
 class DecomposedAttention(torch.Tensor):
-    """[..., pos, key_pos, head, D], formed on demand.
+    """A tensor [..., pos, key_pos, head, D] that is formed on demand.
 
-    form: makes the tensor. score: given resid_pre and resid_mid [pos, D] and whether in parity,
-    its contributions [pos, key_pos, head] and those of resid_pre [pos].
+    form: makes the tensor. score: takes resid_pre and resid_mid [pos, D] and a flag for parity, and
+    returns the contributions of the parts [pos, key_pos, head] and of resid_pre [pos].
     """
 
     _form: Callable[[], Tensor]
@@ -53,7 +54,7 @@ class DecomposedAttention(torch.Tensor):
     def contributions(
         self, resid_pre: Tensor, resid_mid: Tensor, parity: bool
     ) -> tuple[Tensor, Tensor]:
-        """Of the parts [..., pos, key_pos, head], and of resid_pre [..., pos], to resid_mid."""
+        """Contributions of the parts [..., pos, key_pos, head] and of resid_pre [..., pos]."""
         shape = self.shape[:-3]
         for name, x in (("resid_pre", resid_pre), ("resid_mid", resid_mid)):
             if x.shape != (*shape, self.shape[-1]):
@@ -84,7 +85,7 @@ class DecomposedAttention(torch.Tensor):
 
         return func(*tree_map(form, args), **tree_map(form, kwargs or {}))
 
-    # What torch refuses, or does not know how to do, for tensors that it holds no numbers of.
+    # Torch cannot do the following for a tensor without storage.
 
     def numpy(self, *, force: bool = False) -> Any:
         return self.formed().numpy(force=force)

@@ -1,15 +1,15 @@
-"""The published tool's graphs: networkx, with its node names, built from arrays.
+"""The published tool's networkx graphs, with its node names, built from arrays.
 
 - X0_t: the embedding of token t;
 - A{l}_t: the residual stream after attention in layer l;
 - M{l}_t: the FFN of layer l;
 - I{l}_t: the residual stream after layer l.
 
-Edges run as information does and carry a `weight`. An FFN's is on both of its edges, A to M and
-M to I. The residual edge and the attention to the token itself run between the same nodes: they
-are one edge, with the sum of their weights, and the residual stream's own as `residual`. In a
-parallel block, whose parts have one
-denominator, all edges run from I{l-1} into I{l}, and no A{l} is on a path.
+Edges run in the direction of information and have a `weight`. An FFN's weight is on both of its
+edges, A to M and M to I. The residual edge and the attention to the token itself join the same
+nodes. They are one edge with the sum of their weights; the residual stream's own weight is its
+`residual`. In a parallel block, whose parts have one denominator, all edges run from I{l-1} into
+I{l}, and no A{l} is on a path.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from . import contributions
 if TYPE_CHECKING:
     import networkx as nx
 
-_Neighbours = dict[str, dict[str, dict[str, Any]]]  # of each node, and the edge's data
+_Neighbours = dict[str, dict[str, dict[str, Any]]]  # node -> neighbour -> data of the edge
 
-_BLOCKS = 3  # of nodes to a layer: A, M, I; one block, X0, comes before them
+_BLOCKS = 3  # blocks of nodes in each layer: A, M, I; one block, X0, comes before them
 
 
 class EdgeWeights(NamedTuple):
-    """The edges of L layers among T tokens; a row is layer * T + token."""
+    """The edges of L layers between T tokens; a row is layer * T + token."""
 
     target: Tensor  # [N] int64, a row
     source: Tensor  # [N] int64, a token
@@ -53,12 +53,12 @@ def build_full_graph(
 ) -> nx.DiGraph:
     """The contribution graph of all blocks and all tokens of sentence `batch_i`.
 
-    model: a `TransparentLlm` that has run, in whose arithmetic it is; or anything else with its
-    methods, whose decomposition is then formed.
-    renormalizing_threshold: contributions up to it are dropped, each head's by itself, and the
-    others of a node made to sum to 1. Edges of weight 0 are left out.
+    model: a `TransparentLlm` that has run, whose arithmetic is used; or any other object with its
+    methods, whose decomposition is then formed. renormalizing_threshold: contributions up to it are
+    dropped, each head by itself, and the others of a node are rescaled to sum to 1. Edges of weight
+    0 are left out.
 
-    Raises IfrError where networkx is not installed.
+    Raises IfrError if networkx is not installed.
     """
     networkx = _networkx()
     n_layers, n_tokens = model.model_info().n_layers, int(model.tokens().shape[1])
@@ -87,14 +87,16 @@ def build_paths_to_predictions(
     starting_tokens: Iterable[int],
     threshold: float,
 ) -> list[nx.DiGraph]:
-    """Of a full graph, for each of `starting_tokens` what leads to its prediction over edges with
-    weight above `threshold`: graphs of those edges and their nodes.
+    """The part of a full graph that leads to the prediction at each of `starting_tokens`.
+
+    Only edges with a weight above `threshold` are followed. Each result has these edges and their
+    nodes.
     """
     networkx = _networkx()
     trees = []
     with _uncollected():
         into = dict(networkx.reverse_view(graph).adjacency())
-        above: dict[str, list[tuple[str, dict[str, Any]]]] = {}  # of `into`, where it was asked for
+        above: dict[str, list[tuple[str, dict[str, Any]]]] = {}  # those of `into`, once asked for
         for start in starting_tokens:
             if not 0 <= start < n_tokens:
                 raise ValueError(
@@ -122,16 +124,16 @@ def build_paths_to_predictions(
                         targets = after[below] = {}
                         waiting.append(below)
                     targets[node] = sources[below] = data.copy()
-            # A node without an edge is in no tree; of a tree's nodes, only the output can be one.
+            # A node without an edge is in no tree. Only the output can have no edge.
             trees.append(_digraph(networkx, *((after, before) if before[output] else ({}, {}))))
     return trees
 
 
 def _digraph(networkx: Any, after: _Neighbours, before: _Neighbours) -> nx.DiGraph:
-    """The graph of each node's edges to others and from others, which share their edges' data.
+    """The graph with these edges to and from each node; both share the edges' data.
 
-    What `add_edges_from` would make of them, which takes several times as long: networkx's own
-    structure, dicts of dicts of dicts, has no public way to be filled at once.
+    `add_edges_from` makes the same graph, but takes several times as long. networkx has no public
+    way to fill its dicts at once.
     """
     graph = networkx.DiGraph()
     graph._node = {name: {} for name in after}
@@ -141,8 +143,10 @@ def _digraph(networkx: Any, after: _Neighbours, before: _Neighbours) -> nx.DiGra
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Within, Python does not look for cycles: a graph is a dict for each edge, none of them
-    garbage, for whose sake it would go through all objects of the process again and again.
+    """Suspends Python's search for cyclic garbage.
+
+    A graph has a dict for each edge and no garbage among them, but new dicts would make Python
+    search all objects of the process again and again.
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -165,13 +169,13 @@ def _networkx() -> Any:
 
 
 def _node_names(n_layers: int, n_tokens: int) -> list[str]:
-    """In blocks of n_tokens: X0, then A, M and I of each layer."""
+    """Names of nodes in blocks of n_tokens: X0, then A, M and I of each layer."""
     kinds = [f"{kind}{layer}_" for layer in range(n_layers) for kind in "AMI"]
     return [f"{kind}{token}" for kind in ["X0_", *kinds] for token in range(n_tokens)]
 
 
 class _Edges(NamedTuple):
-    """Edges among the nodes of `_node_names`, by index."""
+    """Edges between the nodes of `_node_names`, by index."""
 
     source: np.ndarray
     target: np.ndarray
@@ -193,7 +197,7 @@ def _rows(names: np.ndarray, edges: _Edges) -> Iterator[tuple[str, str, float]]:
 
 
 def _edges(weights: EdgeWeights, n_tokens: int) -> tuple[_Edges, _Edges]:
-    """All edges; and those that the residual stream has a share in, with that."""
+    """All edges, and the edges of the residual stream with its own weight."""
     target, source, weight = (
         x.cpu().numpy() for x in (weights.target, weights.source, weights.weight.double())
     )
@@ -201,7 +205,7 @@ def _edges(weights: EdgeWeights, n_tokens: int) -> tuple[_Edges, _Edges]:
         x.cpu().double().numpy() for x in (weights.residual, weights.ffn, weights.ffn_residual)
     )
     parallel = weights.parallel.numpy()
-    T = residual.shape[1]  # of this sentence; `n_tokens` are those of the longest
+    T = residual.shape[1]  # tokens of this sentence; `n_tokens` counts those of the longest
     layer, token = target // T, target % T
     through, itself = residual.copy(), token == source
     through[layer[itself], token[itself]] += weight[itself]
@@ -225,7 +229,7 @@ def _edges(weights: EdgeWeights, n_tokens: int) -> tuple[_Edges, _Edges]:
 def _formed_weights(
     model: Any, batch_i: int, n_layers: int, threshold: float | None
 ) -> EdgeWeights:
-    """Of a model that is not ours, by what its own methods form."""
+    """Edge weights of a model of another class, from the tensors that its methods form."""
     found: list[tuple[Tensor, ...]] = []
 
     def of_sentence(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Puts this engine in the place of an installed llm_transparency_tool's own."""
+"""Replaces the computation of an installed llm_transparency_tool by this engine."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _GRAPH = ("build_full_graph", "build_paths_to_predictions")
 
 
 def install(*, parity: bool = False) -> Callable[[], None]:
-    """Has an importable llm_transparency_tool, its app included, compute by this engine.
+    """Makes an importable llm_transparency_tool, including its app, compute with this engine.
 
-    Its contributions, graphs and `TransformerLensTransparentLlm` are exchanged, in every module of
-    it that is loaded, and so in those that are loaded later. Models opened by it are then ours.
-    parity: in the tool's own arithmetic. Returns a function that puts back what was there.
+    Its contributions, graphs and `TransformerLensTransparentLlm` are replaced in all of its modules
+    that are loaded now or later. parity: use the tool's own arithmetic. Returns a function that
+    undoes the replacement.
 
-    Raises IfrError where the tool cannot be imported.
+    Raises IfrError if the tool cannot be imported.
     """
     try:
         theirs = {
@@ -43,7 +43,7 @@ def install(*, parity: bool = False) -> Callable[[], None]:
         raise IfrError(f"install: {_TOOL} cannot be imported ({error})") from error
 
     class TransformerLensTransparentLlm(TransparentLlm):
-        """Opened by `Tracer`, in place of TransformerLens."""
+        """A model that `Tracer` opens, in place of TransformerLens."""
 
     TransformerLensTransparentLlm.parity = parity
     base.register(TransformerLensTransparentLlm)

@@ -1,7 +1,7 @@
-"""TransparentLlm: the published tool's view of a model, of any that `Tracer` opens.
+"""TransparentLlm: the published tool's view of any model that `Tracer` opens.
 
-It holds what its last `run` recorded, one `Recording` a sentence. Whatever is larger (attention
-matrices, contributions of neurons, the decomposed attention) is computed when it is asked for.
+It holds the recordings of its last `run`, one for each sentence. Larger tensors (attention
+matrices, contributions of neurons, the decomposed attention) are computed when they are asked for.
 """
 
 from __future__ import annotations
@@ -45,22 +45,22 @@ _DEVICES = {"gpu": "cuda", "cpu": "cpu"}
 
 
 class TransparentLlm:
-    """A language model and what it computed in its last `run`.
+    """A language model and the results of its last `run`.
 
-    model_name: a Hub name or a directory; None: the default model. hf_model, tokenizer: ones
-    already in memory, in place of it. device: "gpu" or "cpu", dtype: where and in what precision
-    to run it (a model in memory is copied if that changes it). path: a directory to load from.
-    supported_model_name: taken, as the published app passes it, and without effect: it says which
-    of TransformerLens's models a custom one is like, which is not asked for here.
+    model_name: a Hub name or a directory; None: the default model. hf_model, tokenizer: objects in
+    memory that replace it. device: "gpu" or "cpu". dtype: the precision (a model in memory is
+    copied if device or dtype change it). path: a directory to load from. supported_model_name: has
+    no effect; the published app passes it to TransformerLens.
 
-    parity: the published tool's arithmetic and input, quirks included; else ours
-    (docs/compat-llm-transparency-tool.md). impl, and what models can be opened: as in `Tracer`.
+    parity: use the published tool's arithmetic and input, including its quirks; otherwise this
+    project's (docs/compat-llm-transparency-tool.md). impl: as in `Tracer`, which also defines the
+    models that can be opened.
 
-    Methods take a sentence's index in the batch, a layer, a position; shapes are the published
-    tool's. Sentences shorter than the longest are padded on the right; of padding all is 0.
+    Methods take a sentence's index in the batch, a layer and a position, and return the published
+    tool's shapes. Shorter sentences are padded on the right; results for padding are 0.
     """
 
-    parity = False  # unless said otherwise
+    parity = False  # the default
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class TransparentLlm:
 
     @classmethod
     def of(cls, tracer: Tracer, *, parity: bool | None = None) -> Self:
-        """Of a model that a `Tracer` has opened."""
+        """A TransparentLlm of a model that a `Tracer` has opened."""
         made = cls.__new__(cls)
         made._open(tracer, None, parity)
         return made
@@ -118,11 +118,11 @@ class TransparentLlm:
             self._value_bias = values.biases(probe)
 
     def copy(self) -> Self:
-        """Another one of the same model, whose `run` leaves this one's state alone."""
+        """Another TransparentLlm of the same model, whose `run` does not change this one."""
         return copy.copy(self)
 
     def model_info(self) -> ModelInfo:
-        """Sizes of the model; known before any `run`."""
+        """Sizes of the model, known before any `run`."""
         decoder = self.tracer.decoder
         return ModelInfo(
             name=self._name,
@@ -134,10 +134,10 @@ class TransparentLlm:
         )
 
     def run(self, sentences: str | Sequence[Any]) -> None:
-        """Runs the model on a batch of sentences (or of token ids), and keeps what it computed.
+        """Runs the model on a batch of sentences (or of token ids) and keeps the recordings.
 
-        In parity a string begins with the beginning-of-sequence token, once; else with what the
-        tokenizer puts there.
+        In parity a string begins with one beginning-of-sequence token; otherwise it begins with the
+        tokens that the tokenizer adds.
         """
         given = [sentences] if isinstance(sentences, str) else list(sentences)
         if not given:
@@ -148,9 +148,7 @@ class TransparentLlm:
         )
 
     def _with_start(self, sentence: str) -> list[int]:
-        """Token ids that begin with the beginning-of-sequence token, put there or by the
-        tokenizer.
-        """
+        """Token ids that begin with the beginning-of-sequence token."""
         tokenizer = self.tracer.tokenizer
         if tokenizer is None:
             raise ValueError("sentences: this model has no tokenizer; pass token ids")
@@ -162,7 +160,7 @@ class TransparentLlm:
         return [int(start), *ids]
 
     def batch_size(self) -> int:
-        """Sentences of the last `run`."""
+        """Number of sentences in the last `run`."""
         return len(self._ran())
 
     def tokens(self) -> Tensor:
@@ -182,7 +180,7 @@ class TransparentLlm:
 
     @torch.inference_mode()
     def unembed(self, t: Tensor, normalize: bool) -> Tensor:
-        """What the model's head makes of a vector [D]: logits [d_vocab].
+        """Logits [d_vocab] that the model's head computes from a vector [D].
 
         normalize: apply the final norm first, as the model does to its last layer's output.
         """
@@ -207,7 +205,7 @@ class TransparentLlm:
     def residual_after_attn(self, layer: int) -> Tensor:
         """The residual stream between a layer's attention and its FFN [batch, pos, D].
 
-        Raises ValueError in a parallel block, where there is none.
+        Raises ValueError in a parallel block, which has none.
         """
         layer = self._layer(layer)
         if self.tracer.decoder.blocks[layer].parallel:
@@ -223,42 +221,42 @@ class TransparentLlm:
         return self._of_all(lambda recording: recording.resid_post(layer))
 
     def ffn_out(self, layer: int) -> Tensor:
-        """What a layer's FFN adds to the residual stream [batch, pos, D]."""
+        """The output of a layer's FFN, added to the residual stream [batch, pos, D]."""
         layer = self._layer(layer)
         return self._of_all(lambda recording: ffn_output(*self._node(recording, layer)))
 
     def decomposed_ffn_out(self, batch_i: int, layer: int, pos: int) -> Tensor:
-        """What each neuron adds to the residual stream [hidden, D]."""
+        """The output of each neuron, added to the residual stream [hidden, D]."""
         neurons = self._find_neurons(batch_i, layer, pos)
         return neurons.activations[:, None] * neurons.outputs
 
     def neuron_activations(self, batch_i: int, layer: int, pos: int) -> Tensor:
-        """The hidden layer after its activation function [hidden], gates included.
+        """The hidden layer after its activation function [hidden], including gates.
 
-        In parity before it, as the tool has it. Raises ValueError where an FFN has no neurons to
-        tell apart.
+        In parity it is before the function, as in the tool. Raises ValueError if the FFN has no
+        separate neurons.
         """
         neurons = self._find_neurons(batch_i, layer, pos)
         if not self.parity:
             return neurons.activations
         if neurons.before is None:
             raise ValueError(
-                f"layer: the activation function of layer {layer} is not a module, so that what "
-                "it reads is not seen; expected parity=False"
+                f"layer: the activation function of layer {layer} is not a module, so its input "
+                "cannot be read; expected parity=False"
             )
         return neurons.before
 
     def neuron_output(self, layer: int, neuron: int) -> Tensor:
-        """What a neuron adds to the residual stream with an activation of 1 [D].
+        """The output [D] of a neuron with an activation of 1, added to the residual stream.
 
-        Raises ValueError behind a norm, where that differs from position to position.
+        Raises ValueError if a norm follows the FFN, since the output then depends on the position.
         """
         layer = self._layer(layer)
         basis = basis_of(self.tracer._bases, layer)
         if basis.row_scaled:
             raise ValueError(
-                f"layer: a norm after the FFN of layer {layer} scales what its neurons add, at "
-                "each position by itself; see decomposed_ffn_out"
+                f"layer: a norm after the FFN of layer {layer} scales the outputs of neurons at "
+                "each position differently; see decomposed_ffn_out"
             )
         return basis.W[self._index("neuron", neuron, len(basis.W))]
 
@@ -271,7 +269,7 @@ class TransparentLlm:
         return F.pad(pattern, (0, missing, 0, missing))
 
     def attention_output(self, batch_i: int, layer: int, pos: int) -> Tensor:
-        """What a layer's attention adds to the residual stream [D], its bias included."""
+        """The output [D] of a layer's attention, with its bias, added to the residual stream."""
         recording, layer = self._sentence(batch_i), self._layer(layer)
         pos = self._index("pos", pos, len(recording))
         inputs, _ = self._node(recording, layer)
@@ -279,7 +277,7 @@ class TransparentLlm:
         return inputs.y[pos] - inputs.resid_pre[pos] - of_ffn
 
     def attention_output_per_head(self, batch_i: int, layer: int, pos: int, head: int) -> Tensor:
-        """What one head adds to the residual stream [D]: the sum of its parts."""
+        """The output [D] of one head, added to the residual stream: the sum of its parts."""
         recording, layer = self._sentence(batch_i), self._layer(layer)
         pos = self._index("pos", pos, len(recording))
         head = self._index("head", head, self.tracer.decoder.n_heads)
@@ -291,9 +289,9 @@ class TransparentLlm:
         return added if inputs.row_scale is None else inputs.row_scale[pos] * added
 
     def decomposed_attn(self, batch_i: int, layer: int) -> Tensor:
-        """What each head moved from each token to each [pos, key_pos, head, D].
+        """The parts of attention [pos, key_pos, head, D], from each token through each head.
 
-        Formed when something reads it; `get_attention_contributions` does not.
+        The tensor is formed when something reads it; `get_attention_contributions` does not.
         """
         recording, layer = self._sentence(batch_i), self._layer(layer)
         inputs, _ = self._node(recording, layer)
@@ -321,9 +319,9 @@ class TransparentLlm:
 
     @torch.inference_mode()
     def edge_weights(self, batch_i: int, threshold: float | None) -> EdgeWeights:
-        """Edges of the full graph; above the threshold, renormalized, where there is one.
+        """Edges of the full graph; with a threshold, those above it, renormalized.
 
-        Raises IfrError where the parts that were scored do not add up to the model's own.
+        Raises IfrError if the parts do not add up to the model's own activations.
         """
         if threshold is not None and math.isnan(threshold):
             raise ValueError("renormalizing_threshold: expected a number or None, got nan")
@@ -346,7 +344,7 @@ class TransparentLlm:
             attention = attention.renormalized(threshold, self.parity)
         residual = attention.residual.view(len(blocks), -1)
         of_ffn = {}
-        if mids:  # of all layers at once
+        if mids:  # all layers at once
             mid, post = (cat_on(residual.device, x.values()) for x in (mids, posts))
             found = scores.score_ffn(mid, post, self.parity, self.tracer.impl)
             pairs = zip(*(x.split(residual.shape[1]) for x in found), strict=True)
@@ -370,8 +368,8 @@ class TransparentLlm:
         block: Block,
         sample: Tensor,
     ) -> Closure:
-        """The rows of a layer that are checked, as they were scored: `inputs`, `shifted` where in
-        parity.
+        """The sums of a layer's checked rows as they were scored: of `inputs`, or in parity of
+        `shifted`.
         """
         bias, linear = block.bias.to(inputs.y.device), layer.scores.linear
         if self._value_bias is None:
@@ -379,12 +377,12 @@ class TransparentLlm:
         if bool(self._value_bias[block.layer].any()):
             bias = bias + self._moved_by_bias(inputs, block.layer, sample)
         parts = closure(shifted, linear, bias - EPSILON, sample)
-        # The model's own rounding, in however wide a y it was scored.
+        # Rounding is that of the model, even if y is wider.
         eps = torch.full_like(parts.eps, torch.finfo(inputs.resid_pre.dtype).eps)
         return parts._replace(eps=eps)
 
     def _moved_by_bias(self, inputs: LayerInputs, layer: int, sample: Tensor) -> Tensor:
-        """What a layer's value bias adds to the residual stream at some rows, [C, D]."""
+        """The effect [C, D] of a layer's value bias on the residual stream at some rows."""
         assert self._value_bias is not None
         z = self._value_bias[layer]
         z = z.repeat_interleave(len(inputs.W_O) // len(z), 0)[None]  # [1, H, V]
@@ -431,7 +429,7 @@ class TransparentLlm:
             return self._inputs(recording, layer)
 
     def _inputs(self, recording: Recording, layer: int) -> tuple[LayerInputs, Tensor | None]:
-        """A layer's nodes and what they are made of; in parity, values without their bias."""
+        """A layer's nodes and their parts; in parity, values are without their bias."""
         inputs, resid_post = layer_inputs(recording, layer, torch.arange(len(recording)))
         if self._value_bias is not None and bool(self._value_bias[layer].any()):
             inputs = inputs._replace(v=inputs.v - self._value_bias[layer])

@@ -1,6 +1,4 @@
-"""The neurons of a layer's FFN at one position, as the published tool shows them: those of
-neurons.py, and what their activation function reads.
-"""
+"""The neurons of a layer's FFN at one position, and the input of their activation function."""
 
 from __future__ import annotations
 
@@ -16,29 +14,29 @@ from ...recording import Recording
 
 
 class Neurons(NamedTuple):
-    """What one row's FFN computed."""
+    """Values that one row's FFN computed."""
 
-    activations: Tensor  # [F] what the down projection reads
-    outputs: Tensor  # [F, D] what activations of 1 add to the residual stream there
-    before: Tensor | None  # [F] what the activation function reads, where that is a module
+    activations: Tensor  # [F] input of the down projection
+    outputs: Tensor  # [F, D] added to the residual stream by activations of 1
+    before: Tensor | None  # [F] input of the activation function, if that is a module
 
 
 def basis_of(bases: NeuronBases, layer: int) -> NeuronBasis:
-    """Raises ValueError where a layer's FFN has no neurons to tell apart."""
+    """A layer's neurons. Raises ValueError if its FFN has no separate neurons."""
     try:
         return bases[layer]
     except UnsupportedArchitectureError as error:
         raise ValueError(
-            f"layer: the FFN of layer {layer} has no neurons to tell apart ({error})"
+            f"layer: the FFN of layer {layer} has no separate neurons ({error})"
         ) from error
 
 
 def find_neurons(
     recording: Recording, layer: int, position: int, bases: NeuronBases, ffn: Tensor
 ) -> Neurons:
-    """Runs a layer again at one position. ffn [D]: what its FFN adds there.
+    """Runs a layer again at one position. ffn [D]: the output of its FFN there.
 
-    Raises ValueError where it has no neurons to tell apart.
+    Raises ValueError if it has no separate neurons.
     """
     basis = basis_of(bases, layer)
     F, read = len(basis.W), []

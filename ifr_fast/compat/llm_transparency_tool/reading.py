@@ -12,12 +12,12 @@ from ...kernels.contract import LayerInputs, visible
 
 
 class NotRunError(IfrError, RuntimeError):
-    """State was asked for before the first `run`."""
+    """Results were read before the first `run`."""
 
 
 @dataclass
 class ModelInfo:
-    """What a model is."""
+    """Name and sizes of a model."""
 
     name: str
     n_params_estimate: int  # all of its parameters
@@ -28,7 +28,7 @@ class ModelInfo:
 
 
 def ffn_output(inputs: LayerInputs, resid_post: Tensor | None) -> Tensor:
-    """What the FFN adds [T, D]."""
+    """The output [T, D] of the FFN."""
     if resid_post is None:
         assert inputs.ffn is not None
         return inputs.ffn
@@ -49,7 +49,7 @@ def attention_pattern_of(inputs: LayerInputs) -> Tensor:
 
 
 def head_outputs(inputs: LayerInputs, pos: int) -> Tensor:
-    """[H, V] of one row, before gates and output projection."""
+    """Outputs [H, V] of all heads at one row, before gates and output projection."""
     from ...kernels.rows import block_of
 
     pattern = attention_pattern_of(block_of(inputs, slice(pos, pos + 1)))[:, 0]  # [H, S]
@@ -60,7 +60,7 @@ def head_outputs(inputs: LayerInputs, pos: int) -> Tensor:
 
 @torch.inference_mode()
 def formed_parts(inputs: LayerInputs) -> Tensor:
-    """All parts of attention, formed: [R, S, H, D]."""
+    """All parts of attention as one tensor [R, S, H, D]."""
     x = _wide(inputs)
     pattern = attention_pattern_of(x)
     H, _, D = x.W_O.shape

@@ -1,13 +1,12 @@
-"""What the published tool takes from one [pos, key_pos, head, D] tensor a layer, by the kernels.
+"""The published tool's contributions, computed by kernels without its [pos, key_pos, head, D].
 
 Parity (docs/design.md, section 3.5), for a node y with parts p and y' = y − EPSILON:
 
     ‖y‖₁ − ‖y' − p‖₁ = (‖y‖₁ − ‖y'‖₁) + (‖y'‖₁ − ‖y' − p‖₁)
 
-The second bracket is what kernels score, at y'; the first is an offset of the row. The kernels
-add it, and clip at FLOOR, where they would clip at 0: pairs below the floor are counted without
-being formed. A key that the row does not see is a part too, of zeros: each head's scores
-max(offset, FLOOR).
+Kernels score the second bracket, at y'; the first bracket is an offset of the row. The kernels
+add it, and clip at FLOOR instead of 0. They count pairs below the floor without forming them. A key
+that the row does not see is a part of zeros: each head scores max(offset, FLOOR) for it.
 """
 
 from __future__ import annotations
@@ -23,39 +22,40 @@ from ...kernels.contract import AttentionScores, LayerInputs
 from ...scoring import cat_on, load_kernel
 from .contributions import EPSILON, FLOOR, offset
 
-_FFN_ROWS = 512  # that are scored at once
+_FFN_ROWS = 512  # rows scored at once
 
 
 class ScoredLayer(NamedTuple):
-    """What a kernel found of all rows of a layer."""
+    """A kernel's scores of all rows of a layer."""
 
     scores: AttentionScores
-    offset: Tensor | None  # [T] in parity
-    window: int | None  # keys that a row sees, itself included
+    offset: Tensor | None  # [T], in parity only
+    window: int | None  # number of keys that a row sees, including itself
 
 
 class AttentionContributions(NamedTuple):
-    """Contributions of the parts of R rows, those of L layers end to end: pairs of row and key,
-    sparse, and one number for the keys that a row does not see.
+    """Contributions of the parts of R rows, the rows of L layers one after another.
+
+    Pairs of row and key are sparse. All keys that a row does not see share one number.
     """
 
     row: Tensor  # [N] int64, layer * n_keys + position
     source: Tensor  # [N] int64
     heads: Tensor  # [N, H]
     residual: Tensor  # [R]
-    ffn: Tensor  # [R] in parallel blocks, whose parts have one denominator; else 0
-    unseen: Tensor  # [R] of each head at each key not seen; 0 but in parity
-    n_seen: Tensor  # [R] int64, keys that a row sees, itself the last
+    ffn: Tensor  # [R] in parallel blocks, whose parts have one denominator; otherwise 0
+    unseen: Tensor  # [R] of each head at each key that is not seen; 0 without parity
+    n_seen: Tensor  # [R] int64, number of keys that a row sees, itself the last
     n_keys: int
 
     def _seen(self) -> Tensor:
-        """[R, n_keys]"""
+        """[R, n_keys] bool: whether a row sees a key."""
         keys = torch.arange(self.n_keys, device=self.residual.device)
         last = keys.repeat(len(self.residual) // self.n_keys)[:, None]
         return (keys <= last) & (keys > last - self.n_seen[:, None])
 
     def dense(self) -> Tensor:
-        """[R, n_keys, H], of a result that kept every pair."""
+        """[R, n_keys, H]; requires a result that kept every pair."""
         unseen = torch.where(self._seen(), 0, self.unseen[:, None]).to(self.heads.dtype)
         found = unseen[..., None].repeat(1, 1, self.heads.shape[1])
         return found.index_put_((self.row, self.source), self.heads)
@@ -75,9 +75,9 @@ class AttentionContributions(NamedTuple):
         return row, source, found[row, source]
 
     def renormalized(self, threshold: float, parity: bool) -> AttentionContributions:
-        """Contributions above the threshold, each head's by itself, over their sum in the row.
+        """Contributions above the threshold, each head by itself, divided by their sum in the row.
 
-        Where none is above it, 0; in parity 0 / 0.
+        If none of a row is above it, they are 0, or in parity 0 / 0.
         """
         H = self.heads.shape[1]
         heads, residual, ffn, unseen = (
@@ -96,14 +96,15 @@ class AttentionContributions(NamedTuple):
 
 
 def in_parity(inputs: LayerInputs) -> LayerInputs:
-    """The inputs of the tool's arithmetic."""
+    """The inputs for the tool's arithmetic."""
     y = inputs.y.to(torch.promote_types(inputs.y.dtype, torch.float32))
     return inputs._replace(y=y - EPSILON, offset=offset(y).to(y.dtype), floor=FLOOR)
 
 
 def score_attention(inputs: LayerInputs, keep: float, impl: str) -> ScoredLayer:
-    """Scores all rows of a layer, in parity where the inputs are; pairs whose sum over heads is
-    above `keep`.
+    """Scores all rows of a layer, in parity if the inputs are (`in_parity`).
+
+    Pairs are kept if their sum over heads is above `keep`.
     """
     scores = load_kernel(impl).score_attention(inputs, keep)
     return ScoredLayer(scores, inputs.offset, inputs.window)
@@ -117,7 +118,7 @@ def score_ffn(
     if not parity:
         plain = kernel.score_ffn(resid_mid, resid_post)
         return plain.ffn, plain.residual
-    # What a kernel takes an offset and a floor for is a node with attention: here to nothing.
+    # Kernels take an offset and a floor only for a node with attention, here of no weight.
     found = []
     for mid, post in zip(resid_mid.split(_FFN_ROWS), resid_post.split(_FFN_ROWS), strict=True):
         R, D = post.shape
@@ -132,7 +133,7 @@ def score_ffn(
 
 
 def contributions(layers: Sequence[ScoredLayer]) -> AttentionContributions:
-    """Of layers scored alike, in parity or not."""
+    """Contributions in several layers, all scored in parity or none."""
     scores = [layer.scores for layer in layers]
     T, H = scores[0].head_total.shape
     device = scores[0].residual.device
@@ -140,7 +141,7 @@ def contributions(layers: Sequence[ScoredLayer]) -> AttentionContributions:
     source, weight, heads = (
         cat_on(device, [x.edges[column] for x in scores]) for column in (1, 2, 3)
     )
-    kept = (weight > 0).nonzero().squeeze(1)  # what is not is padding
+    kept = (weight > 0).nonzero().squeeze(1)  # other entries are padding
     row, source, heads = row[kept], source[kept], heads[kept]
     residual = cat_on(device, [x.residual for x in scores])
     ffn = cat_on(device, [torch.zeros_like(x.residual) if x.ffn is None else x.ffn for x in scores])

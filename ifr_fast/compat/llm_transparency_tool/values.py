@@ -1,8 +1,8 @@
-"""The value biases b_V of a model, which parity takes out of the values.
+"""The value biases b_V of a model, which parity removes from the values.
 
-The tool's models have them folded into the bias of the output projection: weights of attention sum
-to 1, so they move the same whatever is attended to, and belong to no part. Found without knowing
-the family: b_V is what attention's values are where its input is 0.
+The tool's models have them folded into the bias of the output projection. Attention weights sum to
+1, so value biases add the same whatever is attended to, and belong to no part. They are found in
+any family of models: b_V is the value that attention computes from an input of 0.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from ...capture import AttentionCall, StopForward
 from ...model import evaluating
 from ...recording import Recording
 
-_TOLERANCE = 1e-3  # relative, of values that are affine in attention's input
+_TOLERANCE = 1e-3  # relative, within which values are affine in attention's input
 
 
 @torch.inference_mode()
 def biases(recording: Recording) -> list[Tensor]:
     """b_V [H_kv, V] of each layer, on its device, in float32 or wider.
 
-    Raises ValueError where a layer's values are not affine in what its attention reads, or where
-    its weights sum to less than 1.
+    Raises ValueError if a layer's values are not affine in the input of its attention, or if its
+    attention weights sum to less than 1.
     """
     decoder, found = recording.decoder, []
     values: list[Tensor] = []
@@ -56,15 +56,15 @@ def biases(recording: Recording) -> list[Tensor]:
             granted = max(_TOLERANCE, 8 * torch.finfo(values[-1].dtype).eps)
             if bend > granted * torch.linalg.vector_norm(at_2):
                 raise ValueError(
-                    f"parity: values of layer {block.layer} are not affine in what its attention "
-                    "reads, so that they have no bias to fold away; expected parity=False"
+                    f"parity: values of layer {block.layer} are not affine in the input of its "
+                    "attention, so they have no bias to fold away; expected parity=False"
                 )
             found.append(at_0.clone())
     return found
 
 
 def _scale_input(module: nn.Module, factor: float) -> torch.utils.hooks.RemovableHandle:
-    """Has `module` read its hidden states times a factor."""
+    """A hook that multiplies the hidden states that `module` reads by a factor."""
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if args:

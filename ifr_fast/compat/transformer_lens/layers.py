@@ -1,4 +1,4 @@
-"""One layer of a cached run: how its parts add up, and their scores."""
+"""One layer of a cached run: the parts of its node, and their scores."""
 
 from __future__ import annotations
 
@@ -9,22 +9,14 @@ from torch import Tensor
 
 from ...errors import UnsupportedArchitectureError
 from ...given import given_rows, score_given
-from ...scoring import (
-    Kernel,
-    LayerScores,
-    closure,
-)
-from ...tracer import (
-    index_within,
-)
+from ...scoring import Kernel, LayerScores, closure
+from ...tracer import index_within
 
 if TYPE_CHECKING:
     from torch import nn
 
 
-_TOLERANCE = 1e-3  # relative error of a sum of parts that rounding explains, at least
-
-
+_TOLERANCE = 1e-3  # relative error of a sum of parts that counts as rounding, at least
 LAYER_ENTRIES = (
     "hook_resid_pre",
     "attn.hook_pattern",
@@ -42,26 +34,26 @@ class Layer(NamedTuple):
     """One layer, in float32 or wider; T positions."""
 
     resid_pre: Tensor  # [T, D]
-    y: Tensor  # [T, D] resid_mid, or resid_post in a parallel block
+    y: Tensor  # [T, D] the node: resid_mid, or resid_post in a parallel block
     resid_post: Tensor  # [T, D]
     ffn: Tensor | None  # [T, D], parallel blocks only
     pattern: Tensor  # [H, T, T]
     v: Tensor  # [T, H, V]
     W_O: Tensor  # [H, V, D] contiguous in V
-    row_scale: Tensor | None  # [T] what a norm behind attention scales a row by
-    bias: Tensor  # [D]; where a norm is behind it, [T, D]
+    row_scale: Tensor | None  # [T] factor of a norm behind attention
+    bias: Tensor  # [D], or [T, D] with a norm behind attention
     dtype: torch.dtype  # of the cache
 
     @property
     def parallel(self) -> bool:
-        """Whether the MLP's output is a part of the same node as attention's."""
+        """True if the MLP's output is a part of the same node as attention's output."""
         return self.ffn is not None
 
 
 def score_block(
     kernel: Kernel, layer: int, of: Layer, rows: Tensor, sample: Tensor, keep: float
 ) -> LayerScores:
-    """Scores a few rows of a layer. sample: indices of those that are checked, on the CPU."""
+    """Scores a few rows of a layer. sample: indices of the checked rows, on the CPU."""
     at = rows.to(of.y.device)
     S = int(rows[-1]) + 1
     weight = of.pattern[:, at, :S].permute(1, 2, 0)  # [R, S, H]
@@ -92,7 +84,7 @@ def score_block(
 
 
 class Entries(NamedTuple):
-    """What a cache holds of one layer, without its batch dimension."""
+    """A cache's entries of one layer, without the batch dimension."""
 
     cache: dict[str, Tensor]
     layer: int
@@ -100,7 +92,7 @@ class Entries(NamedTuple):
     batch_item: int
 
     def get(self, name: str, ndim: int) -> Tensor | None:
-        """The entry, which has `ndim` dimensions besides the batch's; None where there is none."""
+        """An entry, which has `ndim` dimensions besides the batch's, or None."""
         name = f"blocks.{self.layer}.{name}"
         if name not in self.cache:
             return None
@@ -108,12 +100,12 @@ class Entries(NamedTuple):
         length = x.shape[-1] if name.endswith("hook_pattern") else x.shape[0]
         if length != self.n_tokens:
             raise ValueError(
-                f"cache: {name} is of {length} positions, expected {self.n_tokens} as in tokens"
+                f"cache: {name} has {length} positions, expected {self.n_tokens} as in tokens"
             )
         return x.to(torch.promote_types(x.dtype, torch.float32))
 
     def need(self, name: str, ndim: int) -> Tensor:
-        """As `get`; raises ValueError where there is none."""
+        """As `get`; raises ValueError if the cache has no such entry."""
         x = self.get(name, ndim)
         if x is None:
             raise ValueError(
@@ -124,7 +116,7 @@ class Entries(NamedTuple):
 
 
 def open_layer(model: nn.Module, entries: Entries) -> Layer:
-    """Finds the map by which a layer's cache adds up, and that it does."""
+    """Finds how a layer's parts add up to its node; raises an error if they do not."""
     layer, T = entries.layer, entries.n_tokens
     name = f"model: blocks.{layer}"
     pre, post = entries.need("hook_resid_pre", 2), entries.need("hook_resid_post", 2)
@@ -155,8 +147,9 @@ def open_layer(model: nn.Module, entries: Entries) -> Layer:
     b_O = pre.new_zeros(D) if b_O is None else b_O.detach().to(pre)
     attended = torch.einsum("hts,shv,hvd->td", pattern, v, W_O) + b_O
 
-    # What attention adds, by W_O, bias, row_scale: its output; that behind a norm; that times a
-    # number. Factors are fitted only where the cache says that they are of this very output.
+    # Attention may add its output, its output after a norm, or its output times a factor. Each has
+    # its W_O, bias and row_scale. A norm or factor is fitted only if the cache shows that it
+    # applies to this output.
     dtype = entries.cache[f"blocks.{layer}.hook_resid_pre"].dtype
     eps = torch.finfo(dtype).eps
     outputs: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = [(attended, W_O, b_O, None)]
@@ -181,26 +174,27 @@ def open_layer(model: nn.Module, entries: Entries) -> Layer:
             W_O = effective.transpose(1, 2).contiguous().transpose(1, 2)
             return Layer(pre, y, post, ffn, pattern, v, W_O, by_row, bias, dtype)
     raise UnsupportedArchitectureError(
-        f"{name}: its parts do not add up ({min(errors):.1f} times what rounding explains); were "
-        "activations changed by a hook, or weights after the run?"
+        f"{name}: its parts do not add up (the error is {min(errors):.1f} times that of rounding); "
+        "did a hook change activations, or did weights change after the run?"
     )
 
 
 def _fit(x: Tensor, to: Tensor, dim: int | tuple[int, ...]) -> Tensor:
-    """The factor, one for all along `dim`, by which x is nearest to `to`."""
+    """The factor, constant along `dim`, that brings x nearest to `to`."""
     return (x * to).sum(dim) / x.square().sum(dim).clamp(min=torch.finfo(x.dtype).tiny)
 
 
 def _is_rms(scale: Tensor, x: Tensor, eps: float) -> bool:
-    """Whether scale [T]² is the mean square of the rows of x [T, D] and a number, a norm's own."""
+    """True if scale [T]² is the mean square of each row of x [T, D] plus a norm's epsilon."""
     number = scale.square() - x.square().mean(-1)
     strays = (number - number.median()).abs() / scale.square()
     return bool((strays <= max(_TOLERANCE, 8 * eps)).all())
 
 
 def _error(got: Tensor, expected: Tensor, eps: float, *beside: Tensor) -> float:
-    """The largest error of a row, in units of what rounding explains where `got` [T, D] is a
-    difference of others `beside`.
+    """The largest error of a row of `got` [T, D], in units of rounding.
+
+    beside: tensors whose difference `got` is.
     """
     norm = torch.linalg.vector_norm
     granted = max(8 * eps, _TOLERANCE) * norm(expected, dim=-1)
@@ -210,7 +204,7 @@ def _error(got: Tensor, expected: Tensor, eps: float, *beside: Tensor) -> float:
 
 
 def batch_row(x: Tensor, ndim: int, batch_item: int, name: str) -> Tensor:
-    """X of `ndim` dimensions, taken out of a batch if it is in one."""
+    """`x` with `ndim` dimensions, taken out of a batch if it is in one."""
     if x.ndim == ndim:
         return x
     if x.ndim != ndim + 1:

@@ -1,4 +1,4 @@
-"""A run of TransformerLens that was cached, and its routes."""
+"""A cached run of TransformerLens, and its routes."""
 
 from __future__ import annotations
 
@@ -9,45 +9,22 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from ...graph import (
-    Granularity,
-    Prediction,
-    RouteGraph,
-    Routes,
-    Span,
-    assemble,
-)
+from ...graph import Granularity, Prediction, RouteGraph, Routes, Span, assemble
 from ...lens import likeliest
-from ...scoring import (
-    LayerScores,
-    check_closure,
-    choose_impl,
-    joined,
-    load_kernel,
-)
+from ...scoring import LayerScores, check_closure, choose_impl, joined, load_kernel
 from ...tokens import token_strings
-from ...tracer import (
-    Position,
-    check_options,
-    grow,
-    indices,
-    spanned,
-)
+from ...tracer import Position, check_options, grow, indices, spanned
 
 if TYPE_CHECKING:
     from torch import nn
 
 from .layers import LAYER_ENTRIES, Entries, batch_row, open_layer, score_block
 
-# Rows of a kernel call, each of which lies beside its own keys: more would only fill tiles that
-# are masked, fewer would prepare W_O more often (measured at 512 tokens of SmolLM2's shape).
+# Rows of one kernel call. Each row has its own keys, so more rows would only fill masked tiles, and
+# fewer rows would prepare W_O more often (measured at 512 tokens of SmolLM2's shape).
 _BLOCK_ROWS = 4
-
-
-_BLOCK_VALUES = 1 << 25  # weighted values of such a block, off the CPU
-
-
-_CHECKED = 8  # rows of a layer that are checked again after a kernel has scored them
+_BLOCK_VALUES = 1 << 25  # weighted values of one kernel call on other devices than the CPU
+_CHECKED = 8  # rows of each layer whose sums are checked after scoring
 
 
 class Cache(Protocol):
@@ -60,13 +37,13 @@ class CachedRun:
     """A TransformerLens model's run on a text, ready to be traced at any position and threshold.
 
     model: a TransformerBridge or HookedTransformer, with the weights that it ran with.
-    tokens: what it ran on, token ids [T] or [B, T], or the text. cache: what `run_with_cache`
-    gave, of all positions, with or without its batch dimension; what is read is named above.
-    logits: [T, vocab] or [B, T, vocab], for the graphs' predictions; without them there are none.
-    batch_item: which text of several. impl: as in `Tracer`.
+    tokens: the token ids [T] or [B, T] of the run, or the text. cache: the result of
+    `run_with_cache` for all positions, with or without its batch dimension. logits: [T, vocab] or
+    [B, T, vocab], for the graphs' predictions; without them, graphs have none. batch_item: index
+    of the text in a batch. impl: as in `Tracer`.
 
-    Raises ValueError where the cache lacks something or is of another text, and
-    `UnsupportedArchitectureError` where a layer's parts do not add up.
+    Raises ValueError if the cache lacks an entry or belongs to another text, and
+    `UnsupportedArchitectureError` if a layer's parts do not add up.
     """
 
     def __init__(
@@ -112,12 +89,12 @@ class CachedRun:
 
     @property
     def n_layers(self) -> int:
-        """Blocks."""
+        """Number of blocks."""
         return len(self._layers)
 
     @property
     def n_heads(self) -> int:
-        """Attention heads a layer."""
+        """Number of attention heads in each layer."""
         return len(self._layers[0].W_O)
 
     def contributions(
@@ -127,7 +104,7 @@ class CachedRun:
         layers: Iterable[int] | None = None,
         keep: float = 0.01,
     ) -> Iterator[LayerScores]:
-        """As `Tracer.contributions`: importances at `rows` of each of `layers`, top layer first."""
+        """As `Tracer.contributions`: importances at `rows` in each of `layers`, top layer first."""
         if not 0 <= keep <= 1:
             raise ValueError(f"keep: expected a number from 0 to 1, got {keep}")
         at = torch.tensor(indices("rows", rows, len(self)))
