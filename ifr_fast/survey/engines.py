@@ -140,11 +140,11 @@ class RayEngine:
         gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
         n_workers = n_workers or gpus or max(1, cpus // n_threads)
         share = cpus / n_workers
-        asked = {"num_cpus": min(n_threads, int(share) or share)}
+        resources_of_actor = {"num_cpus": min(n_threads, int(share) or share)}
         if gpus:
             each = gpus / n_workers
-            asked = {"num_cpus": min(1, share), "num_gpus": int(each) or each}
-        of_actor = ray.remote(Worker).options(**asked)
+            resources_of_actor = {"num_cpus": min(1, share), "num_gpus": int(each) or each}
+        of_actor = ray.remote(Worker).options(**resources_of_actor)
         self._new_worker = lambda: of_actor.remote(source, n_threads)
         self.workers = [self._new_worker() for _ in range(n_workers)]
         try:

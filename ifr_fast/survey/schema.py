@@ -59,13 +59,13 @@ def predictions_schema(
         ("token", pa.string()),
         ("next_token_id", pa.int32()),
         ("next_token", pa.string()),
-        *((f"label_{name}", pa.string()) for name in labels),  # of the token at `position`
-        ("logit", pa.float32()),  # of the actual next token
-        ("probability", pa.float32()),  # of the actual next token
+        *((f"label_{name}", pa.string()) for name in labels),  # label of the token at `position`
+        ("logit", pa.float32()),  # logit of the actual next token
+        ("probability", pa.float32()),  # probability of the actual next token
         ("head_importance", floats(L * H)),
         ("ffn_importance", floats(L)),
         ("residual_mid", floats(L)),  # share of resid_pre in resid_mid here; parallel block: NaN
-        ("residual_post", floats(L)),  # of resid_mid in resid_post here; parallel: of resid_pre
+        ("residual_post", floats(L)),  # share of resid_mid in resid_post; parallel: of resid_pre
     ]
     for k in range(n_thresholds):
         fields += [
@@ -96,7 +96,7 @@ def heads_schema() -> pa.Schema:
             ("first", pa.float32()),  # edge mass from position 0, into later ones
             ("punctuation", pa.float32()),  # edge mass from punctuation tokens, into later ones
             ("word_mass", pa.float32()),  # edge mass into later pieces of words
-            ("same_word", pa.float32()),  # of that, from earlier pieces of the same word
+            ("same_word", pa.float32()),  # part of it from earlier pieces of the same word
             ("word_targets", pa.int32()),  # targets that are later pieces of words
             ("edges", pa.int32()),  # edges in which the head alone exceeds `keep`
         ]
@@ -132,13 +132,13 @@ def corpora_schema(n_layers: int, n_heads: int, n_thresholds: int) -> pa.Schema:
 
 
 def part_path(directory: Path, table: str, part: int) -> Path:
-    """Of part number `part` of "predictions" or "heads"."""
+    """Path of a part of the table "predictions" or "heads"."""
     return directory / table / f"part-{part:06}.parquet"
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What could not be surveyed, and why."""
+    """A text that could not be surveyed, and the reason."""
 
     where: str  # the document's context, or the source
     why: str

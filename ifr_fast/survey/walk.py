@@ -1,13 +1,13 @@
-"""The graphs of all predictions of a batch: what is in each, and how much of it.
+"""The graphs of all predictions of a batch: their components, and the importance of each.
 
-For every prediction at once, from the top layer down:
+Two quantities are computed for all predictions at once, from the top layer downwards:
 
-- flow: the weight of all paths from the prediction to a node, at the lowest threshold. A column is
-  a prediction, a row a node, a layer's attention edges one sparse matrix.
-- reach: whether a node is in the graph, for each threshold. A node has one bit a prediction of its
-  document, so that a layer is a few bitwise ORs along its edges.
+- flow: the weight of all paths from the prediction to a node, at the lowest threshold. Columns are
+  predictions, rows are nodes, and the attention edges of a layer are one sparse matrix.
+- reach: membership of a node in the graph, for each threshold. A node has one bit per prediction of
+  its document, so that a layer takes a few bitwise ORs along its edges.
 
-Edges and thresholds are compared as `RouteGraph` does (graph.py), at token granularity.
+Edges and thresholds are compared as in `RouteGraph`, at token granularity.
 """
 
 from __future__ import annotations
@@ -23,18 +23,20 @@ from .sweep import Swept
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
-_FLOW_ELEMENTS = 1 << 23  # of [B * T, P] when P predictions a document are walked at once
+_FLOW_ELEMENTS = 1 << 23  # most elements of a flow [B * T, P], for P predictions per document
+    1 << 23
+)  # most elements of a flow [B * T, P]; P predictions per document are walked at once
 
 
 class Importances(NamedTuple):
-    """[B, T, ...] float32: of components in the graph of each prediction, at `keep`."""
+    """Importances of components in the graph of each prediction, at `keep`; float32."""
 
     head: Array  # [B, T, L, H]
     ffn: Array  # [B, T, L]
 
 
 class Membership(NamedTuple):
-    """What the graph of each prediction holds at one threshold."""
+    """Components in the graph of each prediction, at one threshold."""
 
     head: Array  # [B, T, L, H] bool
     ffn: Array  # [B, T, L] bool
@@ -42,8 +44,8 @@ class Membership(NamedTuple):
 
 
 def importances(swept: Swept, keep: float) -> Importances:
-    """`RouteGraph.head_importance` and `ffn_importance` of every prediction. keep: the threshold
-    that edges were scored with.
+    """`RouteGraph.head_importance` and `ffn_importance` of every prediction. keep: the threshold of
+    the scored edges.
     """
     B, T, L = len(swept.lengths), swept.n_rows, len(swept.parallel)
     steps = [_FlowStep.of(swept, layer, keep) for layer in range(L)]
@@ -67,8 +69,8 @@ class _FlowStep(NamedTuple):
     """One layer's weights above the threshold; nodes as [B, T]."""
 
     ffn: Tensor  # [B, T]
-    to_mid: Tensor  # [B, T] what passes from post to mid, FFN and residual together
-    to_pre: Tensor  # [B * T, 1] what passes from mid to pre at the same position
+    to_mid: Tensor  # [B, T] weight from post to mid, FFN and residual together
+    to_pre: Tensor  # [B * T, 1] weight from mid to pre at the same position
     head_sum: Tensor  # [B, H, T] weights of a target's heads, summed over sources
     matrix: Tensor  # [B * T, B * T] sparse: from targets to sources
 
@@ -84,7 +86,7 @@ class _FlowStep(NamedTuple):
         ffn, residual = above(swept.ffn[layer]), above(swept.residual[layer])
         parallel = swept.parallel[layer]
         through = torch.ones_like(ffn) if parallel else ffn + above(swept.ffn_residual[layer])
-        # Of each target's edges, which lie together: differences of running sums would round.
+        # A target's edges are contiguous, but differences of running sums would round.
         head_sum = torch.zeros(B * T, H).index_add_(0, target, head_weight)
         indices = torch.stack([source, target])
         size = (B * T, B * T)
@@ -98,14 +100,14 @@ class _FlowStep(NamedTuple):
         )
 
     def down(self, flow: Tensor) -> Tensor:
-        """From mid [B, T, P] to pre."""
+        """Flow at pre, from the flow [B, T, P] at mid."""
         flat = flow.reshape(-1, flow.shape[-1])
         return torch.addmm(flat * self.to_pre, self.matrix, flat).view(flow.shape)
 
 
 def membership(swept: Swept, thresholds: Sequence[float]) -> list[Membership]:
-    """What is in the graph of every prediction at each threshold, none of them below the one
-    scored with.
+    """Components in the graph of every prediction at each threshold. No threshold may be below that
+    of the scored edges.
     """
     B, T, L = len(swept.lengths), swept.n_rows, len(swept.parallel)
     H, K, W = swept.head_mass.shape[-1], len(thresholds), -(-T // 64)
@@ -120,7 +122,7 @@ def membership(swept: Swept, thresholds: Sequence[float]) -> list[Membership]:
     bounds = torch.tensor(thresholds, dtype=torch.float32)
 
     def kept(x: Tensor) -> Array:
-        """Of weights [N], words [N, K, 1] to AND with: all ones where above the threshold."""
+        """Masks [N, K, 1] for weights [N]: words of ones if above the threshold, else 0."""
         flags = (x[:, None] > bounds).numpy()
         return (np.uint64(0) - flags.astype(np.uint64))[:, :, None]
 

@@ -135,7 +135,7 @@ def importance(
 def frequency(
     survey: Survey, corpora: Collection[str] | None = None, *, seed: int = 0, resamples: int = 1000
 ) -> Finding:
-    """How often each head is in a prediction's graph, at every threshold, with 95% intervals."""
+    """Frequency of each head in the graphs of predictions, by threshold, with 95% intervals."""
     units = units_of(survey, corpora, seed=seed)
     L, H, thresholds = survey.n_layers, survey.n_heads, survey.thresholds
     names = [f"head_in_{k}" for k in range(len(thresholds))]
