@@ -1,9 +1,9 @@
-"""Recordings as files: safetensors, mapped into memory, whole or to be gone on with.
+"""Recordings as files: safetensors mapped into memory, complete or to be resumed.
 
 A file is laid out and its space reserved before anything is computed; its tensors are then written
-through the mapping. `progress` says how many of how many steps are done, and counts a step once
-its data are on the disk: what a run that was interrupted has left is never taken for more than it
-is. Numbers of 8 bytes come first, so that all tensors are aligned.
+through the mapping. `progress` holds the number of steps done and the total. A step counts once its
+data are on the disk, so the file of an interrupted run never claims data that it lacks. Numbers of
+8 bytes come first, so that all tensors are aligned.
 """
 
 from __future__ import annotations
@@ -54,24 +54,24 @@ class Spec(NamedTuple):
 
 
 class MappedFile(NamedTuple):
-    """A recording's file in memory."""
+    """A recording's file, mapped into memory."""
 
-    path: Path | None  # None: it has no name, and is gone when its tensors are
+    path: Path | None  # None: a file without a name, deleted with its last tensor
     tensors: dict[str, Tensor]
     fields: dict[str, Any]
 
     @property
     def done(self) -> int:
-        """Steps whose data the file holds."""
+        """The number of steps whose data the file holds."""
         return int(self.tensors["progress"][0])
 
     @property
     def total(self) -> int:
-        """Steps of a whole recording."""
+        """The number of steps of a complete recording."""
         return int(self.tensors["progress"][1])
 
     def commit(self, done: int) -> None:
-        """Puts the data on the disk, and then that they are there."""
+        """Writes the data to the disk, and then the number of steps done."""
         self._sync()
         self.tensors["progress"][0] = done
         self._sync()
@@ -89,9 +89,9 @@ class MappedFile(NamedTuple):
 def create(
     path: str | os.PathLike[str], specs: Mapping[str, Spec], fields: dict[str, Any], n_steps: int
 ) -> MappedFile:
-    """A file with room for `specs`, of whose `n_steps` none is done.
+    """A new file with room for `specs`; none of its `n_steps` is done.
 
-    Raises IfrError where the system refuses, a full disk included.
+    Raises IfrError if the system refuses, for example on a full disk.
     """
     with whole_file(path) as temporary:
         _lay_out(temporary, specs, fields)
@@ -101,7 +101,7 @@ def create(
 
 
 def create_nameless(specs: Mapping[str, Spec], fields: dict[str, Any], n_steps: int) -> MappedFile:
-    """The same in the folder for temporary files ($TMPDIR)."""
+    """`create` for a file without a name, in the folder for temporary files ($TMPDIR)."""
     with tempfile.TemporaryDirectory(prefix="ifr_fast.") as folder:
         made = create(Path(folder, "recording"), specs, fields, n_steps)
     return made._replace(path=None)
@@ -110,7 +110,7 @@ def create_nameless(specs: Mapping[str, Spec], fields: dict[str, Any], n_steps: 
 def write(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], fields: dict[str, Any]
 ) -> None:
-    """A whole file of these tensors, copied one by one."""
+    """Writes a complete file of `tensors`, which are copied one by one."""
     specs = {name: Spec.of(x) for name, x in tensors.items()}
     with whole_file(path) as temporary:
         _lay_out(temporary, specs, fields)
@@ -122,7 +122,7 @@ def write(
 
 
 def open_file(path: str | os.PathLike[str], *, writable: bool = False) -> MappedFile:
-    """The file of a recording, whole or not.
+    """The file of a recording, complete or not.
 
     Raises FormatError for a truncated or foreign file.
     """
@@ -151,7 +151,7 @@ def _lay_out(path: Path, specs: Mapping[str, Spec], fields: dict[str, Any]) -> N
     with path.open("r+b") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.flush()
-        # A mapping of blocks that a full disk cannot give would kill the process.
+        # Writing to a mapped block that a full disk cannot provide would kill the process.
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, 8 + len(text) + end)
         else:
@@ -159,7 +159,7 @@ def _lay_out(path: Path, specs: Mapping[str, Spec], fields: dict[str, Any]) -> N
 
 
 def _mapped(path: Path, writable: bool) -> MappedFile:
-    with safe_open(path, framework="pt") as file:  # checks that it is whole
+    with safe_open(path, framework="pt") as file:  # raises if the file is truncated
         metadata = file.metadata() or {}
     if metadata.get("format") != FORMAT:
         raise FormatError(
@@ -174,7 +174,7 @@ def _mapped(path: Path, writable: bool) -> MappedFile:
         start = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(start))
         start += 8
-    # Mapped read-only, pages are shared with the system's cache as well.
+    # A private mapping that is only read shares its pages with the system's cache too.
     content = torch.from_file(
         str(path), shared=writable, size=path.stat().st_size, dtype=torch.uint8
     )
