@@ -24,8 +24,6 @@ from .sweep import Swept
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
 _FLOW_ELEMENTS = 1 << 23  # most elements of a flow [B * T, P], for P predictions per document
-    1 << 23
-)  # most elements of a flow [B * T, P]; P predictions per document are walked at once
 
 
 class Importances(NamedTuple):
