@@ -1,4 +1,4 @@
-"""Recording + rows -> LayerScores: shape checks, picks the kernel, nothing else."""
+"""Scores rows of a recording: chooses the kernel, checks shapes and closure, joins row blocks."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from .model import Block
 from .recording import Recording, layer_inputs
 
 IMPLEMENTATIONS = ("auto", "reference", "eager", "cpu", "triton")
-_BLOCK_ROWS = {"cpu": 512, "cuda": 8192}  # that are replayed and scored at once
+_BLOCK_ROWS = {"cpu": 512, "cuda": 8192}  # rows that are replayed and scored at once
 
 
 class Kernel(Protocol):
-    """What every implementation offers (kernels/contract.py)."""
+    """The functions of every implementation (kernels/contract.py)."""
 
     def score_attention(self, inputs: LayerInputs, keep: float) -> AttentionScores: ...
 
@@ -31,14 +31,14 @@ class Kernel(Protocol):
 
 
 def block_rows(device: torch.device) -> int:
-    """How many rows are replayed and scored at once, of a model on `device`."""
+    """The number of rows that are replayed and scored at once, for a model on `device`."""
     return _BLOCK_ROWS.get(device.type, _BLOCK_ROWS["cpu"])
 
 
 def choose_impl(impl: str, device: torch.device, dtype: torch.dtype) -> str:
     """The implementation for a model on `device`; "auto" is $IFR_FAST_IMPL, else the best one.
 
-    An explicit choice never falls back: `ValueError` says what is missing.
+    An explicit choice never falls back: it raises `ValueError`, which states what is missing.
     """
     if impl == "auto":
         impl = os.environ.get("IFR_FAST_IMPL") or "auto"
@@ -54,7 +54,7 @@ def choose_impl(impl: str, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def what_is_missing(impl: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why an implementation cannot run for a model on `device`; None where it can."""
+    """The reason why an implementation cannot run for a model on `device`; None if it can."""
     match impl:
         case "cpu" if device.type != "cpu":
             return f"the model is on {device}"
@@ -69,7 +69,7 @@ def what_is_missing(impl: str, device: torch.device, dtype: torch.dtype) -> str 
         case "triton" if importlib.util.find_spec("triton") is None:
             return "the package triton is not installed"
         case "triton" if os.environ.get("TRITON_INTERPRET") == "1":
-            return None  # on tensors of any device
+            return None  # the interpreter takes tensors on any device
         case "triton" if device.type != "cuda":
             return f"the model is on {device}, and TRITON_INTERPRET=1 is not set"
         case "triton" if torch.version.hip is None and (
@@ -82,13 +82,13 @@ def what_is_missing(impl: str, device: torch.device, dtype: torch.dtype) -> str 
 
 
 def explain_impl(impl: str, device: torch.device) -> str:
-    """Which implementation would run a float32 model on `device`, and why, in words."""
+    """The implementation that would run a float32 model on `device`, and the reason, in words."""
     try:
         chosen = choose_impl(impl, device, torch.float32)
     except ValueError as error:
         return str(error)
-    asked = os.environ.get("IFR_FAST_IMPL") or impl if impl == "auto" else impl
-    why = "asked for" if asked != "auto" else "the fastest that can run here"
+    requested = os.environ.get("IFR_FAST_IMPL") or impl if impl == "auto" else impl
+    why = "asked for" if requested != "auto" else "the fastest that can run here"
     others = [
         f"{name}: {missing}"
         for name in ("cpu", "triton")
@@ -121,7 +121,7 @@ def load_kernel(impl: str) -> Kernel:
 
 
 class TokenEdges(NamedTuple):
-    """Sparse token edges, by target then source; positions in the text."""
+    """Sparse token edges, in order of target, source; positions in the text."""
 
     target: Tensor  # [N] int64
     source: Tensor  # [N] int64
@@ -129,7 +129,7 @@ class TokenEdges(NamedTuple):
 
 
 class HeadEdges(NamedTuple):
-    """Sparse per-head edges, by target, source, head; positions in the text."""
+    """Sparse per-head edges, in order of target, source, head; positions in the text."""
 
     head: Tensor  # [M] int64
     target: Tensor  # [M] int64
@@ -148,17 +148,17 @@ class LayerScores:
     layer: int
     rows: Tensor  # [R] int64, on the CPU
     keep: float
-    residual: Tensor  # [R] of resid_pre in resid_mid (parallel blocks: in resid_post)
-    ffn: Tensor  # [R] of the FFN in resid_post
-    ffn_residual: Tensor | None  # [R] of resid_mid in resid_post; None in parallel blocks
-    head_total: Tensor  # [R, H] summed over all keys
+    residual: Tensor  # [R] importance of resid_pre in resid_mid (parallel: in resid_post)
+    ffn: Tensor  # [R] importance of the FFN in resid_post
+    ffn_residual: Tensor | None  # [R] that of resid_mid in resid_post; None in parallel blocks
+    head_total: Tensor  # [R, H] importance of each head, summed over all keys
     unattributed: Tensor  # [R] bool: all proximities of `mid` (parallel: `post`) are 0
-    ffn_unattributed: Tensor | None  # [R] bool, the same of `post`; None in parallel blocks
-    attention: AttentionScores  # the kernel's own, edges perhaps padded
-    closure: Closure  # rows whose parts are to add up to their node
+    ffn_unattributed: Tensor | None  # [R] bool: those of `post` are 0; None in parallel blocks
+    attention: AttentionScores  # the kernel's own result; its edges may be padded
+    closure: Closure  # rows whose parts must add up to their node
 
     def table(self, device: torch.device) -> LayerTable:
-        """What a graph needs of them, on its device."""
+        """The scores that a graph needs, moved to `device`."""
 
         def move(x: Tensor | None) -> Any:
             return None if x is None else x.to(device)
@@ -175,7 +175,7 @@ class LayerScores:
 
     @cached_property
     def token_edges(self) -> TokenEdges:
-        """Token edges with weight above `keep`."""
+        """The token edges with weight above `keep`."""
         edges = self.attention.edges
         target = self.rows.to(edges.row.device)[edges.row]
         kept = (edges.weight > self.keep).nonzero().squeeze(1)
@@ -184,7 +184,7 @@ class LayerScores:
 
     @cached_property
     def head_edges(self) -> HeadEdges:
-        """Single heads' edges with weight above `keep`; all lie within `token_edges`."""
+        """The edges of single heads with weight above `keep`; all are within `token_edges`."""
         edges = self.attention.edges
         target = self.rows.to(edges.row.device)[edges.row]
         order = _lexicographic(target, edges.source)
@@ -195,7 +195,7 @@ class LayerScores:
 
 
 def _lexicographic(first: Tensor, second: Tensor) -> Tensor:
-    """Indices that order pairs of positions."""
+    """The indices that sort pairs of positions."""
     return ((first << 32) | second).argsort()
 
 
@@ -204,7 +204,7 @@ def score_layer(
 ) -> LayerScores:
     """Scores `rows` [R] (int64, CPU, strictly ascending) of a layer; edges above `keep`.
 
-    What a recording does not hold is replayed, and then scored, in row blocks.
+    Tensors that the recording lacks are replayed; then rows are scored in row blocks.
     """
     block, sample = recording.decoder.blocks[layer], recording.sample(rows)
 
@@ -230,8 +230,8 @@ def score_rows(
     keep: float,
     impl: str,
 ) -> LayerScores:
-    """Scores the rows of a block. resid_post: [R, D], None in a parallel one; sample: which rows
-    are to be checked, indices on the CPU.
+    """Scores the rows of a block. resid_post: [R, D], None in a parallel block; sample: indices of
+    the rows to be checked, on the CPU. Raises ValueError for a wrong shape in `inputs`.
     """
     kernel = load_kernel(impl)
     _check_shapes(inputs)
@@ -315,9 +315,9 @@ class Closure(NamedTuple):
 
     y: Tensor  # [C, D]
     resid_pre: Tensor  # [C, D]
-    moved: Tensor  # [C, D] what attention has to have added, as the model computed it
+    moved: Tensor  # [C, D] what the model's heads added, by its own states
     linear: Tensor  # [C] `AttentionScores.linear`
-    eps: Tensor  # [C] of the model's dtype
+    eps: Tensor  # [C] machine epsilon of the model's dtype
 
 
 def closure(inputs: LayerInputs, linear: Tensor, bias: Tensor, sample: Tensor) -> Closure:
@@ -333,8 +333,8 @@ def closure(inputs: LayerInputs, linear: Tensor, bias: Tensor, sample: Tensor) -
 def closure_rows(
     y: Tensor, resid_pre: Tensor, ffn: Tensor | None, bias: Tensor, linear: Tensor
 ) -> Closure:
-    """Rows to be checked: y, resid_pre, in parallel blocks ffn [C, D]; bias [D] or [C, D]; linear
-    [C].
+    """The rows to be checked, from y, resid_pre and (in parallel blocks) ffn [C, D]; bias [D] or
+    [C, D]; linear [C].
     """
     wide = torch.promote_types(y.dtype, torch.float32)
     eps = torch.full_like(y[:, 0], torch.finfo(y.dtype).eps, dtype=wide)
@@ -346,13 +346,13 @@ def closure_rows(
 
 
 def closure_errors(rows: Closure) -> Tensor:
-    """[C] how far parts and bias are from adding up to the node, in units of what rounding
+    """[C] errors of the sum of parts and bias against the node, in units of the error that rounding
     explains (docs/design.md, section 3.4).
 
-    The signs s of a node say nothing of what its parts are, so an error e of their sum shows in
-    s . e as large as it is, |e|_2, in the mean square: one row may miss what a few do not.
-    s . (sum of parts) is what the kernel knows as `linear`. It sees what a probe cannot: windows,
-    and weights that changed since the model was opened.
+    The signs s of a node are independent of its parts, so for an error e of their sum, s . e has
+    the mean square |e|_2^2: one row may miss an error that a few rows show. The kernel returns
+    s . (sum of parts) as `linear`. This check finds errors that a probe cannot: windows, and
+    weights that changed after the model was opened.
     """
     from .kernels.breakpoints import signs
 
@@ -365,14 +365,14 @@ def closure_errors(rows: Closure) -> Tensor:
 
 
 def check_closure(of_layer: dict[int, Closure]) -> None:
-    """Raises IfrError where a layer's `closure_errors` are above 1; one read by the host."""
+    """Raises IfrError if a layer's `closure_errors` exceed 1; one device synchronization."""
     device = next(iter(of_layer.values())).y.device
     rows = Closure(*(cat_on(device, parts) for parts in zip(*of_layer.values(), strict=True)))
     check_closed(rows, [layer for layer, of in of_layer.items() for _ in range(len(of.linear))])
 
 
 def check_closed(rows: Closure, layers: list[int]) -> None:
-    """Raises IfrError where `closure_errors` are above 1, with the layer of that row."""
+    """Raises IfrError if `closure_errors` exceed 1; the message names the row's layer."""
     for layer, error in zip(layers, closure_errors(rows).tolist(), strict=True):
         if not error <= 1:
             raise IfrError(
@@ -383,7 +383,7 @@ def check_closed(rows: Closure, layers: list[int]) -> None:
 
 
 def cat_on(device: torch.device, parts: Iterable[Tensor]) -> Tensor:
-    """All of `parts`, wherever they are, along their first dimension."""
+    """`parts` from any devices, concatenated along the first dimension on `device`."""
     return torch.cat([x if x.device == device else x.to(device) for x in parts])
 
 
@@ -408,4 +408,4 @@ def _check_shapes(inputs: LayerInputs) -> None:
         if x is not None and tuple(x.shape) != shape:
             raise ValueError(f"{name}: expected shape {shape}, got {tuple(x.shape)}")
     if H % H_kv:
-        raise ValueError(f"q: its {H} heads are no multiple of the {H_kv} key/value heads")
+        raise ValueError(f"q: its {H} heads are not a multiple of the {H_kv} key/value heads")
