@@ -1,7 +1,6 @@
-"""Looking closer at what a graph is made of: one head's map, a node in tokens, one node's neurons.
+"""Details behind a graph: the map of a head, the tokens of a node, the neurons of a node.
 
-Everything is read off a Recording; a graph's nodes and edges say where to look. Called through
-`Tracer`.
+Everything is computed from a Recording; `Tracer` offers these functions to users.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ from .recording import Recording, layer_inputs
 from .scoring import check_closure, load_kernel, score_layer
 from .tokens import token_strings
 
-_MAP_ELEMENTS = 1 << 22  # of [R, S, H] that are scored at once
+_MAP_ELEMENTS = 1 << 22  # limit on [R, S, H] that is scored at once
 
 
 class TokenScore(NamedTuple):
-    """A token, and what is added to its logit."""
+    """A token, and the number that is added to its logit."""
 
     token: str
     token_id: int
@@ -35,7 +34,7 @@ class TokenScore(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class NodeLens:
-    """A node, read as if it were the last one (logit lens)."""
+    """The predictions of a node, decoded as if it were the final state (logit lens)."""
 
     node: Node
     logits: Tensor  # [vocab] float32
@@ -46,7 +45,7 @@ class NodeLens:
         return int((self.logits > self.logits[self._known(token_id)]).sum()) + 1
 
     def probability(self, token_id: int) -> float:
-        """What the softmax of the logits gives the token."""
+        """The token's probability by the softmax of the logits."""
         return float(self.logits.double().softmax(-1)[self._known(token_id)])
 
     def _known(self, token_id: int) -> int:
@@ -57,10 +56,10 @@ class NodeLens:
 
 @dataclass(frozen=True, eq=False)
 class PromotedTokens:
-    """What one part of a residual stream adds to the logits at its position."""
+    """The logits that one part of a residual stream adds at its position."""
 
     part: Tensor  # [D] float32
-    logits: Tensor  # [vocab] float32, to be added to those of all other parts
+    logits: Tensor  # [vocab] float32, a summand of the logits of all parts
     promoted: list[TokenScore]  # largest first
     suppressed: list[TokenScore]  # most negative first
 
@@ -81,13 +80,13 @@ class NeuronScores:
     """
 
     layer: int
-    kind: NodeKind  # of the node: `post` or `ffn`
+    kind: NodeKind  # the node's kind: `post` or `ffn`
     rows: Tensor  # [R] int64, positions
-    activations: Tensor  # [R, F] float32, what the down projection reads
+    activations: Tensor  # [R, F] float32, the input of the down projection
     importance: Tensor  # [R, F] float32
-    residual: Tensor | None  # [R] of `post`: importance of what the stream held before the FFN
-    attention: Tensor | None  # [R] of a parallel block's `post`: of all heads together
-    unattributed: Tensor  # [R] bool: every proximity is 0, each of the n parts got 1/n
+    residual: Tensor | None  # [R] importance of the stream before the FFN; for `post` only
+    attention: Tensor | None  # [R] importance of all heads; for `post` of parallel blocks only
+    unattributed: Tensor  # [R] bool: every proximity is 0, and each of the n parts got 1/n
 
     def top(self, k: int = 10) -> list[list[Neuron]]:
         """The k most important neurons of each row, most important first."""
@@ -105,8 +104,8 @@ class NeuronScores:
 
 @torch.inference_mode()
 def contribution_map(recording: Recording, layer: int, head: int | None, impl: str) -> Tensor:
-    """[T, T] float32: importance of each source (column) in each target (row), of one head or of
-    all together. In row blocks.
+    """[T, T] float32: importance of each source (column) in each target (row), for one head or all
+    heads together. Scored in row blocks.
     """
     T, H = len(recording), recording.decoder.n_heads
     out = torch.zeros(T, T)
@@ -117,7 +116,7 @@ def contribution_map(recording: Recording, layer: int, head: int | None, impl: s
             check_closure({layer: scores.closure})
             row, source, weight, of_heads = (x.cpu() for x in scores.attention.edges)
             values = weight if head is None else of_heads[:, head]
-            kept = weight > 0  # padding points anywhere
+            kept = weight > 0  # padding has arbitrary sources
             out[rows[row[kept]], source[kept]] = values[kept].float()
     return _plain(out)
 
@@ -125,7 +124,7 @@ def contribution_map(recording: Recording, layer: int, head: int | None, impl: s
 def lenses(
     recording: Recording, nodes: list[Node], k: int, tokenizer: PreTrainedTokenizerBase | None
 ) -> list[NodeLens]:
-    """What the model's own norm and head make of each node."""
+    """The logits and predictions of each node by the model's own norm and head."""
     states = torch.stack([_state(recording, node) for node in nodes])
     logits = lens_logits(recording.decoder, states.to(recording.decoder.device)).float().cpu()
     found = []
@@ -144,7 +143,7 @@ def promoted_tokens(
     k: int,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> PromotedTokens:
-    """What `part` [D] of the stream at a position adds to the logits there."""
+    """The logits that `part` [D] of the stream adds at a position."""
     final = recording.resid_final[position].to(part.device)
     logits = _plain(direct_logits(recording.decoder, part[None], final[None])[0].float().cpu())
 
@@ -166,9 +165,8 @@ def promoted_tokens(
 def head_output(
     recording: Recording, layer: int, head: int, position: int, source: int | None = None
 ) -> Tensor:
-    """[D] what a head adds to the stream at a position; with `source`, its part from there alone.
-
-    In float32 or wider.
+    """[D] a head's output at a position, in float32 or wider; with `source`, only its part from
+    that position.
     """
     from .kernels.rows import attention_pattern
 
@@ -186,7 +184,7 @@ def head_output(
 
 
 def _one_head(inputs: LayerInputs, head: int, n_keys: int) -> LayerInputs:
-    """The inputs of a single head, in float32 or wider, of the keys before `n_keys`."""
+    """The inputs of a single head and the keys before `n_keys`, in float32 or wider."""
     of_kv = head // (inputs.q.shape[1] // inputs.k.shape[1])
 
     def cut(x: Tensor | None, dim: int) -> Tensor | None:
@@ -207,7 +205,7 @@ def _one_head(inputs: LayerInputs, head: int, n_keys: int) -> LayerInputs:
 
 @torch.inference_mode()
 def ffn_output(recording: Recording, layer: int, position: int) -> Tensor:
-    """[D] what the FFN block adds to the stream at a position, in float32 or wider."""
+    """[D] the FFN block's output at a position, in float32 or wider."""
     return _ffn_rows(recording, layer, torch.tensor([position])).added[0]
 
 
@@ -215,8 +213,9 @@ def ffn_output(recording: Recording, layer: int, position: int) -> Tensor:
 def neuron_output(
     recording: Recording, layer: int, neuron: int, position: int, bases: NeuronBases
 ) -> Tensor:
-    """[D] what one neuron, negative from the end, adds to the stream at a position, in float32 or
-    wider.
+    """[D] one neuron's output at a position, in float32 or wider.
+
+    neuron: a negative index counts from the end; ValueError is raised if it is out of range.
     """
     basis, rows = bases[layer], torch.tensor([position])
     F = len(basis.W)
@@ -238,8 +237,8 @@ def neuron_scores(
     bases: NeuronBases,
     impl: str,
 ) -> NeuronScores:
-    """The neurons as parts of `post`, beside the stream (and in a parallel block attention), or of
-    the `ffn` node, which is their sum. rows: [R] int64, CPU, ascending.
+    """The neurons as parts of `post`, beside the stream (and attention in a parallel block), or as
+    parts of the `ffn` node, their sum. rows: [R] int64, CPU, ascending.
     """
     from .kernels.neurons import neuron_proximities
 
@@ -284,7 +283,9 @@ def neuron_scores(
 
 
 def _of_attention(inputs: LayerInputs, y: Tensor, impl: str) -> tuple[Tensor, Tensor]:
-    """Of a parallel block's rows, the summed proximity of all pairs and their number, both [R]."""
+    """The summed proximity and the number of all (head, key) pairs in each row of a parallel block,
+    both [R].
+    """
     scores = load_kernel(impl).score_attention(inputs, 1.0)
     total = scores.total.masked_fill(scores.unattributed, 0).to(y.dtype)
     n_keys = visible(inputs.rows, len(inputs.k), inputs.window).sum(-1).to(y)
@@ -333,6 +334,6 @@ def _state(recording: Recording, node: Node) -> Tensor:
 
 
 def _plain(x: Tensor) -> Tensor:
-    """A tensor that autograd takes."""
+    """`x` as a tensor that autograd accepts."""
     with torch.inference_mode(False):
         return x.clone() if x.is_inference() else x
