@@ -1,7 +1,7 @@
-"""What recording and scoring a text takes: memory line by line, time, and where it would lie.
+"""Plans of recording and scoring a text: memory line by line, time, and place of the recording.
 
-The sizes are those that the opening probe saw, or of a model that is built from its configuration
-without weights. Nothing is allocated.
+The sizes come from the opening probe, or from a model built from its configuration without weights.
+Nothing is allocated.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from .model import Block, Decoder
 from .recording import RecordingMode
 from .scoring import block_rows
 
-LONG = 2048  # tokens beyond which a lean recording is made in chunks
-_SCORING = 64 << 20  # of a kernel's row blocks, at most
-_SCORED = 2048  # of what is said of a row: totals of heads, and edges
+LONG = 2048  # a lean recording of more tokens is made in chunks
+_SCORING = 64 << 20  # bytes of a kernel's row blocks, at most
+_SCORED = 2048  # bytes of a row's scores: totals of heads, and edges
 
 
 class Place(StrEnum):
-    """Where a recording lies."""
+    """The memory that holds a recording."""
 
     DEVICE = "device"  # beside the model
-    HOST = "host"  # in host memory, the model on another device
-    FILE = "file"  # in a file mapped into memory
+    HOST = "host"  # host memory, when the model is on another device
+    FILE = "file"  # a file mapped into memory
 
 
 class Room(NamedTuple):
-    """Bytes that can be had; None where that is not known, or not limited."""
+    """Available bytes; None where unknown or unlimited."""
 
     device: int | None
     host: int | None
@@ -48,31 +48,31 @@ class Room(NamedTuple):
 
 
 class LayerSizes(NamedTuple):
-    """Numbers for each token that one layer has recorded."""
+    """Numbers per token that are recorded for one layer."""
 
     k: int
     v: int
     q: int
-    z: int  # 0 where only W_O's rows are not scaled
+    z: int  # attention output; 0 unless the block is row-scaled
     heads: int
-    sums: int  # log-sum-exps, in float32 at least; at most
+    sums: int  # log-sum-exps, at most; in float32 or wider
 
 
 class Sizes(NamedTuple):
-    """What of a model decides what a recording takes."""
+    """The properties of a model that decide the size of a recording."""
 
     layers: tuple[LayerSizes, ...]
     d_model: int
-    width: int  # numbers a token of a layer's widest intermediate
+    width: int  # numbers per token in a layer's widest intermediate
     itemsize: int
-    weights_bytes: int  # the model's own
+    weights_bytes: int  # the model's weights
     maps_bytes: int  # effective W_O of all layers
     device: torch.device
     chunkable: bool
 
     @staticmethod
     def of(decoder: Decoder) -> Sizes:
-        """As the opening probe saw them."""
+        """The sizes that the opening probe found."""
 
         def of_block(block: Block) -> LayerSizes:
             H, V, _ = block.W_O.shape
@@ -93,27 +93,27 @@ class Sizes(NamedTuple):
         )
 
     def lean_bytes(self, n_tokens: int) -> int:
-        """Residual stream at every layer and behind the last, what the head reads, keys, values."""
+        """Bytes of the stream at each layer and after the last, head input, keys and values."""
         streams = (len(self.layers) + 2) * self.d_model
         return n_tokens * self.itemsize * (streams + sum(x.k + x.v for x in self.layers))
 
     def full_bytes(self, n_tokens: int) -> int:
-        """And q and resid_mid, in row-scaled blocks z, and log-sum-exps."""
+        """Bytes of `lean_bytes`, q, resid_mid, log-sum-exps, and z in row-scaled blocks."""
         more = sum(self.d_model + x.q + x.z for x in self.layers)
         sums = max(4, self.itemsize) * sum(x.sums for x in self.layers)
         return self.lean_bytes(n_tokens) + n_tokens * (self.itemsize * more + sums)
 
     def working_bytes(self, n_tokens: int, chunk_rows: int | None) -> int:
-        """Activations of a layer on all rows or on a chunk of them, at most."""
+        """Bytes of a layer's activations on all rows or on a chunk of rows, at most."""
         rows = n_tokens if chunk_rows is None else min(chunk_rows, n_tokens)
         activations = rows * self.itemsize * (3 * self.width + 6 * self.d_model)
         if chunk_rows is None or self.device.type == "cuda":
             return activations
-        return activations + rows * (rows + n_tokens) * self.itemsize  # and a mask
+        return activations + rows * (rows + n_tokens) * self.itemsize  # the last term is a mask
 
     def scoring_bytes(self, n_tokens: int, mode: RecordingMode) -> int:
-        """Of scoring all rows of a layer, at most: the kernel's blocks, what it takes in float32,
-        and what it says of each row. Lean recordings are scored in row blocks.
+        """Bytes for scoring all rows of a layer, at most: the kernel's blocks, its float32 copies,
+        and each row's scores. Lean recordings are scored in row blocks.
         """
         rows = n_tokens
         if mode is RecordingMode.LEAN:
@@ -132,40 +132,40 @@ class Sizes(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What recording a text of `n_tokens` and scoring it will hold, in bytes, and how."""
+    """The memory, in bytes, and the method for recording and scoring a text of `n_tokens`."""
 
     n_tokens: int
     mode: RecordingMode
     place: Place
-    chunk_rows: int | None  # that are recorded at once; None: all, in one pass
+    chunk_rows: int | None  # rows recorded at once; None: all, in one pass
     weights_bytes: int
     maps_bytes: int  # effective W_O of the heads, beside the weights
-    lean_bytes: int  # residual stream, what the head reads, keys, values
-    full_bytes: int  # and q, resid_mid, log-sum-exp
-    kv_bytes: int  # of either
+    lean_bytes: int  # residual stream, states that the head reads, keys, values
+    full_bytes: int  # lean_bytes, q, resid_mid, log-sum-exp
+    kv_bytes: int  # keys and values, in lean and full recordings alike
     working_bytes: int  # activations of the forward pass, at most
     scoring_bytes: int  # work space of the kernels, at most
-    available_bytes: int | None  # of the model's device, now; None where unknown
-    seconds: float | None = None  # that recording takes, from one layer's; None: not measured
+    available_bytes: int | None  # memory free on the model's device now; None if unknown
+    seconds: float | None = None  # time of recording, estimated from a layer; None: not measured
 
     @property
     def recording_bytes(self) -> int:
-        """Of the mode chosen."""
+        """Bytes of a recording in the chosen mode."""
         return self.full_bytes if self.mode is RecordingMode.FULL else self.lean_bytes
 
     @property
     def added_bytes(self) -> int:
-        """What recording and scoring add at their peak on the model's device."""
+        """Peak bytes that recording and scoring add on the model's device."""
         recording = self.recording_bytes if self.place is Place.DEVICE else 0
         return recording + max(self.working_bytes, self.scoring_bytes)
 
     @property
     def total_bytes(self) -> int:
-        """The same, with the model."""
+        """Peak bytes on the model's device, the model included."""
         return self.weights_bytes + self.maps_bytes + self.added_bytes
 
     def lines(self) -> list[tuple[str, int]]:
-        """What takes how many bytes, and where if not beside the model."""
+        """Each use of memory and its bytes; a name says where, if not beside the model."""
         elsewhere = "" if self.place is Place.DEVICE else f", in {_WHERE[self.place]}"
         return [
             ("weights", self.weights_bytes),
@@ -197,10 +197,10 @@ def make_plan(
     mode: RecordingMode | None = None,
     place: Place | None = None,
 ) -> Plan:
-    """The first that fits: full, lean, lean in host memory, lean in a file.
+    """The first plan that fits: full, lean, lean in host memory, lean in a file.
 
-    `mode` and `place` restrict the choice. Raises MemoryBudgetError where nothing fits, naming what
-    the least would have taken.
+    `mode` and `place` restrict the choice. Raises MemoryBudgetError if nothing fits; the error
+    states the need of the last choice tried.
     """
     if n_tokens < 1:
         raise ValueError(f"n_tokens: expected at least 1, got {n_tokens}")
@@ -261,8 +261,8 @@ def _choices(sizes: Sizes) -> Iterable[tuple[RecordingMode, Place]]:
 def room_now(
     device: torch.device, model_bytes: int, max_memory: int | None, folder: str | None = None
 ) -> Room:
-    """What there is. max_memory: of the device, with the model's own `model_bytes`; folder: where a
-    file would be.
+    """The room available now. max_memory: limit in bytes on the device, of which the model takes
+    `model_bytes`; folder: the folder for a recording's file.
     """
     there = available_memory(device)
     if max_memory is not None:
@@ -276,7 +276,7 @@ def room_now(
 
 
 def describe_seconds(seconds: float) -> str:
-    """'0.42 s', '3 min 20 s', '2 h 5 min'."""
+    """A duration as text: '0.42 s', '3 min 20 s', '2 h 5 min'."""
     if seconds < 60:
         return f"{seconds:.2g} s"
     minutes = round(seconds) // 60
@@ -286,13 +286,13 @@ def describe_seconds(seconds: float) -> str:
 
 
 class Speed(NamedTuple):
-    """What one layer took here, in seconds."""
+    """The measured time of one layer on this machine, in seconds."""
 
-    per_row: float  # all but its attention
-    per_pair: float  # a row and a key that it sees, all heads
+    per_row: float  # time per row, without attention
+    per_pair: float  # time of attention per pair of a row and a key that it sees, all heads
 
     def seconds(self, decoder: Decoder, n_tokens: int) -> float:
-        """Of a forward pass."""
+        """Seconds of a forward pass."""
         total = 0.0
         for block in decoder.blocks:
             W = min(n_tokens, block.window or n_tokens)
@@ -303,17 +303,17 @@ class Speed(NamedTuple):
 
 @torch.inference_mode()
 def measure_speed(decoder: Decoder) -> Speed:
-    """Times the middle layer on a few hundred rows, without attention and with it alone."""
+    """Times the middle layer on a few hundred rows: all but attention, then attention alone."""
     n_rows = min(256, decoder.max_length or 256)
     n_keys = 2048
     ids = torch.arange(n_rows) % decoder.vocab_size
     around = prefill.frame(decoder, ids)
     middle = decoder.n_layers // 2
     block, call = decoder.blocks[middle], around.calls[middle]
-    asked: list[capture.AttentionCall] = []
+    calls: list[capture.AttentionCall] = []
 
     def answer(call: capture.AttentionCall) -> Tensor:
-        asked.append(call)
+        calls.append(call)
         return call.q.new_zeros(1, n_rows, *block.W_O.shape[:2])
 
     hidden = around.embeddings[None].to(block.W_O.device)
@@ -324,11 +324,11 @@ def measure_speed(decoder: Decoder) -> Speed:
 
     with prefill.attended(decoder):
         per_row = _best(run) / n_rows
-    of = asked[-1]
-    k, v = (x.new_zeros(1, x.shape[1], n_keys, x.shape[3]).normal_() for x in (of.k, of.v))
-    of = of._replace(k=k, v=v, mask=capture.causal_mask(None, of.q.device))
+    last = calls[-1]
+    k, v = (x.new_zeros(1, x.shape[1], n_keys, x.shape[3]).normal_() for x in (last.k, last.v))
+    last = last._replace(k=k, v=v, mask=capture.causal_mask(None, last.q.device))
     bands = prefill.Bands(n_rows, n_keys)
-    attention = _best(lambda: prefill.attend(of, n_keys - n_rows, None, bands))
+    attention = _best(lambda: prefill.attend(last, n_keys - n_rows, None, bands))
     return Speed(per_row, attention / (n_rows * n_keys))
 
 
@@ -348,7 +348,7 @@ def _now() -> float:
 
 
 def _end_at_attention(layer: torch.nn.Module) -> None:
-    """Has a layer return its input once its attention has been asked: experts need numbers."""
+    """Makes a layer return its input after its attention is called: experts need real numbers."""
     own = layer.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -369,10 +369,10 @@ def plan_for(
     device: str = "cuda",
     place: Place | None = None,
 ) -> Plan:
-    """The plan for a model that is not at hand, from its configuration, on a device of this much
-    memory (bytes; None: unlimited).
+    """The plan for a model that is not loaded, from its configuration. device_memory: memory of the
+    device in bytes; None: unlimited.
 
-    Raises UnsupportedArchitectureError where its attention cannot be seen without weights.
+    Raises UnsupportedArchitectureError if its attention cannot be seen without weights.
     """
     with torch.device("meta"), torch.no_grad():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
