@@ -315,7 +315,7 @@ class Closure(NamedTuple):
 
     y: Tensor  # [C, D]
     resid_pre: Tensor  # [C, D]
-    moved: Tensor  # [C, D] what the model's heads added, by its own states
+    moved: Tensor  # [C, D] the sum of the heads' outputs, taken from the model's own states
     linear: Tensor  # [C] `AttentionScores.linear`
     eps: Tensor  # [C] machine epsilon of the model's dtype
 
