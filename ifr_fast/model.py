@@ -46,7 +46,7 @@ TOLERANCE = 1e-4  # relative error that rounding explains in float32
 
 
 class Block(NamedTuple):
-    """One decoder layer and where its parts are found."""
+    """One decoder layer and the places of its parts."""
 
     layer: int
     name: str
@@ -434,7 +434,7 @@ def _open_blocks(decoder: Decoder) -> tuple[AttentionThrough, list[Block]]:
         window = call.mask.window(n_tokens)
         if not call.mask.is_causal(n_tokens, window):
             raise UnsupportedArchitectureError(
-                f"model: {type(call.module).__name__} reads other keys than all past ones, or "
+                f"model: {type(call.module).__name__} reads keys other than all past ones or "
                 "those of one sliding window"
             )
         z = capture.attend(call, window)
@@ -492,7 +492,7 @@ def _open_blocks(decoder: Decoder) -> tuple[AttentionThrough, list[Block]]:
             if pre.shape[:-1] != (1, n_tokens):
                 raise UnsupportedArchitectureError(
                     f"model: layer {name} is not supported: it is called with states of shape "
-                    f"{tuple(pre.shape)}, which are no residual stream of {n_tokens} tokens"
+                    f"{tuple(pre.shape)}, which is not a residual stream of {n_tokens} tokens"
                 )
             probe = _Probe(
                 name,
@@ -674,7 +674,7 @@ def _decompose(index: int, probe: _Probe) -> _Parts:
     """Finds the parts of a layer, and checks that they add up to its output."""
     x, z = probe.resid_pre, probe.z
     generator = torch.Generator().manual_seed(index)
-    # Relative steps: a unit step vanishes beside streams whose norm is in the thousands.
+    # The step is relative: a unit step vanishes in a stream whose norm is in the thousands.
     d = x * torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x)
     zero = _run(probe, x, torch.zeros_like(z))
     moved = _run(probe, x + d, torch.zeros_like(z))
@@ -700,7 +700,7 @@ def _decompose(index: int, probe: _Probe) -> _Parts:
             _refuse(probe, "its attention module adds more than its heads' outputs")
     middle = bias.median(0).values
     if relative_error(bias - middle, torch.zeros_like(bias), x) > 0:
-        _refuse(probe, "what it adds besides its heads' outputs is no constant bias")
+        _refuse(probe, "what it adds besides its heads' outputs is not a constant bias")
 
     if resid_mid is None:
         attended, beside = whole.attention_output, whole.output
