@@ -182,8 +182,9 @@ _single: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 
 def _set_attention(model: PreTrainedModel, name: str) -> None:
-    """`set_attn_implementation`, made cheap: it visits all modules, as slow as a decode step of a
-    layer. For a model whose modules share one config, that config is set directly.
+    """Sets the attention function, if possible directly in the one config that all modules share.
+
+    `set_attn_implementation` visits all modules, which takes as long as a layer's decode step.
     """
     if _single.get(model):
         model.config._attn_implementation = name
@@ -243,7 +244,7 @@ def may_sum(d_key: int, d_value: int) -> bool:
 
 
 def _sums_well(x: Tensor) -> bool:
-    """False where torch's flash kernel keeps scores in half precision: on CPUs, for such inputs."""
+    """False for half precision on CPUs, where torch's flash kernel rounds scores to it."""
     return not x.is_cpu or x.dtype in (torch.float32, torch.float64)
 
 
