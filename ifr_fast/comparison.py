@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Column(NamedTuple):
-    """A position of each text that correspond; None where a text has no such token."""
+    """A pair of corresponding positions; None where a text has no such token."""
 
     first: int | None
     second: int | None
