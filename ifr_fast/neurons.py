@@ -101,7 +101,7 @@ def activations(
     if error > rounding_tolerance(block.bias.dtype):
         raise IfrError(
             f"text: at layer {layer} the neurons do not add up to what the FFN added (relative "
-            f"error {error:.1e}); were the model's weights changed after they were looked for?"
+            f"error {error:.1e}); were the model's weights changed after its neurons were found?"
         )
     return Activations(values[0], scale)
 
