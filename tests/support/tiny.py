@@ -505,7 +505,7 @@ REFUSALS = {
             num_local_experts=2,
             intermediate_size_mlp=40,
         ),
-        "Llama4TextAttention reads other keys than all past ones",
+        "Llama4TextAttention reads keys other than all past ones",
     ),
     "qwen3_next-hybrid": Refusal(
         "Qwen3-Next, and other mixtures with linear attention",
