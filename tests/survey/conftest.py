@@ -25,6 +25,12 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Records of a survey of a few parts."""
+    return write_records(tmp_path_factory.mktemp("records") / "few.jsonl", 12)
+
+
+@pytest.fixture(scope="session")
 def unbroken(tracer: Tracer, records: Path, tmp_path_factory: pytest.TempPathFactory) -> Survey:
     """A survey of the records that nothing interrupts. Tests must not write into it."""
     out = tmp_path_factory.mktemp("unbroken")

@@ -95,7 +95,7 @@ def test_what_ray_has_left_the_local_engine_goes_on_with(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        survey(records, tmp_path, model=tiny_dir, engine="ray", workers=2, on_state=stop, **SMALL)
+        survey(records, tmp_path, model=tiny_dir, engine="ray", workers=1, on_state=stop, **SMALL)
     assert 0 < len(Survey.open(tmp_path).part_numbers) < len(local.part_numbers)
     found = survey(records, tmp_path, model=tiny_dir, resume=True, **SMALL)
     assert_same_rows(found, local)

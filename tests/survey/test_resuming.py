@@ -109,13 +109,13 @@ def test_parts_of_one_document_are_resumed(
 
 
 def test_what_is_not_the_same_survey_is_not_gone_on_with(
-    tracer: Tracer, records: Path, tmp_path: Path
+    tracer: Tracer, few: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    survey(records, out, model=tracer, **SMALL)
+    survey(few, out, model=tracer, **SMALL)
 
     def again(**changed: Any) -> None:
-        survey(records, out, **{"model": tracer, "resume": True, **SMALL, **changed})
+        survey(few, out, **{"model": tracer, "resume": True, **SMALL, **changed})
 
     with pytest.raises(FormatError, match="holds a survey already"):
         again(resume=False)
@@ -123,7 +123,7 @@ def test_what_is_not_the_same_survey_is_not_gone_on_with(
         again(model=Tracer.from_pretrained(save_tiny(tmp_path / "other", seed=1)))
     with pytest.raises(FormatError, match="thresholds"):
         again(thresholds=(0.01, 0.05))
-    lines = records.read_text().splitlines(keepends=True)
+    lines = few.read_text().splitlines(keepends=True)
     copy = tmp_path / "copy.jsonl"
     copy.write_text("".join(lines))
     survey(copy, tmp_path / "changed", model=tracer, **SMALL)
@@ -136,12 +136,12 @@ def test_what_is_not_the_same_survey_is_not_gone_on_with(
     (tmp_path / "else").mkdir()
     (tmp_path / "else" / "thesis.tex").touch()
     with pytest.raises(FormatError, match="expected an empty directory"):
-        survey(records, tmp_path / "else", model=tracer, **SMALL)
+        survey(few, tmp_path / "else", model=tracer, **SMALL)
     assert [x.name for x in (tmp_path / "else").iterdir()] == ["thesis.tex"]
 
 
-def test_a_corrupt_part_is_named(tracer: Tracer, records: Path, tmp_path: Path) -> None:
-    survey(records, tmp_path, model=tracer, **SMALL)
+def test_a_corrupt_part_is_named(tracer: Tracer, few: Path, tmp_path: Path) -> None:
+    survey(few, tmp_path, model=tracer, **SMALL)
     part = tmp_path / "predictions" / "part-000002.parquet"
     raw = part.read_bytes()
     at = pq.ParquetFile(part).metadata.row_group(0).column(3).data_page_offset + 40
@@ -153,9 +153,9 @@ def test_a_corrupt_part_is_named(tracer: Tracer, records: Path, tmp_path: Path) 
         with pytest.raises(FormatError, match=r"part-000002.parquet: is broken"):
             Survey.open(tmp_path).predictions.read("position")
         with pytest.raises(FormatError, match=r"part-000002.parquet: is broken"):
-            survey(records, tmp_path, model=tracer, resume=True, **SMALL)
+            survey(few, tmp_path, model=tracer, resume=True, **SMALL)
     part.unlink()  # the rule: delete what is broken, and resume
-    survey(records, tmp_path, model=tracer, resume=True, **SMALL)
+    survey(few, tmp_path, model=tracer, resume=True, **SMALL)
     assert part.read_bytes() == raw
 
 

@@ -37,13 +37,13 @@ def test_a_folder_around_the_output(
 
 
 def test_two_runs_do_not_write_into_one_directory(
-    tracer: Tracer, records: Path, tmp_path: Path
+    tracer: Tracer, few: Path, tmp_path: Path
 ) -> None:
     def meddle(_: State) -> None:
         with pytest.raises(IfrError, match="another run is writing"):
-            survey(records, tmp_path, model=tracer, resume=True, **SMALL)
+            survey(few, tmp_path, model=tracer, resume=True, **SMALL)
 
-    survey(records, tmp_path, model=tracer, on_state=meddle, **SMALL)
+    survey(few, tmp_path, model=tracer, on_state=meddle, **SMALL)
 
 
 def test_memory_does_not_grow(tracer: Tracer, tmp_path: Path) -> None:

@@ -106,10 +106,10 @@ def bypass(
         "bypass",
         "Tokens that pass blocks by",
         _statement(counts, kept, passed, shares, by_token, min_count, L),
-        "The residual stream's share in resid_mid and resid_post at each token's own position: "
-        "1 is a block that adds nothing. It does not depend on a prediction's graph. A block "
-        f"counts as passed by where that share is at least {UNTOUCHED:g}. 95% bootstrap intervals "
-        "over documents. A token is compared by its text: its position in the document differs.",
+        "Share of the residual stream in resid_mid and resid_post at each token's own position; it "
+        "is 1 for a block that adds nothing, and does not depend on graphs. A block counts as "
+        f"passed by if that share is at least {UNTOUCHED:g}. 95% bootstrap intervals over "
+        "documents. Tokens are grouped by their text, at whatever position in a document.",
         table,
         _excerpt(table),
         _figure(L, shares, kept, passed, counts),
@@ -196,7 +196,7 @@ def _statement(
         elif kept.high[i] < kept.low[other]:
             than = "less than at other tokens"
         else:
-            than = "not told apart from other tokens"
+            than = "no significant difference from other tokens"
         lines.append(f"{c.name.capitalize()}: {of(i)}, {than}.")
     first = shares.value[0]
     if counts[0] and not np.isnan(first).all():

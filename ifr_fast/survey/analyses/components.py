@@ -93,7 +93,7 @@ def importance(
         order = np.sort(head.value.reshape(-1))[::-1]
         share = order.cumsum() / (order.sum() or 1)
         bottom[1].plot(np.arange(1, L * H + 1), share, color=plots.ATTENTION)
-        bottom[1].plot([1, L * H], [1 / (L * H), 1], ":", color=plots.MUTED, label="all alike")
+        bottom[1].plot([1, L * H], [1 / (L * H), 1], ":", color=plots.MUTED, label="uniform")
         plots.label(bottom[1], "d  Concentration", "heads, strongest first", "share of importance")
         bottom[1].set_ylim(0, 1.02)
         bottom[1].legend(loc="lower right")
@@ -103,8 +103,8 @@ def importance(
     total_attention, total_ffn = attention.value.sum(), ffn.value.sum()
     whole = total_attention + total_ffn or 1.0
     statement = (
-        f"Of what flows through blocks in these graphs, attention carries "
-        f"{percent(total_attention / whole)} and FFN blocks {percent(total_ffn / whole)}. "
+        f"Attention carries {percent(total_attention / whole)} of the flow through blocks in these "
+        f"graphs, and FFN blocks {percent(total_ffn / whole)}. "
         f"Attention is most important in layer {_top(attention.value)}; FFN blocks are most "
         f"important in {listed([f'layer {i}' for i in _leading(ffn.value, 3)])}. "
         f"{_thirds(ffn.value, 'FFN blocks')} {_thirds(attention.value, 'Attention')}\n"
@@ -120,11 +120,11 @@ def importance(
         "importance",
         "Importance of blocks and heads",
         statement,
-        f"Means over {int(n.sum()):,} predictions of {len(units.documents):,} documents. A "
-        "component's importance in a prediction's graph is its edges' weights times the weight of "
-        "all paths from the prediction to where they lead, at the threshold "
-        f"{survey.thresholds[0]:g}; what thresholding cuts away is missing from the lower layers. "
-        "Panel b has no graph: how much of the sum behind it a block itself contributed, at every "
+        f"Means over {int(n.sum()):,} predictions of {len(units.documents):,} documents. The "
+        "importance of a component in a prediction's graph is the weight of its edges times the "
+        "weight of all paths from the prediction to their targets, at threshold "
+        f"{survey.thresholds[0]:g}; edges below the threshold are missing in the lower layers. "
+        "Panel b does not depend on graphs: it shows a block's own share in its sum, at every "
         "token. Bands and columns low, high: 95% bootstrap intervals over documents.",
         table,
         table.take(np.argsort(-value, kind="stable")[:15]),
@@ -215,8 +215,8 @@ def frequency(
         "frequency",
         "How often heads are active",
         "\n".join(lines),
-        "A head is in a graph where one of its edges into a node of the graph exceeds the "
-        f"threshold by itself. {int(n):,} predictions of {len(units.documents):,} documents; "
+        "A head is in a graph if one of its edges into a node of the graph exceeds the "
+        f"threshold. {int(n):,} predictions of {len(units.documents):,} documents; "
         "columns low, high: 95% bootstrap intervals over documents.",
         table,
         table.take(np.argsort(-flat, kind="stable")[:15]),

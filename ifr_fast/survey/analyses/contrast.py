@@ -147,7 +147,7 @@ def _statement(
     difference = of.first - of.second
     lines = []
     for i, name in enumerate(quantities):
-        sure = f"q = {number(q[i])}" if q[i] <= alpha else "not told apart"
+        sure = f"q = {number(q[i])}" if q[i] <= alpha else "no significant difference"
         lines.append(
             f"{name[0].upper()}{name[1:]}: {number(of.first[i])} in {first}, "
             f"{number(of.second[i])} in {second} ({sure})."

@@ -76,12 +76,12 @@ def domains(
         "domains",
         "Domains",
         _statement(names, found, q, against, alpha, H) + _control_statement(control, alpha),
-        f"Share of predictions whose graph a head is in, at {survey.thresholds[k]:g}. Documents, "
+        f"Share of predictions with a head in their graph, at {survey.thresholds[k]:g}. Documents, "
         f"or groups of them: {sizes}. Intervals: 95% bootstrap over documents. p: permutation of "
         f"documents between the groups ({permutations:,} times), statistic studentized; q: "
-        f"Benjamini-Hochberg over all {q.size:,} tests, at {alpha:g}. Corpora that differ in the "
-        "length of documents, or in how much of them is at the beginning, differ in that too. "
-        "Control: the same test of two halves of each corpus, its documents dealt out at random.",
+        f"Benjamini-Hochberg over all {q.size:,} tests, at {alpha:g}. Corpora may also "
+        "differ because their documents have different lengths. "
+        "Control: the same test between two random halves of each corpus' documents.",
         table,
         table.take(pa.array(surest(q, table["difference"].to_numpy(), alpha), pa.int64())),
         _figure(names, found, q, alpha, L, H, against),

@@ -84,7 +84,7 @@ def function_words(
     both = (n > 0).all(1)
     if both.sum() < 2:
         raise NotApplicableError(
-            "documents: fewer than 2 have function and content words that are told apart"
+            "documents: fewer than 2 have both function words and content words"
         )
     n, x = n[both], x[both]
     means = x / n[..., None]
@@ -114,7 +114,7 @@ def function_words(
         "Function words and content words",
         _statement(names, pooled, difference, q, counts, Q, H, threshold),
         f"{int(counts[0]):,} predictions made at function words and {int(counts[1]):,} at content "
-        f"words, told by {told}; other tokens are left out. Means are over predictions; "
+        f"words, identified by {told}; other tokens are left out. Means are over predictions; "
         "differences are of each document's own means, over "
         f"{len(n):,} documents or groups of them, with p of a sign-flip test and q after "
         f"Benjamini-Hochberg (quantities and heads apart). Heads are in graphs at {threshold:g}.",
@@ -155,7 +155,7 @@ def _statement(
     lines = []
     for i, name in enumerate(names):
         how = "more" if difference[i] > 0 else "less"
-        sure = f"{how}, q = {number(q[i])}" if q[i] <= ALPHA else "not told apart"
+        sure = f"{how}, q = {number(q[i])}" if q[i] <= ALPHA else "no significant difference"
         lines.append(
             f"{name[0].upper()}{name[1:]}: {number(pooled[0, i])} at function words, "
             f"{number(pooled[1, i])} at content words ({sure})."
@@ -192,7 +192,7 @@ def _figure(pooled: Floats, difference: Floats, q: Floats, Q: int, L: int, H: in
             limits=(-most, most),
         )  # fmt: skip
         sure = q[Q:] <= ALPHA
-        for mask, color, name in ((~sure, plots.RESIDUAL, "not told apart"),
+        for mask, color, name in ((~sure, plots.RESIDUAL, "no significant difference"),
                                   (sure, plots.ATTENTION, f"q ≤ {ALPHA:g}")):  # fmt: skip
             right.scatter(
                 pooled[1, Q:][mask], pooled[0, Q:][mask], s=8, color=color, lw=0, label=name

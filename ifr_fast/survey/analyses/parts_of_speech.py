@@ -102,7 +102,7 @@ def parts_of_speech(
         "documents, as balanced accuracy (the mean over classes of the share found); in the "
         "second row neighbours must also be other words, so that knowing the "
         f"word does not help. Shuffled: the same with labels permuted, {permutations} times. The "
-        "t-SNE map is for looking at; no number is taken from it.",
+        "t-SNE map is an illustration; no number depends on it.",
         table,
         table.filter(pc.is_null(table["class"])),
         _figure(space, sample, measures, seed),
@@ -312,16 +312,16 @@ def _statement(measures: dict[str, _Scores], sample: _Sample, permutations: int)
         return f"{sample.classes[i]} ({percent(other.of_class[i])})"
 
     verdict = (
-        "Vectors tell parts of speech far better than chance"
+        "Vectors separate parts of speech far better than chance"
         if max(near.p, other.p) <= ALPHA and other.value >= 2 * other.shuffled.max()
-        else "Vectors tell parts of speech better than chance"
+        else "Vectors separate parts of speech better than chance"
         if max(near.p, other.p) <= ALPHA
-        else "Vectors do not tell parts of speech from what chance would give"
+        else "Vectors do not separate parts of speech better than chance"
     )
     return (
-        f"{verdict}: the nearest predictions of other documents name the class of "
-        f"{percent(near.value)} rightly (the mean over {C} classes), and of "
-        f"{percent(other.value)} when they must be other words; with "
+        f"{verdict}: the nearest predictions of other documents give the right class for "
+        f"{percent(near.value)} (mean over {C} classes), and for {percent(other.value)} if they "
+        f"must be other words; with "
         f"shuffled labels {percent(float(near.shuffled.mean()))}, never above "
         f"{percent(float(max(near.shuffled.max(), other.shuffled.max())))} in {permutations} "
         f"shuffles.\n"

@@ -126,12 +126,12 @@ def head_roles(
         "Roles of heads",
         _statement(table, roles, judged, rule, H),
         "From the edges above "
-        f"{survey.keep:g} into every position of {len(units.documents):,} documents, whichever "
-        "prediction they serve. Each score is held against what all other heads "
-        "together would score and, for offsets and the first token, what a head that reads all "
-        "positions alike would; a role needs, at the lower end of the 95% bootstrap interval over "
+        f"{survey.keep:g} into every position of {len(units.documents):,} documents, for "
+        "whatever prediction. Each score is compared with that of all other "
+        "heads together and, for offsets and the first token, with that of a head that reads all "
+        "positions equally; a role needs, at the lower end of the 95% bootstrap interval over "
         f"documents, a score of {rule.min_score:g} and {rule.min_lift:g} times the odds of "
-        "either. Heads are judged that have "
+        "either. Heads are judged if they have "
         f"{rule.min_mass:g} times the mean head's importance, at least {percent(rule.min_listed)} "
         f"of it in listed edges, and {rule.min_edges} edges. A head that attends to a position "
         "but writes next to nothing from there, as attention sinks do, has no role by this "
