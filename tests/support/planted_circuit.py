@@ -92,7 +92,7 @@ def _writes(attention: torch.nn.Module, head: int, at: int, place: int, by: floa
 
 
 def induction_task(n_prompts: int, seed: int = 0) -> Task:
-    """Texts of different tokens but for the last, which has been there; in the twin it has not."""
+    """Texts in which only the last token repeats an earlier one; corrupted texts repeat none."""
     generator = torch.Generator().manual_seed(seed)
     prompts = []
     for _ in range(n_prompts):

@@ -1,4 +1,4 @@
-"""What docs/circuits.md shows is run."""
+"""The examples of docs/circuits.md run."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""compat.flashtrace against the package itself, and against every part formed in float64."""
+"""compat.flashtrace against the package itself, and against explicit parts in float64."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,7 +25,7 @@ from ifr_fast import IfrError, Tracer
 from ifr_fast.compat.flashtrace import STOP_TOKENS, FlashTrace, TraceResult
 from ifr_fast.compat.flashtrace.scores import IFRAggregate, Options, aggregate, token_matrix
 
-RELATIVE = 1e-4  # to the largest score
+RELATIVE = 1e-4  # relative to the largest score
 PROMPTS = [
     (
         "Context: Mary went to the store. John, who was there, gave her a drink, and then left.\n"
@@ -65,7 +66,7 @@ def package() -> ModuleType:
 
 @contextmanager
 def eagerly(model: PreTrainedModel) -> Iterator[None]:
-    """The package needs attention weights, which no other attention function gives."""
+    """The package needs attention weights, which only eager attention returns."""
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
     yield
@@ -88,7 +89,7 @@ def assert_close(got: list[float], expected: list[float]) -> None:
 
 
 def assert_same(got: TraceResult, expected: Any) -> None:
-    """All of a result: texts, scores, hops, ratios, facts."""
+    """Compares all of a result: texts, scores, hops, ratios, metadata."""
     assert got.prompt_tokens == expected.prompt_tokens
     assert got.generation_tokens == expected.generation_tokens
     assert_close(got.scores, expected.scores)
@@ -105,7 +106,7 @@ def assert_same(got: TraceResult, expected: Any) -> None:
 
 
 def assert_alike(got: Any, expected: Any) -> None:
-    """The same keys, lengths, strings and ints; floats within rounding. Notes are our own."""
+    """Equal keys, lengths, strings and ints, and floats within rounding; notes may differ."""
     if isinstance(expected, dict):
         assert got.keys() == expected.keys()
         for name in got.keys() - {"note"}:
@@ -141,7 +142,7 @@ def test_the_default_model_as_the_package(
 
 @pytest.mark.default_model
 def test_a_chat_template_and_a_generation_as_the_package(package: ModuleType, smol: Tracer) -> None:
-    """What the template puts around the prompt takes part, and is not shown."""
+    """The template's text around the prompt takes part, but is not shown."""
     options: dict[str, Any] = {"max_new_tokens": 7, "do_sample": False}
     ours = FlashTrace(smol.model, smol.tokenizer, use_chat_template=True, generate_kwargs=options)
     call = {"prompt": "Name the capital of France, in a word.", "method": "flashtrace"}
@@ -156,7 +157,7 @@ def test_a_chat_template_and_a_generation_as_the_package(package: ModuleType, sm
 def test_a_renorm_threshold_as_the_package(
     package: ModuleType, smol_trace: FlashTrace, method: str, threshold: float
 ) -> None:
-    """Proximities within rounding of it fall on either side: a hundred times what else differs."""
+    """Proximities within rounding of the threshold may fall on either side: wider tolerance."""
     prompt, target = PROMPTS[0]
     call = {"prompt": prompt, "target": target, "method": method, "renorm_threshold": threshold}
     got, expected = smol_trace.trace(**call), traced_by(package, smol_trace, **call)
@@ -170,7 +171,7 @@ def test_a_renorm_threshold_as_the_package(
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
-    """A word a token, w0 to w93, two of punctuation, and one that ends a text."""
+    """One token for each word, w0 to w93, for two punctuation marks and for the end of a text."""
     vocabulary = {f"w{i}": i for i in range(94)} | {",": 94, ".": 95, "</s>": 96}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -188,12 +189,18 @@ def tiny(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     return model
 
 
+@cache
+def opened(family: str) -> FlashTrace:
+    """A tiny model, opened once for all tests that change neither model nor tokenizer."""
+    return FlashTrace(tiny(family), word_tokenizer())
+
+
 @pytest.mark.parametrize("family", ["llama-bias", "qwen2", "qwen3", "mistral", "mixtral"])
 @pytest.mark.parametrize("call", METHODS[::2], ids=lambda call: str(call["method"]))
 def test_other_models_as_the_package(
     package: ModuleType, family: str, call: dict[str, Any]
 ) -> None:
-    ours = FlashTrace(tiny(family), word_tokenizer())
+    ours = opened(family)
     call = {"prompt": PROMPT, "target": TARGET, **call}
     assert_same(ours.trace(**call), traced_by(package, ours, **call))
 
@@ -211,7 +218,7 @@ def test_without_parity_values_are_the_models_own(package: ModuleType) -> None:
 
 
 def span_scores(layers: list[LayerAccount], weights: Tensor) -> Tensor:
-    """Token scores [T] of the sum of all rows by `weights` [T], every part formed."""
+    """Token scores [T] of the sum of all rows by `weights` [T], from explicit parts."""
     scores = torch.zeros(len(weights), dtype=torch.float64)
     for layer in layers:
         parts = torch.einsum("hts,shv,hvd->tshd", layer.pattern, layer.v, layer.W_O)
@@ -235,7 +242,7 @@ FAMILIES = ["llama-bias", "gemma2", "gpt_neox", "mistral", "gpt_oss", "qwen3_nex
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("impl", ["cpu", "eager"])
 def test_any_model_as_every_part_formed(family: str, impl: str) -> None:
-    """Norms and gates behind attention, windows, sinks, parallel blocks: no package has them."""
+    """The package has no norms and gates behind attention, windows, sinks or parallel blocks."""
     model = tiny_model(family)
     ours = FlashTrace(model, word_tokenizer(), parity=False, impl=impl)
     ids = torch.tensor(ours.tokenizer(PROMPT + TARGET)["input_ids"])
@@ -269,7 +276,7 @@ def test_other_implementations_give_the_same(impl: str) -> None:
         pytest.importorskip("triton")
     model, tokenizer = tiny("llama"), word_tokenizer()
     for method in ("ifr-span",) if impl == "triton" else ("ifr-span", "ifr-matrix"):
-        call = {"prompt": "w5 w17 , w9", "target": " w8 w17", "method": method}
+        call = {"prompt": "w5 w17 , w9", "target": " w8", "method": method}
         got, expected = (
             FlashTrace(model, tokenizer, impl=of).trace(**call) for of in (impl, "eager")
         )
@@ -277,7 +284,7 @@ def test_other_implementations_give_the_same(impl: str) -> None:
 
 
 def test_layer_results_sum_to_one_and_to_their_totals() -> None:
-    ours = FlashTrace(tiny("qwen2"), word_tokenizer())
+    ours = opened("qwen2")
     found = ours.trace(prompt=PROMPT, target=TARGET, method="ifr-span").metadata["ifr"]["aggregate"]
     assert isinstance(found, IFRAggregate)
     assert len(found.per_layer) == ours.tracer.decoder.n_layers
@@ -295,7 +302,7 @@ def test_layer_results_sum_to_one_and_to_their_totals() -> None:
 
 
 def test_nothing_generated() -> None:
-    """A target of nothing but an end of text, and one of nothing at all."""
+    """One target is only an end of text, and one is empty."""
     ours = FlashTrace(tiny("llama"), word_tokenizer())
     result = ours.trace(prompt=PROMPT, target="")
     assert result.generation_tokens == ["</s>"]
@@ -308,7 +315,7 @@ def test_nothing_generated() -> None:
 
 
 def test_a_span_of_stop_tokens_alone_scores_nothing() -> None:
-    ours = FlashTrace(tiny("llama"), word_tokenizer())
+    ours = opened("llama")
     span = {"output_span": (0, 1), "reasoning_span": (0, 1)}
     result = ours.trace(prompt=PROMPT, target=" , . w5", hops=2, **span)
     assert result.scores == [0.0] * 10
@@ -316,7 +323,7 @@ def test_a_span_of_stop_tokens_alone_scores_nothing() -> None:
 
 
 def test_stop_tokens_are_the_users_to_change(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = FlashTrace(tiny("llama"), word_tokenizer())
+    ours = opened("llama")
     comma = ours.trace(prompt=PROMPT, target=TARGET).scores[2]
     assert comma == 0
     monkeypatch.setattr("ifr_fast.compat.flashtrace.text.STOP_TOKENS", ["."])
@@ -329,7 +336,10 @@ def test_stop_tokens_are_the_users_to_change(monkeypatch: pytest.MonkeyPatch) ->
     [
         ({"method": "ifr"}, "method: expected one of flashtrace, ifr-span, ifr-matrix, got 'ifr'"),
         ({"output_span": (3, 2)}, r"output_span: expected first and last from 0 to 7, got \(3, 2"),
-        ({"output_span": (0, 8)}, "output_span: .* from 0 to 7"),  # the end of text is no answer
+        (
+            {"output_span": (0, 8)},
+            "output_span: .* from 0 to 7",
+        ),  # the end of text is not part of an answer
         ({"output_span": (0, 9), "method": "ifr-span"}, "output_span: .* from 0 to 8"),
         ({"output_span": (-1, 2), "method": "ifr-matrix"}, "output_span: .* from 0 to 8"),
         ({"reasoning_span": (0, 50)}, "reasoning_span: .* from 0 to 7"),
@@ -337,7 +347,7 @@ def test_stop_tokens_are_the_users_to_change(monkeypatch: pytest.MonkeyPatch) ->
     ],
 )
 def test_arguments_that_are_wrong(call: dict[str, Any], message: str) -> None:
-    ours = FlashTrace(tiny("llama"), word_tokenizer())
+    ours = opened("llama")
     with pytest.raises(ValueError, match=message):
         ours.trace(**{"prompt": PROMPT, "target": TARGET, **call})
 
@@ -362,7 +372,7 @@ def test_the_model_is_left_as_it_was() -> None:
 
 @pytest.mark.parametrize("method", ["ifr-span", "ifr-matrix", "flashtrace"])
 def test_a_page_of_each_method(method: Any, tmp_path: Path) -> None:
-    ours = FlashTrace(tiny("llama"), word_tokenizer())
+    ours = opened("llama")
     result = ours.trace(prompt=PROMPT, target=TARGET, method=method, output_span=(1, 2))
     result.to_html(tmp_path / "trace.html")
     page = (tmp_path / "trace.html").read_text(encoding="utf-8")

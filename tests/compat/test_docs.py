@@ -1,4 +1,4 @@
-"""Everything that the pages on other tools show is run, and what they say exists does."""
+"""The examples of the pages on other tools run, and files that the pages name exist."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from paths import DOCS
 
 
 def run_page(name: str) -> dict[str, object]:
-    """Runs a page's blocks one after the other, and gives the names that they leave."""
+    """Runs a page's blocks one after the other, and returns their names."""
     text = (DOCS / name).read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len(blocks) >= 3

@@ -1,4 +1,4 @@
-"""compat.transformer_lens against every part formed of the package's own cache, in float64."""
+"""compat.transformer_lens against explicit parts from the package's own cache, in float64."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ifr_fast import IfrError, LayerScores, RouteGraph, Tracer, UnsupportedArchi
 from ifr_fast.compat.transformer_lens import CachedRun
 
 N_PROMPTS, T = 3, 17
-RELATIVE = 1e-4  # of token scores, to the largest
+RELATIVE = 1e-4  # of token scores, relative to the largest
 
 
 def lens() -> ModuleType:
@@ -71,7 +71,7 @@ def bridged(family: str, *, folded: bool = False) -> Callable[..., nn.Module]:
 
 
 def hooked(**options: Any) -> Callable[..., nn.Module]:
-    """A HookedTransformer, of which TransformerLens 4 has none."""
+    """A HookedTransformer, which TransformerLens 4 does not have."""
 
     def make(_: Any) -> nn.Module:
         package = lens()
@@ -88,7 +88,7 @@ def hooked(**options: Any) -> Callable[..., nn.Module]:
 
 
 def louder(model: nn.Module) -> nn.Module:
-    """With weights in which attention is not uniform, and biases that are not zero."""
+    """Scales weights so that attention is not uniform, and sets nonzero biases."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -153,7 +153,7 @@ def model(name: str, tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
 
 
 def account(model: nn.Module, cache: Any) -> list[LayerAccount]:
-    """What the package says of each layer, in float64; its parts add up to its own places."""
+    """Each layer of the package's cache in float64; parts add up to the cached activations."""
     layers = []
     for i in range(model.cfg.n_layers):
 
@@ -204,7 +204,7 @@ def ran(model: nn.Module, seed: int) -> tuple[Tensor, Tensor, Any]:
 
 
 def dense(scores: LayerScores) -> Tensor:
-    """[T, T] of token edges."""
+    """Token edges as a matrix [T, T]."""
     matrix = torch.zeros(T, T, dtype=torch.float64)
     edges = scores.token_edges
     matrix[edges.target, edges.source] = edges.weight.double()
@@ -229,13 +229,13 @@ def test_scores_are_those_of_every_part(model: nn.Module, seed: int) -> None:
         ):
             torch.testing.assert_close(got.double(), wanted, rtol=0, atol=TOLERANCE)
         total, expected_total = total + tokens, expected_total + heads.sum(0)
-    # Token scores of the last position: relative to the largest, and the same top 10.
+    # Token scores of the last position agree relative to the largest, and so do the top 10.
     got, wanted = total[-1], expected_total[-1]
     assert float((got - wanted).abs().max()) < RELATIVE * float(wanted.max())
     top = wanted.topk(10)
     if float((top.values[:-1] - top.values[1:]).min()) > 2 * TOLERANCE:  # no ties
         assert got.topk(10).indices.tolist() == top.indices.tolist()
-    # With ties, too: what ours puts among its ten is worth as much by theirs.
+    # Even with ties, our ten have the same scores by the package.
     found = wanted[got.topk(10).indices]
     torch.testing.assert_close(found, top.values, rtol=0, atol=2 * TOLERANCE)
 
@@ -309,7 +309,7 @@ def test_every_form_of_a_run(plain: nn.Module) -> None:
 
 
 def test_a_pattern_that_a_hook_changed_is_what_is_explained(plain: nn.Module) -> None:
-    """Position 4 is hidden from all heads of layer 1: nothing is read there."""
+    """A hook hides position 4 from all heads of layer 1, so nothing is read there."""
     ids = tiny_text(T, 3)
 
     def hide(pattern: Tensor, hook: Any) -> Tensor:
@@ -326,7 +326,7 @@ def test_a_pattern_that_a_hook_changed_is_what_is_explained(plain: nn.Module) ->
         found = {scores.layer: dense(scores) for scores in run.contributions(keep=0)}
         assert not bool(found[1][:, 4].any())
         assert bool(found[2][5:, 4].any())
-    else:  # in TransformerLens 3 it is cached, and not what the native model goes on with
+    else:  # TransformerLens 3 caches it, but its native model does not use it
         with pytest.raises(UnsupportedArchitectureError, match=r"blocks\.1"):
             CachedRun(plain, ids, cache, logits)
 
@@ -334,7 +334,7 @@ def test_a_pattern_that_a_hook_changed_is_what_is_explained(plain: nn.Module) ->
 @pytest.mark.parametrize("name", ["native", "bridge-gpt-neox", "bridge-gemma2"])
 @pytest.mark.parametrize("entry", ["attn.hook_v", "hook_resid_mid", "hook_resid_post"])
 def test_what_does_not_add_up_is_refused(model: nn.Module, name: str, entry: str) -> None:
-    """As if values were scaled, or something was added to the residual stream."""
+    """A cached activation is changed, so the parts do not add up."""
     ids, logits, cache = ran(model, 3)
     parallel = name == "bridge-gpt-neox"
     changed = dict(cache.items())
@@ -343,14 +343,14 @@ def test_what_does_not_add_up_is_refused(model: nn.Module, name: str, entry: str
         return
     changed[f"blocks.1.{entry}"] = 1.1 * changed[f"blocks.1.{entry}"]
     if entry == "hook_resid_post" and not parallel:
-        CachedRun(model, ids, changed, logits)  # what no sum of parts is asked to give
+        CachedRun(model, ids, changed, logits)  # no sum of parts is compared with this entry
         return
     with pytest.raises(UnsupportedArchitectureError, match=r"blocks\.1: its parts do not add up"):
         CachedRun(model, ids, changed, logits)
 
 
 def test_a_residual_multiplier(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Granite's attention enters the residual stream times a number."""
+    """Granite scales attention's output by a factor before the residual stream."""
     lens()
     model = bridged("granite")(tmp_path_factory)
     ids, logits, cache = ran(model, 3)
@@ -370,7 +370,7 @@ def test_arguments_that_are_wrong(plain: nn.Module) -> None:
 
     del entries["blocks.2.attn.hook_pattern"]
     refused(r"cache: has no blocks\.2\.attn\.hook_pattern", ids, entries)
-    refused(r"cache: blocks\.0\.\w+ is of 17 positions, expected 16", ids[1:], cache)
+    refused(r"cache: blocks\.0\.\w+ has 17 positions, expected 16", ids[1:], cache)
     refused("batch_item: expected -1 to 0, got 1", ids, cache, batch_item=1)
     refused("logits: expected those of 17 tokens, got 3", ids, cache, logits[:, :3])
     run = CachedRun(plain, ids, cache)
