@@ -37,11 +37,11 @@ class Interval(NamedTuple):
 
 
 class Agreement(NamedTuple):
-    """How well scores agree with effects, over N components."""
+    """Agreement of scores with effects, over N components."""
 
     auc: Interval  # the probability that a positive scores above a negative
     rank_correlation: Interval  # Spearman's, between scores and the size of effects
-    precision: dict[int, Interval]  # by k: share of positives among the k highest scores
+    precision: dict[int, Interval]  # k -> share of positives among the k highest scores
     n_positive: int
     n_components: int
 

@@ -28,8 +28,8 @@ class Cost(NamedTuple):
 
     what: str
     prompts: int
-    runs: int  # of the model, whole or restarted
-    passes: float  # what these computed, in whole forward passes
+    runs: int  # runs of the model, whole or restarted
+    passes: float  # their computation, in whole forward passes
     seconds: float
     threads: int
 

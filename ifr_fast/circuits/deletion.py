@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..tracer import Tracer
 
-STEPS = 20  # at most, of a deletion or an insertion
+STEPS = 20  # the most steps of a deletion or an insertion
 STOP_TOKENS = (",", ".", "")  # tokens that are not deleted, without white space
 
 

@@ -137,7 +137,7 @@ def attention_weights(decoder: Decoder, token_ids: Sequence[int] | Tensor) -> Te
 
 @dataclass(frozen=True, eq=False)
 class Survival:
-    """What is left of P prompts' predictions, float64, at M thresholds."""
+    """The part of P prompts' predictions that is left at M thresholds, float64."""
 
     mode: Mode
     thresholds: list[float]

@@ -66,8 +66,8 @@ EVENTS = _words(
 )
 YEAR_TEMPLATE = "The {event} lasted from the year {century}{year} to the year {century}"
 _CENTURIES = range(11, 18)
-_REFERENCES = 16  # for each prompt
-_ATTEMPTS = 60  # for each prompt, before the tokenizer is refused
+_REFERENCES = 16  # references of each prompt
+_ATTEMPTS = 60  # tries for each prompt, before the tokenizer is refused
 
 Corruption = Literal["abc", "swap"]
 

@@ -26,7 +26,7 @@ HEAD_METHODS = (
     "attention",
     "contrastive attention",
 )
-INPUTS = {"all tokens": False, "last token kept": True}  # whether the last token stays
+INPUTS = {"all tokens": False, "last token kept": True}  # name -> True if the last token stays
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,12 @@ class Settings:
     task: str = "ioi"
     n_prompts: int = 50
     seed: int = 0
-    threshold: float = 0.01  # of the routes compared with patching
+    threshold: float = 0.01  # threshold of the routes compared with patching
     least: float = 0.02  # smallest effect of a positive head, in shares of the difference
     patch_prompts: int | None = None  # number of prompts to patch; None: all
     keep_prompts: int | None = None  # number of prompts to ablate; None: all that are patched
-    thresholds: tuple[float, ...] = THRESHOLDS  # of kept graphs
-    remove_thresholds: tuple[float, ...] = (0.01, 0.04)  # of removed graphs
+    thresholds: tuple[float, ...] = THRESHOLDS  # thresholds of kept graphs
+    remove_thresholds: tuple[float, ...] = (0.01, 0.04)  # thresholds of removed graphs
     draws: int = 20  # random graphs for each route graph
     cost_prompts: int = 5  # patched position by position
     input_prompts: int = 20  # prompts whose tokens are deleted
@@ -66,13 +66,13 @@ class Results(NamedTuple):
     task: Task
     exact: dict[str, float]  # largest change of a logit
     cost: list[costs.Cost]
-    scores: dict[str, Tensor]  # by method: [P, L * H]
-    effects: dict[str, Effects]  # by direction
-    agreements: dict[str, dict[str, Agreement]]  # by direction (or "published"), then method
+    scores: dict[str, Tensor]  # method -> [P, L * H]
+    effects: dict[str, Effects]  # direction -> effects
+    agreements: dict[str, dict[str, Agreement]]  # direction or "published" -> method
     sensitivity: dict[float, dict[str, float]]  # AUC against denoising, by `least`
     kept: Survival
     removed: Survival
-    inputs: dict[str, dict[str, list[Curves]]]  # by name in INPUTS, then method
+    inputs: dict[str, dict[str, list[Curves]]]  # name in INPUTS -> method -> curves
     ffn: Components  # contrastive routes
     published: Circuit | None
 

@@ -18,7 +18,7 @@ from ...tracer import Tracer
 from .graph import Graph
 
 METHOD = "information-flow-routes"
-_ELEMENTS = 1 << 22  # of all nodes' outputs that are held at once
+_ELEMENTS = 1 << 22  # numbers of all nodes' outputs that are held at once
 
 
 def score_components(

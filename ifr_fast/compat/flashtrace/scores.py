@@ -58,7 +58,7 @@ class IFRAggregate:
 
 
 class Options(NamedTuple):
-    """How parts are computed and counted."""
+    """Options for computing and counting parts."""
 
     threshold: float = 0.0  # proximities below it count as 0
     parity: bool = True  # compute values as FlashTrace does, not as attention read them

@@ -25,7 +25,7 @@ class Text(NamedTuple):
     generation_ids: list[int]
     user_prompt_indices: list[int]  # positions of the user's prompt among the ids
     user_prompt_tokens: list[str]
-    generation_tokens: list[str]  # of the decoded text, so perhaps fewer or more than ids
+    generation_tokens: list[str]  # pieces of the decoded text, perhaps not as many as ids
 
     @property
     def token_ids(self) -> Tensor:

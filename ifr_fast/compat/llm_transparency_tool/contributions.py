@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .decomposition import DecomposedAttention
 
-EPSILON = 1e-6  # that of torch's pairwise_distance
+EPSILON = 1e-6  # the value in torch's pairwise_distance
 FLOOR = 1e-5
 
 
@@ -104,7 +104,9 @@ def get_attention_contributions(
             parts, resid_pre, resid_mid, distance_norm, parity=parity
         )
         return of_parts.permute(2, 3, 0, 1), residual
-    seen = torch.ones(T, T, dtype=torch.bool, device=parts.device).triu()[:, None, None]  # by key
+    seen = torch.ones(T, T, dtype=torch.bool, device=parts.device).triu()[
+        :, None, None
+    ]  # [key, row]
     scores = _scores(parts, resid_mid, distance_norm, parity).masked_fill_(~seen, 0)
     own = _scores(resid_pre, resid_mid, distance_norm, parity)
     total = scores.sum((0, 1)) + own  # [batch, pos]
@@ -195,7 +197,7 @@ def _scores(parts: Tensor, whole: Tensor, norm: int, parity: bool) -> Tensor:
     wide = torch.promote_types(parts.dtype, torch.float32)
     parts, y = parts.to(wide), whole.to(wide)
     shifted = y - EPSILON if parity else y
-    if norm == 1:  # by coordinate: a difference of norms loses small ones
+    if norm == 1:  # a difference of norms would lose small coordinates
         scores = (shifted.abs() - (shifted - parts).abs()).sum(-1, dtype=torch.float64)
         if parity:
             scores += offset(y)

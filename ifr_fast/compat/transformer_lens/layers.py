@@ -42,7 +42,7 @@ class Layer(NamedTuple):
     W_O: Tensor  # [H, V, D] contiguous in V
     row_scale: Tensor | None  # [T] factor of a norm behind attention
     bias: Tensor  # [D], or [T, D] with a norm behind attention
-    dtype: torch.dtype  # of the cache
+    dtype: torch.dtype  # dtype of the cache
 
     @property
     def parallel(self) -> bool:
