@@ -50,9 +50,9 @@ class Settings:
         """Raises ValueError for settings that cannot be measured."""
         if self.task not in TASKS:
             raise ValueError(f"--task: expected one of {', '.join(TASKS)}, got {self.task!r}")
-        asked = ("n_prompts", "draws", "cost_prompts", "input_prompts", "patch_prompts",
+        counts = ("n_prompts", "draws", "cost_prompts", "input_prompts", "patch_prompts",
                  "keep_prompts")  # fmt: skip
-        for name in asked:
+        for name in counts:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if not 0 < self.least < 1:

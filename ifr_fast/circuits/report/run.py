@@ -154,10 +154,10 @@ class _Stages(NamedTuple):
     folder: Path
     identity: str
 
-    def of(self, name: str, asked: list[Any], compute: Callable[[], Any]) -> Any:
+    def of(self, name: str, question: list[Any], compute: Callable[[], Any]) -> Any:
         """A stage's result, computed unless the folder has it for the same question."""
         path = self.folder / f"{name}.json"
-        key = hashlib.sha256(json.dumps([self.identity, asked]).encode()).hexdigest()
+        key = hashlib.sha256(json.dumps([self.identity, question]).encode()).hexdigest()
         if path.exists():
             try:
                 kept = json.loads(path.read_text())
@@ -171,8 +171,13 @@ class _Stages(NamedTuple):
 
 
 def _identity(tracer: Tracer, task: Task) -> str:
-    asked = [tracer.decoder.fingerprint(), task.texts, task.twins, [p.right for p in task.prompts]]
-    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+    identity = [
+        tracer.decoder.fingerprint(),
+        task.texts,
+        task.twins,
+        [p.right for p in task.prompts],
+    ]
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
 
 @torch.inference_mode()

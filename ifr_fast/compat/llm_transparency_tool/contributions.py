@@ -104,9 +104,8 @@ def get_attention_contributions(
             parts, resid_pre, resid_mid, distance_norm, parity=parity
         )
         return of_parts.permute(2, 3, 0, 1), residual
-    seen = torch.ones(T, T, dtype=torch.bool, device=parts.device).triu()[
-        :, None, None
-    ]  # [key, row]
+    # seen [key, 1, 1, row]
+    seen = torch.ones(T, T, dtype=torch.bool, device=parts.device).triu()[:, None, None]
     scores = _scores(parts, resid_mid, distance_norm, parity).masked_fill_(~seen, 0)
     own = _scores(resid_pre, resid_mid, distance_norm, parity)
     total = scores.sum((0, 1)) + own  # [batch, pos]
