@@ -11,15 +11,9 @@ from tiny import account, tiny_model, tiny_text
 from torch import Tensor
 
 from ifr_fast import IfrError, Tracer, UnsupportedArchitectureError
-from ifr_fast.capture import LazyMask
-from ifr_fast.layer_pass import (
-    WatchedLayer,
-    WatchedPass,
-    checked_rows,
-    kept_rows,
-    pad,
-)
-from ifr_fast.recording import record_in_chunks
+from ifr_fast.model.masks import LazyMask
+from ifr_fast.recording.chunked import record_in_chunks
+from ifr_fast.recording.layer_pass import WatchedLayer, WatchedPass, checked_rows, kept_rows, pad
 from ifr_fast.survey.sweep import sweep
 
 TEXTS = [tiny_text(7), tiny_text(12, seed=1), tiny_text(1, seed=2)]
@@ -148,10 +142,10 @@ def test_states_that_are_not_finite_are_refused(run: Any, layer: int) -> None:
         run(tracer)
 
 
-def test_padding_may_be_anything() -> None:
+def test_the_last_layer_may_leave_anything_in_the_padding() -> None:
     tracer = Tracer(tiny_model("llama"))
     expected = tracer.record(TEXTS, mode="full")
-    with spoiled(tracer, 1, 0, LENGTHS[0]):  # behind the first text
+    with spoiled(tracer, 2, 0, LENGTHS[0]):  # the row after the first text
         got = tracer.record(TEXTS, mode="full")
     for mine, theirs in zip(got, expected, strict=True):
         assert torch.equal(mine.resid_final, theirs.resid_final)
