@@ -1,4 +1,4 @@
-"""The `ifr-fast` command: one module a subcommand, put together in main.py."""
+"""The `ifr-fast` command: one module per subcommand, registered in main.py."""
 
 from .main import app, main
 

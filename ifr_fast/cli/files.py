@@ -21,9 +21,6 @@ STDOUT = Path("-")
 _LONGEST_TEXT = 64 << 20  # bytes
 
 
-# Input
-
-
 def read_text(text: str | None, file: Path | None, chat: Path | None) -> Any:
     """A string or chat messages from TEXT, --file or --chat; the demonstration without any."""
     if sum(x is not None for x in (text, file, chat)) > 1:
@@ -80,13 +77,8 @@ def _decode(raw: bytes, name: str) -> str:
         raise ValueError(f"text: {name} is not UTF-8 ({error})") from error
 
 
-# Output
-
-
 def check_outputs(options: Mapping[str, Path | None]) -> list[Path]:
-    """The paths given, by option. Raises ValueError before the work for one that cannot be
-    written.
-    """
+    """The paths given. Raises ValueError, before the work, for one that cannot be written."""
     chosen = {option: path for option, path in options.items() if path is not None}
     option_of: dict[str, str] = {}
     for option, path in chosen.items():

@@ -1,4 +1,4 @@
-"""The command's root: its subcommands, and how errors end it."""
+"""The root of the command: subcommands, and exit codes for errors."""
 
 from __future__ import annotations
 
