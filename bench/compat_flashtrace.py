@@ -32,7 +32,7 @@ from rich.table import Table
 
 from ifr_fast.benchmark import first_tokens, in_turn, machine, prose, subject
 from ifr_fast.compat.flashtrace import FlashTrace
-from ifr_fast.pretrained import load
+from ifr_fast.model.pretrained import load
 
 TOLERANCE = 1e-4  # of scores, relative to the largest
 

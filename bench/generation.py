@@ -17,8 +17,9 @@ import time
 import torch
 from transformers import DynamicCache
 
-from ifr_fast import Tracer, generation
+from ifr_fast import Tracer
 from ifr_fast.benchmark import first_tokens, prose
+from ifr_fast.generation import generation
 
 WARM_UP = 2
 

@@ -33,8 +33,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from ifr_fast import Tracer
 from ifr_fast.benchmark import TIMED, Throughput, first_tokens, machine, measure, prose
-from ifr_fast.pretrained import load
-from ifr_fast.scoring import what_is_missing
+from ifr_fast.model.pretrained import load
+from ifr_fast.scoring.implementations import what_is_missing
 
 IMPLEMENTATIONS = ("triton", "eager")
 LLAMA_3_8B = {

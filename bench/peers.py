@@ -49,7 +49,7 @@ from ifr_fast.benchmark import (
     subject,
 )
 from ifr_fast.circuits.inputs import flashtrace_arguments
-from ifr_fast.pretrained import load
+from ifr_fast.model.pretrained import load
 
 TOLERANCE = 1e-4  # of importances, which lie between 0 and 1; all sides compute in float32
 

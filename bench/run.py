@@ -35,7 +35,8 @@ from ifr_fast.benchmark import (
     prose,
     report,
 )
-from ifr_fast.recording import Recording, RecordingMode, layer_inputs
+from ifr_fast.recording.layer_inputs import layer_inputs
+from ifr_fast.recording.recording import Recording, RecordingMode
 
 # Coordinates visited per node over D, on the default model and rows from the second half of a
 # text, as measured before there was a kernel (docs/design.md, section 3.1).

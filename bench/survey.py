@@ -19,7 +19,7 @@ import torch
 
 from ifr_fast import Tracer
 from ifr_fast.benchmark import first_tokens, in_turn, machine, plain_forward, prose, subject
-from ifr_fast.model import evaluating
+from ifr_fast.model.modes import evaluating
 from ifr_fast.survey import survey
 
 

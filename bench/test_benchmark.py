@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import launch
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from ifr_fast import Recording, Tracer
 from ifr_fast.benchmark import THRESHOLD, first_tokens, machine, plain_forward, prose
-from ifr_fast.recording import RecordingMode, layer_inputs
-from ifr_fast.scoring import load_kernel, what_is_missing
+from ifr_fast.recording.layer_inputs import layer_inputs
+from ifr_fast.recording.recording import RecordingMode
+from ifr_fast.scoring.implementations import load_kernel, what_is_missing
 
 LENGTHS = [128, 512]
 
@@ -69,3 +71,11 @@ def test_kernel(time, case, impl):
     inputs, _ = layer_inputs(case.recording, layer, torch.arange(len(case.token_ids)))
     with torch.inference_mode():
         time(lambda: kernel.score_attention(inputs, THRESHOLD))
+
+
+@pytest.mark.parametrize("way", [launch.merging, launch.picking, launch.at_hand])
+def test_launches(benchmark, way):
+    """All launches of a layer: the former launcher, the launcher, a stand-in for Triton's alone."""
+    jobs = [way(x) for x in launch.layer_launches()]
+    benchmark.group = f"{len(jobs)} launches"
+    benchmark.pedantic(lambda: [job() for job in jobs], rounds=200, warmup_rounds=5)

@@ -42,7 +42,7 @@ from ifr_fast.compat.llm_transparency_tool import (
 )
 from ifr_fast.kernels.contract import visible
 from ifr_fast.kernels.rows import attention_pattern
-from ifr_fast.recording import layer_inputs
+from ifr_fast.recording.layer_inputs import layer_inputs
 
 TOLERANCE = 1e-5
 THRESHOLD = 0.04

@@ -12,26 +12,28 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .errors import FormatError, IfrError, MemoryBudgetError, UnsupportedArchitectureError
-    from .generation import GenerationStep
-    from .graph import EdgeKind, NodeKind, RouteGraph, Routes, Span
-    from .plan import Plan
-    from .recording import Recording
-    from .scoring import LayerScores
+    from .generation.steps import GenerationStep
+    from .graph.tables import EdgeKind, NodeKind, Span
+    from .recording.plan import Plan
+    from .recording.recording import Recording
+    from .routes.all_positions import Routes
+    from .routes.route_graph import RouteGraph
+    from .scoring.scores import LayerScores
     from .tracer import Tracer
 
 _HOME = {
-    "EdgeKind": "graph",
+    "EdgeKind": "graph.tables",
     "FormatError": "errors",
-    "GenerationStep": "generation",
+    "GenerationStep": "generation.steps",
     "IfrError": "errors",
-    "LayerScores": "scoring",
+    "LayerScores": "scoring.scores",
     "MemoryBudgetError": "errors",
-    "NodeKind": "graph",
-    "Plan": "plan",
-    "Recording": "recording",
-    "RouteGraph": "graph",
-    "Routes": "graph",
-    "Span": "graph",
+    "NodeKind": "graph.tables",
+    "Plan": "recording.plan",
+    "Recording": "recording.recording",
+    "RouteGraph": "routes.route_graph",
+    "Routes": "routes.all_positions",
+    "Span": "graph.tables",
     "Tracer": "tracer",
     "UnsupportedArchitectureError": "errors",
 }

@@ -28,8 +28,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ._version import __version__
-from .model import evaluating
-from .recording import Recording
+from .model.modes import evaluating
+from .recording.recording import Recording
 from .tracer import Tracer
 
 Result = TypeVar("Result")

@@ -3,13 +3,67 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
-from typing import Any, SupportsIndex, TypeAlias
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
+
+# Tokenizers return mappings.
+Batch: TypeAlias = (
+    "list[str] | list[list[int]] | list[Tensor] | list[np.ndarray[Any, Any]] "
+    "| list[list[dict[str, str]]] | Mapping[str, Any]"
+)
+
+
+def is_batch(text: Any) -> TypeIs[Batch]:
+    """True for several texts: a list or tuple of strings, of token-id sequences or of
+    conversations, or what a tokenizer returns for several texts. A list of ints is one text, and so
+    is a list of chat messages.
+    """
+    if isinstance(text, Mapping):
+        return True
+    if not isinstance(text, list | tuple) or not text:
+        return False
+    return all(
+        isinstance(item, str | list | tuple)
+        or (isinstance(item, Tensor | np.ndarray) and item.ndim > 0)
+        for item in text
+    )
+
+
+def as_texts(batch: Batch) -> list[Any]:
+    """The single texts of a batch, without padding. Raises ValueError for an invalid mask."""
+    if not isinstance(batch, Mapping):
+        return list(batch)
+    try:
+        ids = [torch.as_tensor(row) for row in batch["input_ids"]]
+        mask = batch.get("attention_mask")
+        masks = [torch.ones_like(x) if mask is None else mask[i] for i, x in enumerate(ids)]
+        masks = [torch.as_tensor(x) for x in masks]
+    except (LookupError, TypeError, RuntimeError) as error:
+        raise ValueError(
+            "text: expected several texts' input_ids and attention_mask, as a tokenizer gives them"
+        ) from error
+    return [_unpadded(x, m) for x, m in zip(ids, masks, strict=True)]
+
+
+def _unpadded(token_ids: Tensor, mask: Tensor) -> Tensor:
+    kept = mask.to(torch.bool).nonzero().flatten()
+    if mask.shape != token_ids.shape or mask.ndim != 1 or len(kept) == 0:
+        raise ValueError(
+            f"text: expected an attention_mask of shape {list(token_ids.shape)} that keeps a token"
+        )
+    first, last = int(kept[0]), int(kept[-1])
+    if last - first + 1 != len(kept):
+        raise ValueError("text: its attention_mask hides tokens between others")
+    return token_ids[first : last + 1]
+
 
 Text: TypeAlias = (
     "str | Sequence[SupportsIndex] | Tensor | np.ndarray[Any, Any] | Sequence[dict[str, str]]"

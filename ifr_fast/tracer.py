@@ -5,99 +5,56 @@
 3. For each layer, from the top: score the rows that have been reached, and those alone. Each
    node is the sum of its parts; the importance of a part is its share of their proximities.
 4. Keep the edges above the threshold. Their sources are the rows to score in the layer below.
-5. What is left at the bottom is the prediction's route graph.
+5. The edges kept are the prediction's route graph.
 
-Several positions are so many nodes to start at.
-
-For all positions at once, every row of a layer is scored, and a position's graph is what its node
-reaches over the edges kept.
+The graph of several positions starts at all of their nodes. For all positions at once, every row of
+a layer is scored, and a position's graph is the part that its node reaches over the edges kept.
 """
 
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
-from pathlib import Path
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    NamedTuple,
-    NoReturn,
-    SupportsIndex,
-    TypeAlias,
-    TypeVar,
-    overload,
-)
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, SupportsIndex, overload
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from . import capture
-from .batching import Batch, as_texts, batches, is_batch
-from .checkpoint import Checkpoint
-from .drilldown import (
-    NeuronScores,
+from .arguments import Position, check_count, check_options, index_within, indices, spanned
+from .drilldown.lens import (
     NodeLens,
+    PartChoice,
     PromotedTokens,
-    contribution_map,
-    ffn_output,
-    head_output,
     lenses,
-    neuron_output,
-    neuron_scores,
+    listed_nodes,
+    node_within,
     promoted_tokens,
 )
-from .graph import (
-    Granularity,
-    Grown,
-    Node,
-    NodeKind,
-    Prediction,
-    RouteGraph,
-    Routes,
-    Span,
-    as_index,
-    assemble,
-    check_threshold,
-    grow_layer,
-)
-from .lens import likeliest
-from .memory import parse_bytes
-from .model import Decoder, evaluating
-from .neurons import NeuronBases
-from .plan import LONG, Place, Plan, Sizes, Speed, make_plan, measure_speed, room_now
-from .prefill import is_chunkable
-from .progress import progress
-from .recording import (
-    Recording,
-    RecordingMode,
-    load,
-    record,
-    record_in_chunks,
-    record_to_file,
-    record_together,
-)
-from .scoring import LayerScores, check_closure, choose_impl, score_layer
-from .tokens import Text, encode, token_strings
+from .drilldown.neuron_basis import NeuronBases
+from .drilldown.neurons import NeuronScores, check_neuron_kind, neuron_scores
+from .drilldown.parts import contribution_map
+from .graph.tables import Granularity, Node, NodeKind, Prediction
+from .model.opening import open_decoder
+from .recording.files import load
+from .recording.memory import parse_bytes
+from .recording.plan import Plan
+from .recording.predictions import likeliest
+from .recording.recorder import Recorder
+from .recording.recording import Recording, RecordingMode
+from .routes.all_positions import Routes
+from .routes.route_graph import RouteGraph
+from .routes.tracing import trace_all_positions, trace_recording
+from .scoring.implementations import choose_impl, load_kernel
+from .scoring.layer import score_layers
+from .scoring.scores import LayerScores
+from .tokens import Batch, Text, is_batch
 
 if TYPE_CHECKING:
-    import os
-
     from transformers import LogitsProcessorList
 
-    from .generation import GenerationStep
-
-# One position, negative from the end, or several.
-Position: TypeAlias = "SupportsIndex | slice | Iterable[SupportsIndex]"
-
-Result = TypeVar("Result")
-
-_HEAD_ROWS = 64  # whose logits are formed at once
+    from .generation.steps import GenerationStep
 
 
 class Tracer:
@@ -120,10 +77,12 @@ class Tracer:
         max_memory: int | str | None = None,
     ) -> None:
         self.max_memory = None if max_memory is None else parse_bytes(max_memory)
-        self.decoder = Decoder(model)
+        self.decoder = open_decoder(model)
         self.impl = choose_impl(impl, self.decoder.device, self.decoder.dtype)
         self.model = model
         self.tokenizer = tokenizer
+        self.kernel = load_kernel(self.impl)
+        self._recorder = Recorder(self.decoder, tokenizer, self.max_memory)
 
     @classmethod
     def from_pretrained(
@@ -139,7 +98,7 @@ class Tracer:
         The default, SmolLM2-135M-Instruct, is fetched and converted on first use. Other keyword
         arguments go to `AutoModelForCausalLM.from_pretrained`.
         """
-        from .pretrained import load
+        from .model.pretrained import load
 
         model, tokenizer = load(name, **kwargs)
         return cls(model, tokenizer, impl=impl, max_memory=max_memory)
@@ -173,11 +132,9 @@ class Tracer:
     ) -> Recording | list[Recording]:
         """One forward pass over a text. `mode` is chosen by `plan` unless given.
 
-        path: a lean recording is made in this file, mapped into memory. Where the file is there, of
-        the same text, it is read, or gone on with if it is unfinished: an interrupted run is
-        resumed by the same call.
-
-        Of several texts (see `trace`), a list of recordings, which share memory.
+        path: a lean recording is made in this file, mapped into memory. A file that holds the same
+        text is read, or completed if it is unfinished: the same call resumes an interrupted run.
+        Several texts (see `trace`) give a list of recordings, which share memory.
 
         Raises MemoryBudgetError where it would not fit, and FormatError where the file holds
         something else.
@@ -185,63 +142,17 @@ class Tracer:
         if is_batch(text):
             if path is not None:
                 raise ValueError("path: expected a single text, got several")
-            return self._each(text, self._own, batch_size, -1, add_special_tokens, mode)
-        return self._record_one(text, mode, path, add_special_tokens)
-
-    def _record_one(
-        self,
-        text: Text | Recording,
-        mode: RecordingMode | str | None = None,
-        path: str | os.PathLike[str] | None = None,
-        add_special_tokens: bool | None = None,
-    ) -> Recording:
-        if isinstance(text, Recording):
-            return self._own(text)
-        return self._record(self._encode(text, add_special_tokens), -1, mode, path)
+            own = self._recorder.own
+            return self._recorder.each(text, own, batch_size, -1, add_special_tokens, mode)
+        return self._recorder.record(text, mode, path, add_special_tokens)
 
     def load_recording(self, path: str | os.PathLike[str]) -> Recording:
-        """What `Recording.save`, or `record` with a path, has left: mapped into memory, no copy.
+        """The recording that `Recording.save`, or `record` with a path, left in a file: mapped into
+        memory, not copied.
 
         Raises FormatError for a file that is truncated, foreign, unfinished, or of another model.
         """
         return load(path, self.decoder)
-
-    def _own(self, recording: Recording) -> Recording:
-        if recording.decoder is not self.decoder:
-            raise ValueError("text: this Recording was made by another Tracer")
-        return recording
-
-    def _encode(self, text: Text, add_special_tokens: bool | None) -> Tensor:
-        token_ids = encode(text, self.tokenizer, add_special_tokens)
-        self._check_tokens(token_ids)
-        return token_ids
-
-    def _record(
-        self,
-        token_ids: Tensor,
-        position: int,
-        mode: RecordingMode | str | None = None,
-        path: str | os.PathLike[str] | None = None,
-    ) -> Recording:
-        mode = _check_mode(mode)
-        if path is not None and mode == RecordingMode.FULL:
-            raise ValueError("path: only lean recordings are made in a file; save a full one")
-        strings = token_strings(token_ids, self.tokenizer)
-        decoder = self.decoder
-        if path is not None and not is_chunkable(decoder):
-            return record_to_file(decoder, token_ids, strings, path, position)
-        plan = self._plan(
-            len(token_ids),
-            mode=mode,
-            place=None if path is None else Place.FILE,
-            path=path,
-        )
-        if plan.chunk_rows is None:
-            return record(decoder, token_ids, strings, plan.mode, position)
-        place = {Place.DEVICE: decoder.device, Place.HOST: torch.device("cpu"), Place.FILE: None}
-        return record_in_chunks(
-            decoder, token_ids, strings, position, place=place[plan.place], path=path
-        )
 
     def plan(
         self,
@@ -251,89 +162,15 @@ class Tracer:
         path: str | os.PathLike[str] | None = None,
         max_memory: int | str | None = None,
     ) -> Plan:
-        """Memory and time to expect of recording `n_tokens`: full where that fits, else lean, in
-        chunks where it is long; else in host memory, or in a file mapped into memory.
+        """The memory and the time that recording `n_tokens` would take. The recording is full where
+        that fits, else lean, in chunks where it is long; else in host memory, or in a mapped file.
 
-        mode, path: as `record` would be given them. max_memory: in place of the tracer's. The time
-        is from one layer, measured once.
+        mode, path: as for `record`. max_memory: in place of the tracer's. The time is estimated
+        from one layer, measured once.
 
         Raises MemoryBudgetError where nothing fits.
         """
-        plan = self._plan(
-            n_tokens,
-            mode=_check_mode(mode),
-            place=None if path is None else Place.FILE,
-            max_memory=None if max_memory is None else parse_bytes(max_memory),
-            path=path,
-        )
-        return replace(plan, seconds=self._speed.seconds(self.decoder, n_tokens))
-
-    @functools.cached_property
-    def _speed(self) -> Speed:
-        return measure_speed(self.decoder)
-
-    @functools.cached_property
-    def _sizes(self) -> Sizes:
-        return Sizes.of(self.decoder)
-
-    def _plan(
-        self,
-        n_tokens: int,
-        *,
-        mode: RecordingMode | None = None,
-        place: Place | None = None,
-        max_memory: int | None = None,
-        path: str | os.PathLike[str] | None = None,
-    ) -> Plan:
-        sizes = self._sizes
-        room = room_now(
-            sizes.device,
-            sizes.weights_bytes + sizes.maps_bytes,
-            self.max_memory if max_memory is None else max_memory,
-            None if path is None else str(Path(path).absolute().parent),
-        )
-        if path is not None and Path(path).exists():  # its blocks are its own already
-            room = room._replace(disk=None)
-        return make_plan(sizes, n_tokens, room, mode=mode, place=place)
-
-    def _each(
-        self,
-        batch: Batch,
-        use: Callable[[Recording], Result],
-        batch_size: int | None,
-        position: Position,
-        add_special_tokens: bool | None,
-        mode: RecordingMode | str | None = None,
-    ) -> list[Result]:
-        """What `use` makes of the recording of each text of a batch, in order. position: one at
-        which it will look, of each text.
-        """
-        if batch_size is not None and as_index("batch_size", batch_size) < 1:
-            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
-        texts = []
-        for i, text in enumerate(as_texts(batch)):
-            try:
-                texts.append(self._encode(text, add_special_tokens))
-            except ValueError as error:
-                raise ValueError(f"text {i}: {str(error).removeprefix('text: ')}") from error
-        positions = [max(spanned(position, None, len(text))) for text in texts]
-        found: dict[int, Result] = {}
-        for together in batches(self.decoder, [len(text) for text in texts], batch_size):
-            recordings = self._record_together(
-                [texts[i] for i in together], [positions[i] for i in together], mode
-            )
-            for i, recording in zip(together, recordings, strict=True):
-                found[i] = use(recording)
-        return [found[i] for i in range(len(texts))]
-
-    def _record_together(
-        self, texts: list[Tensor], positions: list[int], mode: RecordingMode | str | None
-    ) -> list[Recording]:
-        if len(texts) == 1:
-            return [self._record(texts[0], positions[0], mode)]
-        mode = _check_mode(mode) or self._plan(len(texts) * len(texts[0])).mode
-        strings = [token_strings(text, self.tokenizer) for text in texts]
-        return record_together(self.decoder, texts, strings, mode, positions)
+        return self._recorder.plan(n_tokens, mode, path, max_memory)
 
     @overload
     def trace(  # type: ignore[overload-overlap]
@@ -373,65 +210,27 @@ class Tracer:
         """The route graph of the prediction made at `position` (negative from the end).
 
         Several texts give a list of graphs, in order: a list of strings, of token-id lists or
-        tensors, or of conversations, or what a tokenizer returns for several texts, padded on
-        either side. (A list of ints is one text, and so is a list of chat messages.) They run
-        `batch_size` at a time, by default as many as make a pass worth it, those of like
-        length together; models outside transformers' attention interface run them one by one.
+        tensors, or of conversations, or the result of a tokenizer for several texts, padded on
+        either side. (A list of ints is one text, and so is a list of chat messages.) Texts of
+        similar length run together, `batch_size` at a time, by default up to 8,192 tokens a pass;
+        models outside transformers' attention interface run them one by one.
 
-        position: also a slice or several positions, whose predictions are explained by one graph,
-        the union of theirs. Importances in it are their mean, or their mean by
-        `position_weights`, one number of at least 0 for each (a position given twice adds up).
+        position: also a slice or several positions, which one graph then explains: the union of
+        their graphs. Its importances are the mean of theirs, weighted by `position_weights`, one
+        number of at least 0 for each (the weights of a repeated position are added).
         threshold: edges of at most this importance are dropped. granularity: "token" compares
         an attention edge summed over heads, "head" each head's by itself.
         """
         threshold = check_options(threshold, granularity)
+
+        def one(recording: Recording) -> RouteGraph:
+            starts = spanned(position, position_weights, len(recording))
+            options = (threshold, granularity, self.kernel, self.tokenizer)
+            return trace_recording(recording, starts, *options)
+
         if is_batch(text):
-
-            def one(recording: Recording) -> RouteGraph:
-                return self.trace(
-                    recording,
-                    position=position,
-                    position_weights=position_weights,
-                    threshold=threshold,
-                    granularity=granularity,
-                )
-
-            return self._each(text, one, batch_size, position, add_special_tokens)
-        if isinstance(text, Recording):
-            recording = self._own(text)
-            starts = spanned(position, position_weights, len(text))
-        else:
-            token_ids = self._encode(text, add_special_tokens)
-            starts = spanned(position, position_weights, len(token_ids))
-            recording = self._record(token_ids, max(starts))
-        T, positions = len(recording), list(starts)
-        n_layers = self.decoder.n_layers
-
-        reached = torch.zeros(T, dtype=torch.bool, device=recording.resid_final.device)
-        reached[positions] = True
-        with self._replaying(recording):
-            grown = grow(
-                lambda layer, rows: score_layer(recording, layer, rows, threshold, self.impl),
-                n_layers,
-                reached,
-                threshold,
-                granularity,
-            )
-        predictions = self._predict(recording, positions)
-        single = len(positions) == 1
-        return assemble(
-            grown,
-            [block.parallel for block in self.decoder.blocks],
-            tokens=recording.tokens,
-            token_ids=recording.token_ids,
-            position=positions[-1],
-            threshold=threshold,
-            granularity=granularity,
-            n_layers=n_layers,
-            n_heads=self.decoder.n_heads,
-            predictions=predictions[-1],
-            span=None if single else Span(positions, list(starts.values()), predictions),
-        )
+            return self._recorder.each(text, one, batch_size, position, add_special_tokens)
+        return one(self._recorder.record_at(text, position, position_weights, add_special_tokens))
 
     @overload
     def trace_all(  # type: ignore[overload-overlap]
@@ -464,57 +263,23 @@ class Tracer:
         add_special_tokens: bool | None = None,
         batch_size: int | None = None,
     ) -> Routes | list[Routes]:
-        """The route graphs of every position's prediction: every layer scored once, for all.
+        """The route graphs of every position's prediction: every layer is scored once, for all.
 
-        checkpoint: a folder that keeps each layer's scores, and from which the same call goes on
-        after an interruption. Raises FormatError where it is another trace's.
-
-        Of several texts (see `trace`), a list of them.
+        checkpoint: a folder that keeps each layer's scores; the same call resumes from it after an
+        interruption. Raises FormatError where the folder is another trace's.
+        Several texts (see `trace`) give a list of Routes.
         """
         threshold = check_options(threshold, granularity)
+
+        def one(recording: Recording) -> Routes:
+            options = (threshold, granularity, self.kernel, self.tokenizer, checkpoint)
+            return trace_all_positions(recording, *options)
+
         if is_batch(text):
             if checkpoint is not None:
                 raise ValueError("checkpoint: expected a single text, got several")
-            return self._each(
-                text,
-                lambda recording: self.trace_all(
-                    recording, threshold=threshold, granularity=granularity
-                ),
-                batch_size,
-                -1,
-                add_special_tokens,
-            )
-        recording = self._record_one(text, add_special_tokens=add_special_tokens)
-        rows = torch.arange(len(recording))
-        tables = []
-        kept = None if checkpoint is None else Checkpoint.of(checkpoint, recording, threshold)
-        closures = {}
-        L = self.decoder.n_layers
-        shown = progress("scoring", L) if len(recording) > LONG else nullcontext(lambda _: None)
-        with self._replaying(recording), shown as show:
-            for layer in range(L):
-                table = None if kept is None else kept.load(layer, recording.resid_final.device)
-                if table is None:
-                    scores = score_layer(recording, layer, rows, threshold, self.impl)
-                    table = scores.table(recording.resid_final.device)
-                    if kept is None:
-                        closures[layer] = scores.closure
-                    else:
-                        check_closure({layer: scores.closure})
-                        kept.save(layer, table)
-                tables.append(table)
-                show(layer + 1)
-        if closures:
-            check_closure(closures)
-        return Routes(
-            tokens=recording.tokens,
-            token_ids=recording.token_ids,
-            threshold=threshold,
-            granularity=granularity,
-            layers=tables,
-            predict=functools.partial(self._predict, _HeadOnly.of(recording)),
-            scored_threshold=threshold,
-        )
+            return self._recorder.each(text, one, batch_size, -1, add_special_tokens)
+        return one(self._recorder.record(text, add_special_tokens=add_special_tokens))
 
     def generate(
         self,
@@ -537,18 +302,17 @@ class Tracer:
         The prompt's keys and values are reused, so a token costs a decode step and no second
         forward pass; its graph is that of `trace` of the same text. Between two tokens, and when
         the iterator is dropped, the model is as it was.
-
         Without `do_sample` the most probable token is taken. Sampling is that of transformers:
-        `logits_processor`, then temperature, top_k, top_p; the model's own generation_config is
-        not asked for them. generator: of the random numbers, else torch's own (`manual_seed`).
-        It ends after `max_new_tokens`, where the model's context ends, or with one of
+        `logits_processor`, then temperature, top_k, top_p; the model's generation_config is
+        ignored. generator: the source of random numbers, by default torch's own (`manual_seed`).
+        Generation ends after `max_new_tokens`, where the model's context ends, or with one of
         `eos_token_id` (default: the model's own; an empty list: never), which is yielded too.
         """
-        from .generation import chooser, steps, stop_tokens
+        from .generation.sampling import chooser, stop_tokens
+        from .generation.steps import steps
 
         threshold = check_options(threshold, granularity)
-        if as_index("max_new_tokens", max_new_tokens) < 1:
-            raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
+        check_count("max_new_tokens", max_new_tokens)
         choose = chooser(
             do_sample=do_sample,
             temperature=temperature,
@@ -557,13 +321,10 @@ class Tracer:
             logits_processor=logits_processor,
             generator=generator,
         )
+        text = self._recorder.encoded(prompt, add_special_tokens)
         stop = stop_tokens(self.model, eos_token_id)
-        text = (
-            self._own(prompt)
-            if isinstance(prompt, Recording)
-            else self._encode(prompt, add_special_tokens)
-        )
-        return steps(self, text, choose, stop, max_new_tokens, threshold, granularity)
+        options = (choose, stop, max_new_tokens, threshold, granularity)
+        return steps(self._recorder, self.kernel, text, *options)
 
     def contributions(
         self,
@@ -581,18 +342,9 @@ class Tracer:
         if not 0 <= keep <= 1:
             raise ValueError(f"keep: expected a number from 0 to 1, got {keep}")
         wanted = indices("layers", layers, self.decoder.n_layers)
-        recording = self._record_one(text, add_special_tokens=add_special_tokens)
+        recording = self._recorder.record(text, add_special_tokens=add_special_tokens)
         chosen = torch.tensor(indices("rows", rows, len(recording)))
-        return self._contributions(recording, chosen, wanted[::-1], keep)
-
-    def _contributions(
-        self, recording: Recording, rows: Tensor, layers: list[int], keep: float
-    ) -> Iterator[LayerScores]:
-        for layer in layers:
-            with torch.inference_mode(), self._replaying(recording):
-                scores = score_layer(recording, layer, rows, keep, self.impl)
-                check_closure({layer: scores.closure})
-            yield scores
+        return score_layers(recording, chosen, wanted[::-1], keep, self.kernel)
 
     def contribution_map(
         self,
@@ -602,14 +354,14 @@ class Tracer:
         head: int | None = None,
         add_special_tokens: bool | None = None,
     ) -> Tensor:
-        """[T, T] float32: what a head carries from each source (column) to each target (row), as
-        importance in the target; without `head`, all heads of the layer together.
+        """[T, T] float32: the importance in each target (row) of the information that a head
+        carries there from each source (column); without `head`, of all heads of the layer together.
         """
         layer = index_within("layer", layer, self.decoder.n_layers)
         if head is not None:
             head = index_within("head", head, self.decoder.n_heads)
-        recording = self._record_one(text, add_special_tokens=add_special_tokens)
-        return contribution_map(recording, layer, head, self.impl)
+        recording = self._recorder.record(text, add_special_tokens=add_special_tokens)
+        return contribution_map(recording, layer, head, self.kernel)
 
     @overload
     def logit_lens(
@@ -637,38 +389,18 @@ class Tracer:
         k: int = 10,
         add_special_tokens: bool | None = None,
     ) -> NodeLens | list[NodeLens]:
-        """What the model would predict if a node were its last: the k likeliest tokens, and every
-        token's logit and rank. Final norm and head are the model's own.
+        """The prediction that the model would make if a node were its last: the k likeliest
+        tokens, and every token's logit and rank. Final norm and head are the model's own.
 
-        nodes: one `Node`, or several, which give a list; (layer, kind, position) will do, negative
-        from the end. Of an `ffn` node, what the FFN adds is read.
+        nodes: one `Node` or (layer, kind, position), negative from the end, or several, which give
+        a list. An `ffn` node is the FFN's output.
         """
-        if as_index("k", k) < 1:
-            raise ValueError(f"k: expected at least 1, got {k}")
-        if not isinstance(nodes, Iterable):
-            raise ValueError(f"nodes: expected a node or several, got {nodes!r}")
-        single = isinstance(nodes, tuple) and len(nodes) == 3 and isinstance(nodes[1], str)
-        given: list[Any] = [nodes] if single else list(nodes)
-        if not given:
-            raise ValueError("nodes: is empty; expected at least one node")
-        recording = self._record_one(text, add_special_tokens=add_special_tokens)
-        wanted = [self._node(node, len(recording)) for node in given]
+        check_count("k", k)
+        given, single = listed_nodes(nodes)
+        recording = self._recorder.record(text, add_special_tokens=add_special_tokens)
+        wanted = [node_within(node, self.decoder.n_layers, len(recording)) for node in given]
         found = lenses(recording, wanted, k, self.tokenizer)
         return found[0] if single else found
-
-    def _node(self, given: Any, n_tokens: int) -> Node:
-        try:
-            layer, kind, position = given
-            kind = NodeKind(kind)
-        except (TypeError, ValueError):
-            raise ValueError(
-                "nodes: expected (layer, kind, position) with a kind of "
-                f"{', '.join(NodeKind)}, got {given!r}"
-            ) from None
-        layer = index_within("nodes: layer", layer, self.decoder.n_layers)
-        if kind == NodeKind.EMBED and layer != 0:
-            raise ValueError(f"nodes: an embed is at layer 0, got {layer}")
-        return Node(layer, kind, index_within("nodes: position", position, n_tokens))
 
     def promoted_tokens(
         self,
@@ -689,27 +421,11 @@ class Tracer:
         The final norm is held at what it was there, so that the logits of all parts add up.
         Raises UnsupportedArchitectureError for a neuron where the FFN has no basis of neurons.
         """
-        if as_index("k", k) < 1:
-            raise ValueError(f"k: expected at least 1, got {k}")
-        if neuron is not None and head is not None:
-            raise ValueError("neuron: give it, or head, not both")
-        if source is not None and head is None:
-            raise ValueError("source: goes with head")
-        layer = index_within("layer", layer, self.decoder.n_layers)
-        if head is not None:
-            head = index_within("head", head, self.decoder.n_heads)
-        recording = self._record_one(text, add_special_tokens=add_special_tokens)
+        check_count("k", k)
+        chosen = PartChoice.of(self.decoder, layer, head, source, neuron)
+        recording = self._recorder.record(text, add_special_tokens=add_special_tokens)
         at = index_within("position", position, len(recording))
-        if source is not None:
-            source = index_within("source", source, len(recording))
-            if source > at:
-                raise ValueError(f"source: expected a position up to {at}, got {source}")
-        if head is not None:
-            part = head_output(recording, layer, head, at, source)
-        elif neuron is not None:
-            part = neuron_output(recording, layer, as_index("neuron", neuron), at, self._bases)
-        else:
-            part = ffn_output(recording, layer, at)
+        part = chosen.output(recording, at, self.neuron_bases)
         return promoted_tokens(recording, part, at, k, self.tokenizer)
 
     def neurons(
@@ -727,159 +443,17 @@ class Tracer:
         Raises UnsupportedArchitectureError where the FFN has no basis of neurons, as in a mixture
         of experts.
         """
-        if kind not in (NodeKind.POST, NodeKind.FFN):
-            raise ValueError(f"kind: expected 'post' or 'ffn', got {kind!r}")
+        kind = check_neuron_kind(kind)
         layer = index_within("layer", layer, self.decoder.n_layers)
-        recording = self._record_one(text, add_special_tokens=add_special_tokens)
+        recording = self._recorder.record(text, add_special_tokens=add_special_tokens)
         rows = torch.tensor(list(spanned(position, None, len(recording))))
-        return neuron_scores(recording, layer, rows, NodeKind(kind), self._bases, self.impl)
+        return neuron_scores(recording, layer, rows, kind, self.neuron_bases, self.kernel)
 
     @functools.cached_property
-    def _bases(self) -> NeuronBases:
+    def neuron_bases(self) -> NeuronBases:
+        """The neurons of each layer's FFN block, found when they are first used."""
         return NeuronBases(self.decoder)
-
-    @contextmanager
-    def _replaying(self, recording: Recording) -> Iterator[None]:
-        """Within, layers can be replayed where the recording needs it."""
-        if not recording.is_replayed:
-            yield
-            return
-
-        def outside(_: capture.AttentionCall) -> NoReturn:
-            raise AssertionError("attention asked outside of a replay")
-
-        model = self.decoder.model
-        with evaluating(model), self.decoder.attention_through(model, outside):
-            yield
-
-    def _check_tokens(self, token_ids: Tensor) -> None:
-        limit, vocab = self.decoder.max_length, self.decoder.vocab_size
-        if limit is not None and len(token_ids) > limit:
-            raise ValueError(
-                f"text: has {len(token_ids)} tokens, the model's context holds {limit}"
-            )
-        if int(token_ids.min()) < 0 or int(token_ids.max()) >= vocab:
-            raise ValueError(f"text: token ids must be from 0 to {vocab - 1}")
-
-    @torch.inference_mode()
-    def _predict(
-        self, recording: Recording | _HeadOnly, positions: list[int]
-    ) -> list[list[Prediction]]:
-        """The likeliest next tokens after each of `positions`."""
-        found = []
-        for begin in range(0, len(positions), _HEAD_ROWS):
-            if positions == [recording.position]:
-                logits = recording.logits[None]
-            else:
-                states = recording.states[positions[begin : begin + _HEAD_ROWS]]
-                logits = self.decoder.head(states.to(self.decoder.device))
-            found += self.likeliest(logits)
-        return found
 
     def likeliest(self, logits: Tensor) -> list[list[Prediction]]:
         """The tokens that each row of `logits` [R, vocab] makes most probable."""
         return likeliest(logits, self.tokenizer)
-
-
-def _check_mode(mode: RecordingMode | str | None) -> RecordingMode | None:
-    if mode is not None and mode not in list(RecordingMode):
-        raise ValueError(f"mode: expected 'full' or 'lean', got {mode!r}")
-    return None if mode is None else RecordingMode(mode)
-
-
-class _HeadOnly(NamedTuple):
-    """What predictions need of a Recording, so that the rest of it can be freed."""
-
-    states: Tensor
-    position: int
-    logits: Tensor
-
-    @staticmethod
-    def of(recording: Recording) -> _HeadOnly:
-        return _HeadOnly(recording.states, recording.position, recording.logits)
-
-
-def grow(
-    score: Callable[[int, Tensor], LayerScores],
-    n_layers: int,
-    reached: Tensor,
-    threshold: float,
-    granularity: Granularity,
-) -> list[Grown]:
-    """Routes from the `reached` [T] bool positions down, a layer's step each, top layer first.
-
-    score: scores a layer at rows [R], with its edges above `threshold`.
-    """
-    grown, closures = [], {}
-    for layer in reversed(range(n_layers)):
-        rows = reached.cpu().nonzero().squeeze(1)  # the layer's one read by the host
-        if len(rows) == 0:
-            break
-        scores = score(layer, rows)
-        closures[layer] = scores.closure
-        table = scores.table(reached.device)
-        step, reached = grow_layer(layer, table, reached, threshold, granularity)
-        grown.append(step)
-    check_closure(closures)
-    return grown
-
-
-def check_options(threshold: float, granularity: str) -> float:
-    """The threshold as a float. Raises ValueError where one of the two is none."""
-    if granularity not in ("token", "head"):
-        raise ValueError(f"granularity: expected 'token' or 'head', got {granularity!r}")
-    return check_threshold(threshold)
-
-
-def spanned(
-    position: Position, weights: Sequence[float] | Tensor | None, n_tokens: int
-) -> dict[int, float]:
-    """The positions that `position` names in a text of `n_tokens`, ascending, and their weights,
-    which sum to 1. Raises ValueError where there is none, or the weights are no such thing.
-    """
-    if isinstance(position, slice):
-        chosen = list(range(n_tokens)[position])
-    elif isinstance(position, Iterable) and not (
-        isinstance(position, Tensor | np.ndarray) and position.ndim == 0
-    ):
-        chosen = [index_within("position", i, n_tokens) for i in position]
-    else:
-        chosen = [index_within("position", position, n_tokens)]
-    if not chosen:
-        raise ValueError(f"position: {position!r} names none of {n_tokens} tokens")
-    given = [1.0] * len(chosen) if weights is None else [float(w) for w in weights]
-    if len(given) != len(chosen):
-        raise ValueError(
-            f"position_weights: expected one for each of {len(chosen)} positions, got {len(given)}"
-        )
-    total = math.fsum(given)
-    if min(given) < 0 or not 0 < total < math.inf:
-        raise ValueError("position_weights: expected numbers of at least 0, and not all of them 0")
-    starts = dict.fromkeys(sorted(chosen), 0.0)
-    for i, weight in zip(chosen, given, strict=True):
-        starts[i] += weight / total
-    return starts
-
-
-def indices(name: str, given: Iterable[int] | Tensor | None, n: int) -> list[int]:
-    """Ascending; all of n where None. Raises ValueError where there are none or they are others."""
-    if given is None:
-        return list(range(n))
-    if not isinstance(given, Iterable):
-        raise ValueError(f"{name}: expected indices, several, got {given!r}")
-    several = given.tolist() if isinstance(given, Tensor) else given
-    chosen = sorted({index_within(name, i, n) for i in several})
-    if not chosen:
-        raise ValueError(f"{name}: is empty; expected at least one index")
-    return chosen
-
-
-def index_within(name: str, i: SupportsIndex, n: int) -> int:
-    """0 to n - 1, where negative ones count from the end. Raises ValueError for all others."""
-    try:
-        index = as_index(name, i)
-    except ValueError:
-        raise ValueError(f"{name}: expected an int from {-n} to {n - 1}, got {i!r}") from None
-    if not -n <= index < n:
-        raise ValueError(f"{name}: expected {-n} to {n - 1}, got {index}")
-    return index % n

@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from ifr_fast import Tracer
-from ifr_fast.pretrained import load
+from ifr_fast.model.pretrained import load
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

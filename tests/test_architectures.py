@@ -26,10 +26,11 @@ from tiny import (
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
+from unchecked import skip_closure_check
 
 from ifr_fast import IfrError, Tracer, UnsupportedArchitectureError
 from ifr_fast.kernels import reference
-from ifr_fast.recording import layer_inputs
+from ifr_fast.recording.layer_inputs import layer_inputs
 
 T = 23  # crosses the window three times over
 FRONTIER = [0, 1, WINDOW - 1, WINDOW, 14, T - 1]
@@ -114,7 +115,7 @@ def test_a_value_replaced_moves_its_source_alone(
     """
     changed = 9
     # The closure check would see the change, rightly.
-    monkeypatch.setattr("ifr_fast.tracer.check_closure", lambda _: None)
+    skip_closure_check(monkeypatch)
     model, layers = family
     tracer = Tracer(model, impl="eager")
     recording = tracer.record(tiny_text(T), mode="full")
@@ -170,7 +171,7 @@ def test_half_precision(name: str, dtype: torch.dtype) -> None:
     for mode in ("full", "lean"):
         recording = tracer.record(tiny_text(T), mode=mode)
         for scores in tracer.contributions(recording, keep=0.0):
-            with tracer._replaying(recording):
+            with recording.replaying():
                 inputs, _ = layer_inputs(recording, scores.layer, scores.rows)
             exact = reference.score_attention(inputs.to(torch.float64), 0.0)
             assert scores.residual.dtype == torch.float32

@@ -76,14 +76,14 @@ def test_known_predictions(smol):
 
 
 def test_a_trace_scores_only_rows_on_the_frontier(smol, prose, monkeypatch):
-    import ifr_fast.tracer as module
+    import ifr_fast.routes.tracing as module
 
     scored: dict[int, list[int]] = {}
     original = module.score_layer
 
-    def counting(recording, layer, rows, keep, impl):
+    def counting(recording, layer, rows, keep, kernel):
         scored[layer] = rows.tolist()
-        return original(recording, layer, rows, keep, impl)
+        return original(recording, layer, rows, keep, kernel)
 
     monkeypatch.setattr(module, "score_layer", counting)
     graph = smol.trace(prose[20_000:20_512], position=-100, threshold=0.04)

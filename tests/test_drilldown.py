@@ -18,13 +18,14 @@ from tiny import LayerAccount, account, tiny_model, tiny_text
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ifr_fast import Tracer, drilldown
-from ifr_fast.comparison import Column
+from ifr_fast import Tracer
+from ifr_fast.drilldown import neurons
 from ifr_fast.errors import IfrError, UnsupportedArchitectureError
-from ifr_fast.graph import EdgeKind, Node, NodeKind
+from ifr_fast.graph.tables import EdgeKind, Node, NodeKind
 from ifr_fast.kernels import neurons as neuron_kernel
 from ifr_fast.kernels.neurons import neuron_proximities
-from ifr_fast.recording import RecordingMode
+from ifr_fast.recording.recording import RecordingMode
+from ifr_fast.routes.comparison import Column
 
 T = 13
 LAYER = 1
@@ -178,7 +179,7 @@ def assert_close(got: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None
 
 def test_contribution_maps(any_case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     tracer, oracle, text = any_case
-    monkeypatch.setattr("ifr_fast.drilldown._MAP_ELEMENTS", 5 * T * tracer.decoder.n_heads)
+    monkeypatch.setattr("ifr_fast.drilldown.parts._MAP_ELEMENTS", 5 * T * tracer.decoder.n_heads)
     for mode in RecordingMode:
         recording = tracer.record(text, mode=mode)
         for layer in range(tracer.decoder.n_layers):
@@ -413,13 +414,13 @@ def test_neurons_in_bfloat16() -> None:
 def test_neurons_where_nothing_is_attributed(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """No part moves anything towards a sum of 0: each of the n gets 1/n."""
     tracer, _, text = case(family)
-    rows = drilldown._ffn_rows
+    rows = neurons.ffn_rows
 
     def cancelled(*args: Any) -> Any:
         found, y = rows(*args), torch.zeros(1, 36)
         return found._replace(post=y, inputs=found.inputs._replace(y=y))
 
-    monkeypatch.setattr(drilldown, "_ffn_rows", cancelled)
+    monkeypatch.setattr(neurons, "ffn_rows", cancelled)
     scores = tracer.neurons(text, layer=LAYER, position=4)
     n = 1 + scores.importance.shape[1] + (0 if scores.attention is None else 6 * 5)
     assert scores.unattributed.tolist() == [True]

@@ -11,10 +11,12 @@ from same_graph import assert_same_graph
 from tiny import FAMILIES, VOCAB, account, tiny_model, tiny_text
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import ifr_fast.generation as module
-from ifr_fast import Tracer, UnsupportedArchitectureError, decoding, scoring
-from ifr_fast.generation import GenerationStep
-from ifr_fast.pretrained import load
+import ifr_fast.generation.generation as module
+from ifr_fast import Tracer, UnsupportedArchitectureError
+from ifr_fast.generation import decoding
+from ifr_fast.generation.steps import GenerationStep
+from ifr_fast.model.pretrained import load
+from ifr_fast.scoring import layer as scoring_layer
 
 PROMPT = 5  # shorter than the window, which is crossed on the way
 NEW = 9
@@ -94,7 +96,7 @@ def test_half_precision(dtype, impl):
 def test_a_store_that_grew_leaves_nothing_of_the_old_one():
     tracer = Tracer(tiny_model("mistral"))
     recording = tracer.record(tiny_text(PROMPT), mode="lean")
-    generation = module.Generation(tracer, recording, 0.02, "token", 2)
+    generation = module.Generation(tracer._recorder, tracer.kernel, recording, 0.02, "token", 2)
     for token_id in range(4):
         generation.append(token_id)
     layers = generation._decoding._layers
@@ -139,7 +141,7 @@ def test_every_node_is_scored_once_and_no_text_run_twice(monkeypatch):
     list(tracer.generate(tiny_text(3), max_new_tokens=1))  # the check that precedes the first
     scored: list[tuple[int, int]] = []
     runs: list[int] = []
-    of_rows, of_step = scoring.score_rows, decoding._Layer.score
+    of_rows, of_step = scoring_layer.score_rows, decoding._Layer.score
     forward = tracer.model.model.forward
 
     def counting(block, inputs, *args):
@@ -154,7 +156,7 @@ def test_every_node_is_scored_once_and_no_text_run_twice(monkeypatch):
         runs.append(input_ids.shape[1])
         return forward(input_ids=input_ids, **kwargs)
 
-    monkeypatch.setattr(scoring, "score_rows", counting)
+    monkeypatch.setattr(scoring_layer, "score_rows", counting)
     monkeypatch.setattr(decoding._Layer, "score", counting_new)
     monkeypatch.setattr(tracer.model.model, "forward", running)
     list(tracer.generate(tiny_text(20), **OPTIONS))

@@ -12,11 +12,11 @@ from random_inputs import random_inputs
 from torch import Tensor
 
 from ifr_fast.errors import IfrError
-from ifr_fast.given import given_closure, given_rows, score_given, summed_row
 from ifr_fast.kernels import eager, reference
 from ifr_fast.kernels.contract import AttentionScores, LayerInputs
 from ifr_fast.kernels.cpu import kernel as cpu
-from ifr_fast.scoring import check_closure
+from ifr_fast.scoring.closure import check_closure
+from ifr_fast.scoring.given_rows import given_closure, given_rows, score_given, summed_row
 
 FLAGS = ["row_scale", "value_gate", "window", "softcap", "sinks", "alibi_slopes", "ffn"]
 KERNELS = {"reference": reference, "eager": eager, "cpu": cpu}

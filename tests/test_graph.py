@@ -21,14 +21,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from same_graph import assert_same_bits, assert_same_graph
 from tiny import tiny_model, tiny_text
+from unchecked import skip_closure_check
 
-import ifr_fast.graph
+import ifr_fast.routes.all_positions
 import ifr_fast.storage
 from ifr_fast import FormatError, IfrError, RouteGraph, Routes, Tracer
-from ifr_fast.graph import EdgeKind, LayerTable, Node, NodeKind, Prediction, Step
+from ifr_fast.graph.tables import EdgeKind, LayerTable, Node, NodeKind, Prediction, Step
 from ifr_fast.kernels.contract import EdgeList
-from ifr_fast.recording import LayerRecording
-from ifr_fast.scoring import LayerScores
+from ifr_fast.recording.recording import LayerRecording
+from ifr_fast.scoring.scores import LayerScores
 from ifr_fast.tokens import encode
 
 FAMILIES = ["llama", "gpt_neox", "mistral"]  # sequential, parallel, windowed
@@ -692,7 +693,7 @@ def test_routes_aggregates_are_those_of_the_graphs(
     assert 0 < float(frequency.mean()) < T
     torch.testing.assert_close(routes.head_frequency(), frequency / T, atol=1e-6, rtol=0)
     for elements in (1, 5 * T):  # predictions walked one by one, and in a ragged last block
-        monkeypatch.setattr(ifr_fast.graph, "_AGGREGATE_ELEMENTS", elements)
+        monkeypatch.setattr(ifr_fast.routes.all_positions, "_FLOW_ELEMENTS", elements)
         again = routes.at(threshold)
         torch.testing.assert_close(again.head_frequency(), routes.head_frequency())
         torch.testing.assert_close(again.head_importance(), routes.head_importance())
@@ -870,7 +871,7 @@ def test_unattributed_nodes_are_in_the_graph_with_equal_shares(
     H = tracer.decoder.n_heads
     recording = tracer.record(tiny_text(T), mode="full")
     # The closure check would see the change, rightly.
-    monkeypatch.setattr("ifr_fast.tracer.check_closure", lambda _: None)
+    skip_closure_check(monkeypatch)
 
     def edit(x: torch.Tensor, value: float) -> torch.Tensor:
         x = x.clone()
@@ -912,7 +913,7 @@ def test_unattributed_nodes_of_parallel_blocks_are_posts(monkeypatch: pytest.Mon
     tracer = Tracer(tiny_model("gpt_neox"))
     H = tracer.decoder.n_heads
     recording = tracer.record(tiny_text(T), mode="full")
-    monkeypatch.setattr("ifr_fast.tracer.check_closure", lambda _: None)
+    skip_closure_check(monkeypatch)
     top = recording.layers[-1]
     top.v = torch.zeros_like(top.v)
     top.resid_pre, top.resid_mid = torch.full((2, T, tracer.decoder.d_model), 10.0)

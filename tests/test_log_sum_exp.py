@@ -19,10 +19,12 @@ from transformers import (  # fmt: skip
     MistralForCausalLM,
 )
 
-from ifr_fast import Tracer, capture
-from ifr_fast.capture import AttentionCall, causal_mask
+from ifr_fast import Tracer
 from ifr_fast.kernels import reference
-from ifr_fast.recording import layer_inputs
+from ifr_fast.model import attention
+from ifr_fast.model.attention import AttentionCall, attend, attend_and_sum
+from ifr_fast.model.masks import causal_mask
+from ifr_fast.recording.layer_inputs import layer_inputs
 
 COMMON = {
     "vocab_size": 97,
@@ -51,9 +53,9 @@ def call_of(H: int, H_kv: int, K: int, V: int, dtype: torch.dtype, **options: An
 @pytest.mark.parametrize(("H", "H_kv"), [(6, 2), (3, 3), (4, 1)])
 def test_is_that_of_the_scores(H: int, H_kv: int, dtype: torch.dtype) -> None:
     call = call_of(H, H_kv, 16, 16, dtype)
-    z, found = capture.attend_and_sum(call, None)
+    z, found = attend_and_sum(call, None)
     assert found is not None
-    assert torch.equal(z, capture.attend(call, None))
+    assert torch.equal(z, attend(call, None))
     k = call.k.double().repeat_interleave(H // H_kv, 1)
     scores = call.q.double() @ k.transpose(-1, -2) * call.scale
     scores.masked_fill_(torch.ones(21, 21).triu(1).bool(), -math.inf)
@@ -80,24 +82,24 @@ def test_is_not_given_where_scores_are_other_ones(
 ) -> None:
     call = call_of(*shape, torch.float32, **options)
     call = call._replace(mask=causal_mask(window, torch.device("cpu")))
-    z, found = capture.attend_and_sum(call, window)
+    z, found = attend_and_sum(call, window)
     assert found is None
-    assert torch.equal(z, capture.attend(call, window))
+    assert torch.equal(z, attend(call, window))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_is_not_given_in_half_precision_on_a_cpu(dtype: torch.dtype) -> None:
     """There the kernel's own is 1e-3 off."""
     call = call_of(4, 2, 16, 16, dtype)
-    z, found = capture.attend_and_sum(call, None)
+    z, found = attend_and_sum(call, None)
     assert found is None
-    assert torch.equal(z, capture.attend(call, None))
+    assert torch.equal(z, attend(call, None))
 
 
 def test_is_not_given_where_torch_would_choose_another_kernel() -> None:
     call = call_of(4, 2, 16, 16, torch.float32)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        assert capture.attend_and_sum(call, None)[1] is None
+        assert attend_and_sum(call, None)[1] is None
 
 
 def model() -> LlamaForCausalLM:
@@ -139,7 +141,7 @@ def test_scores_of_full_recordings_read_it() -> None:
     expected = list(tracer.contributions(tracer.record(text, mode="lean"), keep=0.0))
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a.head_total, b.head_total, rtol=0, atol=1e-6)
-    with mock.patch.object(capture, "may_sum", return_value=False):
+    with mock.patch.object(attention, "may_sum", return_value=False):
         recording = tracer.record(text, mode="full")
     assert all(layer.log_sum_exp is None for layer in recording.layers)
 

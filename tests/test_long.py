@@ -16,16 +16,20 @@ from oracle import TOLERANCE
 from safetensors.torch import save_file
 from tiny import FAMILIES, tiny_model, tiny_text
 
-import ifr_fast.plan
-import ifr_fast.recording
-import ifr_fast.tracer
+import ifr_fast.recording.chunked
+import ifr_fast.recording.plan
+import ifr_fast.recording.recorder
+import ifr_fast.scoring.frontier
 from ifr_fast import FormatError, IfrError, MemoryBudgetError, Tracer, UnsupportedArchitectureError
-from ifr_fast.memory import parse_bytes
-from ifr_fast.plan import Place, Room, Sizes, describe_seconds, make_plan, plan_for
-from ifr_fast.prefill import CHUNK_ROWS, is_chunkable
-from ifr_fast.recording import Recording, RecordingMode
-from ifr_fast.recording_file import open_file
-from ifr_fast.scoring import score_layer
+from ifr_fast.recording.mapped_file import open_file
+from ifr_fast.recording.memory import parse_bytes
+from ifr_fast.recording.paper_plan import plan_for
+from ifr_fast.recording.plan import Place, Room, make_plan
+from ifr_fast.recording.prefill import CHUNK_ROWS, is_chunkable
+from ifr_fast.recording.recording import Recording, RecordingMode
+from ifr_fast.recording.sizes import Sizes
+from ifr_fast.recording.speed import describe_seconds
+from ifr_fast.scoring.layer import score_layer
 
 T = 33
 INSIDE = sorted(name for name, family in FAMILIES.items() if family.values is None)
@@ -35,7 +39,7 @@ INSIDE = sorted(name for name, family in FAMILIES.items() if family.values is No
 def chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Texts are long beyond 5 tokens, and chunks shorter than the windows."""
     monkeypatch.setitem(CHUNK_ROWS, "cpu", 5)
-    monkeypatch.setattr(ifr_fast.plan, "LONG", 5)
+    monkeypatch.setattr(ifr_fast.recording.plan, "LONG", 5)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +79,7 @@ def test_chunks_give_what_one_pass_gives(family: str, monkeypatch: pytest.Monkey
     tracer = Tracer(tiny_model(family))
     assert is_chunkable(tracer.decoder)
     in_chunks = tracer.record(tiny_text(T), mode="lean")
-    monkeypatch.setattr(ifr_fast.plan, "LONG", T)
+    monkeypatch.setattr(ifr_fast.recording.plan, "LONG", T)
     at_once = tracer.record(tiny_text(T), mode="lean")
     expected = tensors(at_once)
     for name, x in tensors(in_chunks).items():
@@ -132,7 +136,7 @@ def test_a_replaced_value_changes_its_source_alone(family: str, visible: range) 
     row = torch.tensor([T - 1])
 
     def weights() -> torch.Tensor:
-        with torch.inference_mode(), tracer._replaying(recording):
+        with torch.inference_mode(), recording.replaying():
             scores = score_layer(recording, 1, row, 0.0, "eager")
         dense = torch.zeros(T, tracer.decoder.n_heads)
         head, _, source, weight = scores.head_edges
@@ -175,7 +179,7 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
 
         yield show
 
-    monkeypatch.setattr(ifr_fast.recording, "progress", stopped)
+    monkeypatch.setattr(ifr_fast.recording.chunked, "progress", stopped)
 
 
 @pytest.mark.usefixtures("chunks")
@@ -347,7 +351,7 @@ def test_all_routes_are_gone_on_with(
             raise KeyboardInterrupt
         return score_layer(recording, layer, *args)
 
-    monkeypatch.setattr(ifr_fast.tracer, "score_layer", score)
+    monkeypatch.setattr(ifr_fast.scoring.frontier, "score_layer", score)
     with pytest.raises(KeyboardInterrupt):
         llama.trace_all(text, granularity=granularity, checkpoint=folder)
     routes = llama.trace_all(text, granularity=granularity, checkpoint=folder)
@@ -454,9 +458,9 @@ def test_without_a_path_a_file_has_no_name(
 ) -> None:
     in_memory = llama.record(tiny_text(T), mode="lean")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    make = ifr_fast.tracer.make_plan
+    make = ifr_fast.recording.recorder.make_plan
     monkeypatch.setattr(
-        ifr_fast.tracer,
+        ifr_fast.recording.recorder,
         "make_plan",
         lambda *args, **kwargs: make(*args, **{**kwargs, "place": Place.FILE}),
     )

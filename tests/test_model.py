@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-import ifr_fast.plan
+import ifr_fast.recording.plan
 from ifr_fast import (
     IfrError,
     MemoryBudgetError,
@@ -36,8 +36,8 @@ from ifr_fast import (
     UnsupportedArchitectureError,
 )
 from ifr_fast.kernels import reference
-from ifr_fast.model import Decoder
-from ifr_fast.recording import layer_inputs
+from ifr_fast.model.opening import open_decoder
+from ifr_fast.recording.layer_inputs import layer_inputs
 
 SHAPE = {
     "vocab_size": VOCAB,
@@ -80,7 +80,7 @@ def assert_same_tables(got: RouteGraph, expected: RouteGraph) -> None:
 @pytest.mark.parametrize("family", sorted(CONFIGS))
 def test_the_probed_output_map_is_the_modules_own_weight(family: str, dtype: torch.dtype) -> None:
     model = tiny_model(family, dtype=dtype)
-    decoder = Decoder(model)
+    decoder = open_decoder(model)
     assert decoder.n_layers == 3
     assert decoder.dtype == dtype
     for block in decoder.blocks:
@@ -105,7 +105,7 @@ def test_an_adapter_on_the_output_projection_is_part_of_the_map() -> None:
     layer.o_proj = LowRank(layer.o_proj)
     adapter = layer.o_proj
     expected = (adapter.base.weight + 0.5 * adapter.up.weight @ adapter.down.weight).T
-    found = Decoder(model).blocks[1].W_O.reshape(-1, 36)
+    found = open_decoder(model).blocks[1].W_O.reshape(-1, 36)
     assert not torch.allclose(found, adapter.base.weight.T, atol=1e-3)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
@@ -114,7 +114,7 @@ def test_a_residual_multiplier_is_part_of_the_map() -> None:
     torch.manual_seed(0)
     config = GraniteConfig(**SHAPE, intermediate_size=40, residual_multiplier=0.3)
     model = AutoModelForCausalLM.from_config(config)
-    for block in Decoder(model).blocks:
+    for block in open_decoder(model).blocks:
         expected = 0.3 * block.attention.o_proj.weight.T
         torch.testing.assert_close(block.W_O.reshape(-1, 24), expected, atol=1e-6, rtol=1e-6)
 
@@ -136,7 +136,7 @@ def test_a_residual_multiplier_is_part_of_the_map() -> None:
 def test_blocks_and_where_their_parts_are(family: str, sites: tuple[str, str, str | None]) -> None:
     model = tiny_model(family)
     path, attention, mid = sites
-    blocks = Decoder(model).blocks
+    blocks = open_decoder(model).blocks
     assert [block.layer for block in blocks] == [0, 1, 2]
     for i, block in enumerate(blocks):
         assert block.name == path.format(i)
@@ -578,7 +578,7 @@ def test_float64_replays_are_those_of_a_full_recording() -> None:
         full, lean = (tracer.record(tiny_text(20), mode=mode) for mode in ("full", "lean"))
         for layer in range(3):
             rows = torch.tensor([2, 19])
-            with tracer._replaying(lean):
+            with lean.replaying():
                 (of_full, _), (of_lean, _) = (
                     layer_inputs(recording, layer, rows) for recording in (full, lean)
                 )
@@ -802,7 +802,7 @@ def test_memory_decides_what_is_recorded(llama: Tracer, monkeypatch: pytest.Monk
 
     def with_memory(n_bytes: float | None) -> None:
         available = None if n_bytes is None else int(n_bytes)
-        monkeypatch.setattr(ifr_fast.plan, "available_memory", lambda _: available)
+        monkeypatch.setattr(ifr_fast.recording.plan, "available_memory", lambda _: available)
 
     text = tiny_text(96)
     expected = llama.trace(text)

@@ -13,8 +13,8 @@ from tiny import FAMILIES, tiny_model, tiny_text
 from torch import Tensor, nn
 
 from ifr_fast import Tracer, UnsupportedArchitectureError
-from ifr_fast.capture import AttentionCall, attend_rows
-from ifr_fast.own_attention import attention_through
+from ifr_fast.model.attention import AttentionCall, attend_rows
+from ifr_fast.model.own_attention import attention_through
 
 H, T, K, V = 3, 7, 4, 5
 LOWEST = torch.finfo(torch.float32).min
@@ -209,7 +209,7 @@ def test_no_product_is_touched_outside_of_the_forward(family: str) -> None:
     """Scoring multiplies matrices of its own, in the midst of replays."""
     tracer = Tracer(tiny_model(family), impl="eager")
     lean = tracer.record(tiny_text(9), mode="lean")
-    with tracer._replaying(lean):
+    with lean.replaying():
         q, k, _ = inputs()
         assert type(q @ k.mT) is Tensor
     assert lean.layers[0].q is None

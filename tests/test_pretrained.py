@@ -20,7 +20,8 @@ from tiny import tiny_model
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from ifr_fast import IfrError, pretrained
+from ifr_fast import IfrError
+from ifr_fast.model import pretrained
 
 NAME = pretrained.DEFAULT_NAME
 

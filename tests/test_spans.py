@@ -17,7 +17,7 @@ from tiny import tiny_model, tiny_text
 
 from ifr_fast import FormatError, RouteGraph, Tracer
 from ifr_fast.export.labels import visible
-from ifr_fast.recording import Recording
+from ifr_fast.recording.recording import Recording
 
 T = 20
 FAMILIES = ["llama", "gpt_neox", "mistral"]  # sequential, parallel, windowed

@@ -10,13 +10,16 @@ from tiny import tiny_model, tiny_text
 from torch import Tensor
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
-from ifr_fast import IfrError, Tracer, UnsupportedArchitectureError, graph
-from ifr_fast.capture import LazyMask
-from ifr_fast.graph import LayerTable
+from ifr_fast import IfrError, Tracer, UnsupportedArchitectureError
+from ifr_fast.graph import growth
+from ifr_fast.graph.tables import LayerTable
 from ifr_fast.kernels import eager
 from ifr_fast.kernels.contract import EdgeList
-from ifr_fast.pretrained import load
-from ifr_fast.scoring import closure_errors
+from ifr_fast.model.masks import LazyMask
+from ifr_fast.model.pretrained import load
+from ifr_fast.routes import all_positions
+from ifr_fast.scoring import layer as scoring_layer
+from ifr_fast.scoring.closure import closure_errors
 
 
 def _with_forward(model, change):
@@ -51,7 +54,7 @@ def test_a_scaled_stream_is_refused_in_any_dtype(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("wrong", [1.02, "column"])
 def test_a_wrong_output_map_does_not_close(dtype, wrong, monkeypatch):
-    import ifr_fast.model as module
+    import ifr_fast.model.probing as module
 
     probed = module._probe_output_map
 
@@ -155,13 +158,11 @@ def test_a_recording_of_another_model_is_refused():
 
 def test_one_host_read_a_layer(monkeypatch):
     """Outside kernels and model, a trace reads each layer's frontier, and the result."""
-    import ifr_fast.tracer as module
-
     tracer = Tracer(tiny_model("llama"), impl="eager")
     recording = tracer.record(tiny_text(20))
     reads: list[str] = []
     inside = False
-    scored = module.score_layer
+    scored = scoring_layer.score_layer
 
     def score_layer(*args):
         nonlocal inside
@@ -181,7 +182,8 @@ def test_one_host_read_a_layer(monkeypatch):
 
         return method
 
-    monkeypatch.setattr(module, "score_layer", score_layer)
+    for module in ("routes.tracing", "scoring.frontier"):
+        monkeypatch.setattr(f"ifr_fast.{module}.score_layer", score_layer)
     for name in ("cpu", "item", "tolist", "__bool__", "__int__", "__float__"):
         monkeypatch.setattr(Tensor, name, counting(name))
 
@@ -215,10 +217,10 @@ def test_the_graph_is_grown_without_a_look_at_values(granularity):
         tables = [table, table._replace(ffn_residual=None, ffn_unattributed=None)]
         reached, grown = torch.zeros(T, dtype=torch.bool), []
         for layer, of in enumerate(tables):
-            step, reached = graph.grow_layer(layer, of, reached, 0.04, granularity)
+            step, reached = growth.grow_layer(layer, of, reached, 0.04, granularity)
             grown.append(step)
-        assert [len(x) for x in graph._columns(grown)] == [6, 6, 4]
-        routes = graph.Routes(
+        assert [len(x) for x in growth.packed_columns(grown)] == [6, 6, 4]
+        routes = all_positions.Routes(
             ["a"] * T, torch.arange(T), 0.04, granularity, tables, lambda p: [], 0.04
         )
         assert routes.head_importance().shape == (T, 2, H)

@@ -17,9 +17,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..batching import Batch
-from ..graph import EdgeKind, Granularity, RouteGraph
-from ..tracer import Position, Tracer
+from ..arguments import Position
+from ..graph.tables import EdgeKind, Granularity
+from ..routes.route_graph import RouteGraph
+from ..tokens import Batch
+from ..tracer import Tracer
 from .tasks import Task
 
 Measure = Literal["importance", "frequency"]

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..model import Decoder, evaluating
+from ..model.decoder import Decoder
+from ..model.modes import evaluating
 from ..progress import progress
 from ..tokens import token_strings
 from ..tracer import Tracer

@@ -23,12 +23,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .. import capture
-from ..batching import batches, can_batch
-from ..capture import AttentionCall, LayerCall
 from ..errors import UnsupportedArchitectureError
-from ..layer_pass import WatchedLayer, WatchedPass, pad, window_of
-from ..model import Block, Decoder, answering_layers, evaluating
+from ..model.attention import AttentionCall, attend, attend_rows
+from ..model.block import Block
+from ..model.decoder import Decoder
+from ..model.hooks import LayerCall, change_output, hooked, on_layer_call, on_output
+from ..model.interface import overriding
+from ..model.modes import evaluating, overriding_layers
+from ..recording.batches import batches, can_batch
+from ..recording.layer_pass import WatchedLayer, WatchedPass, pad, window_of
 
 # (layer, output) -> the output that replaces it. Heads: z [B, T, H, V]; FFNs: [B, T, D].
 Edit = Callable[[int, Tensor], Tensor]
@@ -59,7 +62,7 @@ def intervening(
 
     def answer(call: AttentionCall) -> Tensor:
         block, T = of_module[call.module], call.q.shape[2]
-        z = capture.attend(call, window_of(block, call.mask, T))
+        z = attend(call, window_of(block, call.mask, T))
         return z if heads is None else heads(block.layer, z).to(z.dtype)
 
     handles = []
@@ -71,10 +74,10 @@ def intervening(
                 changed = ffn(layer, x.view(shape)).to(x.dtype)
                 return changed.reshape(x.shape).clone()  # some blocks add to it in place
 
-            handles.append(capture.on_layer_call(block.module, keep_shape))
-            handles.append(capture.change_output(site, change))
+            handles.append(on_layer_call(block.module, keep_shape))
+            handles.append(change_output(site, change))
     with (
-        capture.hooks(*handles),
+        hooked(*handles),
         evaluating(decoder.model),
         decoder.attention_through(decoder.model, answer),
     ):
@@ -125,7 +128,9 @@ def _states(decoder: Decoder, token_ids: Tensor) -> Tensor:
 def _logits(decoder: Decoder, states: Tensor, lengths: Tensor) -> Tensor:
     """Logits [B, vocab] after the last token of texts whose states are [B, T, D]."""
     last = states[torch.arange(len(states)), lengths - 1]
-    with answering_layers(decoder, lambda _, hidden, __: hidden):  # no layer is needed for it
+    with overriding_layers(
+        decoder.blocks, lambda _, hidden, __: hidden
+    ):  # no layer is needed for it
         # Another routine multiplies few rows, and rounds differently from the model's own pass over
         # all rows of a text.
         return decoder.head(last.repeat(-(-_HEAD_ROWS // len(last)), 1))[: len(last)]
@@ -240,9 +245,9 @@ class Observed:
                 x.view(len(texts), last - first, -1)[:, patched] = ffn[:, : end - begin]
                 return x
 
-            handles.append(capture.change_output(_ffn_site(blocks[layer]), change))
+            handles.append(change_output(_ffn_site(blocks[layer]), change))
         hidden = self.resid_pre[layer][texts, first:last]
-        with capture.answering(lambda _: given), capture.hooks(*handles):
+        with overriding(lambda _: given), hooked(*handles):
             call = self._calls[layer].at(torch.arange(first, last))
             hidden = call(blocks[layer].module, hidden)
         if layer + 1 < len(blocks):
@@ -264,10 +269,10 @@ class Observed:
             whole = past._replace(q=call.q, k=k, v=v)
             window = window_of(block, past.mask, T)
             if first == 0:
-                return capture.attend(whole, window)
-            return capture.attend_rows(whole, call.q, rows, window)
+                return attend(whole, window)
+            return attend_rows(whole, call.q, rows, window)
 
-        with capture.answering(answer):
+        with overriding(answer):
             return self._calls[block.layer].at(rows)(block.module, hidden)
 
 
@@ -308,7 +313,7 @@ def observe(decoder: Decoder, texts: Sequence[Sequence[int] | Tensor]) -> Observ
     )
     with (
         watched.watching(),
-        capture.hooks(*(capture.on_output(_ffn_site(b), keep_ffn) for b in decoder.blocks)),
+        hooked(*(on_output(_ffn_site(b), keep_ffn) for b in decoder.blocks)),
     ):
         states = _states(decoder, token_ids)
     logits = _logits(decoder, states, lengths)
@@ -327,6 +332,6 @@ def observe(decoder: Decoder, texts: Sequence[Sequence[int] | Tensor]) -> Observ
 def _readout(decoder: Decoder, resid_final: Tensor) -> Tensor:
     """Logits [N, vocab] that the model itself computes of the last layer's output [N, D]."""
     ids = torch.zeros(len(resid_final), 1, dtype=torch.long, device=decoder.device)
-    with answering_layers(decoder, lambda *_: resid_final[:, None]):
+    with overriding_layers(decoder.blocks, lambda *_: resid_final[:, None]):
         logits: Tensor = decoder.model(input_ids=ids, use_cache=False).logits
     return logits[:, -1]

@@ -80,7 +80,7 @@ def _lengths(given: str) -> list[int]:
 
 
 def _print_throughput(document: dict[str, Any], results: list[Throughput]) -> None:
-    from ..memory import describe_bytes
+    from ..recording.memory import describe_bytes
 
     on, of = document["machine"], document["subject"]
 

@@ -57,8 +57,8 @@ def circuits(
     With the default model on two cores this takes about an hour, and a tenth of that with
     --prompts 5. After an interruption, run the same command again to resume.
     """
+    from ..arguments import check_threshold
     from ..circuits.report import Settings, make_report
-    from ..graph import check_threshold
 
     settings = Settings(
         task=task,

@@ -21,8 +21,8 @@ def doctor(
     """Print what is installed, which implementation would run and why, and the model cache."""
     import torch
 
-    from ..pretrained import DEFAULT_NAME, cache_dir, default_model_dir
-    from ..scoring import IMPLEMENTATIONS, explain_impl
+    from ..model.pretrained import DEFAULT_NAME, cache_dir, default_model_dir
+    from ..scoring.implementations import IMPLEMENTATIONS, explain_impl
 
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"--impl: expected one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")

@@ -12,7 +12,7 @@ import typer
 from .files import check_outputs, target
 
 if TYPE_CHECKING:
-    from ..graph import RouteGraph
+    from ..routes.route_graph import RouteGraph
     from ..tracer import Tracer
 
 

@@ -54,7 +54,7 @@ def generate(
         raise ValueError(f"--temperature: expected a number from 0 up, got {temperature}")
     if not 0 <= seed < 1 << 64:
         raise ValueError(f"--seed: expected 0 to {(1 << 64) - 1}, got {seed}")
-    from ..graph import check_threshold
+    from ..arguments import check_threshold
 
     check_threshold(threshold)
     tracer = options.open_tracer(model, impl)

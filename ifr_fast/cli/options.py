@@ -46,7 +46,7 @@ def open_tracer(model: str | None, impl: str, max_memory: str | None = None) -> 
     console = Console(stderr=True)
     with console.status("loading the model") if console.is_terminal else nullcontext():
         from ..tracer import Tracer
-    from ..pretrained import default_model
+    from ..model.pretrained import default_model
 
     if model is None:
         default_model()  # prints its own progress

@@ -28,7 +28,7 @@ def plan(
     dtype: Annotated[str, typer.Option(help="With --config: dtype of the weights.")] = "bfloat16",
 ) -> None:
     """Print the memory and time that a text takes; fail if it does not fit."""
-    from ..memory import parse_bytes
+    from ..recording.memory import parse_bytes
 
     console = Console(highlight=False, soft_wrap=True)
     if max_memory is not None:
@@ -47,7 +47,7 @@ def plan(
     import torch
     from transformers import AutoConfig
 
-    from ..plan import plan_for
+    from ..recording.paper_plan import plan_for
 
     if dtype not in _DTYPES:
         raise ValueError(f"--dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}")
@@ -62,6 +62,6 @@ def plan(
     found = plan_for(read, tokens, device_memory=room, dtype=getattr(torch, dtype))
     console.print(str(found))
     if room is not None:
-        from ..memory import describe_bytes
+        from ..recording.memory import describe_bytes
 
         console.print(f"  fits into {describe_bytes(room)}")

@@ -223,7 +223,7 @@ def _duration(seconds: float) -> str:
 
 
 def _print_survey(found: Survey) -> None:
-    from ..memory import describe_bytes
+    from ..recording.memory import describe_bytes
 
     console = Console(highlight=False, soft_wrap=True)
     corpora = found.corpora.read("corpus", "documents", "predictions")

@@ -17,8 +17,9 @@ from . import files, options
 from .formats import Outputs, with_outputs
 
 if TYPE_CHECKING:
-    from ..graph import Hop, RouteGraph
-    from ..recording import Recording
+    from ..graph.tables import Hop
+    from ..recording.recording import Recording
+    from ..routes.route_graph import RouteGraph
     from ..tracer import Tracer
 
 
@@ -67,8 +68,8 @@ def trace(
         _check_recording(recording, written.paths)
     if top_paths < 1:
         raise ValueError(f"--top-paths: expected at least 1, got {top_paths}")
-    from ..graph import check_threshold
-    from ..memory import parse_bytes
+    from ..arguments import check_threshold
+    from ..recording.memory import parse_bytes
 
     if max_memory is not None:
         parse_bytes(max_memory, "--max-memory")

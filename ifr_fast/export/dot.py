@@ -10,12 +10,12 @@ from __future__ import annotations
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from ..graph import EdgeKind, Node, NodeKind
+from ..graph.tables import EdgeKind, Node, NodeKind
 from .labels import visible
 from .links import Link, level, links_of, name_of, nodes_of, tops_of
 
 if TYPE_CHECKING:
-    from ..graph import RouteGraph
+    from ..graph.data import GraphData
 
 _COLOR = {
     EdgeKind.ATTENTION: "#2b5fd9",
@@ -26,7 +26,7 @@ _COLOR = {
 _WIDTH = 6.0  # points, for an edge of weight 1
 
 
-def to_dot(graph: RouteGraph) -> str:
+def to_dot(graph: GraphData) -> str:
     """The DOT document. It contains only printable characters, whatever the tokens hold."""
     links = links_of(graph)
     nodes = sorted(nodes_of(graph, links), key=lambda node: (level(node), node.position))
@@ -43,7 +43,7 @@ def to_dot(graph: RouteGraph) -> str:
     return "\n".join([*lines, "}", ""])
 
 
-def _node(graph: RouteGraph, node: Node, explained: bool) -> str:
+def _node(graph: GraphData, node: Node, explained: bool) -> str:
     token = visible(graph.tokens[node.position])
     where = f"{node.kind.value} of layer {node.layer}, {token} at {node.position}"
     attributes = [f"group=p{node.position}", f"tooltip={_quoted(where)}"]

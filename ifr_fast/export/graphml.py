@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from .links import flow_of, links_of, name_of, nodes_of
 
 if TYPE_CHECKING:
-    from ..graph import RouteGraph
+    from ..graph.data import GraphData
 
 _FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _ESCAPED = {"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "\r": "&#13;"}
@@ -57,10 +57,10 @@ _KEYS = [
 ]
 
 
-def to_graphml(graph: RouteGraph) -> str:
+def to_graphml(graph: GraphData) -> str:
     """The GraphML document, for UTF-8. `flow` of a node: weight of all paths down to it."""
     links = links_of(graph)
-    flow = flow_of(graph, links)
+    flow = flow_of(graph)
     token_ids = graph.token_ids.tolist()
     lines = [
         '<?xml version="1.0" encoding="UTF-8"?>',

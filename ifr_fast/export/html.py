@@ -17,12 +17,12 @@ from .json import to_json
 from .labels import visible
 
 if TYPE_CHECKING:
-    from ..graph import RouteGraph
+    from ..graph.data import GraphData
 
 _SCRIPTS = ("graph", "drawing", "pointing")  # in the order of their definitions
 
 
-def to_html(graph: RouteGraph) -> str:
+def to_html(graph: GraphData) -> str:
     """The page as text, to write to a .html file."""
     here = resources.files(__package__)
     of_each = [graph.predictions] if graph.span is None else graph.span.predictions
@@ -43,7 +43,7 @@ def _script(here: Traversable) -> str:
     return "\n".join(['"use strict";', "(() => {", *parts, "})();"])
 
 
-def to_notebook_html(graph: RouteGraph) -> str:
+def to_notebook_html(graph: GraphData) -> str:
     """The page in a sandboxed frame that may run only its own script."""
     height = min(860, max(420, 280 + 20 * graph.n_layers))  # CSS pixels; the page scrolls beyond
     return (

@@ -9,16 +9,17 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from ..graph import EdgeKind
+from ..graph.tables import EdgeKind
 
 if TYPE_CHECKING:
-    from ..graph import RouteGraph, Span
+    from ..graph.data import GraphData
+    from ..graph.tables import Span
 
 FORMAT = "ifr_fast.route_graph.json"
 VERSION = 2  # version 1 has no spans
 
 
-def to_json(graph: RouteGraph) -> str:
+def to_json(graph: GraphData) -> str:
     """The JSON document. Raises ValueError for a weight or probability that is not finite."""
     edges = {name: column.tolist() for name, column in graph.edges._asdict().items()}
     names = {int(kind): kind.name.lower() for kind in EdgeKind}
@@ -36,7 +37,7 @@ def to_json(graph: RouteGraph) -> str:
     return json.dumps(document, allow_nan=False, separators=(",", ":"))
 
 
-def described(graph: RouteGraph) -> dict[str, Any]:
+def described(graph: GraphData) -> dict[str, Any]:
     """Attributes of a graph other than its tables, as JSON values."""
     return {
         "tokens": graph.tokens,

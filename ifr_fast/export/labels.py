@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 if TYPE_CHECKING:
-    from ..graph import RouteGraph
+    from ..graph.data import GraphData
 
 SHOW_ALL = 40  # longest text, in tokens, that is shown completely
 
@@ -40,7 +40,7 @@ def visible(token: str) -> str:
     return "".join(out)
 
 
-def columns(graph: RouteGraph) -> list[Column]:
+def columns(graph: GraphData) -> list[Column]:
     """Columns from left to right: all tokens, or in a long text those that the graph reaches."""
     T = len(graph.tokens)
     reached = torch.zeros(T, dtype=torch.bool)

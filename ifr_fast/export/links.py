@@ -8,12 +8,15 @@ that the product of the weights along a path does not change.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..graph import EdgeKind, Node, NodeKind
+from torch import Tensor
+
+from ..graph.tables import EdgeKind, Node, NodeKind
 
 if TYPE_CHECKING:
-    from ..graph import RouteGraph
+    from ..graph.data import GraphData
 
 _RANK = {NodeKind.MID: 0, NodeKind.FFN: 1, NodeKind.POST: 2}
 
@@ -29,7 +32,7 @@ class Link(NamedTuple):
     heads: dict[int, float] | None  # each head's share, for attention only
 
 
-def links_of(graph: RouteGraph) -> list[Link]:
+def links_of(graph: GraphData) -> list[Link]:
     """All links, in the order of the graph's edges."""
     parallel = graph.parallel.tolist()
     heads: defaultdict[tuple[int, int, int], dict[int, float]] = defaultdict(dict)
@@ -53,26 +56,33 @@ def links_of(graph: RouteGraph) -> list[Link]:
     return found
 
 
-def nodes_of(graph: RouteGraph, links: list[Link]) -> list[Node]:
+def nodes_of(graph: GraphData, links: list[Link]) -> list[Node]:
     """The explained nodes, then those that links join, each once."""
     ends = (end for link in links for end in (link.source, link.target))
     return list(dict.fromkeys([*tops_of(graph), *ends]))
 
 
-def tops_of(graph: RouteGraph) -> list[Node]:
+def tops_of(graph: GraphData) -> list[Node]:
     """The explained nodes, by position."""
     return [Node(graph.n_layers - 1, NodeKind.POST, position) for position in graph.starts]
 
 
-def flow_of(graph: RouteGraph, links: list[Link]) -> dict[Node, float]:
-    """Weight of all paths from the predictions down to each node, without zeros."""
-    flow: defaultdict[Node, float] = defaultdict(float)
-    for top, weight in zip(tops_of(graph), graph.starts.values(), strict=True):
-        flow[top] = weight
-    for link in sorted(links, key=lambda link: level(link.target), reverse=True):
-        if flow[link.target]:
-            flow[link.source] += flow[link.target] * link.weight
-    return {node: weight for node, weight in flow.items() if weight}
+def flow_of(graph: GraphData) -> dict[Node, float]:
+    """Weight of all paths from the predictions down to each node; nodes with 0 are not listed."""
+    post, mid, embed = graph.flow
+    flow = {Node(0, NodeKind.EMBED, j): x for j, x in _nonzero(embed)}
+    for layer, parallel in enumerate(graph.parallel.tolist()):
+        for kind, of_kind in ((NodeKind.POST, post), (NodeKind.MID, mid)):
+            if kind == NodeKind.POST or not parallel:
+                flow |= {Node(layer, kind, t): x for t, x in _nonzero(of_kind[layer])}
+        through = graph.flows[layer].ffn * post[layer]
+        flow |= {Node(layer, NodeKind.FFN, t): x for t, x in _nonzero(through)}
+    return flow
+
+
+def _nonzero(flow: Tensor) -> Iterator[tuple[int, float]]:
+    at = flow.nonzero().squeeze(1)
+    return zip(at.tolist(), flow[at].tolist(), strict=True)
 
 
 def level(node: Node) -> int:

@@ -15,10 +15,11 @@ from .links import Link, links_of, nodes_of
 if TYPE_CHECKING:
     import networkx as nx
 
-    from ..graph import Node, RouteGraph
+    from ..graph.data import GraphData
+    from ..graph.tables import Node
 
 
-def to_networkx(graph: RouteGraph) -> nx.MultiDiGraph:
+def to_networkx(graph: GraphData) -> nx.MultiDiGraph:
     """Nodes have token, layer, kind, position; edges weight, kind, layer, and for attention heads.
 
     The graph's `starts` are the explained positions and their weights.

@@ -29,12 +29,13 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .._version import __version__
-from ..graph import Node, NodeKind, as_index
+from ..arguments import as_index
+from ..graph.tables import Node, NodeKind
 from .labels import visible
 from .links import flow_of, links_of, tops_of
 
 if TYPE_CHECKING:
-    from ..graph import RouteGraph
+    from ..graph.data import GraphData
 
 _FEATURE = {
     NodeKind.MID: (0, "attention output"),
@@ -51,7 +52,7 @@ class _Link(NamedTuple):
     kinds: dict[str, float] | None  # weight of each edge in the link, by kind
 
 
-def to_neuronpedia(graph: RouteGraph, slug: str | None, scan: str, max_links: int) -> str:
+def to_neuronpedia(graph: GraphData, slug: str | None, scan: str, max_links: int) -> str:
     """The JSON document. Raises ValueError for `max_links` below 1, or a name that is no string."""
     if as_index("max_links", max_links) < 1:
         raise ValueError(f"max_links: expected at least 1, got {max_links}")
@@ -101,10 +102,10 @@ def to_neuronpedia(graph: RouteGraph, slug: str | None, scan: str, max_links: in
     return json.dumps(document, allow_nan=False, separators=(",", ":"))
 
 
-def _strongest(graph: RouteGraph, max_links: int) -> tuple[list[_Link], dict[Node, float]]:
+def _strongest(graph: GraphData, max_links: int) -> tuple[list[_Link], dict[Node, float]]:
     """Links to keep, each after a link out of its target, and the flow of all nodes."""
     single = links_of(graph)
-    flow = flow_of(graph, single)
+    flow = flow_of(graph)
     kinds: defaultdict[tuple[Node, Node], dict[str, float]] = defaultdict(dict)
     for one in single:
         kinds[one.source, one.target][one.kind.name.lower()] = one.weight
@@ -143,13 +144,13 @@ def _influence(nodes: list[Node], flow: dict[Node, float]) -> dict[Node, float]:
     return found
 
 
-def _name(graph: RouteGraph, node: Node) -> str:
+def _name(graph: GraphData, node: Node) -> str:
     if node.kind == NodeKind.EMBED:
         return f"E_{int(graph.token_ids[node.position])}_{node.position}"
     return f"{node.layer}_{_FEATURE[node.kind][0]}_{node.position}"
 
 
-def _link(graph: RouteGraph, link: _Link, logits: dict[int, dict[str, Any]]) -> dict[str, Any]:
+def _link(graph: GraphData, link: _Link, logits: dict[int, dict[str, Any]]) -> dict[str, Any]:
     target = (
         logits[link.source.position]["node_id"]
         if link.target is None
@@ -159,7 +160,7 @@ def _link(graph: RouteGraph, link: _Link, logits: dict[int, dict[str, Any]]) -> 
     return found if link.kinds is None else {**found, "kinds": link.kinds}
 
 
-def _node(graph: RouteGraph, node: Node, flow: float, influence: float) -> dict[str, Any]:
+def _node(graph: GraphData, node: Node, flow: float, influence: float) -> dict[str, Any]:
     token = graph.tokens[node.position]
     if node.kind == NodeKind.EMBED:
         layer, feature, kind = "E", node.position, "embedding"
@@ -179,7 +180,7 @@ def _node(graph: RouteGraph, node: Node, flow: float, influence: float) -> dict[
     )
 
 
-def _logit(graph: RouteGraph, position: int) -> dict[str, Any]:
+def _logit(graph: GraphData, position: int) -> dict[str, Any]:
     """Node of the likeliest token after an explained position."""
     predictions = graph.predictions
     if graph.span is not None:

@@ -11,14 +11,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import IfrError
-from ..graph import EdgeKind, NodeKind
+from ..graph.tables import EdgeKind, NodeKind
 from .labels import Column, columns, visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from ..graph import RouteGraph
+    from ..graph.data import GraphData
 
 _MID = 0.6  # height of mid within its layer
 _GAP = 0.5  # width of a gap, in columns
@@ -68,7 +68,7 @@ def check_plot() -> None:
         ) from error
 
 
-def plot(graph: RouteGraph) -> Figure:
+def plot(graph: GraphData) -> Figure:
     """The figure; `savefig` writes it. Its size grows with the tokens reached and the layers."""
     check_plot()
     from matplotlib.figure import Figure
@@ -103,7 +103,7 @@ def plot(graph: RouteGraph) -> Figure:
     return figure
 
 
-def _place(graph: RouteGraph) -> _Place:
+def _place(graph: GraphData) -> _Place:
     found = columns(graph)
     x, edge = {}, 0.0
     for column in found:
@@ -113,7 +113,7 @@ def _place(graph: RouteGraph) -> _Place:
     return _Place(found, x, edge, graph.parallel.tolist())
 
 
-def _lines(graph: RouteGraph, place: _Place) -> list[_Line]:
+def _lines(graph: GraphData, place: _Place) -> list[_Line]:
     lines = []
     table = zip(*(column.tolist() for column in graph.edges), strict=True)
     for layer, kind, target, source, weight in table:
@@ -133,7 +133,7 @@ def _lines(graph: RouteGraph, place: _Place) -> list[_Line]:
     return lines
 
 
-def _draw_frame(axes: Axes, graph: RouteGraph, place: _Place) -> None:
+def _draw_frame(axes: Axes, graph: GraphData, place: _Place) -> None:
     for layer in range(0, graph.n_layers, 2):
         axes.axhspan(layer, layer + 1, color=_BAND, zorder=0, linewidth=0)
     for x in place.x.values():
@@ -175,7 +175,7 @@ def _thickness(line: _Line) -> float:
     return min(6.0, 0.6 + 7.0 * line.weight)
 
 
-def _draw_nodes(axes: Axes, graph: RouteGraph, place: _Place) -> None:
+def _draw_nodes(axes: Axes, graph: GraphData, place: _Place) -> None:
     marks = {place.pre(graph.n_layers, position) for position in graph.starts}
     for layer, kind, target, source, _ in zip(*(c.tolist() for c in graph.edges), strict=True):
         into_post = place.parallel[layer] or kind in (EdgeKind.FFN, EdgeKind.RESIDUAL_POST)
@@ -197,7 +197,7 @@ def _draw_nodes(axes: Axes, graph: RouteGraph, place: _Place) -> None:
 
 def _draw_tokens(
     axes: Axes,
-    graph: RouteGraph,
+    graph: GraphData,
     place: _Place,
     texts: dict[int, str],
     labels: _Labels,
@@ -252,7 +252,7 @@ def _draw_tokens(
         edge += _GAP if column.gap else 1.0
 
 
-def _outcomes(graph: RouteGraph, labels: _Labels) -> dict[int, str]:
+def _outcomes(graph: GraphData, labels: _Labels) -> dict[int, str]:
     """Predicted token after each explained position; a single one also has its probability."""
     if graph.span is not None:
         each = zip(graph.span.positions, graph.span.predictions, strict=True)
@@ -264,7 +264,7 @@ def _outcomes(graph: RouteGraph, labels: _Labels) -> dict[int, str]:
 
 
 def _draw_outcome(
-    axes: Axes, graph: RouteGraph, place: _Place, outcomes: dict[int, str], families: list[str]
+    axes: Axes, graph: GraphData, place: _Place, outcomes: dict[int, str], families: list[str]
 ) -> None:
     alone = graph.span is None
     for position in graph.starts:
@@ -291,7 +291,7 @@ def _draw_outcome(
         )
 
 
-def _draw_heading(figure: Figure, graph: RouteGraph, height: float) -> None:
+def _draw_heading(figure: Figure, graph: GraphData, height: float) -> None:
     from matplotlib.lines import Line2D
 
     handles = [

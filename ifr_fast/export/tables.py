@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..errors import IfrError
-from ..graph import EdgeKind
+from ..graph.tables import EdgeKind
 from ..storage import whole_file
 from .json import described
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
 
-    from ..graph import RouteGraph
+    from ..graph.data import GraphData
 
 TableName = Literal["edges", "parts", "tokens"]
 TABLES: tuple[TableName, ...] = ("edges", "parts", "tokens")
@@ -45,7 +45,7 @@ class _Column(NamedTuple):
     missing: np.ndarray[Any, Any] | None = None  # bool
 
 
-def to_pandas(graph: RouteGraph, table: TableName) -> pd.DataFrame:
+def to_pandas(graph: GraphData, table: TableName) -> pd.DataFrame:
     """A table as a data frame; strings are categorical."""
     try:
         import pandas as pd
@@ -65,7 +65,7 @@ def to_pandas(graph: RouteGraph, table: TableName) -> pd.DataFrame:
     return pd.DataFrame({name: series(x) for name, x in _columns(graph, table).items()})
 
 
-def to_arrow(graph: RouteGraph, table: TableName) -> pa.Table:
+def to_arrow(graph: GraphData, table: TableName) -> pa.Table:
     """A table as an Arrow table; strings are dictionary-encoded."""
     try:
         import pyarrow as pa
@@ -95,7 +95,7 @@ def check_parquet() -> None:
         raise _absent("to_parquet", "pyarrow") from error
 
 
-def to_parquet(graph: RouteGraph, path: str | os.PathLike[str], table: TableName) -> None:
+def to_parquet(graph: GraphData, path: str | os.PathLike[str], table: TableName) -> None:
     """Writes a table, whole or not at all."""
     check_parquet()
     import pyarrow.parquet as pq
@@ -111,7 +111,7 @@ def _absent(what: str, package: str) -> IfrError:
     )
 
 
-def _columns(graph: RouteGraph, table: TableName) -> dict[str, _Column]:
+def _columns(graph: GraphData, table: TableName) -> dict[str, _Column]:
     match table:
         case "edges":
             layer, kind, target, source, weight = graph.edges
@@ -130,7 +130,7 @@ def _columns(graph: RouteGraph, table: TableName) -> dict[str, _Column]:
             raise ValueError(f"table: expected one of {', '.join(TABLES)}, got {table!r}")
 
 
-def _of_parts(graph: RouteGraph) -> dict[str, _Column]:
+def _of_parts(graph: GraphData) -> dict[str, _Column]:
     edges, heads = graph.edges, graph.head_edges
     other = edges.kind != EdgeKind.ATTENTION
     alone = [column[other] for column in edges]
@@ -150,7 +150,7 @@ def _of_parts(graph: RouteGraph) -> dict[str, _Column]:
 
 
 def _of_edges(
-    graph: RouteGraph,
+    graph: GraphData,
     layer: Tensor,
     kind: Tensor,
     target: Tensor,

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import torch
 
-from ..batching import batches
+from ..recording.batches import batches
 from ..tracer import Tracer
 from .schema import OFFSETS
 from .sweep import Swept, sweep
@@ -54,7 +54,7 @@ def _score_together(
 ) -> list[Columns | None]:
     keep = thresholds[0]
     ids = [torch.from_numpy(document.ids.astype(np.int64)) for document in documents]
-    swept = sweep(tracer.decoder, ids, keep, tracer.impl)
+    swept = sweep(tracer.decoder, ids, keep, tracer.kernel)
     B, T, L = len(documents), swept.n_rows, len(swept.parallel)
     head, ffn = importances(swept, keep)
     parallel = np.array(swept.parallel)[:, None]

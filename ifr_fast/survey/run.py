@@ -16,9 +16,9 @@ from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerBase
 
 from .._version import __version__
+from ..arguments import as_index, check_threshold
 from ..errors import FormatError, IfrError
-from ..graph import as_index, check_threshold
-from ..pretrained import load_tokenizer
+from ..model.pretrained import load_tokenizer
 from ..tracer import Tracer
 from .documents import Cutter, Vocabulary
 from .engines import Engine, LocalEngine, ModelSource, Scoring, ray_engine

@@ -18,13 +18,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import capture
-from ..batching import can_batch
-from ..capture import LayerCall
 from ..kernels.contract import LayerInputs
-from ..layer_pass import WatchedLayer, WatchedPass, checked_rows, pad
-from ..model import Block, Decoder, answering_layers, evaluating, gate_rows, row_scales
-from ..scoring import Closure, LayerScores, check_closure, score_rows
+from ..model.block import Block
+from ..model.decoder import Decoder
+from ..model.hooks import LayerCall
+from ..model.interface import exclusively
+from ..model.modes import evaluating, overriding_layers
+from ..model.replay import gate_rows, row_scales
+from ..recording.batches import can_batch
+from ..recording.layer_pass import WatchedLayer, WatchedPass, checked_rows, pad
+from ..scoring.closure import Closure, check_closure
+from ..scoring.implementations import Kernel
+from ..scoring.layer import score_rows
+from ..scoring.scores import LayerScores
 
 _HEAD_ROWS = 512  # rows whose logits are computed at once, unless the vocabulary is large
 _HEAD_ELEMENTS = 1 << 25
@@ -61,7 +67,7 @@ class Swept(NamedTuple):
 
 
 @torch.inference_mode()
-def sweep(decoder: Decoder, documents: list[Tensor], keep: float, impl: str) -> Swept:
+def sweep(decoder: Decoder, documents: list[Tensor], keep: float, kernel: Kernel) -> Swept:
     """Scores every prediction of some documents of token ids [T_b + 1], T_b at least 1.
 
     Raises IfrError where parts do not add up, and UnsupportedArchitectureError where attention
@@ -70,7 +76,7 @@ def sweep(decoder: Decoder, documents: list[Tensor], keep: float, impl: str) -> 
     lengths = [len(ids) - 1 for ids in documents]
     T = max(lengths)
     token_ids = pad(documents)[:, :-1]
-    layers = _Layers(lengths, keep, impl)
+    layers = _Layers(lengths, keep, kernel)
     watched = WatchedPass(decoder, lengths, left=layers.score, sums=True)
     with watched.watching():
         if can_batch(decoder):
@@ -107,8 +113,8 @@ def sweep(decoder: Decoder, documents: list[Tensor], keep: float, impl: str) -> 
 class _Layers:
     """Scores each layer as it is left, and keeps what `Swept` needs, layer by layer."""
 
-    def __init__(self, lengths: list[int], keep: float, impl: str) -> None:
-        self.lengths, self.keep, self.impl = lengths, keep, impl
+    def __init__(self, lengths: list[int], keep: float, kernel: Kernel) -> None:
+        self.lengths, self.keep, self.kernel = lengths, keep, kernel
         self.residual: list[Tensor] = []
         self.ffn: list[Tensor] = []
         self.ffn_residual: list[Tensor] = []
@@ -122,7 +128,7 @@ class _Layers:
         for b, n in enumerate(self.lengths):
             inputs, resid_post = _inputs(layer, b, n)
             sample = checked_rows(inputs.rows)
-            found = score_rows(layer.block, inputs, resid_post, sample, self.keep, self.impl)
+            found = score_rows(layer.block, inputs, resid_post, sample, self.keep, self.kernel)
             self.closures[b][layer.block.layer] = found.closure
             scores.append(found)
         self._keep(scores)
@@ -144,7 +150,7 @@ class _Layers:
         else:
             self.ffn_residual.append(padded([_known(s.ffn_residual) for s in scores]))
         self.head_mass.append(torch.stack([s.head_total.sum(0) for s in scores]).cpu())
-        edges = [s.attention.edges for s in scores]
+        edges = [s.edges for s in scores]
         found = LayerEdges(
             torch.cat([e.row + b * T for b, e in enumerate(edges)]),
             torch.cat([e.source + b * T for b, e in enumerate(edges)]),
@@ -219,8 +225,8 @@ def _following(decoder: Decoder, states: Tensor, token_ids: Tensor) -> Tensor:
     with ExitStack() as stack:
         if can_batch(decoder):  # only the head is needed
             stack.enter_context(evaluating(decoder.model))
-            stack.enter_context(capture.exclusively(decoder.model))
-            stack.enter_context(answering_layers(decoder, skip))
+            stack.enter_context(exclusively(decoder.model))
+            stack.enter_context(overriding_layers(decoder.blocks, skip))
         for begin in range(0, len(states), step):
             rows = slice(begin, begin + step)
             logits = decoder.head(states[rows].to(decoder.device))

@@ -19,6 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..graph.flow import LayerFlow, component_importances, exceeds
+from ..graph.tables import LayerTable
+from ..kernels.contract import EdgeList
 from .sweep import Swept
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
@@ -45,62 +48,26 @@ def importances(swept: Swept, keep: float) -> Importances:
     """`RouteGraph.head_importance` and `ffn_importance` of every prediction. keep: the threshold of
     the scored edges.
     """
-    B, T, L = len(swept.lengths), swept.n_rows, len(swept.parallel)
-    steps = [_FlowStep.of(swept, layer, keep) for layer in range(L)]
-    H = swept.head_mass.shape[-1]
-    head, ffn = torch.zeros(B, T, L, H), torch.zeros(B, T, L)
-    size = max(1, _FLOW_ELEMENTS // (B * T))
-    for begin in range(0, T, size):
-        P = min(T, begin + size) - begin
-        flow = torch.zeros(B, T, P)
-        flow[:, begin : begin + P] = torch.eye(P)
-        for layer in reversed(range(L)):
-            step = steps[layer]
-            ffn[:, begin : begin + P, layer] = (step.ffn[:, None] @ flow)[:, 0]
-            flow *= step.to_mid[:, :, None]
-            head[:, begin : begin + P, layer] = (step.head_sum @ flow).transpose(1, 2)
-            flow = step.down(flow)
+    layers = [_layer_flow(swept, layer, keep) for layer in range(len(swept.parallel))]
+    head, ffn = component_importances(layers, len(swept.lengths), _FLOW_ELEMENTS)
     return Importances(head.numpy(), ffn.numpy())
 
 
-class _FlowStep(NamedTuple):
-    """One layer's weights above the threshold; nodes as [B, T]."""
-
-    ffn: Tensor  # [B, T]
-    to_mid: Tensor  # [B, T] weight from post to mid, FFN and residual together
-    to_pre: Tensor  # [B * T, 1] weight from mid to pre at the same position
-    head_sum: Tensor  # [B, H, T] weights of a target's heads, summed over sources
-    matrix: Tensor  # [B * T, B * T] sparse: from targets to sources
-
-    @staticmethod
-    def of(swept: Swept, layer: int, threshold: float) -> _FlowStep:
-        B, T = len(swept.lengths), swept.n_rows
-
-        def above(x: Tensor) -> Tensor:
-            return torch.where(x > threshold, x, 0)
-
-        target, source, weight, head_weight = swept.edges[layer]
-        H = head_weight.shape[1]
-        ffn, residual = above(swept.ffn[layer]), above(swept.residual[layer])
-        parallel = swept.parallel[layer]
-        through = torch.ones_like(ffn) if parallel else ffn + above(swept.ffn_residual[layer])
-        # A target's edges are contiguous, but differences of running sums would round.
-        head_sum = torch.zeros(B * T, H).index_add_(0, target, head_weight)
-        indices = torch.stack([source, target])
-        size = (B * T, B * T)
-        matrix = torch.sparse_coo_tensor(indices, weight, size, check_invariants=False)
-        return _FlowStep(
-            ffn.view(B, T),
-            through.view(B, T),
-            (ffn + residual if parallel else residual)[:, None],
-            head_sum.view(B, T, H).transpose(1, 2),
-            matrix,
-        )
-
-    def down(self, flow: Tensor) -> Tensor:
-        """Flow at pre, from the flow [B, T, P] at mid."""
-        flat = flow.reshape(-1, flow.shape[-1])
-        return torch.addmm(flat * self.to_pre, self.matrix, flat).view(flow.shape)
+def _layer_flow(swept: Swept, layer: int, threshold: float) -> LayerFlow:
+    """The weights of one layer, between the nodes of all documents."""
+    target, source, weight, head_weight = swept.edges[layer]
+    none = torch.zeros(len(swept.ffn[layer]), dtype=torch.bool)
+    parallel = swept.parallel[layer]
+    table = LayerTable(
+        rows=torch.arange(len(none)),
+        residual=swept.residual[layer],
+        ffn=swept.ffn[layer],
+        ffn_residual=None if parallel else swept.ffn_residual[layer],
+        edges=EdgeList(target, source, weight, head_weight),
+        unattributed=none,
+        ffn_unattributed=None if parallel else none,
+    )
+    return LayerFlow.of(table, threshold, "token")
 
 
 def membership(swept: Swept, thresholds: Sequence[float]) -> list[Membership]:
@@ -121,7 +88,7 @@ def membership(swept: Swept, thresholds: Sequence[float]) -> list[Membership]:
 
     def kept(x: Tensor) -> Array:
         """Masks [N, K, 1] for weights [N]: words of ones if above the threshold, else 0."""
-        flags = (x[:, None] > bounds).numpy()
+        flags = exceeds(x[:, None], bounds).numpy()
         return (np.uint64(0) - flags.astype(np.uint64))[:, :, None]
 
     for layer in reversed(range(L)):
@@ -132,7 +99,7 @@ def membership(swept: Swept, thresholds: Sequence[float]) -> list[Membership]:
             passes = passes | ffn
         else:
             reach &= ffn | kept(swept.ffn_residual[layer])
-        edge, head = (head_weight > bounds[0]).nonzero(as_tuple=True)
+        edge, head = exceeds(head_weight, bounds[0]).nonzero(as_tuple=True)
         at = target[edge]
         strong = reach[at.numpy()] & kept(head_weight[edge, head])
         _merge(heads[layer], (at // T * H + head).numpy(), strong)

@@ -11,7 +11,6 @@ from tiny import FAMILIES, tiny_model, tiny_text
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ifr_fast.batching import can_batch
 from ifr_fast.circuits import (
     Activations,
     ablated_logits,
@@ -22,7 +21,9 @@ from ifr_fast.circuits import (
     run,
     zero_activations,
 )
-from ifr_fast.model import Decoder
+from ifr_fast.model.decoder import Decoder
+from ifr_fast.model.opening import open_decoder
+from ifr_fast.recording.batches import can_batch
 
 LENGTHS = (13, 9, 11)  # a sliding window of 7 is crossed
 EXACT = 1e-12  # of float64 logits near 1
@@ -36,7 +37,7 @@ def texts_for(decoder: Decoder) -> list[Tensor]:
 
 def opened(family: str, dtype: torch.dtype = torch.float64) -> tuple[PreTrainedModel, Decoder]:
     model = tiny_model(family, dtype=dtype).eval()
-    return model, Decoder(model)
+    return model, open_decoder(model)
 
 
 def plainly(model: PreTrainedModel, texts: list[Tensor]) -> Tensor:

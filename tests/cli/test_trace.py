@@ -15,7 +15,7 @@ from command import Ran, assert_one_error, shell
 from ifr_fast import RouteGraph, Tracer, __version__
 from ifr_fast.cli import options
 from ifr_fast.cli.options import DEMO_TEXT
-from ifr_fast.pretrained import default_model
+from ifr_fast.model.pretrained import default_model
 
 
 @pytest.mark.default_model

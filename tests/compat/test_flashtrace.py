@@ -275,6 +275,8 @@ def test_other_implementations_give_the_same(impl: str) -> None:
     if impl == "triton":
         pytest.importorskip("triton")
     model, tokenizer = tiny("llama"), word_tokenizer()
+    if impl == "triton":  # interpreted, one layer takes seconds
+        model.model.layers, model.config.num_hidden_layers = model.model.layers[:1], 1
     for method in ("ifr-span",) if impl == "triton" else ("ifr-span", "ifr-matrix"):
         call = {"prompt": "w5 w17 , w9", "target": " w8", "method": method}
         got, expected = (

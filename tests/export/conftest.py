@@ -6,7 +6,8 @@ import pytest
 import torch
 from hostile import HOSTILE, N_TOKENS, VOCABULARY, trace, tracer
 
-from ifr_fast.graph import EdgeKind, Node, NodeKind, Prediction, RouteGraph
+from ifr_fast.graph.tables import EdgeKind, Node, NodeKind, Prediction
+from ifr_fast.routes.route_graph import RouteGraph
 
 
 @pytest.fixture(scope="session", params=["sequential", "parallel"])

@@ -13,7 +13,7 @@ import pytest
 from exported import Edges, edges_of, named
 from hostile import HOSTILE, N_TOKENS, trace
 
-from ifr_fast.graph import RouteGraph
+from ifr_fast.routes.route_graph import RouteGraph
 
 
 @pytest.fixture

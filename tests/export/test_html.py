@@ -13,7 +13,8 @@ import torch
 from hostile import HOSTILE, N_TOKENS, VOCABULARY, trace, tracer
 
 from ifr_fast.export.labels import columns, visible
-from ifr_fast.graph import EdgeKind, RouteGraph
+from ifr_fast.graph.tables import EdgeKind
+from ifr_fast.routes.route_graph import RouteGraph
 from ifr_fast.storage import write_text
 
 

@@ -12,7 +12,8 @@ import torch
 from hostile import HOSTILE, trace
 
 from ifr_fast.errors import IfrError
-from ifr_fast.graph import EdgeKind, Node, NodeKind, Prediction, RouteGraph
+from ifr_fast.graph.tables import EdgeKind, Node, NodeKind, Prediction
+from ifr_fast.routes.route_graph import RouteGraph
 
 
 def test_json_reproduces_the_tables(graph: RouteGraph) -> None:

@@ -14,7 +14,7 @@ import pytest
 from exported import edges_of
 from hostile import trace
 
-from ifr_fast.graph import RouteGraph
+from ifr_fast.routes.route_graph import RouteGraph
 
 # What Neuronpedia's published schema (apps/webapp/app/api/graph/graph-schema.json, version 1.0.0)
 # requires, and the types that it names; and the fields that circuit-tracer's own nodes have.

@@ -10,7 +10,7 @@ import pytest
 from hostile import trace
 
 from ifr_fast.export.labels import SHOW_ALL, columns, visible
-from ifr_fast.graph import RouteGraph
+from ifr_fast.routes.route_graph import RouteGraph
 
 
 def test_visible_shows_what_would_not_show() -> None:

@@ -14,7 +14,8 @@ from hostile import trace
 
 from ifr_fast.errors import IfrError
 from ifr_fast.export.tables import check_parquet
-from ifr_fast.graph import EdgeKind, RouteGraph
+from ifr_fast.graph.tables import EdgeKind
+from ifr_fast.routes.route_graph import RouteGraph
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import ifr_fast
-from ifr_fast.graph import Granularity, RouteGraph
+from ifr_fast.graph.tables import Granularity
+from ifr_fast.routes.route_graph import RouteGraph
 
 N_TOKENS = 14
 VOCABULARY = 97

@@ -11,7 +11,8 @@ import torch
 from tiny import LayerAccount
 from torch import Tensor
 
-from ifr_fast.graph import EdgeKind, RouteGraph
+from ifr_fast.graph.tables import EdgeKind
+from ifr_fast.routes.route_graph import RouteGraph
 
 TOLERANCE = 1e-5
 

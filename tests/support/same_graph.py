@@ -8,7 +8,7 @@ import torch
 from oracle import TOLERANCE, LayerImportance
 
 from ifr_fast import RouteGraph
-from ifr_fast.scoring import LayerScores
+from ifr_fast.scoring.scores import LayerScores
 
 
 def assert_same_bits(got: RouteGraph, expected: RouteGraph) -> None:

@@ -12,7 +12,7 @@ from tiny import FAMILIES, VOCAB, account, tiny_model, tiny_text
 from torch import Tensor
 
 from ifr_fast import Tracer
-from ifr_fast.graph import EdgeKind
+from ifr_fast.graph.tables import EdgeKind
 from ifr_fast.survey.columns import Columns, Tokens, score
 
 THRESHOLDS = (0.01, 0.02, 0.05)

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import ifr_fast.survey.analyses
 from ifr_fast.cli import app
-from ifr_fast.survey.analyses import plots
+from ifr_fast.survey.analyses import Finding, plots
 from ifr_fast.survey.report import Report, report
 from ifr_fast.survey.schema import Survey
 
@@ -35,8 +35,14 @@ def surveyed(path: Path) -> Survey:
 
 
 @pytest.fixture
-def no_map(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The figure's t-SNE map takes longer than the rest of a report."""
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports without figures: drawing them takes longer than all analyses."""
+
+    def save(folder: Path, finding: Finding) -> bytes:
+        folder.mkdir(parents=True, exist_ok=True)
+        return b"<svg/>"
+
+    monkeypatch.setattr("ifr_fast.survey.report._save", save)
     monkeypatch.setattr("sklearn.manifold.TSNE.fit_transform", lambda _, x: x[:, :2])
 
 
@@ -88,7 +94,7 @@ def test_the_same_survey_gives_the_same_report(written: Report, tmp_path: Path) 
         assert ours.read_bytes() == theirs.read_bytes()
 
 
-def test_what_cannot_be_computed_is_said(tmp_path: Path) -> None:
+def test_what_cannot_be_computed_is_said(tmp_path: Path, no_pictures: None) -> None:
     columns = made_up(10, 12)
     columns["corpus"][:] = "one"
     del columns["label_pos"]
@@ -100,7 +106,7 @@ def test_what_cannot_be_computed_is_said(tmp_path: Path) -> None:
     assert "no label 'pos'; it has none" in written.path.read_text().replace("&#x27;", "'")
 
 
-def test_the_command(tmp_path: Path, no_map: None) -> None:
+def test_the_command(tmp_path: Path, no_pictures: None) -> None:
     columns = made_up(18, 16)
     columns["corpus"] = np.array(["a", "b", "c"], object)[columns["document"] % 3]
     survey = write_survey(
@@ -128,7 +134,7 @@ def test_the_command(tmp_path: Path, no_map: None) -> None:
 
 
 def test_the_documentation_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_map: None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_pictures: None
 ) -> None:
     columns = made_up(16, 16)
     columns["corpus"] = np.where(columns["corpus"] == "odd", "code", "prose").astype(object)

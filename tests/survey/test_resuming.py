@@ -131,7 +131,7 @@ def test_what_is_not_the_same_survey_is_not_gone_on_with(
     with pytest.raises(FormatError, match="from other inputs"):
         survey(copy, tmp_path / "changed", model=tracer, resume=True, **SMALL)
     copy.write_text("".join([lines[0].replace("the", "eht"), *lines[1:]]))
-    with pytest.raises(FormatError, match="made of other text"):
+    with pytest.raises(FormatError, match="made from other text"):
         survey(copy, tmp_path / "changed", model=tracer, resume=True, **SMALL)
     (tmp_path / "else").mkdir()
     (tmp_path / "else" / "thesis.tex").touch()

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...arguments import as_index
 from ...errors import FormatError, IfrError
-from ...graph import as_index
-from ...model import Decoder
+from ...model.decoder import Decoder
 from ...storage import write_text
 from ...tracer import Tracer
 

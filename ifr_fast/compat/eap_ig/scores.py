@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ... import capture
-from ...model import answering_layers
-from ...prefill import attended
-from ...recording import Recording, layer_inputs
+from ...model.hooks import StopForward, hooked
+from ...model.modes import overriding_layers
+from ...recording.layer_inputs import layer_inputs
+from ...recording.recording import Recording
 from ...tokens import Text, encode
 from ...tracer import Tracer
 from .graph import Graph
@@ -112,7 +112,7 @@ def _scores(graph: Graph, recording: Recording, positions: bool) -> Tensor:
     tokens = embedded if positions else embedded - _without_tokens(recording)
     total = torch.zeros(graph.scores.shape, dtype=torch.float64)
     device, wide = decoder.device, torch.promote_types(decoder.dtype, torch.float32)
-    with attended(decoder):
+    with decoder.replaying():
         for rows in torch.arange(T).split(max(1, _ELEMENTS // (N * D))):
             parts = torch.empty(len(rows), N, D, dtype=wide, device=device)
             parts[:, 0] = tokens[rows.to(tokens.device)]
@@ -184,15 +184,15 @@ def _without_tokens(recording: Recording) -> Tensor:
 
     def stop(_: Any, hidden: Tensor, __: Any) -> Tensor:
         found.append(hidden[0])
-        raise capture.StopForward
+        raise StopForward
 
     embedding = decoder.model.get_input_embeddings()
     zero = embedding.register_forward_hook(lambda _, __, x: torch.zeros_like(x))
     with (
-        attended(decoder),
-        answering_layers(decoder, stop),
-        capture.hooks(zero),
-        suppress(capture.StopForward),
+        decoder.replaying(),
+        overriding_layers(decoder.blocks, stop),
+        hooked(zero),
+        suppress(StopForward),
     ):
         decoder.forward(recording.token_ids)
     return found[0]

@@ -17,11 +17,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...given import given_closure, summed_row
 from ...kernels.contract import LayerInputs
-from ...model import Block
-from ...recording import Recording, layer_inputs
-from ...scoring import Closure, Kernel, check_closure, load_kernel
+from ...model.block import Block
+from ...recording.layer_inputs import layer_inputs
+from ...recording.recording import Recording
+from ...scoring.closure import Closure, check_closure
+from ...scoring.given_rows import given_closure, summed_row
+from ...scoring.implementations import Kernel
 from ...tracer import Tracer
 
 _EPS = 1e-12  # added to every denominator
@@ -71,7 +73,7 @@ def token_matrix(
     """Token importances [R, T] of the rows from `begin` to before `end`, summed over layers;
     float32, on the CPU.
     """
-    T, kernel = len(recording), load_kernel(tracer.impl)
+    T, kernel = len(recording), tracer.kernel
     blocks = []
     step = max(1, _BLOCK_PAIRS // T)
     for first in range(begin, end, step):
@@ -101,7 +103,7 @@ def aggregate(
 
     weights: weights [R] of the rows, rescaled to sum to 1; None: 1 each.
     """
-    rows, kernel = torch.arange(begin, end), load_kernel(tracer.impl)
+    rows, kernel = torch.arange(begin, end), tracer.kernel
     of_rows = torch.ones(len(rows))
     if weights is not None:
         of_rows = weights.float() / (weights.float().sum() + _EPS)
@@ -134,7 +136,7 @@ def _layers(tracer: Tracer, recording: Recording, rows: Tensor, parity: bool) ->
     closures: dict[int, Closure] = {}
     sample = recording.sample(rows).sort().values
     for block in tracer.decoder.blocks:
-        with tracer._replaying(recording):
+        with recording.replaying():
             inputs, resid_post = layer_inputs(recording, block.layer, rows)
         dtype = inputs.y.dtype
         checked = summed_row(block_of(inputs, sample), torch.ones(len(sample)))

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ...errors import IfrError
-from ...scoring import cat_on
+from ...scoring.closure import cat_on
 from . import contributions
 
 if TYPE_CHECKING:

@@ -18,12 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ... import capture
-from ...graph import as_index
+from ...arguments import as_index
 from ...kernels.contract import LayerInputs
-from ...model import Block, answering_layers, evaluating, probe_tokens
-from ...recording import Recording, layer_inputs
-from ...scoring import Closure, cat_on, check_closure, closure
+from ...model.block import Block
+from ...model.interface import exclusively
+from ...model.modes import evaluating, overriding_layers
+from ...model.opening import probe_tokens
+from ...recording.layer_inputs import layer_inputs
+from ...recording.recording import Recording
+from ...scoring.closure import Closure, cat_on, check_closure, closure
 from ...tokens import encode, token_strings
 from ...tracer import Tracer
 from . import contributions, scores, values
@@ -79,7 +82,7 @@ class TransparentLlm:
             raise ValueError(f"device: expected 'gpu' or 'cpu', got {device!r}")
         place = None if device is None else torch.device(_DEVICES[device])
         if hf_model is None:
-            from ...pretrained import load
+            from ...model.pretrained import load
 
             options = {} if dtype is None else {"dtype": dtype}
             hf_model, own = load(model_name if path is None else path, **options)
@@ -191,9 +194,9 @@ class TransparentLlm:
         if not normalize:
             return decoder.head(t[None])[0]
         with (
-            capture.exclusively(decoder.model),
+            exclusively(decoder.model),
             evaluating(decoder.model),
-            answering_layers(decoder, lambda *_: t[None, None]),
+            overriding_layers(decoder.blocks, lambda *_: t[None, None]),
         ):
             return decoder.forward(torch.zeros(1, dtype=torch.int64))[1]
 
@@ -252,7 +255,7 @@ class TransparentLlm:
         Raises ValueError if a norm follows the FFN, since the output then depends on the position.
         """
         layer = self._layer(layer)
-        basis = basis_of(self.tracer._bases, layer)
+        basis = basis_of(self.tracer.neuron_bases, layer)
         if basis.row_scaled:
             raise ValueError(
                 f"layer: a norm after the FFN of layer {layer} scales the outputs of neurons at "
@@ -305,7 +308,7 @@ class TransparentLlm:
                 resid_pre=resid_pre[: len(recording)], y=resid_mid[: len(recording)], ffn=None
             )
             node = in_parity(node) if parity else node
-            found = scores.contributions([score_attention(node, 0.0, self.tracer.impl)])
+            found = scores.contributions([score_attention(node, 0.0, self.tracer.kernel)])
             return (
                 F.pad(found.dense(), (0, 0, 0, missing, 0, missing)),
                 F.pad(found.residual, (0, missing)),
@@ -329,11 +332,11 @@ class TransparentLlm:
         keep = 0.0 if threshold is None else max(0.0, threshold)
         sample = recording.sample(torch.arange(len(recording)))
         scored, mids, posts, closures = [], {}, {}, {}
-        with self.tracer._replaying(recording):
+        with recording.replaying():
             for block in blocks:
                 inputs, resid_post = self._inputs(recording, block.layer)
                 shifted = in_parity(inputs) if self.parity else inputs
-                layer = score_attention(shifted, keep, self.tracer.impl)
+                layer = score_attention(shifted, keep, self.tracer.kernel)
                 scored.append(layer)
                 closures[block.layer] = self._closure(inputs, shifted, layer, block, sample)
                 if resid_post is not None:
@@ -346,7 +349,7 @@ class TransparentLlm:
         of_ffn = {}
         if mids:  # all layers at once
             mid, post = (cat_on(residual.device, x.values()) for x in (mids, posts))
-            found = scores.score_ffn(mid, post, self.parity, self.tracer.impl)
+            found = scores.score_ffn(mid, post, self.parity, self.tracer.kernel)
             pairs = zip(*(x.split(residual.shape[1]) for x in found), strict=True)
             of_ffn = dict(zip(mids, pairs, strict=True))
         if threshold is not None:
@@ -425,7 +428,7 @@ class TransparentLlm:
 
     @torch.inference_mode()
     def _node(self, recording: Recording, layer: int) -> tuple[LayerInputs, Tensor | None]:
-        with self.tracer._replaying(recording):
+        with recording.replaying():
             return self._inputs(recording, layer)
 
     def _inputs(self, recording: Recording, layer: int) -> tuple[LayerInputs, Tensor | None]:
@@ -439,4 +442,4 @@ class TransparentLlm:
         recording, layer = self._sentence(batch_i), self._layer(layer)
         pos = self._index("pos", pos, len(recording))
         ffn = ffn_output(*self._node(recording, layer))[pos]
-        return find_neurons(recording, layer, pos, self.tracer._bases, ffn)
+        return find_neurons(recording, layer, pos, self.tracer.neuron_bases, ffn)

@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ... import capture
+from ...drilldown.neuron_basis import NeuronBases, NeuronBasis, activations
 from ...errors import UnsupportedArchitectureError
-from ...neurons import NeuronBases, NeuronBasis, activations
-from ...recording import Recording
+from ...model.hooks import hooked, on_input
+from ...recording.recording import Recording
 
 
 class Neurons(NamedTuple):
@@ -53,7 +53,7 @@ def find_neurons(
         if module not in within_attention and next(module.parameters(), None) is None
     ]
     rows = torch.tensor([position])
-    with capture.hooks(*(capture.on_input(module, keep) for module in functions)):
+    with hooked(*(on_input(module, keep) for module in functions)):
         found = activations(recording, layer, rows, basis, ffn[None])
     scale = 1 if found.row_scale is None else found.row_scale[0]
     return Neurons(found.values[0], scale * basis.W, read[0] if read else None)

@@ -17,9 +17,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...given import given_rows
 from ...kernels.contract import AttentionScores, LayerInputs
-from ...scoring import cat_on, load_kernel
+from ...scoring.closure import cat_on
+from ...scoring.given_rows import given_rows
+from ...scoring.implementations import Kernel
 from .contributions import EPSILON, FLOOR, offset
 
 _FFN_ROWS = 512  # rows scored at once
@@ -101,20 +102,19 @@ def in_parity(inputs: LayerInputs) -> LayerInputs:
     return inputs._replace(y=y - EPSILON, offset=offset(y).to(y.dtype), floor=FLOOR)
 
 
-def score_attention(inputs: LayerInputs, keep: float, impl: str) -> ScoredLayer:
+def score_attention(inputs: LayerInputs, keep: float, kernel: Kernel) -> ScoredLayer:
     """Scores all rows of a layer, in parity if the inputs are (`in_parity`).
 
     Pairs are kept if their sum over heads is above `keep`.
     """
-    scores = load_kernel(impl).score_attention(inputs, keep)
+    scores = kernel.score_attention(inputs, keep)
     return ScoredLayer(scores, inputs.offset, inputs.window)
 
 
 def score_ffn(
-    resid_mid: Tensor, resid_post: Tensor, parity: bool, impl: str
+    resid_mid: Tensor, resid_post: Tensor, parity: bool, kernel: Kernel
 ) -> tuple[Tensor, Tensor]:
     """Contributions [R] of the FFN's output and of resid_mid to resid_post, each [R, D]."""
-    kernel = load_kernel(impl)
     if not parity:
         plain = kernel.score_ffn(resid_mid, resid_post)
         return plain.ffn, plain.residual

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ... import capture
-from ...capture import AttentionCall, StopForward
-from ...model import evaluating
-from ...recording import Recording
+from ...model.attention import AttentionCall
+from ...model.hooks import StopForward, hooked
+from ...model.modes import evaluating
+from ...recording.recording import Recording
 
 _TOLERANCE = 1e-3  # relative, within which values are affine in attention's input
 
@@ -47,7 +47,7 @@ def biases(recording: Recording) -> list[Tensor]:
             for factor in (0.0, 1.0, 2.0):
                 with (
                     suppress(StopForward),
-                    capture.hooks(_scale_input(block.attention, factor)),
+                    hooked(_scale_input(block.attention, factor)),
                 ):
                     recorded.call.at(last)(block.module, hidden)
             wide = torch.promote_types(values[-1].dtype, torch.float32)

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from ...arguments import index_within
 from ...errors import UnsupportedArchitectureError
-from ...given import given_rows, score_given
-from ...scoring import Kernel, LayerScores, closure
-from ...tracer import index_within
+from ...scoring.closure import closure
+from ...scoring.given_rows import given_rows, score_given
+from ...scoring.implementations import Kernel
+from ...scoring.scores import LayerScores
 
 if TYPE_CHECKING:
     from torch import nn
@@ -78,7 +80,7 @@ def score_block(
         scores.head_total.float(),
         scores.unattributed,
         None if of_ffn is None else of_ffn.unattributed,
-        scores,
+        scores.edges,
         sums,
     )
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
-from ...graph import Granularity, Prediction, RouteGraph, Routes, Span, assemble
-from ...lens import likeliest
-from ...scoring import LayerScores, check_closure, choose_impl, joined, load_kernel
+from ...arguments import Position, check_options, indices, spanned
+from ...graph.tables import Granularity, GraphHeader
+from ...recording.layer_pass import checked_rows
+from ...recording.predictions import KnownPredictions, Predictor
+from ...routes.all_positions import Routes
+from ...routes.route_graph import RouteGraph
+from ...routes.tracing import trace_scores
+from ...scoring.closure import check_closure
+from ...scoring.implementations import choose_impl, load_kernel
+from ...scoring.scores import LayerScores, joined
 from ...tokens import token_strings
-from ...tracer import Position, check_options, grow, indices, spanned
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,8 +28,7 @@ from .layers import LAYER_ENTRIES, Entries, batch_row, open_layer, score_block
 # Rows of one kernel call. Each row has its own keys, so more rows would only fill masked tiles, and
 # fewer rows would prepare W_O more often (measured at 512 tokens of SmolLM2's shape).
 _BLOCK_ROWS = 4
-_BLOCK_VALUES = 1 << 25  # weighted values of one kernel call on other devices than the CPU
-_CHECKED = 8  # rows of each layer whose sums are checked after scoring
+_BLOCK_VALUES = 1 << 25  # weighted values of such a block, off the CPU
 
 
 class Cache(Protocol):
@@ -69,11 +73,14 @@ class CachedRun:
             ]
         first = self._layers[0]
         self.impl = choose_impl(impl, first.y.device, first.y.dtype)
-        self._logits = (
-            None if logits is None else batch_row(logits.detach(), 2, batch_item, "logits")
-        )
-        if self._logits is not None and len(self._logits) != T:
-            raise ValueError(f"logits: expected those of {T} tokens, got {len(self._logits)}")
+        self._kernel = load_kernel(self.impl)
+        self._predict: Predictor | KnownPredictions = KnownPredictions([[]] * T)
+        if logits is not None:
+            of_item = batch_row(logits.detach(), 2, batch_item, "logits")
+            if len(of_item) != T:
+                raise ValueError(f"logits: expected those of {T} tokens, got {len(of_item)}")
+            tokenizer = getattr(model, "tokenizer", None)
+            self._predict = Predictor(of_item.__getitem__, T, tokenizer)
 
     @classmethod
     def of(cls, model: nn.Module, text: str | Tensor, *, impl: str = "auto") -> CachedRun:
@@ -128,32 +135,21 @@ class CachedRun:
         """As `Tracer.trace`: the route graph of the prediction made at `position`."""
         threshold = check_options(threshold, granularity)
         starts = spanned(position, position_weights, len(self))
-        positions = list(starts)
-        reached = torch.zeros(len(self), dtype=torch.bool, device=self._layers[0].y.device)
-        reached[positions] = True
-        grown = grow(
-            lambda layer, rows: self._score(layer, rows, threshold),
-            self.n_layers,
-            reached,
-            threshold,
-            granularity,
-        )
-        predictions = self._predict(positions)
-        return assemble(
-            grown,
-            [layer.parallel for layer in self._layers],
+        header = GraphHeader.of(
+            starts,
+            self._predict(list(starts)),
             tokens=self.tokens,
             token_ids=self.token_ids,
-            position=positions[-1],
             threshold=threshold,
             granularity=granularity,
-            n_layers=self.n_layers,
             n_heads=self.n_heads,
-            predictions=predictions[-1],
-            span=None
-            if len(positions) == 1
-            else Span(positions, list(starts.values()), predictions),
+            parallel=[layer.parallel for layer in self._layers],
         )
+
+        def score(layer: int, rows: Tensor) -> LayerScores:
+            return self._score(layer, rows, threshold)
+
+        return trace_scores(score, header, self._layers[0].y.device)
 
     @torch.no_grad()
     def trace_all(self, *, threshold: float = 0.04, granularity: Granularity = "token") -> Routes:
@@ -178,21 +174,17 @@ class CachedRun:
 
     @torch.no_grad()
     def _score(self, layer: int, rows: Tensor, keep: float) -> LayerScores:
-        of, kernel = self._layers[layer], load_kernel(self.impl)
+        of = self._layers[layer]
         step = _BLOCK_ROWS
         if of.y.device.type != "cpu":
             step = max(1, _BLOCK_VALUES // of.v.numel())
-        checked = torch.arange(len(rows) - 1, -1, -math.ceil(len(rows) / _CHECKED))
+        checked = checked_rows(rows)
         blocks = []
         for first in range(0, len(rows), step):
             sample = checked[(checked >= first) & (checked < first + step)] - first
-            blocks.append(score_block(kernel, layer, of, rows[first : first + step], sample, keep))
+            some = rows[first : first + step]
+            blocks.append(score_block(self._kernel, layer, of, some, sample, keep))
         return joined(blocks, rows)
-
-    def _predict(self, positions: list[int]) -> list[list[Prediction]]:
-        if self._logits is None:
-            return [[] for _ in positions]
-        return likeliest(self._logits[positions], getattr(self.model, "tokenizer", None))
 
 
 def _token_ids(model: nn.Module, tokens: str | Tensor, batch_item: int) -> Tensor:

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ifr_fast import Tracer
 from ifr_fast.compat.eap_ig import Graph, attribute, score_components
-from ifr_fast.recording import RecordingMode
+from ifr_fast.recording.recording import RecordingMode
 
 T = 9
 

@@ -1,0 +1,127 @@
+"""Softmax attention as a model asks for it: one call, all rows or some of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
+
+from .masks import LazyMask
+
+_BLOCK_ELEMENTS = 1 << 21  # limit on [H, R, S] when attention is computed in row blocks
+
+
+class AttentionCall(NamedTuple):
+    """The arguments with which an attention module calls its attention function."""
+
+    module: nn.Module
+    q: Tensor  # [B, H, T, K]
+    k: Tensor  # [B, H_kv, S, K]
+    v: Tensor  # [B, H_kv, S, V]
+    mask: LazyMask
+    scale: float
+    softcap: float | None
+    sinks: Tensor | None  # [H]
+    alibi_slopes: Tensor | None = None  # [H]; slope * (j - t) is added to scores
+
+
+AttentionHandler = Callable[[AttentionCall], Tensor]  # -> [B, T, H, V]
+
+
+def attend(call: AttentionCall, window: int | None) -> Tensor:
+    """The attention output [B, T, H, V], by torch's fused kernel wherever it applies."""
+    if call.softcap is None and call.sinks is None and call.alibi_slopes is None:
+        kv_heads, heads = call.k.shape[1], call.q.shape[1]
+        if window is None:
+            z = nn.functional.scaled_dot_product_attention(
+                call.q,
+                call.k,
+                call.v,
+                is_causal=True,
+                scale=call.scale,
+                enable_gqa=heads != kv_heads,
+            )
+            return z.transpose(1, 2)
+    return attend_rows(call, call.q, torch.arange(call.q.shape[2]), window)
+
+
+def may_sum(d_key: int, d_value: int) -> bool:
+    """True if `attend_and_sum` may return sums at these widths. On GPUs
+    scaled_dot_product_attention pads other widths before it calls the kernel.
+    """
+    return d_key == d_value and d_key % 8 == 0
+
+
+def _sums_well(x: Tensor) -> bool:
+    """False for half precision on CPUs, where torch's flash kernel rounds scores to it."""
+    return not x.is_cpu or x.dtype in (torch.float32, torch.float64)
+
+
+def attend_and_sum(call: AttentionCall, window: int | None) -> tuple[Tensor, Tensor | None]:
+    """`attend`, and the scores' log-sum-exp [B, T, H] (natural log) where it costs nothing, else
+    None. It comes from torch's flash kernel, if torch would choose that here. It has no gradient.
+    """
+    q, k, v = call.q, call.k, call.v
+    plain = call.softcap is None and call.sinks is None and call.alibi_slopes is None
+    if window is None and plain and may_sum(q.shape[-1], v.shape[-1]) and _sums_well(q):
+        choice = torch._fused_sdp_choice(
+            q, k, v, None, 0.0, True, scale=call.scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        if choice == SDPBackend.FLASH_ATTENTION.value:
+            if q.device.type == "cpu":
+                flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+            else:
+                flash = torch.ops.aten._scaled_dot_product_flash_attention
+            z, log_sum_exp, *_ = flash(q, k, v, 0.0, True, scale=call.scale)
+            return z.transpose(1, 2), log_sum_exp.transpose(1, 2)
+    return attend(call, window), None
+
+
+def attend_rows(call: AttentionCall, q: Tensor, rows: Tensor, window: int | None = None) -> Tensor:
+    """The attention output [B, R, H, V] of queries `q` [B, H, R, K] at ascending positions `rows`
+    [R], computed in row blocks with the model's own mask.
+
+    window: the number of keys visible to a row, itself included; no others are read.
+    """
+    heads, kv_heads = q.shape[1], call.k.shape[1]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    step = max(1, _BLOCK_ELEMENTS // (heads * call.k.shape[2]))
+    out = []
+    for i in range(0, len(rows), step):
+        block = rows[i : i + step]
+        begin = 0 if window is None else max(0, int(block[0]) - window + 1)
+        keys = torch.arange(begin, int(block[-1]) + 1, device=q.device)
+        k, v = (x[:, :, begin : int(block[-1]) + 1] for x in (call.k, call.v))
+        block = block.to(q.device)
+        if call.softcap is None and call.sinks is None and call.alibi_slopes is None:
+            z = nn.functional.scaled_dot_product_attention(
+                q[:, :, i : i + step],
+                k,
+                v,
+                attn_mask=call.mask.visible(block, keys),
+                scale=call.scale,
+                enable_gqa=heads != kv_heads,
+            )
+            out.append(z.transpose(1, 2))
+            continue
+        # Heads that share keys become more rows of one head, so keys are not repeated.
+        grouped = q[:, :, i : i + step].reshape(len(q), kv_heads, -1, q.shape[-1])
+        scores = (grouped @ k.transpose(-1, -2)).to(wide) * call.scale
+        scores = scores.view(len(q), heads, len(block), len(keys))
+        if call.softcap is not None:
+            scores = call.softcap * torch.tanh(scores / call.softcap)
+        if call.alibi_slopes is not None:
+            distance = (keys - block[:, None]).to(wide)
+            scores = scores.addcmul(call.alibi_slopes.to(wide)[:, None, None], distance)
+        scores = scores.masked_fill_(~call.mask.visible(block, keys), float("-inf"))
+        if call.sinks is not None:
+            sinks = call.sinks.to(wide)[:, None, None].expand(*scores.shape[:3], 1)
+            weights = torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1]
+        else:
+            weights = scores.softmax(-1)
+        z = weights.reshape(len(q), kv_heads, -1, len(keys)).to(v.dtype) @ v
+        out.append(z.view(len(q), heads, len(block), -1).transpose(1, 2))
+    return torch.cat(out, dim=1)

@@ -1,0 +1,86 @@
+"""Block: one decoder layer and where its parts are found; the tolerances that rounding explains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .hooks import on_input, on_output
+
+HALF = (torch.bfloat16, torch.float16)
+TOLERANCE = 1e-4  # relative error that rounding explains in float32
+
+
+class Block(NamedTuple):
+    """One decoder layer and the places of its parts."""
+
+    layer: int
+    name: str
+    module: nn.Module
+    attention: nn.Module
+    mid_site: nn.Module | None  # the module whose input is resid_mid; None in a parallel block
+    W_O: Tensor  # [H, V, D] effective, in the model's dtype if that holds it; contiguous in V
+    bias: Tensor  # [D] the constant that attention adds; it belongs to no part
+    window: int | None  # keys visible to a row, itself included
+    row_scaled: bool  # a norm after attention scales each row by a number
+    gate_site: nn.Module | None  # the module whose input is the attention output times a gate
+    kv_heads: int
+    d_key: int
+    width: int  # numbers per row in the widest tensor that its submodules return
+    n_outputs: int | None  # length of the tuple that it returns; None where it returns a tensor
+    ffn_site: nn.Module | None  # the module whose output, perhaps scaled, the FFN adds
+
+    @property
+    def parallel(self) -> bool:
+        """True if attention and FFN both read `resid_pre` and are added at once."""
+        return self.mid_site is None
+
+    def crossed_window(self, n_tokens: int) -> int | None:
+        """The window if a text of `n_tokens` is longer than it, else None."""
+        return None if self.window is None or self.window >= n_tokens else self.window
+
+    def on_mid(self, keep: Callable[[Tensor], None]) -> torch.utils.hooks.RemovableHandle:
+        """Passes `resid_mid` to `keep`; in a parallel block, what attention adds to `resid_pre`."""
+        if self.mid_site is not None:
+            return on_input(self.mid_site, keep)
+        return on_output(self.attention, keep)
+
+
+def fit_rows(moved: Tensor, added: Tensor) -> Tensor:
+    """The factor [R] for each row that brings `moved` [R, D] nearest to `added` [R, D]."""
+    return (moved * added).sum(-1) / moved.square().sum(-1).clamp(min=torch.finfo(moved.dtype).tiny)
+
+
+def rounding_tolerance(dtype: torch.dtype) -> float:
+    """Relative error that rounding explains between two runs of the same layer."""
+    return max(10 * TOLERANCE, 8 * torch.finfo(dtype).eps)
+
+
+def relative_error(got: Tensor, expected: Tensor, beside: Tensor | None = None) -> float:
+    """Largest relative error of a row, |got - expected|_2 / |expected|_2. If `expected` is a
+    difference of larger vectors `beside`, their rounding is allowed for.
+    """
+    return float(_relative_errors(got, expected, beside).max())
+
+
+def _relative_errors(got: Tensor, expected: Tensor, beside: Tensor | None = None) -> Tensor:
+    """The relative error of each row."""
+    wide = torch.promote_types(got.dtype, torch.float32)
+    got, expected = got.to(wide), expected.to(wide)
+    distance = torch.linalg.vector_norm(got - expected, dim=-1)
+    norm = torch.linalg.vector_norm(expected, dim=-1)
+    if beside is not None:
+        granted = 8 * torch.finfo(beside.dtype).eps
+        distance = distance - granted * torch.linalg.vector_norm(beside.to(wide), dim=-1)
+    return (distance.clamp(min=0) / norm.clamp(min=1e-30)).nan_to_num(nan=float("inf"))
+
+
+def error_of_runs(got: Tensor, expected: Tensor) -> float:
+    """The difference of two runs [T, D] of a model or layer: the largest relative error of a row;
+    in half precision the median, because there rounding can flip a row's choice of experts.
+    """
+    errors = _relative_errors(got, expected)
+    return float(errors.median() if expected.dtype in HALF else errors.max())

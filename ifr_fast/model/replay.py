@@ -1,0 +1,103 @@
+"""Single rows of one layer, computed again from what was recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+
+import torch
+from torch import Tensor, nn
+
+from .attention import AttentionCall, AttentionHandler, attend_rows
+from .block import Block, fit_rows
+from .hooks import LayerCall, StopForward, hooked, on_input
+from .interface import overriding
+
+
+def replay_rows(
+    block: Block,
+    layer_call: LayerCall,
+    resid_pre: Tensor,
+    recorded: AttentionCall,
+    rows: Tensor,
+    window: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Runs one layer again on some rows alone, its attention reading recorded keys and values.
+
+    resid_pre [T, D]; recorded: a call whose keys, values, mask and slopes are used; rows [R]:
+    ascending, on the CPU; window: keys visible to a row. Returns q [R, H, K], `resid_mid` [R, D]
+    (in a parallel block: resid_pre plus the attention module's output) and the attention output z
+    [R, H, V]. The caller must have overridden the model's attention, by
+    `Decoder.attention_through`.
+    """
+    queries: list[Tensor] = []
+    attended: list[Tensor] = []
+
+    def answer(call: AttentionCall) -> Tensor:
+        queries.append(call.q)
+        past = recorded._replace(q=call.q)
+        attended.append(attend_rows(past, call.q, rows, window))
+        return attended[0]
+
+    hidden = resid_pre[rows.to(resid_pre.device)].to(block.W_O.device)
+    found = stopped_at(block.module, layer_call.at(rows), hidden, answer, block.on_mid)
+    mid = found.reshape(hidden.shape)
+    return (
+        queries[0][0].transpose(0, 1),
+        hidden + mid if block.parallel else mid,
+        attended[0][0],
+    )
+
+
+def row_scales(
+    block: Block, resid_pre: Tensor, resid_mid: Tensor, z: Tensor, value_gate: Tensor | None
+) -> Tensor:
+    """The factors [R] by which a row-scaled block multiplied each row's attention, in float32 or
+    wider.
+
+    resid_pre, resid_mid [R, D]; z [R, H, V]: the attention output; value_gate [R, H, V] or None.
+    """
+    wide = torch.promote_types(block.W_O.dtype, torch.float32)
+    gated = z.to(wide) if value_gate is None else z.to(wide) * value_gate
+    moved = torch.zeros_like(resid_pre, dtype=wide)
+    for of_head, W_O in zip(gated.unbind(1), block.W_O, strict=True):
+        moved.addmm_(of_head, W_O.to(wide))
+    return fit_rows(moved, resid_mid.to(wide) - resid_pre.to(wide) - block.bias.to(wide))
+
+
+def gate_rows(block: Block, layer_call: LayerCall, resid_pre: Tensor, rows: Tensor) -> Tensor:
+    """The gates [R, H, V] of some rows of a gated block: the input of its gate site when attention
+    gives 1. Arguments, and the caller's duty, are those of `replay_rows`.
+    """
+    assert block.gate_site is not None
+    H, V, _ = block.W_O.shape
+    hidden = resid_pre[rows.to(resid_pre.device)].to(block.W_O.device)
+    shape = torch.Size((len(rows), H, V))
+    return gates_at(block.module, block.gate_site, layer_call.at(rows), hidden, shape)
+
+
+def gates_at(
+    layer: nn.Module, site: nn.Module, layer_call: LayerCall, hidden: Tensor, shape: torch.Size
+) -> Tensor:
+    ones = hidden.new_ones(1, *shape)
+    found = stopped_at(layer, layer_call, hidden, lambda _: ones, lambda stop: on_input(site, stop))
+    return found.reshape(shape)
+
+
+def stopped_at(
+    layer: nn.Module,
+    layer_call: LayerCall,
+    hidden: Tensor,
+    answer: AttentionHandler,
+    watch: Callable[[Callable[[Tensor], None]], torch.utils.hooks.RemovableHandle],
+) -> Tensor:
+    """The tensor that `watch` passes on in a run of the layer on `hidden` [R, D], which it ends."""
+    found: list[Tensor] = []
+
+    def stop(x: Tensor) -> None:
+        found.append(x)
+        raise StopForward
+
+    with suppress(StopForward), overriding(answer), hooked(watch(stop)):
+        layer_call(layer, hidden[None])
+    return found[0]

@@ -1,0 +1,1 @@
+"""One forward pass, recorded: the layers of a text, ready to be scored."""

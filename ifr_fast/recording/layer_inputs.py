@@ -1,0 +1,104 @@
+"""Rows of a layer, as the kernels take them: read off a recording, or replayed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..kernels.contract import LayerInputs
+from ..model.attention import AttentionCall
+from ..model.block import Block
+from ..model.replay import gate_rows, replay_rows, row_scales
+from .recording import LayerRecording, Recording
+
+
+def past_of(block: Block, recorded: LayerRecording, k: Tensor, v: Tensor) -> AttentionCall:
+    """The keys and values [S, H_kv, K or V] that a replay's attention reads, and how it does."""
+    return AttentionCall(
+        block.attention,
+        recorded.resid_pre.new_empty(0),
+        k.transpose(0, 1)[None],
+        v.transpose(0, 1)[None],
+        recorded.mask,
+        recorded.scale,
+        recorded.softcap,
+        recorded.sinks,
+        recorded.alibi_slopes,
+    )
+
+
+@torch.inference_mode()
+def layer_inputs(
+    recording: Recording, layer: int, rows: Tensor
+) -> tuple[LayerInputs, Tensor | None]:
+    """The kernels' inputs for `rows` [R] (int64, CPU, ascending) of a layer.
+
+    If the block is sequential, `resid_post` [R, D] is returned too, so that its FFN can be scored.
+    If the recording `is_replayed`, call this within `Decoder.attention_through`.
+    """
+    block, recorded = recording.decoder.blocks[layer], recording.layers[layer]
+    everything = len(rows) == len(recording)
+    on_device = rows.to(recorded.resid_pre.device)
+
+    device = block.W_O.device  # recorded tensors may lie elsewhere
+
+    def take(x: Tensor) -> Tensor:
+        return (x if everything else x[on_device]).to(device)
+
+    k, v = recorded.k.to(device), recorded.v.to(device)
+    z = log_sum_exp = None
+    if recorded.q is not None and recorded.resid_mid is not None:
+        q, mid = take(recorded.q), take(recorded.resid_mid)
+        z = None if recorded.z is None else take(recorded.z)
+        if recorded.log_sum_exp is not None:
+            log_sum_exp = take(recorded.log_sum_exp)
+    else:
+        past = past_of(block, recorded, k, v)
+        q, mid, z = replay_rows(
+            block, recorded.call, recorded.resid_pre, past, rows, recorded.window
+        )
+        if recorded.checked_mid is not None:  # preferred to the replay's own
+            among = torch.isin(rows, recording.checked_rows)
+            known = torch.isin(recording.checked_rows, rows)
+            mid = mid.index_copy(
+                0,
+                among.nonzero().squeeze(1).to(mid.device),
+                recorded.checked_mid[known.to(recorded.checked_mid.device)].to(mid.device),
+            )
+    value_gate = None
+    if block.gate_site is not None:
+        value_gate = gate_rows(block, recorded.call, recorded.resid_pre, rows)
+    resid_pre = take(recorded.resid_pre)
+    following = recording.resid_post(layer)
+    resid_post = (following if everything else following[rows.to(following.device)]).to(device)
+    row_scale = None
+    if block.row_scaled:
+        assert z is not None
+        row_scale = row_scales(block, resid_pre, mid, z, value_gate)
+    inputs = LayerInputs(
+        rows=rows,
+        resid_pre=resid_pre,
+        y=resid_post if block.parallel else mid,
+        q=q,
+        k=k,
+        v=v,
+        W_O=block.W_O,
+        scale=recorded.scale,
+        row_scale=row_scale,
+        value_gate=value_gate,
+        window=recorded.window,
+        softcap=recorded.softcap,
+        sinks=recorded.sinks,
+        alibi_slopes=recorded.alibi_slopes,
+        log_sum_exp=log_sum_exp,
+        ffn=resid_post - mid if block.parallel else None,
+    )
+    return inputs, None if block.parallel else resid_post
+
+
+_BLOCK_ROWS = {"cpu": 512, "cuda": 8192}  # rows that are replayed and scored at once
+
+
+def block_rows(device: torch.device) -> int:
+    """The number of rows that are replayed and scored at once, for a model on `device`."""
+    return _BLOCK_ROWS.get(device.type, _BLOCK_ROWS["cpu"])

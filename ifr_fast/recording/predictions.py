@@ -1,0 +1,92 @@
+"""The next tokens that a model makes most probable, at any position of a recording."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ..graph.tables import Prediction
+from ..tokens import token_strings
+from .recording import Recording
+
+_SHOWN = 5  # tokens of each position
+_HEAD_ROWS = 64  # rows whose logits are formed at once
+
+
+class Predictor:
+    """The likeliest next tokens of one text, formed at the positions that are asked for.
+
+    Pickled, it becomes the list of all predictions: neither a model nor its states go along.
+
+    logits_at: gives the logits [R, vocab] at R positions; n_tokens: of the text.
+    """
+
+    def __init__(
+        self,
+        logits_at: Callable[[list[int]], Tensor],
+        n_tokens: int,
+        tokenizer: PreTrainedTokenizerBase | None,
+    ) -> None:
+        self._logits_at, self._n_tokens, self._tokenizer = logits_at, n_tokens, tokenizer
+
+    @staticmethod
+    def of(recording: Recording, tokenizer: PreTrainedTokenizerBase | None) -> Predictor:
+        """The predictions of a recording. Only what the head reads is kept of it, so that the rest
+        can be freed.
+        """
+        decoder, states = recording.decoder, recording.states
+        position, logits = recording.position, recording.logits
+
+        def logits_at(positions: list[int]) -> Tensor:
+            if positions == [position]:
+                return logits[None]
+            return decoder.head(states[positions].to(decoder.device))
+
+        return Predictor(logits_at, len(states), tokenizer)
+
+    @torch.inference_mode()
+    def __call__(self, positions: list[int]) -> list[list[Prediction]]:
+        """The likeliest tokens after each of `positions`, most probable first."""
+        found = []
+        for begin in range(0, len(positions), _HEAD_ROWS):
+            logits = self._logits_at(positions[begin : begin + _HEAD_ROWS])
+            found += likeliest(logits, self._tokenizer)
+        return found
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return KnownPredictions, (self(list(range(self._n_tokens))),)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Predictor:
+        return self
+
+
+class KnownPredictions:
+    """The likeliest next tokens of a text, of every position."""
+
+    def __init__(self, of_each: list[list[Prediction]]) -> None:
+        self._of_each = of_each
+
+    def __call__(self, positions: list[int]) -> list[list[Prediction]]:
+        """The likeliest tokens after each of `positions`, most probable first."""
+        return [self._of_each[t] for t in positions]
+
+
+def likeliest(logits: Tensor, tokenizer: PreTrainedTokenizerBase | None) -> list[list[Prediction]]:
+    """The tokens that each row of `logits` [R, vocab] makes most probable."""
+    return most_probable(logits.float().softmax(-1), tokenizer)
+
+
+def most_probable(
+    probabilities: Tensor, tokenizer: PreTrainedTokenizerBase | None
+) -> list[list[Prediction]]:
+    """The tokens with the highest of each row of `probabilities` [R, vocab]."""
+    found = []
+    top = probabilities.topk(min(_SHOWN, probabilities.shape[-1]))
+    for ids, values in zip(top.indices.cpu(), top.values.tolist(), strict=True):
+        entries = zip(token_strings(ids, tokenizer), ids.tolist(), values, strict=True)
+        found.append([Prediction(*entry) for entry in entries])
+    return found

@@ -1,0 +1,148 @@
+"""Recording: one forward pass, holding what the scores of any row of any layer need.
+
+Lean: the residual stream at every layer, keys and values; q and `resid_mid` of a row come from
+replaying its layer on that row alone. Full: q and `resid_mid` too, which saves the replays. The
+two give the same graphs; `Tracer.plan` chooses by memory. Nothing is copied: the tensors are the
+forward pass's own, held instead of freed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from torch import Tensor
+
+from ..model.decoder import Decoder
+from ..model.hooks import LayerCall
+from ..model.masks import LazyMask
+from . import mapped_file
+from .layer_pass import checked_rows
+
+
+class RecordingMode(StrEnum):
+    """The tensors that a recording holds of each layer."""
+
+    LEAN = "lean"  # resid_pre, k, v
+    FULL = "full"  # also q, resid_mid, log_sum_exp if there is one, z of row-scaled blocks
+
+
+@dataclass(eq=False)
+class LayerRecording:
+    """One layer's share of a Recording; T positions, on the layer's device."""
+
+    resid_pre: Tensor  # [T, D]
+    k: Tensor  # [T, H_kv, K]
+    v: Tensor  # [T, H_kv, V]
+    scale: float
+    window: int | None
+    softcap: float | None
+    sinks: Tensor | None  # [H]
+    alibi_slopes: Tensor | None  # [H]
+    mask: LazyMask
+    call: LayerCall
+    q: Tensor | None = None  # [T, H, K]
+    resid_mid: Tensor | None = None  # [T, D]; parallel blocks: resid_pre + attention
+    z: Tensor | None = None  # [T, H, V] attention output
+    log_sum_exp: Tensor | None = None  # [T, H] of the scores, where the forward pass gave it
+    checked_mid: Tensor | None = None  # [C, D] lean: resid_mid at Recording.checked_rows
+
+
+@dataclass(eq=False)
+class Recording:
+    """One text's forward pass, ready to be traced at any position and threshold."""
+
+    token_ids: Tensor  # [T] int64, on the CPU
+    tokens: list[str]
+    mode: RecordingMode
+    layers: list[LayerRecording]
+    resid_final: Tensor  # [T, D] resid_post of the last layer
+    states: Tensor  # [T, D] what the head reads
+    position: int  # the forward pass predicted the token after this one
+    logits: Tensor  # [vocab] at `position`
+    checked_rows: Tensor  # [C] int64, on the CPU: rows whose parts are checked against resid_mid
+    decoder: Decoder  # the model that was recorded
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def is_replayed(self) -> bool:
+        """True if scoring it runs layers again, for tensors that it does not hold."""
+        gated = any(block.gate_site is not None for block in self.decoder.blocks)
+        return gated or self.mode is RecordingMode.LEAN
+
+    @contextmanager
+    def replaying(self) -> Iterator[None]:
+        """Within, layers can be replayed where the recording needs it."""
+        with self.decoder.replaying() if self.is_replayed else nullcontext():
+            yield
+
+    def sample(self, rows: Tensor) -> Tensor:
+        """Indices of a few of `rows` [R] to check; if lean, of rows with a recorded resid_mid."""
+        return checked_rows(rows, self.checked_rows if self.mode is RecordingMode.LEAN else None)
+
+    def resid_post(self, layer: int) -> Tensor:
+        """The residual stream [T, D] after a layer."""
+        return (
+            self.layers[layer + 1].resid_pre if layer + 1 < len(self.layers) else self.resid_final
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Saves it as safetensors, for `Tracer.load_recording` with the same model."""
+        mapped_file.write(path, _tensors(self), _fields(self))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are held; a storage that several tensors share is counted once.
+
+        Recordings of one batch share their storages: each counts all of them. The few rows in
+        `checked_mid` are left out, as in `Plan`.
+        """
+        storages = {}
+        for layer in self.layers:
+            of_layer = (layer.resid_pre, layer.k, layer.v, layer.q, layer.resid_mid, layer.z)
+            for x in (*of_layer, layer.log_sum_exp):
+                if x is not None:
+                    storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        for x in (self.resid_final, self.states):
+            storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return sum(storages.values())
+
+
+def _tensors(recording: Recording) -> dict[str, Tensor]:
+    """The recording's tensors by their names in a file."""
+    found: dict[str, Tensor | None] = {
+        "token_ids": recording.token_ids,
+        "checked_rows": recording.checked_rows,
+        "states": recording.states,
+        "logits": recording.logits,
+        f"resid.{len(recording.layers)}": recording.resid_final,
+    }
+    for i, layer in enumerate(recording.layers):
+        found |= {
+            f"resid.{i}": layer.resid_pre,
+            f"k.{i}": layer.k,
+            f"v.{i}": layer.v,
+            f"q.{i}": layer.q,
+            f"mid.{i}": layer.resid_mid,
+            f"z.{i}": layer.z,
+            f"log_sum_exp.{i}": layer.log_sum_exp,
+            f"checked_mid.{i}": layer.checked_mid,
+            f"alibi_slopes.{i}": layer.alibi_slopes,
+        }
+    return {name: x for name, x in found.items() if x is not None}
+
+
+def _fields(recording: Recording) -> dict[str, Any]:
+    return {
+        "mode": recording.mode.value,
+        "model": recording.decoder.fingerprint(),
+        "tokens": recording.tokens,
+        "position": recording.position,
+        "windows": [layer.window for layer in recording.layers],
+    }

@@ -1,0 +1,1 @@
+"""Scores of the parts of each node, by the kernel chosen."""

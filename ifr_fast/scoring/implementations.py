@@ -1,0 +1,107 @@
+"""The implementations of the kernels: which one can run here, and which one runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..kernels.contract import AttentionScores, FFNScores, LayerInputs
+
+IMPLEMENTATIONS = ("auto", "reference", "eager", "cpu", "triton")
+
+
+class Kernel(Protocol):
+    """The functions of every implementation (kernels/contract.py)."""
+
+    def score_attention(self, inputs: LayerInputs, keep: float) -> AttentionScores: ...
+
+    def score_ffn(self, resid_mid: Tensor, resid_post: Tensor) -> FFNScores: ...
+
+
+def choose_impl(impl: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The implementation for a model on `device`; "auto" is $IFR_FAST_IMPL, else the best one.
+
+    An explicit choice never falls back: it raises `ValueError`, which states what is missing.
+    """
+    if impl == "auto":
+        impl = os.environ.get("IFR_FAST_IMPL") or "auto"
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl: expected one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+    if impl == "auto":
+        best = "cpu" if device.type == "cpu" else "triton"
+        return "eager" if what_is_missing(best, device, dtype) else best
+    missing = what_is_missing(impl, device, dtype)
+    if missing is not None:
+        raise ValueError(f"impl: {impl!r} cannot run: {missing}")
+    return impl
+
+
+def what_is_missing(impl: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """The reason why an implementation cannot run for a model on `device`; None if it can."""
+    match impl:
+        case "cpu" if device.type != "cpu":
+            return f"the model is on {device}"
+        case "cpu" if dtype == torch.float64:
+            return "it computes in float32, and the model is in float64"
+        case "cpu":
+            from ..kernels.cpu.kernel import unavailable
+
+            return unavailable()
+        case "triton" if dtype == torch.float64:
+            return "it computes in float32, and the model is in float64"
+        case "triton" if importlib.util.find_spec("triton") is None:
+            return "the package triton is not installed"
+        case "triton" if os.environ.get("TRITON_INTERPRET") == "1":
+            return None  # the interpreter takes tensors on any device
+        case "triton" if device.type != "cuda":
+            return f"the model is on {device}, and TRITON_INTERPRET=1 is not set"
+        case "triton" if torch.version.hip is None and (
+            capability := torch.cuda.get_device_capability(device)
+        ) < (8, 0):
+            major, minor = capability
+            return f"it needs compute capability 8.0 or newer, and {device} has {major}.{minor}"
+        case _:
+            return None
+
+
+def explain_impl(impl: str, device: torch.device) -> str:
+    """The implementation that would run a float32 model on `device`, and the reason, in words."""
+    try:
+        chosen = choose_impl(impl, device, torch.float32)
+    except ValueError as error:
+        return str(error)
+    requested = os.environ.get("IFR_FAST_IMPL") or impl if impl == "auto" else impl
+    why = "asked for" if requested != "auto" else "the fastest that can run here"
+    others = [
+        f"{name}: {missing}"
+        for name in ("cpu", "triton")
+        if (missing := what_is_missing(name, device, torch.float32)) is not None
+    ]
+    return f"{chosen}, {why}" + (f" ({'; '.join(others)})" if others else "")
+
+
+def load_kernel(impl: str) -> Kernel:
+    """The kernel module of an implementation, imported on demand."""
+    match impl:
+        case "reference":
+            from ..kernels import reference
+
+            return reference
+        case "eager":
+            from ..kernels import eager
+
+            return eager
+        case "cpu":
+            from ..kernels.cpu import kernel as cpu
+
+            return cpu
+        case "triton":
+            from ..kernels.triton import kernel as triton
+
+            return triton
+        case _:
+            raise ValueError(f"impl: no kernel {impl!r}")

@@ -1,0 +1,109 @@
+"""Rows of a recorded layer -> LayerScores: checks shapes and calls the kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..kernels.contract import LayerInputs
+from ..model.block import Block
+from ..recording.layer_inputs import block_rows, layer_inputs
+from ..recording.recording import Recording
+from .closure import check_closure, closure
+from .implementations import Kernel
+from .scores import LayerScores, joined
+
+
+def score_layer(
+    recording: Recording, layer: int, rows: Tensor, keep: float, kernel: Kernel
+) -> LayerScores:
+    """Scores `rows` [R] (int64, CPU, strictly ascending) of a layer; edges above `keep`.
+
+    Tensors that the recording lacks are replayed; then rows are scored in row blocks.
+    """
+    block, sample = recording.decoder.blocks[layer], recording.sample(rows)
+
+    def score(some: Tensor, checked: Tensor) -> LayerScores:
+        inputs, resid_post = layer_inputs(recording, layer, some)
+        return score_rows(block, inputs, resid_post, checked, keep, kernel)
+
+    size = block_rows(recording.decoder.device)
+    if not recording.is_replayed or len(rows) <= size:
+        return score(rows, sample)
+    blocks = []
+    for start in range(0, len(rows), size):
+        among = sample[(sample >= start) & (sample < start + size)] - start
+        blocks.append(score(rows[start : start + size], among))
+    return joined(blocks, rows)
+
+
+def score_layers(
+    recording: Recording, rows: Tensor, layers: list[int], keep: float, kernel: Kernel
+) -> Iterator[LayerScores]:
+    """Scores `rows` of some layers, one after another; edges above `keep`."""
+    for layer in layers:
+        with torch.inference_mode(), recording.replaying():
+            scores = score_layer(recording, layer, rows, keep, kernel)
+            check_closure({layer: scores.closure})
+        yield scores
+
+
+def score_rows(
+    block: Block,
+    inputs: LayerInputs,
+    resid_post: Tensor | None,
+    sample: Tensor,
+    keep: float,
+    kernel: Kernel,
+) -> LayerScores:
+    """Scores the rows of a block. resid_post: [R, D], None in a parallel block; sample: indices of
+    the rows to be checked, on the CPU. Raises ValueError for a wrong shape in `inputs`.
+    """
+    _check_shapes(inputs)
+    scores = kernel.score_attention(inputs, keep)
+    if resid_post is None:
+        assert scores.ffn is not None
+        ffn, ffn_residual, ffn_unattributed = scores.ffn, None, None
+    else:
+        of_ffn = kernel.score_ffn(inputs.y, resid_post)
+        ffn, ffn_residual = of_ffn.ffn, of_ffn.residual.float()
+        ffn_unattributed = of_ffn.unattributed
+    return LayerScores(
+        block.layer,
+        inputs.rows,
+        keep,
+        scores.residual.float(),
+        ffn.float(),
+        ffn_residual,
+        scores.head_total.float(),
+        scores.unattributed,
+        ffn_unattributed,
+        scores.edges,
+        closure(inputs, scores.linear, block.bias, sample),
+    )
+
+
+def _check_shapes(inputs: LayerInputs) -> None:
+    (R, H, K), (S, H_kv, V), D = inputs.q.shape, inputs.v.shape, inputs.y.shape[1]
+    expected = {
+        "rows": (R,),
+        "resid_pre": (R, D),
+        "y": (R, D),
+        "k": (S, H_kv, K),
+        "W_O": (H, V, D),
+        "row_scale": (R,),
+        "value_gate": (R, H, V),
+        "sinks": (H,),
+        "alibi_slopes": (H,),
+        "log_sum_exp": (R, H),
+        "ffn": (R, D),
+        "offset": (R,),
+    }
+    for name, shape in expected.items():
+        x = getattr(inputs, name)
+        if x is not None and tuple(x.shape) != shape:
+            raise ValueError(f"{name}: expected shape {shape}, got {tuple(x.shape)}")
+    if H % H_kv:
+        raise ValueError(f"q: its {H} heads are not a multiple of the {H_kv} key/value heads")
