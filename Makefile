@@ -24,7 +24,7 @@ survey-demo: $(STAMP)
 # This target runs the tests of the Triton kernels on the device.
 test-gpu: $(STAMP)
 	$(BIN)/python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "torch sees no GPU here: install its build for yours into $(VENV)")'
-	$(BIN)/pytest tests/test_triton_kernel.py tests/test_triton_aot.py $(PYTEST_ARGS)
+	$(BIN)/pytest tests/kernels -k triton $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -20,18 +20,24 @@ import triton
 import triton.language as tl
 
 from .common import G_SCALE, LOG_SUM_EXP, WORD, first_key, log2_scores, shifted
-from .launch import Names, blocks, launch, tile
+from .launch import blocks, launch, tile
+from .records import Block
 
 
 @triton.jit(do_not_specialize=["R", "n_words", "window"])
 def fold_kernel(
     p_token, p_partial, p_marks, p_proximity, p_rows, p_folded, R, n_words, window,
-    H: tl.constexpr, WINDOW: tl.constexpr, BS: tl.constexpr, BF: tl.constexpr,
+    H: tl.constexpr, BS: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
-    """Program (row, BF keys)."""
+    """token[r, j] += sum over heads of listed proximities; folded[f, r, h] = their sum over the BF
+    keys of tile f, and of partial. Program (row, tile f).
+
+    token [R, 32 W], partial [S / BS, R, H], proximity [R, H, 32 W], folded [S / BF, R, H] float32;
+    marks [2, R, H, W] int32; rows [R] int64.
+    """
     i_r, i_f = tl.program_id(0).to(tl.int64), tl.program_id(1)
     t = tl.load(p_rows + i_r).to(tl.int32)
-    first = first_key(t, window, WINDOW)
+    first = first_key(t, window)
     if (i_f * BF > t) | (i_f * BF + BF <= first):
         return
     plane = R.to(tl.int64) * H
@@ -64,13 +70,18 @@ def fold_kernel(
 def totals_kernel(
     p_folded, p_partial_lin, p_rows, p_residual, p_of_ffn, p_total, p_head_total, p_unattributed,
     p_linear, R, window,
-    H: tl.constexpr, FFN: tl.constexpr, WINDOW: tl.constexpr, BS: tl.constexpr, BF: tl.constexpr,
-    BH: tl.constexpr,
+    H: tl.constexpr, BS: tl.constexpr, BF: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
-    """Program (row); residual and ffn are normalized in place."""
+    """total[r] = residual + ffn + sum of folded; head_total[r, h] = sum of folded / total;
+    linear[r] = sum of partial_lin. residual and of_ffn are divided by total in place. Program
+    (row).
+
+    All [R] or [R, H], float32; unattributed bool; folded [S / BF, R, H], partial_lin
+    [S / BS, R, H].
+    """
     i_r = tl.program_id(0).to(tl.int64)
     t = tl.load(p_rows + i_r).to(tl.int32)
-    first = first_key(t, window, WINDOW)
+    first = first_key(t, window)
     o_h = tl.arange(0, BH)
     m_h = o_h < H
     b_heads = tl.zeros([BH], tl.float32)
@@ -86,14 +97,14 @@ def totals_kernel(
     total = residual + tl.sum(b_heads)
     n_keys = (t - first + 1).to(tl.float32)
     n_parts = 1 + H * n_keys
-    if FFN:
+    if p_of_ffn is not None:
         ffn = tl.load(p_of_ffn + i_r)
         total += ffn
         n_parts += 1
     nothing = total == 0
     total = tl.where(nothing, n_parts, total)
     tl.store(p_residual + i_r, tl.where(nothing, 1.0, residual) / total)
-    if FFN:
+    if p_of_ffn is not None:
         tl.store(p_of_ffn + i_r, tl.where(nothing, 1.0, ffn) / total)
     tl.store(p_head_total + i_r * H + o_h, tl.where(nothing, n_keys, b_heads) / total, mask=m_h)
     tl.store(p_total + i_r, total)
@@ -104,12 +115,16 @@ def totals_kernel(
 def edges_kernel(
     p_token, p_rows, p_total, p_unattributed, p_source, p_weight, p_n_edges,
     n_words, n_slots, window, keep,
-    H: tl.constexpr, WINDOW: tl.constexpr, BF: tl.constexpr,
+    H: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
-    """Program (row); slots that no edge needs are left as they are."""
+    """source and weight [R, slots] of the tokens with token / total > keep, ascending; n_edges [R]
+    of them. Slots that no edge needs are left as they are. Program (row).
+
+    token [R, 32 W] and weight float32, source int64, n_edges int32.
+    """
     i_r = tl.program_id(0).to(tl.int64)
     t = tl.load(p_rows + i_r).to(tl.int32)
-    first = first_key(t, window, WINDOW)
+    first = first_key(t, window)
     total = tl.load(p_total + i_r)
     nothing = tl.load(p_unattributed + i_r) != 0
     count = 0
@@ -140,10 +155,14 @@ def head_weights_kernel(
     scale, softcap, window, floor,
     H: tl.constexpr, H_kv: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     UNIT_K: tl.constexpr, UNIT_V: tl.constexpr, HALVES: tl.constexpr,
-    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr, SHIFTED: tl.constexpr,
     BE: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """Program (row, BE slots)."""
+    """head_weight[r, e, h] = proximity[r, h, j] / total[r] of each edge's key j: of a listed pair
+    from its place, of any other max(lin + offset, floor), formed anew. Program (row, BE slots).
+
+    q [R, H, K], k [S, H_kv, K], v [S, H_kv, V] in the model's dtype; g [R, H, HALVES, V]; lines
+    [4, R, H], proximity [R, H, 32 W], head_weight [R, slots, H] float32.
+    """
     GROUP: tl.constexpr = H // H_kv
     i_r, plane = tl.program_id(0).to(tl.int64), R.to(tl.int64) * H
     n_edges = tl.load(p_n_edges + i_r)
@@ -172,10 +191,9 @@ def head_weights_kernel(
             b_g = tl.load(p_line_g, mask=m_v, other=0.0).to(tl.float32)
             if HALVES == 2:
                 b_g += tl.load(p_line_g + V, mask=m_v, other=0.0).to(tl.float32)
-            slope = tl.load(p_slopes + i_h).to(tl.float32) if ALIBI else 0.0
+            slope = tl.load(p_slopes + i_h).to(tl.float32) if p_slopes is not None else None
             b_qk = tl.sum(b_k.to(tl.float32) * b_q.to(tl.float32)[None, :], 1)
-            b_score = log2_scores(b_qk, b_distance, scale, softcap, slope, window,
-                                  SOFTCAP, ALIBI, WINDOW)  # fmt: skip
+            b_score = log2_scores(b_qk, b_distance, scale, softcap, slope, window)
             b_alpha = tl.exp2(b_score - tl.load(p_lines + LOG_SUM_EXP * plane + i_line))
             b_lin = tl.sum(b_v.to(tl.float32) * b_g[None, :], 1)
             b_lin *= b_alpha * tl.load(p_lines + G_SCALE * plane + i_line)
@@ -186,25 +204,26 @@ def head_weights_kernel(
             m_listed = ((b_words >> (b_s % WORD).to(tl.int32)) & 1) != 0
             p_listed = p_proximity + i_line * n_words * WORD + b_s
             b_listed = tl.load(p_listed, mask=m_e & m_listed, other=0.0)
-            b_linear = shifted(b_lin, p_offset, i_r, floor, SHIFTED)
+            b_linear = shifted(b_lin, p_offset, i_r, floor)
             b_proximity = tl.where(m_listed, b_listed, b_linear)
             b_proximity = tl.where(nothing, 1.0, b_proximity)
             o_out = (i_r * n_slots + o_e) * H + i_h
             tl.store(p_head_weight + o_out, b_proximity / total, mask=m_e)
 
 
-def fold(x: Names) -> None:
+def fold(x: Block) -> None:
     """Token sums, of listed pairs too, and folded."""
-    launch(fold_kernel, (x["R"], blocks(x["S"], x["BF"])), x)
+    launch(fold_kernel, (x.rows.R, blocks(x.layer.S, x.layer.BF)), x)
 
 
-def totals(x: Names) -> None:
-    """Denominators, and what they divide but for the edges."""
-    launch(totals_kernel, (x["R"],), x, BH=triton.next_power_of_2(x["H"]))
+def totals(x: Block) -> None:
+    """Denominators, and all that they divide but the edges."""
+    launch(totals_kernel, (x.rows.R,), x, BH=triton.next_power_of_2(x.layer.H))
 
 
-def edges(x: Names) -> None:
+def edges(x: Block) -> None:
     """Source, weight and head_weight of the edges."""
-    launch(edges_kernel, (x["R"],), x)
-    tiles = {"BE": 16, "BK": tile(x["K"]), "BV": tile(x["V"])}
-    launch(head_weights_kernel, (x["R"], blocks(x["n_slots"], 16)), x, **tiles)
+    launch(edges_kernel, (x.rows.R,), x)
+    BE = 16
+    tiles = {"BE": BE, "BK": tile(x.layer.K), "BV": tile(x.layer.V)}
+    launch(head_weights_kernel, (x.rows.R, blocks(x.rows.n_slots, BE)), x, **tiles)

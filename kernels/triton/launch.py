@@ -1,31 +1,50 @@
-"""Launching a kernel by the names of its arguments."""
+"""Launching a kernel whose parameters are fields of records."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from functools import cache
+from itertools import chain
+from operator import itemgetter
 from typing import Any
 
 import triton
 
-Names = dict[str, Any]  # a kernel's parameters, by name
+Records = tuple[tuple[Any, ...], ...]  # NamedTuples (records.py)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], values: Names, **tiles: Any) -> None:
-    """Runs a kernel whose parameters are found by name: among `tiles`, else among `values`.
+def launch(kernel: Any, grid: tuple[int, ...], records: Records, **tiles: Any) -> None:
+    """Runs a kernel; each parameter takes its value from `tiles`, or from a field of `records`.
 
-    Of `tiles`, what is no parameter (num_warps, num_stages) is an option of the launch.
+    Names decide: the parameter p_x takes the field x, every other parameter the field of its own
+    name. Tiles that are no parameter (num_warps, num_stages) are options of the launch.
     """
     if 0 in grid:
         return
-    names = kernel.arg_names
-    options = {name: x for name, x in tiles.items() if name not in names}
-    kernel[grid](**{name: (values | tiles)[name] for name in names}, **options)
+    pick, options = _plan(kernel.fn, tuple(map(type, records)), tuple(tiles))
+    values = pick((*chain.from_iterable(records), *tiles.values()))
+    kernel[grid](*values, **{name: tiles[name] for name in options})
+
+
+@cache
+def _plan(
+    kernel: Callable[..., Any], types: tuple[Any, ...], tiles: tuple[str, ...]
+) -> tuple[Callable[[tuple[Any, ...]], tuple[Any, ...]], tuple[str, ...]]:
+    """Where a kernel's parameters lie among the values of records and tiles laid end to end, and
+    the tiles that are options.
+    """
+    places = {name: i for i, name in enumerate((*chain(*(x._fields for x in types)), *tiles))}
+    names = list(inspect.signature(kernel).parameters)
+    pick = itemgetter(*(places[name.removeprefix("p_")] for name in names))
+    return pick, tuple(name for name in tiles if name not in names)
 
 
 def blocks(n: int, block: int) -> int:
-    """How many blocks cover n."""
-    return triton.cdiv(n, block)
+    """The number of blocks that cover n."""
+    return -(-n // block)
 
 
 def tile(n: int) -> int:
     """The power of two that covers n, at least what a matrix unit takes."""
-    return max(16, triton.next_power_of_2(n))
+    return max(16, int(triton.next_power_of_2(n)))

@@ -1,4 +1,4 @@
-"""(a) What is known of weights, keys and lines before any pair is looked at (../breakpoints.py).
+"""(a) Numbers of weights, keys and lines, before any pair is looked at (../breakpoints.py).
 
     rho[h, i]  = |W_O[h][:, i]|_2
     g[t, h]    = gate[t, h] * (W_O[h] @ s_t),   s_t = sign(y_t)
@@ -24,7 +24,7 @@ is searched for by counting, and is at most near_end / rho_rms. All coordinates 
 pair with a <= LIGHT_LIMIT are among them: such a pair is light. FIRST_BREAKPOINT is the smallest
 breakpoint, or near_end / rho_rms where no breakpoint is known to be below that.
 
-Shapes: W_T [H, D, V] (W_O transposed, V contiguous), rho_inv [H, D] and its transpose rho_inv_t
+Shapes: w [H, D, V] (W_O transposed, V contiguous), rho_inv [H, D] and its transpose rho_inv_t
 (0 where rho is 0), rho_rms [H], spread_inv [D] (of the maximum over heads), v_norm [H_kv, S], v16
 [S, H_kv, V], v_scale [H_kv], g [R, H, 1 or 2, V], lines [4, R, H], counts [3, R, H], nearest
 [R, M], near [R, M] (|y / row_scale| of those), near_end [R], candidates [R, H, N].
@@ -45,7 +45,8 @@ from .common import (
     LOG_SUM_EXP,
     dot,
 )
-from .launch import Names, blocks, launch, tile
+from .launch import blocks, launch, tile
+from .records import Block, Layer
 
 GUESSES = tl.constexpr(3)  # at a line's limit
 NEAR_GUESSES = tl.constexpr(4)  # at a row's
@@ -56,7 +57,11 @@ def column_norms_kernel(
     p_w, p_rho_inv, p_rho_inv_t, p_rho_rms, stride_wh, stride_wd,
     H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """Program (head)."""
+    """rho_inv[h, i] = 1 / |W_O[h][:, i]|_2 (0 where the norm is 0), its transpose, and rho_rms[h].
+    Program (head).
+
+    w [H, D, V] in the model's dtype; rho_inv [H, D], rho_inv_t [D, H], rho_rms [H] float32.
+    """
     i_h = tl.program_id(0).to(tl.int64)
     o_v = tl.arange(0, BV)
     b_sum = tl.zeros([BD], tl.float32)
@@ -79,6 +84,10 @@ def spread_kernel(
     p_rho_inv_t, p_rho_rms, p_spread_inv,
     H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
+    """spread_inv[i] = min over h of rho_rms[h] / rho[h, i]. Program (BD coordinates).
+
+    rho_inv_t [D, H], rho_rms [H], spread_inv [D] float32.
+    """
     o_d = tl.program_id(0) * BD + tl.arange(0, BD)
     o_h = tl.arange(0, BH)
     m_dh = (o_d < D)[:, None] & (o_h < H)[None, :]
@@ -92,9 +101,12 @@ def spread_kernel(
 def value_norms_kernel(
     p_v, p_v_norm, p_v_size, S, stride_vs, stride_vh,
     V: tl.constexpr, BV: tl.constexpr, BS: tl.constexpr, UNIT_V: tl.constexpr,
-    HALVED: tl.constexpr,
 ):  # fmt: skip
-    """And their largest coordinates, where float16 values are wanted."""
+    """v_norm[h, j] = |v[j, h]|_2; v_size[h, j] = its largest coordinate, where float16 values are
+    wanted. Program (BS keys, KV head).
+
+    v [S, H_kv, V] in the model's dtype; v_norm and v_size [H_kv, S] float32.
+    """
     i_h = tl.program_id(1).to(tl.int64)
     o_s = tl.program_id(0) * BS + tl.arange(0, BS)
     o_v = tl.arange(0, BV)
@@ -103,7 +115,7 @@ def value_norms_kernel(
     b_v = tl.load(p_v + i_h * stride_vh * UNIT_V + o_vals, mask=m_v, other=0.0).to(tl.float32)
     b_norm = tl.sqrt_rn(tl.sum(b_v * b_v, 1))  # [BS]
     tl.store(p_v_norm + i_h * S + o_s, b_norm, mask=o_s < S)
-    if HALVED:
+    if p_v_size is not None:
         tl.store(p_v_size + i_h * S + o_s, tl.max(tl.abs(b_v), 1), mask=o_s < S)
 
 
@@ -112,7 +124,11 @@ def half_values_kernel(
     p_v, p_v_top, p_v16, p_v_scale, S, stride_vs, stride_vh,
     H_kv: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, BS: tl.constexpr, UNIT_V: tl.constexpr,
 ):  # fmt: skip
-    """V / v_scale as float16, v_scale 2^-14 times the power of two below the largest coordinate."""
+    """v16 = v / v_scale as float16; v_scale[h] is 2^-14 times the power of two below the largest
+    coordinate. Program (BS keys, KV head).
+
+    v [S, H_kv, V] bfloat16; v_top and v_scale [H_kv] float32; v16 [S, H_kv, V] float16.
+    """
     i_h = tl.program_id(1).to(tl.int64)
     o_s = (tl.program_id(0) * BS + tl.arange(0, BS)).to(tl.int64)
     o_v = tl.arange(0, BV)
@@ -127,14 +143,18 @@ def half_values_kernel(
     tl.store(p_v_scale + i_h, power * 2.0**-14)
 
 
-@triton.jit(do_not_specialize=["R", "stride_gate_r", "stride_gate_h"])
+@triton.jit(do_not_specialize=["R"])
 def value_space_signs_kernel(
-    p_w, p_y, p_gate, p_row_scale, p_g, p_lines,
-    R, stride_wh, stride_wd, stride_gate_r, stride_gate_h,
-    H: tl.constexpr, V: tl.constexpr, D: tl.constexpr, UNIT_V: tl.constexpr,
-    GATED: tl.constexpr, SCALED: tl.constexpr, HALVES: tl.constexpr,
+    p_w, p_y, p_gate, p_row_scale, p_g, p_lines, R, stride_wh, stride_wd,
+    H: tl.constexpr, V: tl.constexpr, D: tl.constexpr, HALVES: tl.constexpr,
     BT: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
+    """g[r, h] = gate[r, h] * (W_O[h] @ s[r]) / scale, in HALVES numbers; lines[G_SCALE] = scale *
+    row_scale. Program (BT rows, head).
+
+    w [H, D, V], y [R, D], gate [R, H, V] in the model's dtype; row_scale [R]; g [R, H, HALVES, V]
+    float32, float16 or bfloat16; lines [4, R, H] float32.
+    """
     i_h = tl.program_id(1).to(tl.int64)
     o_r = tl.program_id(0) * BT + tl.arange(0, BT)
     o_d, o_v = tl.arange(0, BD), tl.arange(0, BV)
@@ -151,9 +171,8 @@ def value_space_signs_kernel(
         b_g = dot(b_s, b_w, b_g)
 
     m_g = m_r[:, None] & m_v[None, :]
-    if GATED:
-        o_gate = o_r.to(tl.int64)[:, None] * (stride_gate_r * UNIT_V) + o_v[None, :]
-        b_gate = tl.load(p_gate + i_h * stride_gate_h * UNIT_V + o_gate, mask=m_g, other=0.0)
+    if p_gate is not None:
+        b_gate = tl.load(p_gate + o_line[:, None] * V + o_v[None, :], mask=m_g, other=0.0)
         b_g *= b_gate.to(tl.float32)
     b_scale = tl.full([BT], 1.0, tl.float32)
     o_g = o_line[:, None] * (HALVES * V) + o_v[None, :]
@@ -167,15 +186,15 @@ def value_space_signs_kernel(
         tl.store(p_g + o_g, b_high, mask=m_g)
         if HALVES == 2:
             tl.store(p_g + o_g + V, (b_g - b_high.to(tl.float32)).to(b_high.dtype), mask=m_g)
-    if SCALED:
+    if p_row_scale is not None:
         b_scale *= tl.load(p_row_scale + o_r, mask=m_r, other=0.0).to(tl.float32)
     tl.store(p_lines + G_SCALE * R.to(tl.int64) * H + o_line, b_scale, mask=m_r)
 
 
 @triton.jit
 def search(b_point, b_try, N: tl.constexpr, STEPS: tl.constexpr, AXIS: tl.constexpr):
-    """The highest of the limits tried that at most N points along the axis are below, 0 where none
-    is. Each try is where 3 / 4 N points should be by the one before.
+    """The highest of the limits tried that has at most N points along the axis below it, or 0. Each
+    try is where 3 / 4 N points should be by the one before.
     """
     b_limit = tl.zeros_like(b_try)
     for _ in tl.static_range(STEPS):
@@ -189,15 +208,20 @@ def search(b_point, b_try, N: tl.constexpr, STEPS: tl.constexpr, AXIS: tl.conste
 @triton.jit(do_not_specialize=["R"])
 def nearest_kernel(
     p_y, p_spread_inv, p_row_scale, p_nearest, p_near, p_near_end, R,
-    D: tl.constexpr, M: tl.constexpr, SCALED: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    D: tl.constexpr, M: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Program (BT rows), all D coordinates at once; places that are left have D and infinity."""
+    """nearest[r] = the coordinates with near below near_end[r], ascending, at most M; near[r] =
+    their |y / row_scale|. Places that are left have D and infinity. Program (BT rows), all D.
+
+    y [R, D] in the model's dtype; spread_inv [D], row_scale [R]; nearest [R, M] int32; near [R, M]
+    and near_end [R] float32.
+    """
     o_r = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
     o_d, o_m = tl.arange(0, BD), tl.arange(0, M)
     m_r, m_d = o_r < R, o_d < D
     m_y = m_r[:, None] & m_d[None, :]
     b_y = tl.abs(tl.load(p_y + o_r[:, None] * D + o_d[None, :], mask=m_y, other=0.0).to(tl.float32))
-    if SCALED:
+    if p_row_scale is not None:
         b_row_scale = tl.load(p_row_scale + o_r, mask=m_r, other=1.0).to(tl.float32)
         m_zero = b_row_scale == 0
         b_y /= tl.where(m_zero, 1.0, tl.abs(b_row_scale))[:, None]
@@ -228,10 +252,15 @@ def nearest_kernel(
 def breakpoints_kernel(
     p_nearest, p_near, p_near_end, p_rho_inv_t, p_rho_rms, p_log_sum_exp, p_lines, p_counts,
     p_candidates, R,
-    H: tl.constexpr, D: tl.constexpr, N: tl.constexpr, M: tl.constexpr, SUMMED: tl.constexpr,
-    BH: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, N: tl.constexpr, M: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
-    """Program (row, BH heads); the forward pass's log-sum-exp, if it gave one, to base 2."""
+    """candidates[r, h] = the coordinates with bp[r, h] below lines[LIGHT_LIMIT], counts of them;
+    lines[FIRST_BREAKPOINT]; lines[LOG_SUM_EXP] where the forward pass gave it, to base 2. Program
+    (row, BH heads).
+
+    nearest [R, M] and candidates [R, H, N] int32; near [R, M], near_end [R], rho_inv_t [D, H],
+    rho_rms [H], lines [4, R, H] float32; counts [3, R, H] int32; log_sum_exp [R, H].
+    """
     i_r, plane = tl.program_id(0).to(tl.int64), R.to(tl.int64) * H
     o_h, o_m = tl.program_id(1) * BH + tl.arange(0, BH), tl.arange(0, M)
     m_h = o_h < H
@@ -264,38 +293,39 @@ def breakpoints_kernel(
     tl.store(p_counts + CANDIDATES * plane + o_line, tl.max(b_place, 0) + 1, mask=m_h)
     tl.store(p_lines + FIRST_BREAKPOINT * plane + o_line, b_first, mask=m_h)
     tl.store(p_lines + LIGHT_LIMIT * plane + o_line, b_limit, mask=m_h)
-    if SUMMED:
+    if p_log_sum_exp is not None:
         b_log_sum_exp = tl.load(p_log_sum_exp + o_line, mask=m_h, other=0.0).to(tl.float32)
         tl.store(p_lines + LOG_SUM_EXP * plane + o_line, b_log_sum_exp * LOG2_E, mask=m_h)
 
 
-def weights(x: Names) -> None:
-    """Rho_inv, rho_rms and spread_inv, of W_T."""
-    launch(column_norms_kernel, (x["H"],), x, BD=64, BV=tile(x["V"]), num_warps=16)
+def weights(x: Layer) -> None:
+    """rho_inv, rho_rms and spread_inv, of w."""
+    launch(column_norms_kernel, (x.H,), (x,), BD=64, BV=tile(x.V), num_warps=16)
     BD = 32
-    BH = triton.next_power_of_2(x["H"])
-    launch(spread_kernel, (blocks(x["D"], BD),), x, BD=BD, BH=BH, num_warps=4)
+    BH = triton.next_power_of_2(x.H)
+    launch(spread_kernel, (blocks(x.D, BD),), (x,), BD=BD, BH=BH, num_warps=4)
 
 
-def values(x: Names) -> None:
+def values(x: Layer) -> None:
     """v_norm and, of a bfloat16 model, v16, of v."""
     BS = 32
-    grid = (blocks(x["S"], BS), x["H_kv"])
-    tiles = {"BS": BS, "BV": tile(x["V"]), "num_warps": 4}
-    launch(value_norms_kernel, grid, x, **tiles)
-    if x["HALVED"]:
-        torch.amax(x["p_v_size"], 1, out=x["p_v_top"])
-        launch(half_values_kernel, grid, x, **tiles)
+    grid = (blocks(x.S, BS), x.H_kv)
+    tiles = {"BS": BS, "BV": tile(x.V), "num_warps": 4}
+    launch(value_norms_kernel, grid, (x,), **tiles)
+    if x.v_size is not None and x.v_top is not None:
+        torch.amax(x.v_size, 1, out=x.v_top)
+        launch(half_values_kernel, grid, (x,), **tiles)
 
 
-def lines(x: Names) -> None:
+def lines(x: Block) -> None:
     """Signs in value space and their scale, breakpoints and candidates, of y."""
-    BT, num_warps = (16, 8) if x["few"] else (128, 16)
-    tiles = {"BT": BT, "BD": 64, "BV": tile(x["V"]), "num_warps": num_warps, "num_stages": 2}
-    launch(value_space_signs_kernel, (blocks(x["R"], BT), x["H"]), x, **tiles)
-    BD = tile(x["D"])
+    R, H, D = x.rows.R, x.layer.H, x.layer.D
+    BT, num_warps = (16, 8) if x.work.few else (128, 16)
+    tiles = {"BT": BT, "BD": 64, "BV": tile(x.layer.V), "num_warps": num_warps, "num_stages": 2}
+    launch(value_space_signs_kernel, (blocks(R, BT), H), x, **tiles)
+    BD = tile(D)
     BT = max(1, 1024 // BD)
     tiles = {"BT": BT, "BD": BD, "num_warps": min(16, max(4, BD // 512))}
-    launch(nearest_kernel, (blocks(x["R"], BT),), x, **tiles)
-    BH = min(16, triton.next_power_of_2(x["H"]))
-    launch(breakpoints_kernel, (x["R"], blocks(x["H"], BH)), x, BH=BH, num_warps=16)
+    launch(nearest_kernel, (blocks(R, BT),), x, **tiles)
+    BH = min(16, triton.next_power_of_2(H))
+    launch(breakpoints_kernel, (R, blocks(H, BH)), x, BH=BH, num_warps=16)

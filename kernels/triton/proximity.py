@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 
 from .common import shifted
-from .launch import Names, launch
+from .launch import launch
+from .records import Block, FFNRows
 
 BLOCK_D = 1024
 
@@ -22,9 +23,13 @@ BLOCK_D = 1024
 @triton.jit
 def parts_kernel(
     p_resid_pre, p_ffn, p_y, p_offset, p_residual, p_of_ffn, floor,
-    D: tl.constexpr, FFN: tl.constexpr, SHIFTED: tl.constexpr, BD: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Unnormalized, of a node after attention; with FFN, of a parallel block's."""
+    """residual[r] = proximity(resid_pre[r], y[r]); in parallel blocks of_ffn[r] likewise, of ffn.
+    Program (row).
+
+    resid_pre, ffn, y [R, D] in the model's dtype; offset [R]; results [R] float32.
+    """
     i_r = tl.program_id(0).to(tl.int64)
     o_d = tl.arange(0, BD)
     b_residual, b_ffn = tl.zeros([BD], tl.float32), tl.zeros([BD], tl.float32)
@@ -34,17 +39,21 @@ def parts_kernel(
         b_y = tl.load(p_y + o_rd, mask=m_d, other=0.0).to(tl.float32)
         b_pre = tl.load(p_resid_pre + o_rd, mask=m_d, other=0.0).to(tl.float32)
         b_residual += tl.abs(b_y) - tl.abs(b_y - b_pre)
-        if FFN:
+        if p_ffn is not None:
             b_out = tl.load(p_ffn + o_rd, mask=m_d, other=0.0).to(tl.float32)
             b_ffn += tl.abs(b_y) - tl.abs(b_y - b_out)
-    tl.store(p_residual + i_r, shifted(tl.sum(b_residual), p_offset, i_r, floor, SHIFTED))
-    if FFN:
-        tl.store(p_of_ffn + i_r, shifted(tl.sum(b_ffn), p_offset, i_r, floor, SHIFTED))
+    tl.store(p_residual + i_r, shifted(tl.sum(b_residual), p_offset, i_r, floor))
+    if p_of_ffn is not None:
+        tl.store(p_of_ffn + i_r, shifted(tl.sum(b_ffn), p_offset, i_r, floor))
 
 
 @triton.jit
 def ffn_kernel(p_mid, p_post, p_residual, p_ffn, p_unattributed, D: tl.constexpr, BD: tl.constexpr):
-    """Importances of resid_mid and of post - mid in post; post less the latter is mid."""
+    """residual[r] = proximity(mid, post) / total; ffn[r] = proximity(post - mid, post) / total, its
+    numerator being max(|post|_1 - |mid|_1, 0). Program (row).
+
+    mid, post [R, D] in the model's dtype; residual, ffn [R] float32; unattributed [R] bool.
+    """
     i_r = tl.program_id(0).to(tl.int64)
     o_d = tl.arange(0, BD)
     b_residual, b_ffn = tl.zeros([BD], tl.float32), tl.zeros([BD], tl.float32)
@@ -65,11 +74,11 @@ def ffn_kernel(p_mid, p_post, p_residual, p_ffn, p_unattributed, D: tl.constexpr
     tl.store(p_unattributed + i_r, nothing)
 
 
-def parts(x: Names) -> None:
+def parts(x: Block) -> None:
     """Proximities of the residual stream and, where it is a part, the FFN's output."""
-    launch(parts_kernel, (x["R"],), x, BD=BLOCK_D, num_warps=8)
+    launch(parts_kernel, (x.rows.R,), x, BD=BLOCK_D, num_warps=8)
 
 
-def ffn(x: Names) -> None:
+def ffn(x: FFNRows) -> None:
     """Importances of the parts of resid_post."""
-    launch(ffn_kernel, (x["R"],), x, BD=BLOCK_D, num_warps=8)
+    launch(ffn_kernel, (x.R,), (x,), BD=BLOCK_D, num_warps=8)

@@ -1,4 +1,4 @@
-"""(a) How far a value reaches through a head: a bound on its parts that is tighter than its norm.
+"""(a) The reach of a value through a head: a bound on its parts that is tighter than its norm.
 
     u[h, j] = v[j] @ W_O[h],   cosine[h, j, i] = u[h, j, i] / (|v[j]| rho[h, i])
     reach[h, j] = |v[j]| max_i |cosine[h, j, i]|
@@ -7,10 +7,10 @@ A part p = alpha u has |p_i| <= alpha reach rho_i, and reach <= |v| by Cauchy-Sc
 a = alpha reach in place of alpha |v|, every coordinate that can flip is still beyond its
 breakpoint, and two or three times fewer others are (directions in V dimensions are nearly
 orthogonal: of D cosines the largest is about sqrt(2 ln(D) / V)). It takes u for every head and key
-once, what the output projection costs a text; so it is for launches that score many rows a key.
-Where W_O depends on the row (value_gate), u does, and norms have to do.
+once, which costs a text as much as the output projection: worth it where many rows a key are
+scored. With a value_gate u depends on the row, and norms are taken.
 
-Shapes: v [S, H_kv, V], W_T [H, D, V], rho_inv [H, D], reach [H, S].
+Shapes: v [S, H_kv, V], w [H, D, V] (W_O transposed), rho_inv [H, D], reach [H, S].
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 
 from .common import dot
-from .launch import Names, blocks, launch, tile
+from .launch import blocks, launch, tile
+from .records import Layer
 
 
 @triton.jit(do_not_specialize=["S", "stride_vs", "stride_vh"])
@@ -29,6 +30,10 @@ def reach_kernel(
     GROUP: tl.constexpr, V: tl.constexpr, D: tl.constexpr, UNIT_V: tl.constexpr,
     BS: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
+    """reach[h, j] = max over i of |v[j] @ W_O[h][:, i]| / rho[h, i]. Program (BS keys, head).
+
+    v [S, H_kv, V] and w [H, D, V] in the model's dtype; rho_inv [H, D], reach [H, S] float32.
+    """
     i_h = tl.program_id(1).to(tl.int64)
     o_s = tl.program_id(0) * BS + tl.arange(0, BS)
     o_d, o_v = tl.arange(0, BD), tl.arange(0, BV)
@@ -49,8 +54,8 @@ def reach_kernel(
     tl.store(p_reach + i_h * S + o_s, b_top, mask=m_s)
 
 
-def reach(x: Names) -> None:
-    """Reach, of v and W_T."""
-    BS = 32 if x["WIDE"] else 128
-    tiles = {"BS": BS, "BD": 64, "BV": tile(x["V"]), "num_warps": 8, "num_stages": 2}
-    launch(reach_kernel, (blocks(x["S"], BS), x["H"]), x, **tiles)
+def reach(x: Layer) -> None:
+    """Reach, of v and w."""
+    BS = 32 if x.wide else 128
+    tiles = {"BS": BS, "BD": 64, "BV": tile(x.V), "num_warps": 8, "num_stages": 2}
+    launch(reach_kernel, (blocks(x.S, BS), x.H), (x,), **tiles)

@@ -1,24 +1,29 @@
-"""Compiles every launch of the Triton kernels for GPUs that are not there, and looks at the code.
+"""Compiles every launch of the Triton kernels for GPUs that are not there, and reads the code.
 
 A program of its own, because Triton's interpreter, by which other tests run the same kernels, is
 chosen once a process. Real launches of the driver, on tensors without data ("meta": a read by the
 host would raise), reach Triton's own specialization and compilation; a driver that knows a target
 and nothing else stands in for the GPU's.
 
-    python aot.py TARGET    one JSON object a line: a kernel as compiled for the target
-    python aot.py keys      the same of the specialization keys of launches at several lengths
+    python aot.py FOLDER JOB ...    writes FOLDER/JOB.json for each job, on all cores
+
+A job is TARGET-MODEL (each kernel as compiled for the target), TARGET-flags (likewise with all
+options and dtypes), or `keys` (specialization keys of launches at several lengths). Its file is a
+list of JSON objects and appears only when it is complete.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ["TRITON_INTERPRET"] = "0"
@@ -34,7 +39,7 @@ from ifr_fast.kernels.triton import kernel
 
 
 class Limits(NamedTuple):
-    """Of a target's multiprocessor (compute unit)."""
+    """Limits of a target's multiprocessor (compute unit)."""
 
     registers: int  # 32-bit, of all threads
     register_unit: int  # a warp's are allocated in multiples
@@ -135,11 +140,34 @@ class TargetDriver:
         return self.target
 
 
-def launches(given: LayerInputs) -> list[tuple[Any, dict[str, Any]]]:
-    """(kernel function, arguments) of each launch that scores a layer's rows."""
-    seen: list[tuple[Any, dict[str, Any]]] = []
+class Launch(NamedTuple):
+    """A kernel function and the arguments that a launch gives it."""
+
+    function: Any
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return str(self.function.__name__)
+
+    def key(self) -> str:
+        """The key that Triton looks a compiled kernel up by."""
+        *_, binder = self.function.device_caches[driver.active.get_current_device()]
+        _, specialization, options = binder(*self.arguments, **self.options, debug=False)
+        return f"{self.name} {specialization} {options}"
+
+    def compile(self) -> Any:
+        return self.function.warmup(*self.arguments, grid=(1,), **self.options)
+
+
+def launches(given: LayerInputs) -> list[Launch]:
+    """Each launch that scores a layer's rows."""
+    seen: list[Launch] = []
     own = JITFunction.run
-    JITFunction.run = lambda self, *args, grid, warmup, **kwargs: seen.append((self, kwargs))
+    JITFunction.run = lambda self, *args, grid, warmup, **options: seen.append(
+        Launch(self, args, options)
+    )
     try:
         kernel.score_attention(given, 0.01)
         kernel.score_ffn(given.resid_pre, given.y)
@@ -152,25 +180,18 @@ def use(target: str) -> None:
     driver.set_active(TargetDriver(list(TARGETS).index(target), TARGETS[target][0]))
 
 
-def key(function: Any, arguments: dict[str, Any]) -> str:
-    """What Triton looks a compiled kernel up by."""
-    *_, binder = function.device_caches[driver.active.get_current_device()]
-    _, specialization, options = binder(**arguments, debug=False)
-    return f"{function.__name__} {specialization} {options}"
-
-
-def report(function: Any, arguments: dict[str, Any], target: str) -> dict[str, Any]:
+def report(launch: Launch, target: str) -> dict[str, Any]:
     """Compiles one launch: registers, shared memory, spills, matrix instructions, warps."""
     limits = TARGETS[target][1]
     begin = time.process_time()
-    compiled = function.warmup(grid=(1,), **arguments)
+    compiled = launch.compile()
     seconds = time.process_time() - begin
     if "cubin" in compiled.asm:
         found = of_cubin(compiled.asm["cubin"], limits)
     else:
         found = of_amdgcn(compiled.asm["amdgcn"], limits)
     metadata = compiled.metadata
-    found |= {"kernel": function.__name__, "shared": metadata.shared, "warps": metadata.num_warps}
+    found |= {"kernel": launch.name, "shared": metadata.shared, "warps": metadata.num_warps}
     return found | {
         "target": target,
         "shared_limit": limits.block_shared,
@@ -222,40 +243,48 @@ def of_amdgcn(asm: str, limits: Limits) -> dict[str, Any]:
     }
 
 
-def compile_all(target: str) -> None:
-    """Each model's launches for all rows of a text and for a few; then all flags, all dtypes."""
+def compiled(target: str, model: str) -> list[dict[str, Any]]:
+    """The model's launches for all rows of a text and for a few; for "flags" the smallest model's,
+    with all options, in all dtypes.
+    """
     use(target)
-    cases = [
-        ({"model": model, "rows": rows, "dtype": "bfloat16", "flags": False}, R)
-        for model in MODELS
-        for rows, R in (("all", 2048), ("few", 4))
-    ]
-    cases += [
-        ({"model": "SmolLM2-135M", "rows": rows, "dtype": dtype, "flags": True}, R)
-        for rows, R in (("all", 2048), ("few", 4))
-        for dtype in ("bfloat16", "float16", "float32")
-    ]
-    done: dict[str, dict[str, Any]] = {}
-    for case, R in cases:
-        dtype = getattr(torch, str(case["dtype"]))
-        given = inputs(MODELS[str(case["model"])], R, 2048, dtype, bool(case["flags"]))
-        for function, arguments in launches(given):
-            name = key(function, arguments)
-            if name not in done:
-                done[name] = report(function, arguments, target)
-                print(json.dumps(done[name] | case), flush=True)
+    of_rows = (("all", 2048), ("few", 4))
+    flags = model == "flags"
+    model = "SmolLM2-135M" if flags else model
+    found: dict[str, dict[str, Any]] = {}
+    for rows, R in of_rows:
+        for dtype in ("bfloat16", "float16", "float32") if flags else ("bfloat16",):
+            case = {"model": model, "rows": rows, "dtype": dtype, "flags": flags}
+            given = inputs(MODELS[model], R, 2048, getattr(torch, dtype), flags)
+            for launch in launches(given):
+                key = launch.key()
+                if key not in found:
+                    found[key] = report(launch, target) | case
+    return list(found.values())
 
 
-def print_keys(lengths: tuple[int, ...] = (1, 16, 17, 128, 513, 4096)) -> None:
+def keys(lengths: tuple[int, ...] = (1, 16, 17, 128, 513, 4096)) -> list[dict[str, Any]]:
     use("sm_90")
-    for T in lengths:
-        for function, arguments in launches(inputs(MODELS["SmolLM2-135M"], T, T)):
-            name = key(function, arguments)
-            print(json.dumps({"T": T, "kernel": function.__name__, "key": name}))
+    return [
+        {"T": T, "kernel": launch.name, "key": launch.key()}
+        for T in lengths
+        for launch in launches(inputs(MODELS["SmolLM2-135M"], T, T))
+    ]
+
+
+def run(job: str, folder: Path) -> None:
+    """Does one job and writes its file."""
+    found = keys() if job == "keys" else compiled(*job.split("-", 1))
+    part = folder / f"{job}.part"
+    part.write_text(json.dumps(found))
+    part.replace(folder / f"{job}.json")
+
+
+def main() -> None:
+    folder, jobs = Path(sys.argv[1]), sys.argv[2:]
+    with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
+        pool.starmap(run, [(job, folder) for job in jobs], chunksize=1)
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "keys":
-        print_keys()
-    else:
-        compile_all(sys.argv[1])
+    main()

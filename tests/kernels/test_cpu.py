@@ -1,4 +1,4 @@
-"""The native CPU kernel against the float64 oracle: values, shapes, flags, dtypes, threads."""
+"""The native CPU kernel's own ways: one row, decode steps, threads, instruction sets, refusals."""
 
 from __future__ import annotations
 
@@ -7,19 +7,27 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from random_inputs import random_inputs
+from kernel_grid import (
+    ALL,
+    FLAGS,
+    ISAS,
+    NONE,
+    Case,
+    assert_bits_equal,
+    assert_scores_close,
+    inputs_of,
+    oracle,
+    threads,
+)
 from torch import Tensor
 
-from ifr_fast.kernels import eager, reference
-from ifr_fast.kernels.contract import AttentionScores, LayerInputs
+from ifr_fast.kernels import reference
+from ifr_fast.kernels.contract import LayerInputs
 from ifr_fast.kernels.cpu import kernel
 
 pytestmark = pytest.mark.skipif(
@@ -27,123 +35,20 @@ pytestmark = pytest.mark.skipif(
 )
 
 TOLERANCE = 1e-5  # of importances
-ISAS = kernel.isas() if kernel.unavailable() is None else []
 
 
-def make_inputs(*shape: int, seed: int = 0, flags: set[str] | None = None) -> LayerInputs:
-    """Float64 inputs (R, S, H, H_kv, K, V, D) whose values float32 can hold."""
-    return random_inputs(*shape, seed=seed, dtype=torch.float32, flags=flags or set())
+def make_inputs(*shape: int, seed: int = 0) -> LayerInputs:
+    return inputs_of(Case(shape, seed=seed))
 
 
 def float32(inputs: LayerInputs) -> LayerInputs:
     return inputs.to(torch.float32)
 
 
-def dense(scores: AttentionScores, S: int) -> Tensor:
-    """Head importances [R, H, S] of a result that kept every edge."""
-    R, H = scores.head_total.shape
-    out = scores.head_total.new_zeros(R, H, S)
-    out[scores.edges.row, :, scores.edges.source] = scores.edges.head_weight
-    return out
-
-
-def assert_scores_close(got: AttentionScores, expected: AttentionScores, S: int) -> None:
-    """All values, edges by their (row, source); both results kept every edge with weight > 0."""
-    assert torch.equal(got.unattributed, expected.unattributed)
-    for name in ("linear", "total"):
-        a, b = getattr(got, name), getattr(expected, name)
-        atol = TOLERANCE * (1 + b.abs().max().item())
-        torch.testing.assert_close(a.double(), b.double(), rtol=0, atol=atol, msg=name)
-    for name in ("residual", "ffn", "head_total"):
-        a, b = getattr(got, name), getattr(expected, name)
-        assert (a is None) == (b is None)
-        if a is not None:
-            torch.testing.assert_close(a.double(), b.double(), rtol=0, atol=TOLERANCE, msg=name)
-    torch.testing.assert_close(
-        dense(got, S).double(), dense(expected, S).double(), rtol=0, atol=TOLERANCE
-    )
-    torch.testing.assert_close(
-        got.edges.weight, got.edges.head_weight.sum(-1), rtol=1e-5, atol=1e-7
-    )
-    order = got.edges.row * S + got.edges.source
-    assert (order.diff() > 0).all(), "edges must ascend by row, then source"
-    total = got.residual + got.head_total.sum(-1)
-    if got.ffn is not None:
-        total = total + got.ffn
-    torch.testing.assert_close(total, torch.ones_like(total))
-
-
-def assert_bits_equal(got: AttentionScores, expected: AttentionScores) -> None:
-    for name in ("residual", "ffn", "head_total", "unattributed", "linear"):
-        a, b = getattr(got, name), getattr(expected, name)
-        assert a is b is None or torch.equal(a, b), name
-    for name, a, b in zip(got.edges._fields, got.edges, expected.edges, strict=True):
-        assert torch.equal(a, b), name
-
-
-@contextmanager
-def threads(n: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(n)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(kernel, "ISA", request.param)
     return request.param
-
-
-SHAPES = [  # R, S, H, H_kv, K, V, D
-    (1, 1, 1, 1, 4, 4, 5),
-    (2, 2, 6, 3, 8, 10, 33),
-    (7, 7, 6, 1, 8, 16, 24),
-    (63, 63, 6, 6, 5, 3, 17),
-    (130, 130, 6, 3, 16, 24, 70),
-    (9, 130, 7, 1, 12, 40, 65),
-    (25, 300, 9, 3, 64, 64, 100),
-    (3, 200, 4, 2, 24, 72, 600),
-]
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.usefixtures("poisoned", "isa")
-def test_agrees_with_the_oracle(shape: tuple[int, ...]) -> None:
-    inputs = make_inputs(*shape)
-    got = kernel.score_attention(float32(inputs), 0.0)
-    assert_scores_close(got, reference.score_attention(inputs, 0.0), shape[1])
-
-
-FLAGS = ["window", "softcap", "sinks", "alibi_slopes", "row_scale", "value_gate", "ffn"]
-FLAGS += ["offset", "floor"]
-
-
-@pytest.mark.parametrize("name", FLAGS)
-@pytest.mark.parametrize("shape", [(40, 140, 6, 3, 8, 10, 33), (70, 70, 4, 4, 16, 16, 64)], ids=str)
-@pytest.mark.usefixtures("poisoned", "isa")
-def test_every_flag_agrees_with_the_oracle(shape: tuple[int, ...], name: str) -> None:
-    inputs = make_inputs(*shape, flags={name})
-    got = kernel.score_attention(float32(inputs), 0.0)
-    assert_scores_close(got, reference.score_attention(inputs, 0.0), shape[1])
-
-
-@pytest.mark.usefixtures("poisoned", "isa")
-def test_all_flags_together() -> None:
-    inputs = make_inputs(40, 140, 6, 2, 8, 10, 33, flags=set(FLAGS))
-    got = kernel.score_attention(float32(inputs), 0.0)
-    assert_scores_close(got, reference.score_attention(inputs, 0.0), 140)
-
-
-@pytest.mark.parametrize(("R", "S"), [(150, 200), (7, 600)])
-@pytest.mark.parametrize("window", [1, 16, 64, 100])
-@pytest.mark.usefixtures("isa")
-def test_windows(window: int, R: int, S: int) -> None:
-    inputs = make_inputs(R, S, 4, 2, 8, 8, 30)._replace(window=window)
-    got = kernel.score_attention(float32(inputs), 0.0)
-    assert_scores_close(got, reference.score_attention(inputs, 0.0), S)
 
 
 ONE_ROW = [  # S, H, H_kv, K, V, D
@@ -155,10 +60,9 @@ ONE_ROW = [  # S, H, H_kv, K, V, D
 ]
 
 
-def last_row(S: int, *rest: int, seed: int = 0, flags: set[str] | None = None) -> LayerInputs:
-    """Inputs of the row at the end of the text alone."""
-    inputs = make_inputs(1, S, *rest, seed=seed, flags=flags)
-    return inputs._replace(rows=torch.tensor([S - 1]))
+def last_row(*shape: int, flags: frozenset[str] = NONE) -> Case:
+    """The row at the end of the text alone: S, H, H_kv, K, V, D."""
+    return Case((1, *shape), flags, last=True)
 
 
 def in_a_cache(x: Tensor) -> Tensor:
@@ -168,15 +72,17 @@ def in_a_cache(x: Tensor) -> Tensor:
     return store.transpose(0, 1)[: len(x)]
 
 
-@pytest.mark.parametrize("flags", [set(), *({name} for name in FLAGS), set(FLAGS)], ids=str)
+@pytest.mark.parametrize(
+    "flags", [NONE, *(frozenset({name}) for name in FLAGS), ALL], ids=lambda x: "+".join(x)
+)
 @pytest.mark.parametrize("shape", ONE_ROW, ids=str)
 @pytest.mark.usefixtures("poisoned", "isa")
-def test_one_row_agrees_with_the_oracle(shape: tuple[int, ...], flags: set[str]) -> None:
-    inputs = last_row(*shape, flags=flags)
-    expected = reference.score_attention(inputs, 0.0)
+def test_one_row_agrees_with_the_oracle(shape: tuple[int, ...], flags: frozenset[str]) -> None:
+    case = last_row(*shape, flags=flags)
+    inputs = inputs_of(case)
     x = float32(inputs)
     x = x._replace(k=in_a_cache(x.k), v=in_a_cache(x.v))
-    assert_scores_close(kernel.score_attention(x, 0.0), expected, shape[0])
+    assert_scores_close(kernel.score_attention(x, 0.0), oracle(case), shape[0], TOLERANCE)
 
     layer, scores = step_layer(x)
     z = attended(layer, x)
@@ -185,8 +91,9 @@ def test_one_row_agrees_with_the_oracle(shape: tuple[int, ...], flags: set[str])
     output = torch.einsum("rhs,shv->rhv", alpha, inputs.v.repeat_interleave(heads_of_kv, 1))
     torch.testing.assert_close(z.double()[0], output, rtol=1e-5, atol=1e-5)
     score_step(layer, x)
-    ours = inputs._replace(offset=None, floor=0.0)  # a step knows no other tool's arithmetic
-    assert_scores_close(scores.take(), reference.score_attention(ours, 0.0), shape[0])
+    # A step does not know other tools' arithmetic.
+    ours = case._replace(flags=flags - {"offset", "floor"})
+    assert_scores_close(scores.take(), oracle(ours), shape[0], TOLERANCE)
 
 
 def step_layer(x: LayerInputs) -> tuple[kernel.StepLayer, kernel.StepScores]:
@@ -239,13 +146,14 @@ def test_steps_of_several_layers_are_taken_together() -> None:
                 kernel.EdgeList(got.edges.row[mine] * 0, *(e[mine] for e in got.edges[1:])),
                 got.unattributed[i : i + 1], got.linear[i : i + 1], got.total[i : i + 1],
             )  # fmt: skip
-            assert_scores_close(one, want, row + 1)
+            assert_scores_close(one, want, row + 1, TOLERANCE, keep=0.01)
     assert scores.take().residual.shape == (0,)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rows_of_a_step_may_lie_anyhow(dtype: torch.dtype) -> None:
-    inputs = last_row(70, 6, 3, 8, 12, 20, flags={"sinks", "value_gate", "row_scale", "ffn"})
+    flags = frozenset({"sinks", "value_gate", "row_scale", "ffn"})
+    inputs = inputs_of(last_row(70, 6, 3, 8, 12, 20, flags=flags))
     rounded = inputs.to(dtype)
     x = float32(rounded.to(torch.float64))
     (layer, scores), (other, others) = step_layer(x), step_layer(x)
@@ -263,7 +171,7 @@ def test_rows_of_a_step_may_lie_anyhow(dtype: torch.dtype) -> None:
 
 
 def test_a_step_that_is_refused_changes_nothing() -> None:
-    x = float32(last_row(7, 6, 3, 8, 8, 20))
+    x = float32(inputs_of(last_row(7, 6, 3, 8, 8, 20)))
     (layer, scores), (other, others) = step_layer(x), step_layer(x)
     attended(layer, x)
     attended(other, x)
@@ -276,7 +184,7 @@ def test_a_step_that_is_refused_changes_nothing() -> None:
 
 
 def test_steps_that_do_not_fit_are_refused() -> None:
-    x = float32(last_row(7, 6, 3, 8, 8, 20))
+    x = float32(inputs_of(last_row(7, 6, 3, 8, 8, 20)))
     layer, _ = step_layer(x)
     with pytest.raises(ValueError, match="no row has attended"):
         score_step(layer, x)
@@ -296,18 +204,20 @@ def test_steps_that_do_not_fit_are_refused() -> None:
 @pytest.mark.usefixtures("poisoned", "isa")
 def test_output_maps_are_read_as_they_lie(W_O: str, R: int) -> None:
     order = {"[H, D, V]": (0, 2, 1), "[D, H, V]": (1, 2, 0), "[H, V, D]": (0, 1, 2)}[W_O]
-    inputs = make_inputs(R, 70, 6, 2, 8, 16, 45)
+    case = Case((R, 70, 6, 2, 8, 16, 45))
+    inputs = inputs_of(case)
     back = tuple(order.index(i) for i in range(3))
     stored = {"[D, H, V]": inputs.W_O.permute(2, 0, 1)}.get(W_O, inputs.W_O.permute(order))
     stored = stored.contiguous().permute((1, 2, 0) if W_O == "[D, H, V]" else back)
     assert torch.equal(stored, inputs.W_O)
     got = kernel.score_attention(float32(inputs)._replace(W_O=stored.float()), 0.0)
-    assert_scores_close(got, reference.score_attention(inputs, 0.0), 70)
+    assert_scores_close(got, oracle(case), 70, TOLERANCE)
 
 
 @pytest.mark.usefixtures("isa")
 def test_bits_of_one_row_do_not_depend_on_threads_or_the_run() -> None:
-    x = float32(last_row(1500, 6, 3, 16, 24, 300, flags={"sinks", "softcap"}))
+    flags = frozenset({"sinks", "softcap"})
+    x = float32(inputs_of(last_row(1500, 6, 3, 16, 24, 300, flags=flags)))
 
     def step() -> tuple[Tensor, kernel.AttentionScores]:
         layer, scores = step_layer(x)
@@ -327,39 +237,9 @@ def test_bits_of_one_row_do_not_depend_on_threads_or_the_run() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_one_row_in_half_precision(dtype: torch.dtype) -> None:
-    inputs = last_row(300, 6, 3, 16, 24, 70).to(dtype)
-    expected = reference.score_attention(inputs.to(torch.float64), 0.0)
-    assert_scores_close(kernel.score_attention(inputs, 0.0), expected, 300)
-
-
-@pytest.mark.usefixtures("isa")
-def test_log_sum_exp_of_the_forward_pass() -> None:
-    inputs = make_inputs(50, 90, 6, 3, 8, 8, 30)
-    expected = reference.score_attention(inputs, 0.0)
-    k = inputs.k.repeat_interleave(2, dim=1)
-    scores = torch.einsum("rhk,shk->rhs", inputs.q, k) * inputs.scale
-    hidden = torch.arange(90) > inputs.rows[:, None]
-    lse = scores.masked_fill(hidden[:, None], float("-inf")).logsumexp(-1)
-    got = kernel.score_attention(float32(inputs._replace(log_sum_exp=lse)), 0.0)
-    assert_scores_close(got, expected, 90)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_scored_in_float32(dtype: torch.dtype) -> None:
-    inputs = make_inputs(20, 60, 6, 3, 8, 10, 33).to(dtype)
-    got = kernel.score_attention(inputs, 0.0)
-    assert got.residual.dtype == got.edges.weight.dtype == torch.float32
-    assert_scores_close(got, reference.score_attention(inputs.to(torch.float64), 0.0), 60)
-
-
-def test_keep_selects_edges_strictly_above_it() -> None:
-    inputs = make_inputs(60, 60, 6, 3, 8, 8, 30)
-    everything = kernel.score_attention(float32(inputs), 0.0)
-    kept = kernel.score_attention(float32(inputs), 0.02)
-    above = everything.edges.weight > 0.02
-    assert 0 < above.sum() < len(above)
-    for a, b in zip(kept.edges, everything.edges, strict=True):
-        assert torch.equal(a, b[above])
+    case = last_row(300, 6, 3, 16, 24, 70)._replace(half=True)
+    got = kernel.score_attention(inputs_of(case).to(dtype), 0.0)
+    assert_scores_close(got, oracle(case), 300, TOLERANCE)
 
 
 @pytest.mark.usefixtures("isa")
@@ -449,119 +329,6 @@ def test_frontier_rows_equal_those_rows_of_the_whole(window: int | None) -> None
         assert torch.equal(some.edges.head_weight[a], whole.edges.head_weight[b])
 
 
-def test_permuting_kv_groups_permutes_heads() -> None:
-    inputs = make_inputs(30, 50, 6, 3, 8, 8, 33)
-    groups = torch.tensor([2, 0, 1])
-    heads = torch.tensor([4, 5, 0, 1, 2, 3])
-    permuted = inputs._replace(
-        q=inputs.q[:, heads],
-        k=inputs.k[:, groups],
-        v=inputs.v[:, groups],
-        W_O=inputs.W_O[heads],
-    )
-    a = kernel.score_attention(float32(inputs), 0.0)
-    b = kernel.score_attention(float32(permuted), 0.0)
-    torch.testing.assert_close(b.head_total, a.head_total[:, heads])
-    torch.testing.assert_close(dense(b, 50), dense(a, 50)[:, heads])
-
-
-def test_strided_views_are_read_in_place() -> None:
-    inputs = float32(make_inputs(30, 30, 6, 3, 8, 8, 33))
-    strided = inputs._replace(
-        q=inputs.q.transpose(0, 1).contiguous().transpose(0, 1),
-        k=inputs.k.transpose(0, 1).contiguous().transpose(0, 1),
-        v=inputs.v.transpose(0, 1).contiguous().transpose(0, 1),
-        W_O=inputs.W_O.permute(2, 0, 1).contiguous().permute(1, 2, 0),
-        y=torch.cat([inputs.y, inputs.y], -1)[:, :33],
-        resid_pre=inputs.resid_pre.T.contiguous().T,
-    )
-    assert_bits_equal(kernel.score_attention(strided, 0.01), kernel.score_attention(inputs, 0.01))
-
-
-@pytest.mark.usefixtures("poisoned", "isa")
-def test_unattributed_rows() -> None:
-    # y = 1 with parts 10 and -9: both overshoot or oppose, all proximities are 0.
-    one = torch.ones(2, 1)
-    inputs = LayerInputs(
-        rows=torch.tensor([0, 1]),
-        resid_pre=10 * one,
-        y=one,
-        q=torch.zeros(2, 1, 1),
-        k=torch.zeros(2, 1, 1),
-        v=-9 * torch.ones(2, 1, 1),
-        W_O=torch.ones(1, 1, 1),
-        scale=1.0,
-    )
-    scores = kernel.score_attention(inputs, 0.01)
-    assert scores.unattributed.all()
-    torch.testing.assert_close(scores.residual, torch.tensor([1 / 2, 1 / 3]))
-    torch.testing.assert_close(scores.head_total[:, 0], torch.tensor([1 / 2, 2 / 3]))
-    assert scores.edges.row.tolist() == [0, 1, 1]
-    assert scores.edges.source.tolist() == [0, 0, 1]
-    torch.testing.assert_close(scores.edges.weight, torch.tensor([1 / 2, 1 / 3, 1 / 3]))
-
-    ffn = kernel.score_ffn(10 * one, one)
-    assert ffn.unattributed.all()
-    assert ffn.residual.tolist() == ffn.ffn.tolist() == [0.5, 0.5]
-
-
-@pytest.mark.usefixtures("isa")
-def test_degenerate_values() -> None:
-    inputs = make_inputs(20, 20, 4, 2, 8, 8, 24)
-    y = inputs.y.clone()
-    y[:, ::3] = 0.0
-    y[:, 1::3] *= -0.0
-    W_O = inputs.W_O.clone()
-    W_O[1] = 0
-    W_O[:, :, 5] = 0
-    v = inputs.v.clone()
-    v[3] = 0
-    inputs = inputs._replace(y=y, W_O=W_O, v=v)
-    got = kernel.score_attention(float32(inputs), 0.0)
-    assert_scores_close(got, reference.score_attention(inputs, 0.0), 20)
-
-
-@pytest.mark.parametrize(("R", "D"), [(1, 1), (7, 33), (130, 64)])
-@pytest.mark.usefixtures("poisoned", "isa")
-def test_ffn_agrees_with_the_oracle(R: int, D: int) -> None:
-    g = torch.Generator().manual_seed(0)
-    mid = torch.randn(R, D, generator=g)
-    post = mid + torch.randn(R, D, generator=g)
-    got = kernel.score_ffn(mid, post)
-    expected = reference.score_ffn(mid.double(), post.double())
-    for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(a.double(), b.double(), rtol=0, atol=TOLERANCE)
-
-
-@settings(deadline=None, max_examples=60)
-@given(
-    S=st.integers(1, 90),
-    share=st.floats(0.02, 1),
-    H_kv=st.integers(1, 3),
-    group=st.integers(1, 4),
-    K=st.integers(1, 20),
-    V=st.integers(1, 20),
-    D=st.integers(1, 70),
-    flags=st.sets(st.sampled_from(FLAGS)),
-    seed=st.integers(0, 1000),
-)
-def test_agrees_with_eager(
-    S: int,
-    share: float,
-    H_kv: int,
-    group: int,
-    K: int,
-    V: int,
-    D: int,
-    flags: set[str],
-    seed: int,
-) -> None:
-    R, H = max(1, int(share * S)), H_kv * group
-    inputs = make_inputs(R, S, H, H_kv, K, V, D, seed=seed, flags=flags)
-    got = kernel.score_attention(float32(inputs), 0.0)
-    assert_scores_close(got, eager.score_attention(inputs, 0.0), S)
-
-
 def test_counts_what_it_did() -> None:
     inputs = make_inputs(30, 30, 6, 3, 8, 8, 33)
     _, counters = kernel.score_attention_counted(float32(inputs), 0.01)
@@ -598,21 +365,16 @@ def test_refuses_what_it_cannot_read(
         kernel.score_attention(change(inputs), 0.01)
 
 
-def test_no_rows() -> None:
-    scores = kernel.score_attention(float32(make_inputs(0, 5, 2, 1, 4, 4, 9)), 0.01)
-    assert scores.residual.shape == (0,)
-    assert scores.head_total.shape == (0, 2)
-    assert scores.edges.head_weight.shape == (0, 2)
-
-
 @pytest.mark.parametrize("name", ISAS)
-def test_the_environment_forces_an_instruction_set(name: str) -> None:
-    code = "from ifr_fast.kernels.cpu import kernel; print(kernel.ISA)"
-    environment = {**os.environ, "IFR_FAST_CPU_ISA": name}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == name
+def test_the_environment_forces_an_instruction_set(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setenv("IFR_FAST_CPU_ISA", name)
+        importlib.reload(kernel)
+        forced = kernel.ISA
+    importlib.reload(kernel)
+    assert forced == name
 
 
 def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,9 @@
-"""What each launch of the Triton kernels asks for, from shapes, tiles and the lengths of lists.
+"""The work that each launch of the Triton kernels asks for, from shapes, tiles and list lengths.
 
-`launches` has the driver (kernels/triton/kernel.py) launch its kernels on tensors that have shapes
+`launching` has the driver (kernels/triton/kernel.py) launch its kernels on tensors that have shapes
 and no data, and keeps each launch's grid and arguments instead of running it, so that tiles are
 the driver's own. `asked` is a launch's work by its kernel's formula; products, loads and stores
-agree exactly with what Triton's interpreter counts (tests/test_roofline.py).
+agree exactly with the counts of Triton's interpreter (tests/bench/test_gpu_model.py).
 
 The formulas hold for models without value_gate, row_scale, window, sinks or ALiBi, and sequential
 blocks. In them b is the bytes of an element of the model's dtype, `rows` the rows' positions.
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
+import torch
 
 from ifr_fast.kernels.contract import LayerInputs
 from ifr_fast.kernels.triton import (
@@ -29,17 +30,19 @@ from ifr_fast.kernels.triton import (
     prepare,
     proximity,
     reach,
+    tiles,
 )
 from ifr_fast.kernels.triton.common import CANDIDATES, HEAVY, LIGHT, WORD
-from ifr_fast.kernels.triton.launch import blocks
+from ifr_fast.kernels.triton.launch import Records, blocks
 from ifr_fast.kernels.triton.launch import launch as run_launch
+from ifr_fast.kernels.triton.records import Rows
 
 MODULES = (prepare, reach, linear, lists, correct, proximity, compact)
 SECTOR = 32  # bytes of device memory that an element by itself takes
 
 
 class Lists(NamedTuple):
-    """Lengths of one block's lists, which the data decide; a line is a (row, head)."""
+    """Lengths of one block's lists, which depend on the data; a line is a (row, head)."""
 
     near: float = 0  # coordinates of all rows that are nearest
     candidates: float = 0  # of all lines
@@ -65,7 +68,7 @@ class Launch(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """What the programs of a launch ask for, all together."""
+    """Work of all programs of a launch."""
 
     products: float = 0  # multiply-adds on matrix units, the padding of tiles included
     loaded: float = 0  # bytes, once for every program that wants them
@@ -96,7 +99,7 @@ def blocks_of(
 
     target = SimpleNamespace(arch=arch)
     at_hand = SimpleNamespace(active=SimpleNamespace(get_current_target=lambda: target))
-    with launching(inputs, note, run=False), mock.patch.object(linear, "driver", at_hand):
+    with launching(inputs, note, run=False), mock.patch.object(tiles, "driver", at_hand):
         kernel.score_attention(inputs, keep)
         kernel.score_ffn(inputs.resid_pre, inputs.y)
     visit(block)
@@ -106,16 +109,18 @@ def blocks_of(
 def launching(
     inputs: LayerInputs, note: Callable[[Launch], None], *, run: bool = True
 ) -> Iterator[None]:
-    """Has every launch within noted, once it has run (or instead)."""
+    """Notes every launch within: after it has run, or instead of running it."""
 
-    def launch(of: Any, grid: tuple[int, ...], values: dict[str, Any], **tiles: Any) -> None:
+    def launch(of: Any, grid: tuple[int, ...], records: Records, **tiles: Any) -> None:
         if run:
-            run_launch(of, grid, values, **tiles)
-        rows = inputs.rows[:0]
-        if "p_rows" in values and "R" in values:  # a slice of all rows
-            start = values["p_rows"].storage_offset() - inputs.rows.storage_offset() * run
-            rows = inputs.rows[start : start + values["R"]]
-        note(Launch(of.__name__, grid, values | tiles, rows.numpy()))
+            run_launch(of, grid, records, **tiles)
+        rows, names = inputs.rows[:0], {}
+        for record in records:
+            names |= record._asdict()
+            if isinstance(record, Rows):  # a slice of all rows
+                start = record.rows.storage_offset() - inputs.rows.storage_offset() * run
+                rows = inputs.rows[start : start + record.R]
+        note(Launch(of.__name__, grid, names | tiles, rows.numpy()))
 
     with ExitStack() as stack:
         for module in MODULES:
@@ -129,42 +134,45 @@ def asked(launch: Launch, of: Lists) -> Asked:
 
 
 class _Arguments:
-    """A launch's arguments as attributes, and what several formulas make of them."""
+    """A launch's arguments as attributes, and figures that several formulas share."""
 
     def __init__(self, launch: Launch) -> None:
         self.__dict__.update(launch.names)
         self.grid, self.rows = launch.grid, launch.rows.astype(np.int64)
-        some = "p_w" if "p_w" in launch.names else "p_post"
-        self.b = launch.names[some].element_size()
+        some = launch.names["w" if "w" in launch.names else "post"]
+        self.b = some.element_size()
+        self.WIDE = some.dtype == torch.float32
+        self.HALVED = launch.names.get("v_scale") is not None
+        self.SUMMED = launch.names.get("log_sum_exp") is not None
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"the launch has no argument {name}")
 
     @property
     def row_tiles(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of each tile of BT rows: how many it has, and the position of the last."""
+        """Of each tile of BT rows the number of rows, and the position of the last."""
         starts = np.arange(0, self.R, self.BT)
         stops = np.minimum(starts + self.BT, self.R)
         return stops - starts, self.rows[stops - 1]
 
     @property
     def g_bytes(self) -> int:
-        """G of a line."""
+        """Bytes of g of a line."""
         return self.HALVES * self.V * (4 if self.WIDE else 2)
 
     @property
     def line_bytes(self) -> int:
-        """Q and g of a line."""
+        """Bytes of q and g of a line."""
         return self.K * self.b + self.g_bytes
 
     @property
     def key_bytes(self) -> int:
-        """K and v of a key and KV head."""
+        """Bytes of k and v of a key and KV head."""
         return (self.K + self.V) * self.b
 
     @property
     def weight_bytes(self) -> int:
-        """W_O."""
+        """Bytes of W_O."""
         return self.H * self.D * self.V * self.b
 
     @property
@@ -481,15 +489,15 @@ def lengths(block: Block) -> Lists:
     """The lists of a block that has run."""
     of = {launch.kernel: launch.names for launch in block}
     x = of["head_weights_kernel"]
-    counts = x["p_counts"].numpy()
+    counts = x["counts"].numpy()
     candidates, light, heavy = (counts[i.value] for i in (CANDIDATES, LIGHT, HEAVY))  # [R, H]
     tile = of["heavy_kernel"]
     together = np.add.reduceat(heavy, np.arange(0, x["R"], tile["BT"]), axis=0)
     heavy_tiles = int((-(-together // tile["BP"])).sum())
-    n_edges, marks = x["p_n_edges"].numpy(), x["p_marks"].numpy()  # [R], [2, R, H, W]
+    n_edges, marks = x["n_edges"].numpy(), x["marks"].numpy()  # [R], [2, R, H, W]
     listed = 0
     for r, n in enumerate(n_edges):
-        source = x["p_source"][r, :n].numpy()
+        source = x["source"][r, :n].numpy()
         words = (marks[0, r] | marks[1, r])[:, source // WORD.value]
         listed += int((words >> (source % WORD.value) & 1).sum())
     unseen = np.arange(marks.shape[-1]) > block[-1].rows[:, None, None] // WORD.value
@@ -501,7 +509,7 @@ def lengths(block: Block) -> Lists:
     most = np.maximum.reduceat(most, np.arange(0, lines.shape[2], tile["BW"]), 2)
     near = of["breakpoints_kernel"]
     return Lists(
-        near=int((near["p_nearest"].numpy() < near["D"]).sum()),
+        near=int((near["nearest"].numpy() < near["D"]).sum()),
         candidates=int(candidates.sum()),
         light=int(light.sum()),
         light_lines=int((light > 0).sum()),

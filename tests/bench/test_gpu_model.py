@@ -1,4 +1,4 @@
-"""bench/roofline.py: its arithmetic, and that the kernels' formulas are what the kernels do."""
+"""bench/gpu_model: its arithmetic, and its formulas against counts of the kernels themselves."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import torch
 import triton
 import triton.language as tl
 from counts import Counts, count
-from interpreted import counting
+from gpu_model import attribution, counts_model, forward, shapes
+from gpu_model.interpreted import counting
+from gpu_model.shapes import LLAMA_8B, LLAMA_70B, TARGETS, Work
+from gpu_model.triton_work import Launch, Lists, asked, blocks_of, launching, lengths
 from random_inputs import random_inputs
-from roofline import LLAMA_8B, LLAMA_70B, TARGETS, Work
-from triton_work import Launch, Lists, asked, blocks_of, launching, lengths
 
 from ifr_fast.kernels.triton import kernel, room
 
@@ -112,7 +113,7 @@ def test_formulas_are_what_the_kernels_do(
     unused |= {"log_sum_exp_kernel", "combine_kernel"} if shape == "recorded sums" else set()
     halved = dtype == torch.bfloat16 and shape != "few rows"
     unused |= set() if halved else {"half_values_kernel"}
-    assert found.keys() == counted.keys() == roofline.STEPS.keys() - unused
+    assert found.keys() == counted.keys() == attribution.STEPS.keys() - unused
     for name, work in counted.items():
         products, loaded, stored, _ = found[name]
         assert (products, loaded, stored) == (work.products.total(), work.loaded, work.stored), name
@@ -155,7 +156,7 @@ def test_parameters() -> None:
 
 def test_forward_pass() -> None:
     T = 8192
-    work = roofline.forward(LLAMA_8B, T)
+    work = forward.forward(LLAMA_8B, T)
     parameters = 8_030_261_248 - 2 * 128_256 * 4096 - 65 * 4096
     assert work["linear maps"][0].matrix == 2 * parameters * T
     # Causal: half of 4 T^2 H K, and the diagonal.
@@ -167,19 +168,19 @@ def test_forward_pass() -> None:
 
 def test_naive_and_materializing() -> None:
     T, m = 1024, LLAMA_8B
-    naive = roofline.naive_l1(m, T)
+    naive = forward.naive_l1(m, T)
     assert naive.vector == 32 * 2 * (T * (T + 1) / 2) * 32 * 4096
-    assert roofline.materializing(m, T).memory == 32 * 2 * 2 * T * T * 32 * 4096
+    assert forward.materializing(m, T).memory == 32 * 2 * 2 * T * T * 32 * 4096
 
 
 def test_time_is_the_largest_ceiling() -> None:
     h100 = TARGETS["H100"]
-    assert Work(matrix=h100.matrix).seconds(h100, roofline.PEAK) == 1
-    assert Work(vector=h100.fp32).seconds(h100, roofline.PEAK) == 2
-    assert Work(special=h100.fp32 / 16).seconds(h100, roofline.PEAK) == 1
+    assert Work(matrix=h100.matrix).seconds(h100, shapes.PEAK) == 1
+    assert Work(vector=h100.fp32).seconds(h100, shapes.PEAK) == 2
+    assert Work(special=h100.fp32 / 16).seconds(h100, shapes.PEAK) == 1
     both = Work(matrix=h100.matrix, memory=3 * h100.memory)
-    assert both.seconds(h100, roofline.PEAK) == pytest.approx(3)
-    half = roofline.PEAK._replace(memory=0.5)
+    assert both.seconds(h100, shapes.PEAK) == pytest.approx(3)
+    half = shapes.PEAK._replace(memory=0.5)
     assert both.seconds(h100, half) == pytest.approx(6)
 
 
@@ -196,12 +197,12 @@ def test_fit_finds_the_exponents() -> None:
         for share in (0.1, 0.3)
     ]
     entries.append({"T": 64, "D": 256, "H": 4, "V": 64, "mean": {"share": 1.0, "x": 1.0}})
-    growth = roofline.fit(entries, lambda mean: mean["x"])
+    growth = counts_model.fit(entries, lambda mean: mean["x"])
     assert growth == pytest.approx((1.5, 0.4))
 
 
 def test_extension_scales_visits() -> None:
-    counts = roofline.Counts(json.loads(roofline.COUNTS.read_text()))
+    counts = counts_model.Counts(json.loads(roofline.COUNTS.read_text()))
     assert 1.3 < counts.visits.width < 1.7  # D sqrt(H V), as H V = D
     assert 0.9 < counts.visits.share < 1.2
     here = counts.measured(8192)["mean"]["by_norm"]["visited"]
