@@ -71,9 +71,9 @@ class MemoryUse(NamedTuple, Generic[Result]):
     """
 
     result: Result
-    added: int | None  # at the peak, more than before
-    held: int | None  # at the end, result included, more than before
-    peak: int | None  # in total; since the start of the process if it cannot be reset
+    added: int | None  # bytes at the peak beyond those before
+    held: int | None  # bytes at the end beyond those before, result included
+    peak: int | None  # bytes in total; since the process began if it cannot be reset
 
 
 class Throughput(NamedTuple):

@@ -68,7 +68,7 @@ class Nodes:
     def __init__(self, n_layers: int, threshold: float, granularity: Granularity) -> None:
         self._threshold, self._granularity = threshold, granularity
         self.at: list[dict[int, int]] = [{} for _ in range(n_layers)]  # position -> node
-        self.below: list[list[int]] = []  # of each node, the positions it reaches one layer below
+        self.below: list[list[int]] = []  # positions that each node reaches one layer below
         self._flagged: dict[int, list[Node]] = {}
         self.edges = Lists()  # an EdgeTable's columns
         self.heads = Lists()  # a HeadEdgeTable's columns

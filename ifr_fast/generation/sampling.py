@@ -26,7 +26,9 @@ def chooser(
     logits_processor: LogitsProcessorList | None,
     generator: torch.Generator | None,
 ) -> ChooseToken:
-    """How the next token is chosen, in transformers' terms and order. Raises ValueError."""
+    """The function that chooses the next token, in transformers' terms and order. Raises ValueError
+    for options that do not fit together.
+    """
     if not do_sample and (temperature != 1 or top_k is not None or top_p is not None):
         raise ValueError("do_sample: temperature, top_k and top_p need do_sample=True")
     if not temperature > 0:

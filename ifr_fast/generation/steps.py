@@ -29,8 +29,8 @@ class GenerationStep(NamedTuple):
 
     token_id: int
     token: str
-    probability: float  # that the model gave it, before temperature, top_k, top_p
-    graph: RouteGraph  # of the prediction that chose it, made at the position before it
+    probability: float  # the model's own, before temperature, top_k, top_p
+    graph: RouteGraph  # routes of the prediction that chose it, at the position before it
 
 
 def steps(
@@ -51,7 +51,7 @@ def steps(
     _check_steps(recorder, kernel)
     recording = _record_ahead(recorder, text, max_new_tokens)
     generation = Generation(recorder, kernel, recording, threshold, granularity, max_new_tokens)
-    del text, recording  # whose keys and values the generation has in its own store
+    del text, recording  # the generation has their keys and values in its own store
     logits = generation.first_logits()
     for i in range(max_new_tokens):
         probabilities = logits.float().softmax(-1)

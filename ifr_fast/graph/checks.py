@@ -123,7 +123,7 @@ def _check_int(name: str, value: int, start: int, end: int | None) -> int:
 
 
 def _check_tensor(name: str, x: Tensor, dtype: torch.dtype | None, *shape: int) -> None:
-    """Of that shape and dtype; None: of any floating one."""
+    """Checks the shape and the dtype of a tensor; a dtype of None is any floating one."""
     if tuple(x.shape) != shape or (x.dtype != dtype if dtype else not x.is_floating_point()):
         kind = str(dtype or "floats").removeprefix("torch.")
         got = str(x.dtype).removeprefix("torch.")

@@ -50,7 +50,7 @@ class GraphData:
 
     tokens: list[str]
     token_ids: Tensor  # [T] int64
-    position: int  # whose next-token prediction is explained
+    position: int  # the position whose next-token prediction is explained
     threshold: float
     granularity: Granularity
     n_layers: int
@@ -58,9 +58,9 @@ class GraphData:
     predictions: list[Prediction]  # most probable first
     edges: EdgeTable
     head_edges: HeadEdgeTable
-    unattributed: list[Node]  # whose parts all have proximity 0 and got 1/n each
+    unattributed: list[Node]  # nodes whose parts all have proximity 0 and got 1/n each
     parallel: Tensor  # [L] bool: blocks with attention and FFN side by side
-    span: Span | None = None  # of several positions; `position`, `predictions` are its last's
+    span: Span | None = None  # for several positions; `position` and `predictions` are its last
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "token_ids", plain_tensor(self.token_ids))
@@ -119,8 +119,8 @@ class GraphData:
     def flow(self) -> tuple[Tensor, Tensor, Tensor]:
         """Weight of all paths from the prediction to each post, mid [L, T] and embed [T], float64.
 
-        In a span, those from each prediction count as much as it weighs.
-        In a parallel block mid stands for post, which is what attention leads into there.
+        In a span, the paths from each prediction are multiplied by its weight. In a parallel block
+        mid is post, into which attention leads there.
         """
         top = torch.zeros(len(self.tokens), dtype=torch.float64)
         for position, weight in self.starts.items():
@@ -145,14 +145,14 @@ class GraphData:
     def token_importance(self) -> Tensor:
         """[T] float32: weight of all paths from the prediction to each token's embedding.
 
-        Of a span: the mean of its predictions' importances, by its weights.
+        For a span, it is the mean of its predictions' importances, by its weights.
         """
         return self.flow[2].float()
 
     def node_importance(self) -> NodeImportance:
         """Weight of all paths from the prediction to every node; 0 where there is none.
 
-        Of a span: the mean of its predictions', by its weights.
+        For a span, it is the mean of its predictions' weights, by the span's weights.
         """
         post, mid, embed = self.flow
         return NodeImportance(embed.float(), mid.float(), post.float())

@@ -93,7 +93,7 @@ class LayerFlow:
         )
 
     def connected(self) -> LayerFlow:
-        """The same edges with weight 1, to tell which nodes a path reaches."""
+        """A copy with weight 1 on every edge, to find the nodes that a path reaches."""
         to_mid, to_pre, weight = (
             (x > 0).to(x.dtype) for x in (self.to_mid, self.to_pre, self.weight)
         )

@@ -23,7 +23,7 @@ class EdgeKind(IntEnum):
 
 
 class NodeKind(StrEnum):
-    """Where in a layer a node stands."""
+    """The place of a node in its layer."""
 
     EMBED = "embed"
     MID = "mid"
@@ -71,12 +71,12 @@ class Span(NamedTuple):
     """Positions whose predictions are explained together."""
 
     positions: list[int]  # two or more, ascending
-    weights: list[float]  # of each position's prediction; they sum to 1
-    predictions: list[list[Prediction]]  # of each position, most probable first
+    weights: list[float]  # one for each position; they sum to 1
+    predictions: list[list[Prediction]]  # one list for each position, most probable first
 
 
 class GraphHeader(NamedTuple):
-    """All that a graph says of itself beside its tables."""
+    """The fields of a graph beside its tables."""
 
     tokens: list[str]
     token_ids: Tensor  # [T] int64
@@ -85,7 +85,7 @@ class GraphHeader(NamedTuple):
     granularity: Granularity
     n_heads: int
     parallel: list[bool]  # [L]
-    predictions: list[Prediction]  # of `position`
+    predictions: list[Prediction]  # those of `position`
     span: Span | None = None
 
     @staticmethod
@@ -147,7 +147,7 @@ class Hop(NamedTuple):
     layer: int
     target: int
     source: int
-    weight: float  # of the attention edge
+    weight: float  # weight of the attention edge
     heads: list[tuple[int, float]]  # (head, weight), strongest first
 
 
@@ -172,7 +172,7 @@ class LayerTable(NamedTuple):
 
 
 class NodeImportance(NamedTuple):
-    """Weight of all paths between a graph's predictions, or a token, and each node."""
+    """Weight of all paths between each node and a graph's predictions, or a token."""
 
     embed: Tensor  # [T] float32
     mid: Tensor  # [L, T] float32; in a parallel block what `post` has

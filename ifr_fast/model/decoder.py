@@ -31,14 +31,14 @@ class Decoder:
         decoder = model.get_decoder()
         if decoder is model:  # get_decoder found none by name
             decoder = next((x for x in model.children() if isinstance(x, PreTrainedModel)), model)
-        self._states: nn.Module = decoder  # what it returns, the head reads
+        self._states: nn.Module = decoder  # the module whose output the head reads
         takes = inspect.signature(model.forward).parameters
         self._keeps_logits = "logits_to_keep" in takes
         self._takes_positions = "position_ids" in takes
         self.vocab_size = int(model.get_input_embeddings().num_embeddings)
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.max_length: int | None = context if isinstance(context, int) else None
-        self.steps_checked = False  # that decode steps give what a whole pass does
+        self.steps_checked = False  # whether decode steps were found to equal a whole pass
         self.attention_through: AttentionThrough = attention_through
         self.blocks: list[Block] = []  # bottom first, once the model is opened
 
@@ -112,7 +112,7 @@ class Decoder:
             digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
             if is_plain(parameter) and not parameter.is_meta:
                 sample(parameter)
-        for block in self.blocks:  # of weights that are offloaded or quantized too
+        for block in self.blocks:  # these sample offloaded and quantized weights too
             sample(block.W_O.transpose(1, 2))
         return digest.hexdigest()
 

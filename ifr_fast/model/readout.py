@@ -1,12 +1,12 @@
-"""What a vector of the residual stream says in tokens, by the model's own final norm and head.
+"""A vector of the residual stream, read in tokens by the model's own final norm and head.
 
 - Logit lens: the logits that the model would give if the vector were its last layer's output.
-  The model itself makes them, in a run whose layers are passed by: whatever stands between its
-  last layer and its logits (norm, scale, soft-cap) is applied as the model applies it.
-- Direct logits: what a part of the stream adds to the logits, which is linear in the part once the
-  final norm is held at what it was for that row. Norms are linear near 0 up to a number for each
+  The model itself makes them, in a run that skips its layers: whatever stands between its last
+  layer and its logits (norm, scale, soft-cap) is applied as the model applies it.
+- Direct logits: the logits that a part of the stream adds. They are linear in the part once the
+  final norm is held at its value for that row. Norms are linear near 0 up to a number for each
   row (1/sqrt(eps) there), so the map is the derivative at 0, in forward mode, which is exact; and
-  that number is read off the row. Soft-caps do not bend there, biases belong to no part: the
+  that number is read off the row. Soft-caps do not bend there, and biases belong to no part: the
   direct logits of all parts of a row sum to its logits before the soft-cap, less their bias.
 """
 
@@ -23,7 +23,7 @@ from .hooks import LayerCall, hooked
 from .interface import exclusively
 from .modes import evaluating, overriding_layers
 
-_ROWS = 64  # whose logits are formed at once
+_ROWS = 64  # rows whose logits are formed at once
 _TOLERANCE = 1e-3  # relative error that rounding explains in float32
 
 
@@ -34,8 +34,8 @@ def lens_logits(decoder: Decoder, resid: Tensor) -> Tensor:
 
 
 def direct_logits(decoder: Decoder, parts: Tensor, resid: Tensor) -> Tensor:
-    """What `parts` [R, D] of rows whose last layer's outputs are `resid` [R, D] add to their
-    logits: [R, vocab] in float32 or wider.
+    """The logits [R, vocab], in float32 or wider, that `parts` [R, D] add to those of their rows,
+    whose last layer's outputs are `resid` [R, D].
 
     Raises UnsupportedArchitectureError where the final norm is not linear but for a number a row.
     """
@@ -78,7 +78,7 @@ def _direct(decoder: Decoder, parts: Tensor, resid: Tensor) -> Tensor:
 
 
 def _run(decoder: Decoder, resid: Tensor) -> tuple[Tensor, Tensor]:
-    """What the head reads, [R, D], and logits [R, vocab] where the last layer gives `resid`."""
+    """The head's input [R, D] and the logits [R, vocab] if the last layer returned `resid`."""
     states: list[Tensor] = []
 
     def passed_by(block: Block, hidden: Tensor, _: LayerCall) -> Tensor:

@@ -167,7 +167,7 @@ class WatchedPass:
             yield
 
     def finite(self) -> list[bool]:
-        """Whether each text's states are finite: they carry every NaN and infinity to the end.
+        """Flags of the texts with finite states: states carry every NaN and infinity to the end.
 
         Raises UnsupportedArchitectureError where attention reads other keys than on the probe that
         the model was opened with. One device synchronization.

@@ -24,7 +24,7 @@ from ..recording.predictions import KnownPredictions
 from ..storage import load_tensors, save_tensors
 from .route_graph import RouteGraph, assemble
 
-_FLOW_ELEMENTS = 1 << 24  # of the flow [T, P] of P predictions that are followed at once
+_FLOW_ELEMENTS = 1 << 24  # size of the flow [T, P] for P predictions that are followed at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +67,7 @@ class Routes:
         return self.layers[0].edges.head_weight.shape[1]
 
     def at(self, threshold: float) -> Routes:
-        """The same routes at any threshold not below the one scored with."""
+        """These routes at another threshold, not below the one that they were scored with."""
         threshold = check_threshold(threshold)
         if threshold < self.scored_threshold:
             raise ValueError(

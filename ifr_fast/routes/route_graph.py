@@ -95,7 +95,7 @@ class RouteGraph(GraphData):
 
     _FORMAT = "ifr_fast.route_graph"
     _VERSION = 2
-    _OLDEST = 1  # which knew no spans
+    _OLDEST = 1  # version 1 had no spans
 
     def reach(self, source: SupportsIndex) -> Reach:
         """The reach of a token's information: the weight of all paths from its embedding up to
@@ -133,8 +133,8 @@ class RouteGraph(GraphData):
     def compare(
         self, other: RouteGraph, *, positions: Iterable[tuple[int, int]] | None = None
     ) -> GraphDifference:
-        """How another graph differs from this one: of another prompt, or another model with as
-        many layers and heads.
+        """The difference of another graph from this one: the graph of another prompt, or of another
+        model with as many layers and heads.
 
         positions: pairs of a position here and one there, ascending, that stand for each other.
         Default: texts of equal length token by token, others as their tokens match.
@@ -144,7 +144,7 @@ class RouteGraph(GraphData):
         return compare(self, other, positions)
 
     def prune(self, threshold: float) -> RouteGraph:
-        """The same prediction's graph at a threshold of at least the present one."""
+        """The graph of the same prediction at a threshold of at least the present one."""
         threshold = check_threshold(threshold)
         if threshold < self.threshold:
             raise ValueError(
@@ -213,7 +213,7 @@ class RouteGraph(GraphData):
         return to_neuronpedia(self, slug, scan, max_links)
 
     def to_pandas(self, table: TableName = "edges") -> pd.DataFrame:
-        """The graph's edges, a row each; or its "parts", with a row a head, or its "tokens"
+        """The graph's edges, one row each; or its "parts", one row a head; or its "tokens"
         (export/tables.py).
         """
         from ..export.tables import to_pandas
@@ -221,13 +221,13 @@ class RouteGraph(GraphData):
         return to_pandas(self, table)
 
     def to_arrow(self, table: TableName = "edges") -> pa.Table:
-        """The same as an Arrow table, which also knows what the graph says of itself."""
+        """The table of `to_pandas` as an Arrow table; its metadata hold the graph's own fields."""
         from ..export.tables import to_arrow
 
         return to_arrow(self, table)
 
     def to_parquet(self, path: str | os.PathLike[str], table: TableName = "parts") -> None:
-        """Writes one of the same tables to a Parquet file; "parts" holds the whole graph."""
+        """Writes one of these tables to a Parquet file; "parts" holds the whole graph."""
         from ..export.tables import to_parquet
 
         to_parquet(self, path, table)

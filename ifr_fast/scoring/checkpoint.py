@@ -26,7 +26,7 @@ class Checkpoint:
     """A folder of layer tables of one recording at one threshold."""
 
     folder: Path
-    fields: dict[str, Any]  # what they are of
+    fields: dict[str, Any]  # model, text and threshold of the tables
 
     @staticmethod
     def of(folder: str | os.PathLike[str], recording: Recording, threshold: float) -> Checkpoint:

@@ -49,7 +49,7 @@ class LayerScores:
     head_total: Tensor  # [R, H] importance of each head, summed over all keys
     unattributed: Tensor  # [R] bool: all proximities of `mid` (parallel: `post`) are 0
     ffn_unattributed: Tensor | None  # [R] bool: those of `post` are 0; None in parallel blocks
-    edges: EdgeList  # as the kernel listed them, perhaps padded with weights of 0
+    edges: EdgeList  # the kernel's list, perhaps padded with weights of 0
     closure: Closure  # rows whose parts must add up to their node
 
     def table(self, device: torch.device) -> LayerTable:
