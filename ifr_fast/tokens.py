@@ -14,6 +14,9 @@ from transformers import PreTrainedTokenizerBase
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
+Text: TypeAlias = (
+    "str | Sequence[SupportsIndex] | Tensor | np.ndarray[Any, Any] | Sequence[dict[str, str]]"
+)
 # Tokenizers return mappings.
 Batch: TypeAlias = (
     "list[str] | list[list[int]] | list[Tensor] | list[np.ndarray[Any, Any]] "
@@ -23,7 +26,7 @@ Batch: TypeAlias = (
 
 def is_batch(text: Any) -> TypeIs[Batch]:
     """True for several texts: a list or tuple of strings, of token-id sequences or of
-    conversations, or what a tokenizer returns for several texts. A list of ints is one text, and so
+    conversations, or the result of a tokenizer for several texts. A list of ints is one text, and so
     is a list of chat messages.
     """
     if isinstance(text, Mapping):
@@ -63,11 +66,6 @@ def _unpadded(token_ids: Tensor, mask: Tensor) -> Tensor:
     if last - first + 1 != len(kept):
         raise ValueError("text: its attention_mask hides tokens between others")
     return token_ids[first : last + 1]
-
-
-Text: TypeAlias = (
-    "str | Sequence[SupportsIndex] | Tensor | np.ndarray[Any, Any] | Sequence[dict[str, str]]"
-)
 
 
 def encode(

@@ -11,6 +11,8 @@ from ..model.block import Block
 from ..model.replay import gate_rows, replay_rows, row_scales
 from .recording import LayerRecording, Recording
 
+_BLOCK_ROWS = {"cpu": 512, "cuda": 8192}  # rows that are replayed and scored at once
+
 
 def past_of(block: Block, recorded: LayerRecording, k: Tensor, v: Tensor) -> AttentionCall:
     """The keys and values [S, H_kv, K or V] that a replay's attention reads, and how it does."""
@@ -94,9 +96,6 @@ def layer_inputs(
         ffn=resid_post - mid if block.parallel else None,
     )
     return inputs, None if block.parallel else resid_post
-
-
-_BLOCK_ROWS = {"cpu": 512, "cuda": 8192}  # rows that are replayed and scored at once
 
 
 def block_rows(device: torch.device) -> int:
