@@ -221,8 +221,8 @@ def test_a_recording_is_kept_and_read(
     def recorded(*_: Any, **__: Any) -> None:
         raise AssertionError("recorded again")
 
-    monkeypatch.setattr("ifr_fast.prefill.prefill", recorded)
-    monkeypatch.setattr("ifr_fast.tracer.record", recorded)
+    monkeypatch.setattr("ifr_fast.recording.prefill.prefill", recorded)
+    monkeypatch.setattr("ifr_fast.recording.recorder.record", recorded)
     again = ifr("trace", *options)
     assert (again.code, again.out) == (0, first.out)
     other = ifr("trace", *options, "--position", 3)
@@ -243,7 +243,7 @@ def test_an_interrupted_recording_says_how_to_go_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("ifr_fast.prefill.prefill", interrupted)
+        patched.setattr("ifr_fast.recording.prefill.prefill", interrupted)
         stopped = ifr(*command)
     assert stopped.code != 0
     assert "run the same command again to resume" in stopped.err.replace("\n", " ")
