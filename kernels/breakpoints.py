@@ -1,4 +1,4 @@
-"""Where proximity stops being linear: signs, value-space g, column norms, breakpoints.
+"""Signs, value-space g, column norms, and the breakpoints at which proximity stops being linear.
 
 **Identity.** Let s_i = +1 where y_i >= 0, else -1. For every part p, coordinate by coordinate,
 
@@ -25,23 +25,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# a is rounded up by this factor before it is compared, so that rounding in a, rho or the
-# quotient can only add a coordinate to the sum (where its correction is 0), never lose one.
+# Comparisons round a up by this factor. So rounding in a, rho or the quotient can only add a
+# coordinate to the sum, where its correction is 0, and never lose one.
 ROUND_UP = 1 + 2**-10
 
 
 def signs(y: Tensor) -> Tensor:
-    """S [R, D]: +1 where y >= 0, else -1, in the dtype of `y`."""
+    """s [R, D]: +1 where y >= 0, else -1, in the dtype of `y`."""
     return torch.ones_like(y).copysign_(y + 0.0)  # + 0.0 turns -0.0 into 0.0
 
 
 def value_space_signs(W_O: Tensor, s: Tensor) -> Tensor:
-    """G = W_O[h] @ s: [H, V, D] x [R, D] -> [H, R, V], so that lin = w (v . g)."""
+    """g = W_O[h] @ s: [H, V, D] x [R, D] -> [H, R, V], so that lin = w (v . g)."""
     return torch.bmm(s.expand(len(W_O), -1, -1), W_O.transpose(1, 2))
 
 
 def column_norms(W_O: Tensor) -> Tensor:
-    """Rho [H, D] = |W_O[h][:, i]|_2."""
+    """rho [H, D] = |W_O[h][:, i]|_2."""
     return torch.linalg.vector_norm(W_O, dim=1)
 
 

@@ -1,4 +1,4 @@
-"""The scoring contract: what every kernel takes and gives (docs/design.md, section 4).
+"""The scoring contract: inputs and results of every kernel (docs/design.md, section 4).
 
 For one layer and R of its rows, a kernel splits each node y into its parts
 
@@ -10,8 +10,8 @@ and returns the importance of each (paper section 2.2):
     proximity(p, y)  = max(|y|_1 - |y - p|_1, 0)
     importance(p, y) = proximity(p, y) / sum over parts k of proximity(p_k, y)
 
-Another tool's arithmetic may differ from this in two numbers: `offset` and `floor` make it
-max(|y|_1 - |y - p|_1 + offset, floor). Keys that a row does not see are no parts here even then.
+Other tools' arithmetic may differ in two numbers: with `offset` and `floor` a proximity is
+max(|y|_1 - |y - p|_1 + offset, floor). Even then, keys that a row does not see are not parts.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class LayerInputs(NamedTuple):
     k: Tensor  # [S, H_kv, K]
     v: Tensor  # [S, H_kv, V]
     W_O: Tensor  # [H, V, D] effective map from a head's value space to the residual stream
-    scale: float  # of the scores
+    scale: float  # scores are scale * (q . k)
     row_scale: Tensor | None = None  # [R] a post-norm's 1/rms
     value_gate: Tensor | None = None  # [R, H, V] an output gate
     window: int | None = None  # keys visible to a row, itself included
@@ -89,7 +89,9 @@ class FFNScores(NamedTuple):
 
 
 def visible(rows: Tensor, n_keys: int, window: int | None) -> Tensor:
-    """Which keys a row may read, itself included: bool [R, n_keys], on the device of `rows`."""
+    """Mask of the keys that each row may read, its own included: bool [R, n_keys], on the device of
+    `rows`.
+    """
     keys = torch.arange(n_keys, device=rows.device)
     mask = keys <= rows[:, None]
     if window is not None:

@@ -5,8 +5,8 @@ For a block of rows:
 1. alpha = softmax(q k^T), lin = alpha * (g v^T), a = alpha * |v|: attention-shaped products;
 2. pairs with lin > 0 and a above their (row, head)'s smallest breakpoint are listed;
 3. each listed pair gets the correction over the coordinates whose breakpoint is below a,
-   and over those alone: breakpoints are sorted within each (row, head), a pair's coordinates
-   are a run at the head of its row's, all runs are laid end to end;
+   and over no others: breakpoints are sorted within each (row, head), a pair's coordinates are
+   the first of its row's, and all these runs are laid end to end;
 4. denominators, sums over heads, edges above `keep`.
 
 Shapes: R rows, S keys, H heads, D model width, V value width; P listed pairs, C visited
@@ -27,11 +27,11 @@ from .rows import attention_pattern, block_of, by_kv_head
 
 BLOCK_ROWS = 128  # in a row block, at most
 BLOCK_ELEMENTS = 1 << 21  # of [H, R, S] and of [H, R, D] in a row block
-VISIT_ELEMENTS = 1 << 20  # coordinates visited in one go
+VISIT_ELEMENTS = 1 << 20  # coordinates visited at once
 SPARSE_PRODUCTS = ("cpu", "cuda")  # devices that have torch.sparse.sampled_addmm
 
-# Torch says once a process that sparse CSR is in beta. Said here, to nobody: filters are the
-# process's own, and cannot be changed while threads score.
+# Torch warns once a process that sparse CSR is in beta. The warning is triggered and hidden here:
+# filters belong to the process and cannot be changed while threads score.
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     torch.sparse_csr_tensor([0, 0], [], torch.empty(0), (1, 1))
@@ -40,8 +40,8 @@ with warnings.catch_warnings():
 def score_attention(inputs: LayerInputs, keep: float) -> AttentionScores:
     """Importances of all parts of the rows' nodes (contract.py); edges with weight > `keep`.
 
-    On a GPU the sizes of the lists are read by the host; edges there are padded to
-    1/keep slots a row instead, which bounds them, since a row's importances sum to 1.
+    On a GPU the host reads the sizes of the lists. Edges there are padded to 1/keep slots a row, as
+    many as there can be, since a row's importances sum to 1.
     """
     inputs = inputs.to(_compute_dtype(inputs.y))
     R, H, _ = inputs.q.shape
@@ -139,7 +139,7 @@ def _score_block(
         total = total + of_ffn
         n_parts = n_parts + 1
     unattributed = total == 0
-    # Where nothing is attributed, each of the n parts gets proximity 1 of a total of n.
+    # If every proximity is 0, each of the n parts gets proximity 1 of a total of n.
     total = torch.where(unattributed, n_parts.to(total.dtype), total)
     importance = of_pairs.add_((unattributed[:, None] & mask).to(of_pairs.dtype))
     importance.div_(total[:, None])
@@ -204,9 +204,9 @@ def _corrections(
 
 
 def _sampled_product(x: Tensor, W: Tensor, ends: Tensor, column: Tensor, y: Tensor) -> Tensor:
-    """X @ W - y at chosen places alone: [P, V], [V, N] -> [C], row by row.
+    """x @ W - y at chosen places only: [P, V], [V, N] -> [C], row by row.
 
-    ends: [P + 1] where each row's places end, from 0; column, y: [C].
+    ends: [P + 1], 0 and the end of each row's places; column, y: [C].
     """
     if x.device.type not in SPARSE_PRODUCTS:
         row = torch.arange(len(x), device=x.device).repeat_interleave(ends.diff())
@@ -243,13 +243,13 @@ def _compact(importance: Tensor, keep: float, first_row: int) -> EdgeList:
 
 
 def _listed(token_weight: Tensor, keep: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Row, source and weight of what exceeds `keep` in [R, S]; how many, the host reads."""
+    """Row, source and weight of entries above `keep` in [R, S]; the host reads their number."""
     row, source = (token_weight > keep).nonzero(as_tuple=True)
     return row, source, token_weight[row, source]
 
 
 def _padded(token_weight: Tensor, keep: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The same in as many slots a row as can exceed `keep`, weight 0 in those that do not."""
+    """Row, source and weight of as many entries a row as can exceed `keep`; weight 0 otherwise."""
     R, S = token_weight.shape
     slots = S if keep * S < 1 else int(1 / keep)
     weight, source = token_weight.topk(slots)

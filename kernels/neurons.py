@@ -15,8 +15,8 @@ from torch import Tensor
 
 from .breakpoints import ROUND_UP, breakpoints, signs
 
-VISIT_ELEMENTS = 1 << 20  # coordinates visited in one go
-PRODUCT_ROWS = 4096  # neurons whose W is brought to float32 at once
+VISIT_ELEMENTS = 1 << 20  # coordinates visited at once
+PRODUCT_ROWS = 4096  # neurons whose W is converted to float32 at once
 
 
 def neuron_proximities(c: Tensor, W: Tensor, y: Tensor) -> Tensor:
@@ -43,8 +43,8 @@ def neuron_proximities(c: Tensor, W: Tensor, y: Tensor) -> Tensor:
 def _correction(
     c: Tensor, W: Tensor, size: Tensor, s: Tensor, order: Tensor, mine: Tensor, length: Tensor
 ) -> Tensor:
-    """correction(p_i) of the neurons `mine` of a row whose |y| is `size` [D]; length: of each one's
-    run of coordinates in `order` [D].
+    """correction(p_i) of the neurons `mine` of a row whose |y| is `size` [D]. Each visits the first
+    `length` coordinates of `order` [D].
     """
     neuron = mine.repeat_interleave(length)  # [C]
     begins = (length.cumsum(0) - length).repeat_interleave(length)

@@ -1,7 +1,7 @@
-"""The oracle: every part formed, every distance taken, as docs/design.md section 3 reads.
+"""The oracle: every part is formed and every distance taken, as in docs/design.md, section 3.
 
-Slow and large by intent ([S, H, D] for each row). Float64 inputs give the float64 that all
-fast kernels are tested against; other dtypes are computed as they come.
+Slow and large by intent ([S, H, D] for each row). All fast kernels are tested against its float64;
+other dtypes are computed as they come.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-// What the Python faces of the kernel (module.cpp, step.cpp) share: array types, checks of shapes
-// and strides, what makes scores of products, the instruction sets.
+// Shared by the Python faces of the kernel (module.cpp, step.cpp): array types, checks of shapes
+// and strides, parameters of attention scores, the instruction sets.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -38,7 +38,7 @@ struct Isa {
     bool usable;
 };
 
-// Best first; what is not to be picked by itself comes after the baseline.
+// Best first; sets after the baseline are never picked automatically.
 inline std::vector<Isa> isas() {
     std::vector<Isa> all;
 #if defined(__x86_64__)
@@ -112,7 +112,7 @@ inline const float* packed(const std::optional<Packed>& x, const char* name, int
     return x->data();
 }
 
-// How products of q and k become scores, checked.
+// Parameters that turn products of q and k into scores, checked.
 inline void set_scores(ifr::Layer& l, double scale, std::optional<int64_t> window,
                        std::optional<double> softcap, const std::optional<Packed>& sinks) {
     if (window && *window < 1) throw nb::value_error("window must be at least 1");

@@ -11,7 +11,7 @@
 // begin at fixed positions, and each chunk's float sums are added up in double.
 
 constexpr int64_t BLOCK_ROWS = 12;        // BT
-constexpr int64_t TILE_FLOATS = 1 << 25;  // of all threads' tiles, unless blocks got too small
+constexpr int64_t TILE_FLOATS = 1 << 25;  // in all threads' tiles, at least for a block each
 constexpr int64_t W_COLUMNS = 128;        // coordinates per task of W_T
 constexpr int64_t G_ROWS = 64;            // rows per task of g
 constexpr int G_VECTORS = W > 8 ? 4 : 8;  // of g's columns, held in registers
@@ -59,7 +59,7 @@ class Blocks : Lines {
                     }},
                    {row_tasks * l_.H,
                     [&](int64_t task, int thread) { form_g(task, *threads_[thread]); }},
-                   // The last blocks have the most keys: they come first.
+                   // The last blocks have the most keys, so they come first.
                    {n_blocks_, [&](int64_t task, int thread) {
                         score_block(n_blocks_ - 1 - task, *threads_[thread]);
                     }}});
@@ -67,7 +67,7 @@ class Blocks : Lines {
     }
 
   private:
-    // One thread's memory: what a block needs, and by m what the lines of one KV head do.
+    // One thread's memory: for a block and, by m, for the lines of one KV head.
     struct Thread : Scratch {
         Thread(const Blocks& of, int64_t stride)
             : Scratch(of.l_, of.Dp_),
@@ -87,7 +87,7 @@ class Blocks : Lines {
         Buffer tile, y, table, q, g, gate, dots, squares;
     };
 
-    // Where the keys of a block begin, and how many there are, in whole chunks.
+    // First key and number of keys of a block, in whole chunks.
     int64_t block_first(int64_t block) const { return first_visible(block * BT_) / CHUNK * CHUNK; }
     int64_t block_keys(int64_t block) const {
         const int64_t last = last_visible(std::min(l_.R, (block + 1) * BT_) - 1);
@@ -153,7 +153,7 @@ class Blocks : Lines {
     }
 
     // Signs of y, a byte per group of four coordinates: bit 3 is set where the first is negative,
-    // bits 0 to 2 where the second to fourth have not the sign of the first.
+    // bits 0 to 2 where the sign of the second to fourth differs from the first's.
     void encode_signs(int64_t task) {
         constexpr uint8_t CODE[16] = {0, 15, 1, 14, 2, 13, 3, 12, 4, 11, 5, 10, 6, 9, 7, 8};
         for (int64_t r = task * G_ROWS; r < std::min(l_.R, (task + 1) * G_ROWS); ++r) {
@@ -173,8 +173,8 @@ class Blocks : Lines {
         }
     }
 
-    // g [rows, Vp] of one head and G_ROWS rows = s @ W_T. As s is +-1, four rows of W_T have but 8
-    // sums up to sign: they are tabled once, and each row adds one entry instead of four rows.
+    // g [rows, Vp] of one head and G_ROWS rows = s @ W_T. As s is +-1, four rows of W_T have only
+    // 8 sums up to sign. A table holds these, and each row adds one entry instead of four rows.
     void form_g(int64_t task, Thread& s) {
         Clock clock(s.counters);
         const int64_t row_tasks = (l_.R + G_ROWS - 1) / G_ROWS;
@@ -274,7 +274,7 @@ class Blocks : Lines {
         clock.lap(FINISH);
     }
 
-    // The lines of a KV head, and of each q (times what the scores are to be scaled by), g, gate^2.
+    // The lines of a KV head, and the q (times the scale of scores), g and gate^2 of each.
     void gather_lines(const Block& b, int64_t hk, Line* lines, Thread& s) {
         for (int64_t m = 0; m < b.n_rows * group_; ++m) {
             const int64_t r = b.row + m / group_, h = hk * group_ + m % group_;
@@ -305,7 +305,7 @@ class Blocks : Lines {
         }
     }
 
-    // Whether any of n lines sees the panel that begins at the key.
+    // True if any of n lines sees the panel that begins at the key.
     static bool any_sees(int64_t n, const Line* lines, int64_t key) {
         for (int64_t i = 0; i < n; ++i)
             if (lines[i].first <= key && key < lines[i].last) return true;
@@ -325,7 +325,7 @@ class Blocks : Lines {
         }
     }
 
-    // v . g, chunk by chunk of keys, and what `linear` makes of it.
+    // v . g, chunk by chunk of keys, passed on to `linear`.
     void products(int64_t n_lines, int64_t hk, Line* lines, Thread& s) {
         const bool gated = l_.value_gate.data;
         const float* norms = v_norm_.get() + hk * n_keys_ - first_key_;

@@ -2,7 +2,7 @@
 //
 // C [m, N R] = A [m, n] B [n, NR]: m rows of A at distance lda, the NR = NV * W columns of B as
 // n rows at distance ldb. Every element of C is one chain of fused multiply-adds along n,
-// whatever m is, so a row's bits do not depend on the rows that it is computed with.
+// for every m, so a row's bits do not depend on the rows that it is computed with.
 
 #if defined(IFR_AVX512)
 constexpr int MR = 12;

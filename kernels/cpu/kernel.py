@@ -2,10 +2,10 @@
 row.h), and decode steps that leave a row to it (step.cpp).
 
 Same face and values as eager.py, sums in float32: bfloat16 and float16 inputs are upcast, float64
-is refused. Runs on as many threads as torch is set to, those of torch's own OpenMP pool where it
-has one (IFR_FAST_CPU_POOL=none: on new ones); bits do not depend on which or how many.
+is refused. Runs on as many threads as torch is set to: those of torch's own OpenMP pool if it
+has one, or new ones (IFR_FAST_CPU_POOL=none). No bit depends on the threads or their number.
 
-The instruction set is AVX2 with FMA where the processor has it, else the baseline; the environment
+The instruction set is AVX2 with FMA if the processor has it, else the baseline. The environment
 variable IFR_FAST_CPU_ISA=baseline|avx2|avx512, read when this module is imported, forces one.
 
 Without a C++ compiler at installation there is no `_native`: importing this module still works,
@@ -39,7 +39,7 @@ STAGES = ("prepare", "scores", "softmax", "linear", "correct", "finish")
 
 
 class Counters(NamedTuple):
-    """What one call did."""
+    """Work of one call."""
 
     pairs: int  # (row, head, visible key)
     listed: int  # pairs with lin > 0 and a coordinate that can flip
@@ -48,7 +48,7 @@ class Counters(NamedTuple):
 
 
 def unavailable() -> str | None:
-    """Why this kernel cannot run here, or None if it can."""
+    """The reason that this kernel cannot run here, or None if it can."""
     if _import_error is None:
         return None
     return (
@@ -59,12 +59,12 @@ def unavailable() -> str | None:
 
 
 def isas() -> list[str]:
-    """The instruction sets that this processor has, the default first."""
+    """The instruction sets of this processor, the default first."""
     return _load().isas()
 
 
 def pool() -> str:
-    """The OpenMP library whose threads are used; empty where each call starts its own."""
+    """The OpenMP library whose threads are used; empty if each call starts its own."""
     return str(_load().pool())
 
 
@@ -74,7 +74,7 @@ def score_attention(inputs: LayerInputs, keep: float) -> AttentionScores:
 
 
 def score_attention_counted(inputs: LayerInputs, keep: float) -> tuple[AttentionScores, Counters]:
-    """`score_attention`, and what it took."""
+    """The scores of `score_attention`, and counts of its work."""
     native = _load()
     R, H, _ = inputs.q.shape
     residual, linear, total, head_total = _empty(R), _empty(R), _empty(R), _empty(R, H)
@@ -126,7 +126,7 @@ class StepScores:
         self.native = _load().StepScores(n_heads)
 
     def take(self) -> AttentionScores:
-        """Those of all rows added; none are left."""
+        """Scores of all rows added so far; none are left."""
         residual, ffn, head_total, edges, unattributed, linear, total = self.native.take()
         return AttentionScores(
             torch.from_numpy(residual),
@@ -143,8 +143,8 @@ class StepLayer:
     """A layer in decode steps: each adds a key and a value, attends to all, and scores its row.
 
     k, v: stores [room, H_kv, K], [room, H_kv, V] float32 whose first `n_keys` are filled; a step
-    fills the next. W_O: [H, V, D] float32. All are read where they lie, and kept. Scores are added
-    to `scores`.
+    fills the next. W_O: [H, V, D] float32. All are read in place, and kept. Scores are added to
+    `scores`.
     """
 
     def __init__(
@@ -227,8 +227,9 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def _prepared(name: str, x: Any) -> Any:
-    """As the extension takes it. A tensor: on the CPU, float32, last dimension contiguous; as a
-    DLPack capsule, as asking a tensor for one takes longer than the rest of a call.
+    """An argument as the extension takes it. A tensor becomes float32 with a contiguous last
+    dimension, in a DLPack capsule: the extension would take longer to ask for one than for the rest
+    of a call.
     """
     if not isinstance(x, Tensor):
         return x

@@ -1,4 +1,4 @@
-// What is done with lines, the (row, head) pairs, once their products are formed: softmax, lin,
+// Work on lines, the (row, head) pairs, after their products are formed: softmax, lin,
 // corrections, importances (docs/design.md, section 3.1). No include guard: see vec.h.
 //
 // With s = sign(y), w = row_scale * alpha and g = gate * (W_O[h] @ s), for every visible pair
@@ -9,10 +9,10 @@
 // over the coordinates i with |y_i| / rho_i < a, where rho_i = |W_O[h][:, i]| and
 // p_i = w (gate * v) . W_O[h][:, i].
 //
-// Two programs form the products: blocks.h for many rows at once, row.h for one. The latter has
-// attention too, for those who would have it leave its weights.
+// Two programs form the products: blocks.h for many rows at once, row.h for one. The latter also
+// computes attention, and can leave its weights.
 
-constexpr int64_t CHUNK = 64;  // keys whose sums are added up in float, a multiple of NR
+constexpr int64_t CHUNK = 64;  // keys summed in float, a multiple of NR
 constexpr int N_BUCKETS = 128, BUCKET_SHIFT = 19;  // of breakpoints, by exponent and mantissa
 constexpr int64_t SHORT = 4;                       // extents up to here are short
 constexpr float ROUND_UP = 1 + 1.0f / 1024;        // ../breakpoints.py
@@ -57,7 +57,7 @@ class Buffer {
     std::unique_ptr<float, Free> data_;
 };
 
-// Adds the time since it was last asked to a stage.
+// Adds the time since the last call to a stage.
 class Clock {
   public:
     explicit Clock(Counters& counters) : counters_(counters) {}
@@ -92,8 +92,8 @@ inline double proximity(int64_t D, const float* part, const float* y, double off
     return std::max(total, floor);
 }
 
-// 1 / rho of columns whose squares sum to x. One of zeros gets a huge finite number, as 0 * inf
-// would be no number; where y_i = 0 too its coordinate is then visited, and gives 0.
+// 1 / rho of columns whose squares sum to x. A column of zeros gets a huge finite number, as
+// 0 * inf is NaN; if y_i = 0 too, its coordinate is visited and gives 0.
 inline float inverse_norm(float x) { return std::min(1 / std::sqrt(x), FLT_MAX); }
 inline F inverse_norm(F x) { return min(set1(1.0f) / sqrt(x), set1(FLT_MAX)); }
 
@@ -101,7 +101,7 @@ struct Line {
     int64_t row, head;
     int64_t first, last;  // keys, in whole panels
     float* of_key;        // by key: scores, then e = exp(score - max), then proximities
-    const float* y;       // [Dp] padded with what never flips
+    const float* y;       // [Dp] padded with values that never flip
     float smallest_breakpoint;
     float w_scale;   // w / e
     double sum = 0;  // of the proximities
@@ -109,7 +109,7 @@ struct Line {
 };
 
 // The pairs of a line with lin + offset above the floor and a above its smallest breakpoint. Keys
-// are held as floats, exact below 2^24, to be compressed as such.
+// are floats, exact below 2^24, so that vectors of them can be compressed.
 struct Listed {
     int64_t n = 0;
     std::vector<float> key, w, a;
@@ -160,7 +160,7 @@ class Lines {
     }
     int64_t last_visible(int64_t row) const { return l_.rows[row] + 1; }  // exclusive
 
-    // What q is multiplied by, so that a product with k is what `softmax` takes.
+    // The factor of q that makes its product with k an input of `softmax`.
     float q_scale() const { return l_.softcap ? l_.scale / l_.softcap : l_.scale * LOG2_E; }
 
     // Row `row` of y as lines read it, [Dp].
@@ -182,7 +182,7 @@ class Lines {
             (l_.row_scale ? l_.row_scale[line.row] : 1.0f) / static_cast<float>(total);
     }
 
-    // The score that takes weight and moves nothing.
+    // The sink's score: it takes weight and moves nothing.
     float sink(const Line& line) const {
         return l_.sinks ? l_.sinks[line.head] * LOG2_E : -INFINITY;
     }
@@ -224,7 +224,7 @@ class Lines {
 
     // From keys `first` to `last`, all of one chunk: e becomes max(lin + offset, floor), and pairs
     // where that is above the floor, and a above the smallest breakpoint, are listed. By key: v . g
-    // in `dots`; |v| in `norms`, or where there is a gate its square.
+    // in `dots`; |v| in `norms`, or its square if there is a gate.
     void linear(Line& line, int64_t first, int64_t last, const float* dots, const float* norms,
                 Listed& list) const {
         const auto keys = l_.value_gate.data
@@ -235,7 +235,7 @@ class Lines {
         (this->*keys)(line, first, last, dots, norms, list);
     }
 
-    // Takes the corrections off the listed pairs of a line.
+    // Subtracts the corrections from the listed pairs of a line.
     //
     // Candidates (the coordinates whose breakpoint is below the largest a) and pairs are put in
     // order by buckets of breakpoint or a, 16 to an octave; a pair's extent, the coordinates that
@@ -356,7 +356,7 @@ class Lines {
     Tensor3 W_T_;           // [H, D, V]: columns of W_O, padded to whole vectors
 
   private:
-    // Whether a pair without weight has a proximity.
+    // True if a pair without weight has a proximity.
     bool shifted() const { return l_.offset || l_.floor > 0; }
 
     template <bool gated, bool shifted>
@@ -419,7 +419,7 @@ class Lines {
     }
 
     // Columns of W_O and y of the coordinates whose breakpoint is below the line's largest a,
-    // and where each bucket of breakpoints ends.
+    // and the end of each bucket of breakpoints.
     void order_candidates(const Line& line, const Listed& list, Scratch& s) const {
         const float* rho_inv = rho_inv_.get() + line.head * Dp_;
         const float a_max = *std::max_element(list.a.begin(), list.a.begin() + list.n);
@@ -445,7 +445,7 @@ class Lines {
         float* candidate_y = s.candidate_y.get();
         const float** columns = s.columns.data();
         for (int64_t c = 0, stride = W_T_.s1; c < n; ++c) {
-            const int32_t at = end[bucket[c]]++;  // a bucket's begin becomes its end
+            const int32_t at = end[bucket[c]]++;  // the bucket's begin becomes its end
             const int64_t i = static_cast<int64_t>(coordinate[c]);
             columns[at] = W_T + i * stride;
             candidate_y[at] = line.y[i];

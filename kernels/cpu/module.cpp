@@ -1,5 +1,5 @@
 // The Python face of the kernel: checks shapes and strides, picks the instruction set, writes
-// into arrays that Python allocated; only the edge lists, whose length it finds, are its own.
+// into arrays that Python allocated. It allocates only the edge lists, whose length it finds.
 #include "binding.h"
 
 namespace {
@@ -20,7 +20,7 @@ nb::object joined(const std::vector<ifr::Edges>& edges, List list, size_t width)
     return nb::ndarray<nb::numpy, T, nb::ndim<1>>(all->data(), {n}, owner).cast();
 }
 
-// What attention is computed from, checked.
+// Inputs of attention, checked.
 ifr::Layer attention_of(int64_t R, const Floats<3>& q, const Floats<3>& k, const Floats<3>& v,
                         double scale, std::optional<int64_t> window, std::optional<double> softcap,
                         const std::optional<Packed>& sinks,
@@ -124,7 +124,7 @@ void score_ffn(Floats<2> resid_mid, Floats<2> resid_post, Out residual, Out ffn,
 }  // namespace
 
 NB_MODULE(_native, m) {
-    nb::set_leak_warnings(false);  // what lives until the interpreter ends is no leak
+    nb::set_leak_warnings(false);  // objects that live until the interpreter ends are not leaks
     m.def("isas", &usable_isas, "Instruction sets that this processor has, the default first.");
     m.def("pool", &ifr::Team::pool,
           "The OpenMP library whose threads are used; empty where each call makes its own.");

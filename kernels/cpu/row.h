@@ -1,11 +1,11 @@
-// One row, as of a decode step (docs/design.md, section 3.1). No include guard: see vec.h.
+// One row, as in a decode step (docs/design.md, section 3.1). No include guard: see vec.h.
 //
-// K, V and W_O are read where they lie: a single row does too little with them to pay for packing.
-// Tasks depend on shapes alone, and so do the bits.
+// K, V and W_O are read in place: a single row reads too little of them to pay for packing.
+// Tasks depend on shapes alone, and so do the bits of the results.
 
 constexpr int64_t ROW_KEYS = 256;         // keys per task, a multiple of CHUNK
 constexpr int64_t COORDINATE_TASKS = 16;  // at most
-constexpr int64_t AHEAD = 4096;           // bytes: a processor's own prefetching ends with a page
+constexpr int64_t AHEAD = 4096;           // bytes; a processor's own prefetching stops with a page
 constexpr int Z_VECTORS = 8;              // of an attention output, held in registers
 
 // The keys of one row in tasks, and its lines.
@@ -64,7 +64,7 @@ class Row : protected Lines {
     }
 
     // Hands over the keys of a task, ND at a time: the first of them, and their rows of x [S, H_kv,
-    // width], padded to whole vectors. Behind the last visible key, that one again.
+    // width], padded to whole vectors. The last visible key is repeated to fill up.
     template <class Use>
     void for_keys(int64_t task, const Tensor3& x, int64_t width, Thread& s, Use use) {
         const int64_t hk = task / key_tasks_, last = last_visible(0) - 1;
@@ -97,7 +97,7 @@ class Row : protected Lines {
 };
 
 // The row's attention output, and its weights. Keys and values are read once: each task has a
-// softmax of its own, and these are brought together at the end.
+// softmax of its own, and these are combined at the end.
 class RowAttention : Row {
   public:
     RowAttention(const Layer& layer, int n_threads, const Attention& out)
@@ -193,10 +193,10 @@ class RowAttention : Row {
 };
 
 // The row's scores. Phases: by coordinates, g in parts and rho_inv; by keys, products with q
-// | by keys, v . g and |v| | by heads, all that is left of a line.
+// | by keys, v . g and |v| | by heads, the rest of each line.
 //
-// Shapes: g_parts [tasks, H, Vp], dots [H, keys], norms [H_kv, keys], or where there is a gate
-// their squares [H, keys]. Kp, Vp: K, V rounded up to whole vectors.
+// Shapes: g_parts [tasks, H, Vp], dots [H, keys], norms [H_kv, keys], or with a gate their
+// squares [H, keys]. Kp, Vp: K, V rounded up to whole vectors.
 class OneRow : Row {
   public:
     OneRow(const Layer& layer, int n_threads, Scores& out)

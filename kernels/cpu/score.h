@@ -1,4 +1,4 @@
-// What the kernel takes and gives (../contract.py), as plain pointers and strides.
+// Inputs and results of the kernel (../contract.py), as plain pointers and strides.
 #pragma once
 
 #include <array>
@@ -36,8 +36,8 @@ struct Layer {
     const float* log_sum_exp = nullptr;   // [R, H]
     Matrix ffn;                           // [R, D]
     const float* weights = nullptr;       // [H, S] of one row, if attention left them
-    const float* norms = nullptr;         // [H_kv, norms_stride] of v's rows, if they are known
-    int64_t norms_stride = 0;             // more than S by a vector of keys at least
+    const float* norms = nullptr;         // [H_kv, norms_stride] of v's rows, if known
+    int64_t norms_stride = 0;             // at least S plus a vector of keys
     const float* offset = nullptr;        // [R]
     float floor = 0;
 };

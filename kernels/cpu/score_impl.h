@@ -1,6 +1,6 @@
-// What the kernel does, on any instruction set. No include guard: see vec.h.
+// The kernel's entry points, for any instruction set. No include guard: see vec.h.
 
-constexpr int64_t ALONE_FLOATS = 1 << 18;  // work that is not worth waking a thread for
+constexpr int64_t ALONE_FLOATS = 1 << 18;  // work too small to wake a thread for
 constexpr int64_t FFN_FLOATS = 1 << 15;    // rows times D per task of score_ffn
 
 void score_attention(const Layer& layer, int n_threads, Scores& out) {
@@ -13,7 +13,7 @@ void score_attention(const Layer& layer, int n_threads, Scores& out) {
     else Blocks(layer, n_threads, out).run();
 }
 
-// The attention of the one row that a layer has; nothing of what it is scored from is needed.
+// The attention of the layer's one row; inputs that only scoring reads may be missing.
 void attend_row(const Layer& layer, int n_threads, const Attention& out) {
     const int64_t work = layer.H * (layer.rows[0] + 1) * (layer.K + layer.V);
     RowAttention(layer, work < ALONE_FLOATS ? 1 : n_threads, out).run();

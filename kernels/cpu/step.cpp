@@ -1,5 +1,5 @@
-// A layer in decode steps: a store of its keys and values, to which each step adds one, and what
-// of that step's row is kept between its attention and its scores.
+// A layer in decode steps: a store of its keys and values, to which each step adds one, and the
+// results of that step's attention that its scores need.
 #include "binding.h"
 
 #include <algorithm>
@@ -7,9 +7,9 @@
 
 namespace {
 
-constexpr int64_t PADDING = 64;  // keys behind the last that a kernel may read norms of
+constexpr int64_t PADDING = 64;  // keys past the last whose norms a kernel may read
 
-// Scores of rows, one after the other, each of a layer of its own.
+// Scores of rows added one by one, each of a layer of its own.
 class StepScores {
   public:
     explicit StepScores(int64_t H) : H_(H) {}
@@ -39,7 +39,7 @@ class StepScores {
         ++n_;
     }
 
-    // All there are, as numpy arrays; none are left.
+    // All scores so far, as numpy arrays; none are left.
     nb::tuple take() {
         nb::tuple taken = nb::make_tuple(
             array(residual_), ffn_.empty() ? nb::none() : array(ffn_), array(head_total_, width()),
@@ -123,7 +123,7 @@ class StepLayer {
         add_norms();
         l.S = l_.S;
         row_ = l_.S - 1;
-        l_.window = l.window;  // the rest of what it attends with is in the weights
+        l_.window = l.window;  // the weights already contain the other options
         weights_.resize(static_cast<size_t>(l_.H * l_.S));
         const ifr::Attention out{z.data(), weights_.data()};
         nb::gil_scoped_release released;
@@ -131,7 +131,7 @@ class StepLayer {
         attended_ = true;
     }
 
-    // Scores the row that attended last.
+    // Scores of the row that attended last.
     void score(Floats<2> resid_pre, Floats<2> y, std::optional<Packed> row_scale,
                std::optional<Floats<3>> value_gate, std::optional<Floats<2>> ffn, double keep,
                StepScores& into, int n_threads) {

@@ -23,8 +23,8 @@ struct Pool {
     explicit operator bool() const { return parallel && thread_num && num_threads; }
 };
 
-// Looked up, not linked: a libgomp of our own would have a pool of its own. What torch's libraries
-// call is resolved in the same global scope, first of all, and torch loads its libgomp into it.
+// Symbols are looked up and not linked: a libgomp of our own would have a pool of its own. Calls of
+// torch's libraries are resolved in this global scope, into which torch loads its libgomp first.
 Pool find_pool() {
     Pool pool;
 #if defined(__linux__)
@@ -55,7 +55,7 @@ void Team::run(int n_threads, const std::vector<Phase>& phases) {
     Team team(phases);
     const bool divisible = std::any_of(phases.begin(), phases.end(),
                                        [](const Phase& phase) { return phase.n_tasks > 1; });
-    // All threads or one: a pool that is asked for fewer than before ends those it does not need.
+    // All threads or one: a pool asked for fewer threads than before ends the others.
     if (n_threads == 1 || !divisible) team.work(0, 1);
     else if (the_pool()) team.run_in_pool(n_threads);
     else team.run_on_new_threads(n_threads);
@@ -63,7 +63,7 @@ void Team::run(int n_threads, const std::vector<Phase>& phases) {
 }
 
 void Team::run_in_pool(int n_threads) {
-    // The pool may give fewer threads than it is asked for.
+    // The pool may give fewer threads than requested.
     const auto work = [](void* team) {
         static_cast<Team*>(team)->work(the_pool().thread_num(), the_pool().num_threads());
     };
@@ -81,7 +81,7 @@ void Team::run_on_new_threads(int n_threads) {
                 work(i, size_);
             });
     } catch (const std::exception&) {
-        // The system gives no more threads: those there are do the work.
+        // The system gives no more threads; the existing ones do the work.
     }
     const int size = 1 + static_cast<int>(helpers.size());
     {
@@ -121,7 +121,7 @@ void Team::arrive(int size) {
         return;
     }
     lock.unlock();
-    // Phases may end within microseconds of each other, waking a thread takes dozens.
+    // Phases may be microseconds apart, while waking a thread takes dozens of microseconds.
     for (int i = 0; i < YIELDS; ++i) {
         if (round_ != round) return;
         std::this_thread::yield();

@@ -1,5 +1,5 @@
 // A team of threads for one call: phases run one after the other, the tasks of a phase are
-// handed out one by one. What a task computes never depends on which thread runs it.
+// handed out one by one. The result of a task never depends on the thread that runs it.
 #pragma once
 
 #include <atomic>
@@ -18,14 +18,14 @@ struct Phase {
     std::function<void(int64_t task, int thread)> run;
 };
 
-// Threads and what they share during a call.
+// Threads and the state that they share during a call.
 class Team {
   public:
-    // Runs all phases on at most n_threads threads, the calling one included: those of the OpenMP
-    // pool that torch's own operations run on, where there is one, else new ones.
+    // Runs all phases on at most n_threads threads, the calling one included: those of
+    // torch's own OpenMP pool if it has one, else new ones.
     static void run(int n_threads, const std::vector<Phase>& phases);
 
-    // The library whose pool is used; empty: none.
+    // The library whose pool is used; empty if there is none.
     static std::string pool();
 
   private:

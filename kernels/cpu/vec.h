@@ -114,7 +114,7 @@ inline F abs(F a) { return (F)((M)a & INT32_MAX); }
 inline F sqrt(F a) { return F{std::sqrt(a[0]), std::sqrt(a[1]), std::sqrt(a[2]), std::sqrt(a[3])}; }
 inline M both(M a, M b) { return a & b; }
 inline unsigned bits(M m) { return (m[0] & 1) | (m[1] & 2) | (m[2] & 4) | (m[3] & 8); }
-// p 2^n, n in the low bits of t; modulo 2^32, as lanes that nobody keeps may hold anything
+// p 2^n, n in the low bits of t; modulo 2^32, as unused lanes may hold anything
 inline F scale_by(F p, F t) { return (F)((U)p + ((U)t << 23)); }
 inline F compressed(F x, unsigned m) {
     F out = x;

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 # Planes of `lines`, float32 [4, R, H]
-LOG_SUM_EXP = tl.constexpr(0)  # of the line's scores, base 2
+LOG_SUM_EXP = tl.constexpr(0)  # log-sum-exp of the line's scores, base 2
 G_SCALE = tl.constexpr(1)  # the factor that the stored g lacks, row_scale included
 FIRST_BREAKPOINT = tl.constexpr(2)  # the smallest breakpoint, divided by |row_scale|
 LIGHT_LIMIT = tl.constexpr(3)  # a pair with an a up to this is light

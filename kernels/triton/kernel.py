@@ -2,16 +2,15 @@
 
 For a block of rows, a kernel or two a step:
 
-(a) prepare.py: column norms of W_O; norms of values; of lines, that is (row, head)s, g = W_O s in
-    value space, the smallest breakpoint, and a short list of the coordinates that come first, the
-    line's candidates, looked for where a row's coordinates are small; reach.py: where rows are
-    many, a tighter bound than values' norms;
-(b) linear.py: alpha from the log-sum-exp (taken here where the forward pass gave none), lin as a
-    second attention-shaped product; pairs that lin is exact for are summed at once, the others
-    marked, a bit each: light where the candidates hold all coordinates that can flip, else heavy;
-(c) lists.py, correct.py: marks to lists, and the corrections: light pairs at their line's
-    candidates alone, heavy ones at all coordinates, u formed on matrix units, never leaving the
-    chip;
+(a) prepare.py: column norms of W_O and norms of values. For each line, that is (row, head), g =
+    W_O s in value space, the smallest breakpoint, and the line's candidates: a short list of the
+    coordinates that flip first. reach.py: a tighter bound than values' norms, if rows are many;
+(b) linear.py: alpha from the log-sum-exp (computed here if the forward pass gave none), and lin as
+    a second attention-shaped product. Pairs whose lin is exact are summed at once. The others are
+    marked, a bit each: light if the candidates hold all coordinates that can flip, else heavy;
+(c) lists.py, correct.py: marks become lists, and listed pairs are corrected: light pairs at their
+    line's candidates, heavy ones at all coordinates, where u is formed on matrix units and never
+    leaves the chip;
 (d) proximity.py: the residual stream's and the FFN's proximities;
 (e) compact.py: sums in fixed order, denominators, token edges above `keep`, their heads.
 
@@ -20,10 +19,10 @@ of its keys, and edges come in as many slots a row as can exceed `keep`. Lists, 
 its marks, live for a block of rows, and are touched only where pairs are listed. No sum depends on
 the order in which programs run: results are the same bit for bit.
 
-T and S are runtime values: what kernels are compiled for are H, H_kv, K, V, D, the dtype, which
-optional inputs there are, and whether the rows are few beside the keys (a frontier), where tiles
-are narrower and a line's keys are shared out. Inputs are float32, bfloat16 or float16; float32
-products are exact ones, not TF32; all sums are in float32.
+T and S are runtime values. Kernels are compiled for H, H_kv, K, V, D, the dtype, the optional
+inputs given, and for rows that are many or few beside the keys; few rows (a frontier) take narrower
+tiles and share out a line's keys. Inputs are float32, bfloat16 or float16; float32 products are
+exact, not TF32; all sums are in float32.
 """
 
 from __future__ import annotations

@@ -31,8 +31,8 @@ def launch(kernel: Any, grid: tuple[int, ...], records: Records, **tiles: Any) -
 def _plan(
     kernel: Callable[..., Any], types: tuple[Any, ...], tiles: tuple[str, ...]
 ) -> tuple[Callable[[tuple[Any, ...]], tuple[Any, ...]], tuple[str, ...]]:
-    """Where a kernel's parameters lie among the values of records and tiles laid end to end, and
-    the tiles that are options.
+    """A function that picks a kernel's arguments from the values of records and tiles, laid end to
+    end, and the tiles that are options.
     """
     places = {name: i for i, name in enumerate((*chain(*(x._fields for x in types)), *tiles))}
     names = list(inspect.signature(kernel).parameters)

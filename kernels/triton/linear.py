@@ -1,4 +1,4 @@
-"""(b) The linear pass: scores, lin = alpha (v . g), and which pairs need more than that.
+"""(b) The linear pass: scores, lin = alpha (v . g), and marks of the pairs that need a correction.
 
 For every pair of a tile of rows and keys, head by head, two products
 
@@ -52,7 +52,7 @@ from .common import (
 from .launch import blocks, launch, tile
 from .records import Block
 
-LOWEST = tl.constexpr(-1e30)  # below every maximum, finite so that -inf less it is -inf
+LOWEST = tl.constexpr(-1e30)  # below every maximum; finite, so that -inf - LOWEST is -inf
 
 
 @triton.jit(
@@ -229,7 +229,7 @@ def linear_kernel(
             b_first = tl.load(p_line + FIRST_BREAKPOINT * plane, mask=m_r, other=float("inf"))
             b_limit = tl.load(p_line + LIGHT_LIMIT * plane, mask=m_r, other=float("inf"))
 
-            # Loaded for each head again: what depends on it would otherwise stay in registers.
+            # Loaded anew for each head, so that values derived from it do not stay in registers.
             b_t = tl.load(p_rows + o_r, mask=m_r, other=-1).to(tl.int32)
             slope = tl.load(p_slopes + i_h).to(tl.float32) if p_slopes is not None else None
             if p_slopes is not None or p_offset is not None:
@@ -246,7 +246,7 @@ def linear_kernel(
             tl.store(p_partial_lin + i_h + o_t * H, tl.sum(b_lin, 1), mask=m_r)
             if p_gate is not None:
                 b_gate = tl.load(p_gate + i_h * V + o_gate, mask=m_g, other=0.0).to(tl.float32)
-                # Rounded up by more than the rounding of two factors.
+                # The squares are rounded up by more than two factors are rounded.
                 b_gate_squares = (b_gate * b_gate * (1 + 2**-7)).to(tl.bfloat16)
                 b_v_squares = b_v.to(tl.float32) * b_v.to(tl.float32) * (1 + 2**-7)
                 b_v_squares = b_v_squares.to(tl.bfloat16)
@@ -286,7 +286,7 @@ class Splits(NamedTuple):
     tops: Tensor  # [splits, R, H]
     sums: Tensor  # [splits, R, H]
     n_splits: int
-    n_blocks: int  # of keys, to a split
+    n_blocks: int  # blocks of keys of a split
 
 
 def log_sum_exp(x: Block) -> None:

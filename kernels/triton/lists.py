@@ -34,7 +34,7 @@ def lists_kernel(
     b_first = first_key(b_t, window) // WORD
     b_last = tl.where(m_line, b_t // WORD, -1)
     p_marks += (i_tier * plane + o_line)[:, None] * n_words
-    # Upwards from the front, or downwards from the end.
+    # Light pairs go up from the front, heavy ones down from the end.
     step = tl.where(i_tier == 0, 1, -1)
     o_front = o_line + tl.where(i_tier == 0, 0, 1)
     b_to = o_front * (n_words * WORD) - tl.where(i_tier == 0, 0, 1)  # [BL]
@@ -47,7 +47,7 @@ def lists_kernel(
         b_place = b_count[:, None] + tl.cumsum(b_n, 1) - b_n
         while tl.max((b_bits != 0).to(tl.int32)) > 0:
             b_lowest = b_bits & -b_bits
-            # Its place is the exponent of the bit as a number.
+            # The place of the lowest bit is its exponent as a number.
             b_bit = (b_lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 0xFF
             b_key = b_w * WORD + b_bit - 127
             tl.store(p_pairs + b_to[:, None] + step * b_place, b_key, mask=b_bits != 0)

@@ -7,20 +7,21 @@
 row_scale is divided out of the breakpoints, so that a = alpha |gate * v| is compared with them.
 The sign vector is +-1, exact in half precision, so g is a product on matrix units, summed in
 float32. A bfloat16 model's g is then kept in one float16, g = g_scale g16, whose rounding of 2^-11
-is an eighth of the model's own; its values become float16 too, by a power of two a KV head, exact
-but for those 2^-32 below the head's largest. A float16 model's g is split in two halves, and a
-bfloat16 one's where rows are too few for another copy of the values to pay, or where a value_gate
-scales it: a row of small proximities whose parts are large then shows the rounding.
+is an eighth of the model's own. Its values become float16 too, scaled by a power of two a KV head:
+exact unless they are 2^-32 below the head's largest. A float16 model's g is split in two halves.
+So is a bfloat16 model's g if rows are too few to pay for another copy of the values, or if a
+value_gate scales it: rows of small proximities and large parts would show the rounding.
 
-Breakpoints are looked for where they can be small. With rho_rms[h] the root mean square of rho[h],
+Breakpoints are computed only at coordinates where they can be small. With rho_rms[h] the root mean
+square of rho[h],
 
     bp[t, h, i] >= near[t, i] / rho_rms[h],  near[t, i] = |y[t, i]| / max_h (rho[h, i] / rho_rms[h])
 
-(row_scale aside), so a row's coordinates are looked over once for the M that are nearest, whatever
-the head: all others have near >= near_end[t]. A head then looks at those M alone.
+(row_scale aside). So the M nearest coordinates of a row are found once for all heads; all others
+have near >= near_end[t]. Each head then looks at those M alone.
 
-A line's *candidates* are its coordinates with bp below LIGHT_LIMIT, at most N of them; the limit
-is searched for by counting, and is at most near_end / rho_rms. All coordinates that can flip for a
+A line's *candidates* are its coordinates with bp below LIGHT_LIMIT, at most N of them. The limit
+is found by counting, and is at most near_end / rho_rms. All coordinates that can flip for a
 pair with a <= LIGHT_LIMIT are among them: such a pair is light. FIRST_BREAKPOINT is the smallest
 breakpoint, or near_end / rho_rms where no breakpoint is known to be below that.
 
@@ -48,8 +49,8 @@ from .common import (
 from .launch import blocks, launch, tile
 from .records import Block, Layer
 
-GUESSES = tl.constexpr(3)  # at a line's limit
-NEAR_GUESSES = tl.constexpr(4)  # at a row's
+GUESSES = tl.constexpr(3)  # tries at a line's limit
+NEAR_GUESSES = tl.constexpr(4)  # tries at a row's limit
 
 
 @triton.jit
@@ -230,7 +231,7 @@ def nearest_kernel(
         m_near = m_y
         b_end = tl.full([BT], float("inf"), tl.float32)
     else:
-        # Infinite, or not a number, where no head writes: below no limit.
+        # A coordinate that no head writes to is infinite or NaN: below no limit.
         b_point = b_y * tl.load(p_spread_inv + o_d, mask=m_d, other=float("inf"))[None, :]
         b_sum = tl.sum(tl.where(b_point < float("inf"), b_point, 0.0), 1)
         b_end = search(b_point, b_sum * (M / (2.0 * D * D)), M, NEAR_GUESSES, 1)
@@ -271,7 +272,7 @@ def breakpoints_kernel(
     b_point = tl.where(b_rho_inv > 0, b_y[:, None] * b_rho_inv, float("inf"))  # [M, BH]
     b_end = tl.full([BH], float("inf"), tl.float32)
     if D > M:
-        # Rounded down by more than the rounding of its factors.
+        # The factor rounds the bound down by more than its terms are rounded.
         b_rms = tl.load(p_rho_rms + o_h, mask=m_h, other=0.0)
         b_end = tl.load(p_near_end + i_r) * (1 - 2.0**-18) / tl.where(b_rms > 0, b_rms, 1.0)
         b_end = tl.where(b_rms > 0, b_end, float("inf"))
@@ -279,7 +280,7 @@ def breakpoints_kernel(
     if D <= N:
         b_limit = b_end
     else:
-        # Breakpoints have a density near 0: a guess at where 3 / 4 N of them end, by their mean.
+        # Breakpoints have a density near 0: their mean gives a guess at where 3 / 4 N of them end.
         m_some = b_point < float("inf")
         b_n_some = tl.sum(m_some.to(tl.float32), 0) + 0.5
         b_sum = tl.sum(tl.where(m_some, b_point, 0.0), 0)

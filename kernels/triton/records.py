@@ -1,4 +1,4 @@
-"""What the kernels are given: a layer, some of its rows, and room for what kernels hand each other.
+"""The kernels' arguments as records: a layer, some of its rows, and room for their work.
 
 Kernels find their parameters by the names of these fields (launch.py). Sizes: R rows, S keys, H
 heads of H_kv groups, widths K of keys, V of values, D of the model, N candidates of a line, M
@@ -19,13 +19,13 @@ from . import room, tiles
 from .common import WORD
 from .launch import blocks
 
-ALIGNMENT = 16  # of tensors in bytes, as Triton's launcher looks at it
+ALIGNMENT = 16  # bytes; Triton's launcher looks at it
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Layer(NamedTuple):
-    """One layer: sizes, options of its attention, weights, keys and values, and what prepare.py and
-    reach.py derive from them. An option that the layer does not have is None.
+    """One layer: sizes, options of its attention, weights, keys and values, and tensors that
+    prepare.py and reach.py derive from them. An option that the layer does not have is None.
     """
 
     S: int
@@ -41,7 +41,7 @@ class Layer(NamedTuple):
     UNIT_K: int  # strides of q and k are counted in units of so many elements
     UNIT_V: int  # strides of values likewise
     HALVES: int  # numbers that a g is split into
-    REACH: bool  # whether `reach` holds values' reach, or else their norms
+    REACH: bool  # `reach` holds values' reach, otherwise their norms
 
     scale: float
     softcap: float | None
@@ -77,7 +77,7 @@ class Layer(NamedTuple):
 
     @property
     def wide(self) -> bool:
-        """Whether operands of products are float32."""
+        """True if operands of products are float32."""
         return self.v.dtype == torch.float32
 
 
@@ -121,7 +121,7 @@ class Rows(NamedTuple):
 
 
 class Work(NamedTuple):
-    """Room for what the kernels hand each other, for a block of rows."""
+    """Room for the results that kernels pass on to each other, for a block of rows."""
 
     few: bool  # rows are few beside their keys
     n_words: int

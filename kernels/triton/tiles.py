@@ -1,4 +1,4 @@
-"""Tile sizes, warps and stages of the kernels: all that a sweep on a GPU may set."""
+"""Tile sizes, warps and stages of the kernels, for sweeps on a GPU to set."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PROGRAMS = 512  # programs that keep a GPU busy
 
 
 class Linear(NamedTuple):
-    """Tiles of the linear pass: what registers and shared memory hold without spilling."""
+    """Tiles of the linear pass, as large as registers and shared memory hold without spilling."""
 
     BT: int  # rows
     BS: int  # keys
@@ -63,7 +63,7 @@ LIGHT = Light(16, 4)
 
 
 def is_few(n_rows: int, n_keys: int) -> bool:
-    """Whether rows are few beside their keys."""
+    """True if rows are few beside their keys."""
     return n_rows <= FEW_ROWS and n_keys >= 4 * n_rows
 
 
