@@ -26,8 +26,8 @@ Batch: TypeAlias = (
 
 def is_batch(text: Any) -> TypeIs[Batch]:
     """True for several texts: a list or tuple of strings, of token-id sequences or of
-    conversations, or the result of a tokenizer for several texts. A list of ints is one text, and so
-    is a list of chat messages.
+    conversations, or the result of a tokenizer for several texts. A list of ints is one text, and
+    so is a list of chat messages.
     """
     if isinstance(text, Mapping):
         return True
