@@ -11,6 +11,7 @@ from tiny import account, tiny_model, tiny_text
 from torch import Tensor
 
 from ifr_fast import IfrError, Tracer, UnsupportedArchitectureError
+from ifr_fast.kernels import eager
 from ifr_fast.model.masks import LazyMask
 from ifr_fast.recording.chunked import record_in_chunks
 from ifr_fast.recording.layer_pass import WatchedLayer, WatchedPass, checked_rows, kept_rows, pad
@@ -95,7 +96,7 @@ def in_chunks(tracer: Tracer) -> object:
 
 
 def in_a_sweep(tracer: Tracer) -> object:
-    return sweep(tracer.decoder, TEXTS[:2], 0.1, "eager")
+    return sweep(tracer.decoder, TEXTS[:2], 0.1, eager)
 
 
 RUNS: dict[str, Callable[[Tracer], object]] = {
@@ -145,7 +146,7 @@ def test_states_that_are_not_finite_are_refused(run: Any, layer: int) -> None:
 def test_the_last_layer_may_leave_anything_in_the_padding() -> None:
     tracer = Tracer(tiny_model("llama"))
     expected = tracer.record(TEXTS, mode="full")
-    with spoiled(tracer, 2, 0, LENGTHS[0]):  # the row after the first text
+    with spoiled(tracer, 2, 1, LENGTHS[0]):  # after the first text, second to the longest one
         got = tracer.record(TEXTS, mode="full")
     for mine, theirs in zip(got, expected, strict=True):
         assert torch.equal(mine.resid_final, theirs.resid_final)
