@@ -13,12 +13,16 @@ from ifr_fast import Tracer
 from ifr_fast.scoring.implementations import load_kernel
 
 
-@cache
 def tiny_tracer(family: str, dtype: torch.dtype = torch.float32, impl: str = "auto") -> Tracer:
     """A Tracer of a tiny model, for tests that do not change the model."""
+    return _opened(family, dtype, impl)
+
+
+@cache
+def _opened(family: str, dtype: torch.dtype, impl: str) -> Tracer:
     if impl == "auto":
         return Tracer(tiny_model(family, dtype=dtype).eval())
-    tracer = copy.copy(tiny_tracer(family, dtype))
+    tracer = copy.copy(_opened(family, dtype, "auto"))
     tracer.impl, tracer.kernel = impl, load_kernel(impl)
     return tracer
 
