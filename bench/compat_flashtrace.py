@@ -51,12 +51,12 @@ class Row(NamedTuple):
 
 
 class Sides:
-    """Both, ready to trace."""
+    """Both implementations, ready to trace."""
 
     def __init__(self, model: Any, tokenizer: Any, impl: str) -> None:
         package = importlib.import_module("flashtrace")
         core = importlib.import_module("flashtrace.core")
-        core.tqdm = functools.partial(core.tqdm, disable=True)  # it draws a bar a call
+        core.tqdm = functools.partial(core.tqdm, disable=True)  # no bar at every call
         self.model, self.tokenizer = model, tokenizer
         start = time.perf_counter()
         self.ours = FlashTrace(model, tokenizer, impl=impl)

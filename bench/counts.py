@@ -1,4 +1,4 @@
-"""How many pairs need a correction, and how many coordinates they visit, measured.
+"""Measured numbers of pairs that need a correction, and of coordinates that they visit.
 
 A pair is a (row, head, visible key). It needs a correction where lin > 0 and some coordinate's
 breakpoint is below its a (docs/design.md, section 3.1); those coordinates are its visits. Counted
@@ -19,7 +19,7 @@ f_h the density of the row's breakpoints |y_i| / rho_i near 0, here that of the 
   layer, until attention's share |z W_O|_rms / |resid_mid|_rms is the given one.
 - `frontier`: rows that one route scores, layer by layer, on the default model.
 
-    python bench/counts.py --json bench/counts.json
+    python bench/counts.py --json bench/gpu_model/counts.json
 """
 
 from __future__ import annotations
@@ -48,8 +48,9 @@ from ifr_fast.kernels.breakpoints import (
 from ifr_fast.kernels.contract import LayerInputs, visible
 from ifr_fast.kernels.cpu import kernel
 from ifr_fast.kernels.rows import attention_pattern
-from ifr_fast.recording import RecordingMode, layer_inputs
-from ifr_fast.scoring import score_layer
+from ifr_fast.recording.layer_inputs import layer_inputs
+from ifr_fast.recording.recording import RecordingMode
+from ifr_fast.scoring.layer import score_layer
 
 LOW = 0.05  # of the breakpoints of a (row, head) give the density near 0
 BLOCK_ELEMENTS = 1 << 24  # of [H, R, max(S, D)] counted at once
@@ -61,7 +62,7 @@ VOCAB = 4096  # of random models: ids of the real text, modulo this
 
 
 class Tier(NamedTuple):
-    """Per row, summed over heads: pairs whose coordinates fit a list, and the others.
+    """Means per row, summed over heads: pairs whose coordinates fit a list, and the others.
 
     The list is that of a (row, head): the coordinates of its smallest breakpoints. It is taken to
     be three quarters full, as the GPU kernel's search for where it ends aims at.
@@ -76,7 +77,7 @@ class Tier(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """Per row, means over the rows counted of one layer: pairs that need a correction."""
+    """Pairs that need a correction: means per row, over the rows counted of one layer."""
 
     listed: float  # with lin > 0 and a coordinate to visit
     at_least_8: float
@@ -89,7 +90,7 @@ class Pairs(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """Per row, means over the rows counted of one layer."""
+    """Counts: means per row, over the rows counted of one layer."""
 
     pairs: float
     by_norm: Pairs  # a = alpha |v|
@@ -132,7 +133,7 @@ class Tally:
             tier[:] = [x + y for x, y in zip(tier, found_here, strict=True)]
 
     def means(self, R: int) -> Pairs:
-        """Per row."""
+        """Means per row."""
         return Pairs(
             **{name: value / R for name, value in self.totals.items()},
             by_size=(self.by_size / R).tolist(),
@@ -198,7 +199,7 @@ def count(inputs: LayerInputs) -> Counts:
 
 
 def most_in_a_word(m: Tensor) -> float:
-    """Of a mask [H, R, S]: the most that are set in a word, summed over blocks of MARKS."""
+    """The largest number of bits set in a word of a mask [H, R, S], summed over blocks of MARKS."""
     heads, words, keys = MARKS
     x = torch.nn.functional.pad(m, (0, -m.shape[2] % (words * keys), 0, 0, 0, -m.shape[0] % heads))
     x = x.unflatten(2, (-1, words, keys)).sum(-1).unflatten(0, (-1, heads))
@@ -206,7 +207,7 @@ def most_in_a_word(m: Tensor) -> float:
 
 
 def mean(values: list[Any]) -> Any:
-    """Over layers, of numbers, and of tuples and lists of them."""
+    """Mean over layers of numbers, or of tuples and lists of them."""
     first = values[0]
     if isinstance(first, (int, float)):
         return sum(values) / len(values)
@@ -278,7 +279,7 @@ def random_tracer(D: int, H: int, H_kv: int, V: int, share: float, ids: Tensor) 
             for hook in hooks:
                 hook.remove()
             before, moved = seen
-            # moved / sqrt(before^2 + moved^2) is to be the share: both nearly independent.
+            # The share is moved / sqrt(before^2 + moved^2), as both are nearly independent.
             layer.self_attn.o_proj.weight.mul_(share / (1 - share**2) ** 0.5 * before / moved)
     return Tracer(model, None, impl="cpu")
 
@@ -376,7 +377,7 @@ def frontiers(tracer: Tracer, lengths: list[int], n_positions: int) -> list[dict
 
 
 def rounded(value: Any) -> Any:
-    """For the file: four digits, fields by name."""
+    """The value for the file: four digits, fields by name."""
     if isinstance(value, (int, float)):
         return float(f"{value:.4g}")
     if isinstance(value, (Counts, Pairs, Tier)):
@@ -402,7 +403,7 @@ def main() -> None:
     random = random_models(tracer, WIDTHS[:2] if quick else WIDTHS)
     on = machine(tracer.decoder.device)
     document = {
-        "command": "python bench/counts.py --json bench/counts.json",
+        "command": "python bench/counts.py --json bench/gpu_model/counts.json",
         "text": "first T tokens of pydoc_data.topics",
         "versions": {name: getattr(on, name) for name in ("python", "torch", "transformers")},
         "low": LOW,

@@ -1,4 +1,4 @@
-"""What a generated token's route costs, beside transformers' own decode step.
+"""The cost of a generated token's route, beside transformers' own decode step.
 
     python bench/generation.py --context 2048 --tokens 24
 

@@ -1,4 +1,4 @@
-"""What attribution costs on a GPU: the Triton kernels, eager torch, the oracle and FlashTrace.
+"""The cost of attribution on a GPU: the Triton kernels, eager torch, the oracle and FlashTrace.
 
 One run writes one report: the device, its driver and versions, the bandwidth and the matrix rate
 that it reached in this very run, and then
@@ -42,7 +42,7 @@ LLAMA_3_8B = {
     "intermediate_size": 14336,
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
-    "vocab_size": 4096,  # of 128,256: the head is not what is measured
+    "vocab_size": 4096,  # instead of 128,256, as the head is not measured
     "max_position_embeddings": 1 << 17,
 }
 TINY = {
@@ -56,7 +56,7 @@ TINY = {
 
 
 class Ceilings(NamedTuple):
-    """What the device reached in this run."""
+    """Speeds that the device reached in this run."""
 
     bandwidth: float  # bytes a second, read and written, of a large copy
     matrix: dict[str, float]  # FLOP a second of a large product, by dtype
@@ -123,7 +123,7 @@ def random_model(shape: dict[str, int], dtype: torch.dtype, device: torch.device
 def results_of(
     name: str, model: PreTrainedModel, tokens: Callable[[int], Tensor], args: argparse.Namespace
 ) -> list[Result]:
-    """Every implementation at every length; what does not fit is left out, and said."""
+    """Every implementation at every length; reports and skips those that do not fit in memory."""
     results = []
     dtype = str(model.dtype).removeprefix("torch.")
     for impl in IMPLEMENTATIONS:
@@ -174,7 +174,7 @@ def markdown(document: dict[str, Any], results: list[Result], peers: str) -> str
 
 
 def beside_others(args: argparse.Namespace, folder: Path) -> str:
-    """What bench/peers.py prints, on the device, in a process of its own."""
+    """The output of bench/peers.py on the device, from a process of its own."""
     if args.tiny:
         return "Left out: --tiny."
     command = [sys.executable, str(Path(__file__).with_name("peers.py")), "--device", args.device]

@@ -79,7 +79,7 @@ def capture(model: nn.Module, ids: Tensor) -> list[LayerInputs]:
 
 
 def some_rows(inputs: LayerInputs, rows: Tensor) -> LayerInputs:
-    """The same layer, at these rows only."""
+    """The layer's inputs at these rows only."""
     return inputs._replace(
         rows=rows, resid_pre=inputs.resid_pre[rows], y=inputs.y[rows], q=inputs.q[rows]
     )
@@ -93,7 +93,7 @@ def seconds(run: Callable[[], object]) -> float:
 
 def peak_extra_mb(run: Callable[[], object]) -> float:
     """Resident memory that `run` adds at its peak (Linux)."""
-    ctypes.CDLL(None).malloc_trim(0)  # or what was freed before is taken again, unnoticed
+    ctypes.CDLL(None).malloc_trim(0)  # otherwise memory freed before is reused and not counted
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts over
     before = memory_mb("VmRSS")
     run()
@@ -109,7 +109,7 @@ def memory_mb(field: str) -> float:
 
 
 def forward(model: nn.Module, ids: Tensor) -> None:
-    """The unit."""
+    """The unit: one plain forward pass."""
     with torch.inference_mode():
         model(ids, use_cache=False, logits_to_keep=1)
 

@@ -107,7 +107,7 @@ def main() -> None:
     console.print(
         f"{len(graph.edges.layer)} edges; the route takes {ratio:.4f} of the recording's time"
     )
-    # Pages of a mapped file are the system's to take back: what has to be there is private.
+    # The system may take back pages of a mapped file; only private memory must stay.
     mapped = args.recording is not None
     peak = max(
         figures[name]["RssAnon" if mapped else "VmRSS"] for name in ("recording", "one route")

@@ -61,7 +61,7 @@ class Peer(NamedTuple):
     yields: str
     job: Callable[[], object]
     slow: bool
-    ours: str  # the name of what of ours it is compared with
+    ours: str  # the name of our row that it is compared with
     deviation: Callable[[], float]  # largest, of its importances from ours
 
 
@@ -115,11 +115,11 @@ def oracle(tracer: Tracer, recording: Recording) -> Peer:
 
 
 def flashtrace(tracer: Tracer, recording: Recording) -> list[Peer]:
-    """All positions, and the last one."""
+    """FlashTrace at all positions, and at the last one."""
     from flashtrace import core
 
     if not isinstance(core.tqdm, functools.partial):
-        core.tqdm = functools.partial(core.tqdm, disable=True)  # it draws a bar a call
+        core.tqdm = functools.partial(core.tqdm, disable=True)  # no bar at every call
     T, L = len(recording), tracer.decoder.n_layers
     given = flashtrace_arguments(tracer.model, recording.token_ids)
     found: list[Any] = []  # the last result, so that the gate need not compute it again
@@ -179,7 +179,7 @@ def flashtrace(tracer: Tracer, recording: Recording) -> list[Peer]:
 def compare(
     tracer: Tracer, token_ids: Tensor, with_oracle: bool, repeat: int, slow_repeat: int
 ) -> list[Row]:
-    """Everyone on one text: ours first."""
+    """Every way to attribute, on one text; ours first."""
     recording = tracer.record(token_ids)
     peers = flashtrace(tracer, recording)
     if with_oracle:
@@ -192,7 +192,7 @@ def compare(
     }
     slow = {peer.name: peer.job for peer in peers if peer.slow}
     seconds = in_turn(quick, repeat)
-    # Without a warm-up round, which would take as long: what needs warming is, by the quick ones.
+    # No warm-up round, which would take as long: the quick ones have warmed up the rest.
     seconds |= in_turn(slow, slow_repeat, warm_up=False)
     unit = seconds["forward"]
     T = len(token_ids)

@@ -19,7 +19,7 @@ _NO_EDGE = {"weight": 0.0}
 
 
 class Layer(NamedTuple):
-    """What the tool's model holds of a layer; values without their bias, repeated to all heads."""
+    """A layer as the tool's model holds it; values without their bias, repeated to all heads."""
 
     resid_pre: Tensor  # [T, D]
     resid_mid: Tensor  # [T, D]
@@ -49,7 +49,7 @@ def decomposed(layer: Layer) -> Tensor:
 
 
 def shares(layer: Layer) -> Shares:
-    """Of attention's parts and resid_pre; of the FFN's output and resid_mid."""
+    """Contributions of attention's parts and resid_pre, and of the FFN's output and resid_mid."""
     T, H = layer.pattern.shape[1], len(layer.pattern)
     parts = decomposed(layer).permute(1, 2, 0, 3).flatten(0, 1)  # [key, head] as one, T, D
     into_mid = _shares(torch.cat([parts, layer.resid_pre[None]]), layer.resid_mid)
@@ -58,14 +58,14 @@ def shares(layer: Layer) -> Shares:
 
 
 def _shares(parts: Tensor, whole: Tensor) -> Tensor:
-    """Of parts [n, T, D] to a whole [T, D]: [n, T]."""
+    """Contributions [n, T] of parts [n, T, D] to a whole [T, D]."""
     gap = torch.nn.functional.pairwise_distance(parts, whole.expand_as(parts), p=1)
     scores = (whole.abs().sum(-1) - gap).clamp(min=1e-5)
     return scores / scores.sum(0)
 
 
 def cut(threshold: float, x: Shares) -> Shares:
-    """What exceeds the threshold, renormalized: attention by row, the FFN by all rows at once."""
+    """Contributions above the threshold, renormalized: attention by row, the FFN over all rows."""
     heads, residual, ffn, passed = (y.where(y > threshold, 0) for y in x)
     total = residual + heads.sum((1, 2))
     ffn_total = passed + ffn.sum()
@@ -83,7 +83,7 @@ def ties(threshold: float, x: Shares) -> tuple[Tensor, bool]:
 
 
 def full_graph(layers: Iterable[Shares], threshold: float | None = None) -> nx.DiGraph:
-    """Edge by edge."""
+    """The full graph, filled edge by edge."""
     graph = nx.DiGraph()
 
     def add(source: str, target: str, weight: float) -> None:
@@ -107,7 +107,7 @@ def full_graph(layers: Iterable[Shares], threshold: float | None = None) -> nx.D
 def paths(
     graph: nx.DiGraph, n_layers: int, starts: Iterable[int], threshold: float
 ) -> list[nx.DiGraph]:
-    """What leads to each start's prediction over edges above the threshold: networkx's search,
+    """Edges above the threshold that lead to each start's prediction: networkx's search,
     downwards, of a filtered view of the graph turned around.
     """
     down = graph.reverse()

@@ -60,7 +60,7 @@ LENGTHS = (2048, 8192, 32768, 131072)
 
 
 def table(title: str, *columns: str) -> Table:
-    """All but the first column to the right."""
+    """A table with all but its first column aligned to the right."""
     made = Table(title=title, box=box.HEAVY_HEAD if Console().is_terminal else box.ASCII)
     for i, column in enumerate(columns):
         made.add_column(column, justify="right" if i else "left")
@@ -68,7 +68,7 @@ def table(title: str, *columns: str) -> Table:
 
 
 def counts_table(counts: Counts) -> Table:
-    """What was measured, and the design's bound."""
+    """The measured counts, and the design's bound."""
     names = ("model", "D", "H", "V", "share", "T", "pairs", "by", "listed", ">= 8", ">= 64")
     made = table("per node, mean", *names, "visited / D", "bound / D", "visited / bound")
     for e in counts.document["real"] + counts.document["random"]:
@@ -175,7 +175,7 @@ def share_table(title: str, rows: list[Row]) -> Table:
 
 
 def targets_table(model: Model, n_tokens: int, counts: Counts) -> Table:
-    """All positions on every target."""
+    """Cost of all positions on every target."""
     made = table(
         f"{model.name}, T = {n_tokens}, all positions / forward pass", "target", "TFLOP/s matrix",
         "TFLOP/s fp32", "TB/s", "forward (s)", *EXTENSIONS, "source",

@@ -1,4 +1,4 @@
-"""What attribution costs on top of the forward pass, on this machine.
+"""The cost of attribution on top of the forward pass, on this machine.
 
 The unit is one warm plain forward pass of the same text (sdpa, inference_mode, no cache, last
 logits only), timed in the same run, in turn with everything else; figures are medians. What each
@@ -45,14 +45,14 @@ KEEP = 0.01  # of the memory figures
 
 
 class KernelWork(NamedTuple):
-    """What the native kernel does to score all rows of all layers."""
+    """Work of the native kernel when it scores all rows of all layers."""
 
     n_tokens: int
     seconds: dict[str, float]  # by stage, summed over layers; of all threads, over their number
     pairs_per_node: float
     listed_per_node: float  # pairs with lin > 0 and a coordinate that can flip
     visited_per_node: float  # coordinates, in multiples of D
-    visited_second_half: float  # the same, of the rows in the second half of the text
+    visited_second_half: float  # coordinates of rows in the second half of the text
 
 
 class RecordingMemory(NamedTuple):
@@ -60,11 +60,11 @@ class RecordingMemory(NamedTuple):
 
     n_tokens: int
     mode: str
-    formula: int  # the tensors that it cannot do without
+    formula: int  # the tensors that it needs
     holds: int  # as the recording counts
     resident: int | None  # as the system counts, once the forward pass is over
     one_layer: int | None  # added at its peak by `contributions`, each layer's scores dropped
-    all_layers: int | None  # the same, all layers' scores held
+    all_layers: int | None  # added likewise with all layers' scores held
 
 
 def kernel_work(tracer: Tracer, token_ids: Tensor) -> KernelWork:

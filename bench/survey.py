@@ -1,4 +1,4 @@
-"""What a survey costs: tokens a second from file to Parquet, beside the plain forward pass.
+"""The cost of a survey: tokens a second from file to Parquet, beside the plain forward pass.
 
     python bench/survey.py [--documents 8] [--tokens 512] [--repeat 5] [--model M] [--json F]
 

@@ -46,13 +46,13 @@ from ifr_fast.recording.layer_inputs import layer_inputs
 
 TOLERANCE = 1e-5
 THRESHOLD = 0.04
-# Of paths: after the tool's renormalization an FFN and the stream past it weigh 1 / T or so, and no
-# path leads over them at 0.04.
+# Paths need another threshold: after the tool's renormalization an FFN and the stream past it weigh
+# about 1 / T, and no path leads over them at 0.04.
 PATH_THRESHOLD = 0.0
 
 
 def layers_of(recording: Recording) -> list[Layer]:
-    """What the tool's model holds after a run. (No bias to fold: the default model has none.)"""
+    """Layers as the tool's model holds them after a run (the default model has no bias to fold)."""
     T, layers = len(recording), []
     for i in range(recording.decoder.n_layers):
         inputs, resid_post = layer_inputs(recording, i, torch.arange(T))
@@ -73,8 +73,8 @@ def layers_of(recording: Recording) -> list[Layer]:
 
 
 def gaps(model: TransparentLlm, layers: list[Layer], every: int) -> tuple[float, float]:
-    """How far ours, and the float32 ones, are from float64: the largest of all contributions of
-    each `every`-th layer.
+    """Distance of our contributions, and of the float32 ones, from float64: the largest over
+    all contributions of each `every`-th layer.
     """
     ours = theirs = 0.0
 
@@ -101,7 +101,7 @@ def timed(job: Callable[[], Any]) -> tuple[float, Any]:
 
 
 class Round(NamedTuple):
-    """Seconds, and what came of them."""
+    """Seconds of a round, and its results."""
 
     full: float
     one_path: float

@@ -84,7 +84,7 @@ def shapes_only(model: Model, n_tokens: int, n_rows: int, *, recorded: bool) -> 
 
 
 class Attribution(NamedTuple):
-    """All layers' kernels on one target. Seconds are those of each launch, added up."""
+    """Kernels of all layers on one target. Seconds are those of each launch, added up."""
 
     work: dict[str, Work]  # by kernel
     seconds: dict[str, float]  # by kernel
@@ -192,7 +192,7 @@ def row(
 
 
 class Claim(NamedTuple):
-    """What the kernels are to show, on an H100 with Llama-3-8B."""
+    """A goal of the kernels, on an H100 with Llama-3-8B."""
 
     text: str
     limit: float
@@ -200,12 +200,12 @@ class Claim(NamedTuple):
     at_least: bool = False
 
     def holds(self, value: float) -> bool:
-        """Whether a value keeps the limit."""
+        """True if a value keeps the limit."""
         return value >= self.limit if self.at_least else value <= self.limit
 
 
 def claims(rows: list[Row]) -> list[Claim]:
-    """Of the rows of Llama-3-8B on an H100."""
+    """Claims from the rows of Llama-3-8B on an H100."""
     by_length = {r.T: r for r in rows if r.model == LLAMA_8B.name}
     found = []
     if (long := by_length.get(131072)) is not None:

@@ -13,7 +13,7 @@ from gpu_model.triton_work import Block, Lists
 
 
 class Growth(NamedTuple):
-    """How a count grows with the width and attention's share, fitted to the random models:
+    """Growth of a count with the width and attention's share, fitted to the random models:
     count ~ D^width * share^share, H V = D.
     """
 

@@ -49,7 +49,7 @@ def forward(model: Model, n_tokens: int) -> dict[str, tuple[Work, Fractions]]:
 
 
 def forward_seconds(model: Model, n_tokens: int, target: Target, *, at_peak: bool = False) -> float:
-    """Of the plain forward pass."""
+    """Seconds of the plain forward pass."""
     work = forward(model, n_tokens).values()
     return sum(w.seconds(target, PEAK if at_peak else fractions) for w, fractions in work)
 

@@ -1,4 +1,4 @@
-"""What Triton kernels load, store and multiply, counted while Triton's interpreter runs them.
+"""Counts of loads, stores and products of Triton kernels, while Triton's interpreter runs them.
 
     with counting() as work:
         launch(...)

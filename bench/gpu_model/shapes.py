@@ -32,7 +32,7 @@ class Model(NamedTuple):
 
     @property
     def layer_parameters(self) -> int:
-        """Of the linear maps of one layer."""
+        """Parameters of the linear maps of one layer."""
         attention = (
             self.D * (self.H * self.K + self.H_kv * (self.K + self.V)) + self.output_parameters
         )
@@ -40,7 +40,7 @@ class Model(NamedTuple):
 
     @property
     def output_parameters(self) -> int:
-        """Of W_O."""
+        """Parameters of W_O."""
         return self.H * self.V * self.D
 
 
@@ -93,7 +93,7 @@ TARGETS = {
 
 
 class Fractions(NamedTuple):
-    """Of a target's ceilings, what a kind of kernel may hope for."""
+    """Fractions of a target's ceilings that a kind of kernel may hope for."""
 
     matrix: float
     vector: float
@@ -115,7 +115,7 @@ PEAK = Fractions(1, 1, 1, 1, 1)
 
 
 class Work(NamedTuple):
-    """Of one launch, or a sum of launches."""
+    """Work of one launch, or of several together."""
 
     matrix: float = 0  # FLOP
     vector: float = 0  # operations
@@ -125,11 +125,11 @@ class Work(NamedTuple):
     launches: float = 0
 
     def times(self, n: float) -> Work:
-        """N of it."""
+        """n times the work."""
         return Work(*(n * x for x in self))
 
     def plus(self, other: Work) -> Work:
-        """Both."""
+        """The sum of both."""
         return Work(*(x + y for x, y in zip(self, other, strict=True)))
 
     def ceilings(self, target: Target, fractions: Fractions) -> dict[str, float]:

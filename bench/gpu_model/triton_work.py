@@ -150,7 +150,7 @@ class _Arguments:
 
     @property
     def row_tiles(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of each tile of BT rows the number of rows, and the position of the last."""
+        """The number of rows in each tile of BT rows, and the position of the last."""
         starts = np.arange(0, self.R, self.BT)
         stops = np.minimum(starts + self.BT, self.R)
         return stops - starts, self.rows[stops - 1]

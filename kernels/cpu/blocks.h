@@ -11,7 +11,7 @@
 // begin at fixed positions, and each chunk's float sums are added up in double.
 
 constexpr int64_t BLOCK_ROWS = 12;        // BT
-constexpr int64_t TILE_FLOATS = 1 << 25;  // in all threads' tiles, at least for a block each
+constexpr int64_t TILE_FLOATS = 1 << 25;  // in all threads' tiles, unless a block gets too small
 constexpr int64_t W_COLUMNS = 128;        // coordinates per task of W_T
 constexpr int64_t G_ROWS = 64;            // rows per task of g
 constexpr int G_VECTORS = W > 8 ? 4 : 8;  // of g's columns, held in registers

@@ -104,7 +104,7 @@ def test_agrees_with_the_oracle(impl: Implementation, case: Case, dtype: torch.d
 def test_flags_and_edges_above_keep(
     impl: Implementation, flags: frozenset[str], keep: float, seed: int
 ) -> None:
-    """In float64 too where the kernel takes it."""
+    """Float64 is tested too if the kernel takes it."""
     case = Case((9, 41, 4, 2, 8, 6, 19), flags, seed=seed)
     for dtype in impl.tolerance.keys() & {F64, F32}:
         impl.check(case, dtype, keep)

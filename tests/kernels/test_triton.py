@@ -182,7 +182,7 @@ def test_prepare_alone(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("spread", [0.0, 1.5], ids=["even", "uneven"])
 @pytest.mark.usefixtures("poisoned")
 def test_nearest_coordinates_alone(spread: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of wider rows, some coordinates are looked at: none that matters is among the others."""
+    """Only some coordinates of wider rows are read, and the others do not matter."""
     inputs = make_inputs(9, 20, 4, 2, 8, 8, 300, flags=frozenset({"row_scale"}))
     generator = torch.Generator().manual_seed(1)
     columns = (spread * torch.randn(300, generator=generator, dtype=torch.float64)).exp()

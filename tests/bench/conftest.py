@@ -1,0 +1,1 @@
+from fast_interpreter import patched_once_a_launch  # noqa: F401
