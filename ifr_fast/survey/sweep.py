@@ -5,8 +5,8 @@ All rows of all documents are scored, the edges above `keep` are kept, and the r
 one layer is thus in memory at a time. Layers are scored bottom first: an edge's weight depends on
 its target alone, so graphs can be read off the edges afterwards (walk.py).
 
-Documents are padded on the right and nothing is masked, as in recording/record.py. The last token of a
-document is predicted, but not read by the model.
+Documents are padded on the right and nothing is masked, as in recording/record.py. The last token
+of a document is predicted, but not read by the model.
 """
 
 from __future__ import annotations
