@@ -17,7 +17,7 @@ test: $(STAMP)
 # A survey of the default model on prose, code, other languages and sums takes about ten minutes.
 SURVEY := out/survey-demo
 survey-demo: $(STAMP)
-	$(BIN)/python bench/survey_demo.py $(SURVEY)/inputs
+	$(BIN)/python bench/demo/survey_demo.py $(SURVEY)/inputs
 	$(BIN)/ifr-fast survey $(SURVEY)/inputs/*.jsonl --label-by pos --out $(SURVEY)/survey --resume
 	$(BIN)/ifr-fast report $(SURVEY)/survey --contrast ioi:third
 

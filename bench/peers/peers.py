@@ -19,8 +19,8 @@ FlashTrace, whose definitions are the same: the means over layers of all token, 
 importances of all positions.
 
     pip install -e '.[bench]'
-    python bench/peers.py                  # the oracle at 128 tokens, FlashTrace at 128 and 512
-    python bench/peers.py --lengths 128 --slow-repeat 3
+    python bench/peers/peers.py              # the oracle at 128 tokens, FlashTrace at 128 and 512
+    python bench/peers/peers.py --lengths 128 --slow-repeat 3
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ made; how long that took, once a model, is said apart.
 No ratio is printed unless scores agree within 1e-4 of the largest, and the exit status is then 1.
 
     pip install -e '.[bench]'
-    python bench/compat_flashtrace.py
+    python bench/peers/compat_flashtrace.py
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     build_full_graph(model, renormalizing_threshold=0.04)
     build_paths_to_predictions(graph, ..., starting_tokens, threshold=0)
 
-on a text that the model has run on. The tool's way is bench/published_tool.py in float32, which
+on a text that the model has run on. The tool's way is published_tool.py in float32, which
 follows its documentation: a tensor [T, T, H, D] a layer, and a Python loop over edges with
 `.item()`. Attention weights and values are had before on that side, and not counted. Ours is a
 `TransparentLlm` with parity=True, and one without; nothing is kept between rounds.
@@ -12,7 +12,7 @@ Before that, contributions of all parts of all layers are compared with the same
 float64, ours and the float32 ones. No ratio is printed, and the exit status is 1, where ours are
 farther off than 1e-5.
 
-    python bench/transparency_tool.py
+    python bench/peers/transparency_tool.py
 """
 
 from __future__ import annotations
