@@ -24,7 +24,7 @@ from ..graph.tables import Granularity, GraphHeader, LayerTable, Prediction
 from ..recording.recorder import Recorder
 from ..recording.recording import Recording
 from ..routes.route_graph import RouteGraph, in_order
-from ..scoring.closure import check_closed, check_closure, closure_rows
+from ..scoring.closure import check_closed, check_closure, closure_errors
 from ..scoring.implementations import Kernel
 from ..scoring.layer import score_layer
 from ..tokens import token_strings
@@ -97,8 +97,8 @@ class Generation:
             ffn_residual, of_ffn, ffn_unattributed = self._kernel.score_ffn(rows.y, rows.resid_post)
             ffn_residual = ffn_residual.float()
         assert of_ffn is not None
-        closure = closure_rows(rows.y, rows.resid_pre, rows.ffn, rows.bias, scores.linear)
-        check_closed(closure, numbers)
+        errors = closure_errors(rows.y, rows.resid_pre, rows.ffn, rows.bias, scores.linear)
+        check_closed(errors, numbers)
         table = LayerTable(
             torch.arange(len(numbers), device=rows.y.device),
             scores.residual.float(),

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.contract import AttentionScores, EdgeList, LayerInputs, visible
-from .closure import Closure, closure
+from .closure import closure_of
 from .implementations import Kernel
 
 
@@ -126,15 +126,13 @@ def summed_row(inputs: LayerInputs, weights: Tensor) -> LayerInputs:
     )
 
 
-def given_closure(inputs: LayerInputs, bias: Tensor, dtype: torch.dtype) -> Closure:
-    """The argument of `check_closure` for rows of `given_rows`: their parts and `bias` [D] must add
-    up to them. The parts are added up here, not by a kernel. dtype: the model's, whose rounding is
-    allowed.
+def given_closure(inputs: LayerInputs, bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """[R] `closure_errors` of rows of `given_rows`: their parts and `bias` [D] must add up to them.
+    The parts are added up here, not by a kernel. dtype: the model's, whose rounding is allowed.
     """
     from ..kernels.breakpoints import signs
 
     (H, V, _), R = inputs.W_O.shape, len(inputs.rows)
     z = inputs.v.view(R, -1, H, V).sum(1)
     linear = (signs(inputs.y) * torch.einsum("rhv,hvd->rd", z, inputs.W_O)).sum(-1)
-    found = closure(inputs, linear, bias, torch.arange(R))
-    return found._replace(eps=torch.full_like(found.eps, torch.finfo(dtype).eps))
+    return closure_of(inputs, linear, bias, torch.finfo(dtype).eps)

@@ -11,7 +11,7 @@ from ..kernels.contract import LayerInputs
 from ..model.block import Block
 from ..recording.layer_inputs import block_rows, layer_inputs
 from ..recording.recording import Recording
-from .closure import check_closure, closure
+from .closure import check_closure, closure_of
 from .implementations import Kernel
 from .scores import LayerScores, joined
 
@@ -23,20 +23,16 @@ def score_layer(
 
     Tensors that the recording lacks are replayed; then rows are scored in row blocks.
     """
-    block, sample = recording.decoder.blocks[layer], recording.sample(rows)
+    block = recording.decoder.blocks[layer]
 
-    def score(some: Tensor, checked: Tensor) -> LayerScores:
+    def score(some: Tensor) -> LayerScores:
         inputs, resid_post = layer_inputs(recording, layer, some)
-        return score_rows(block, inputs, resid_post, checked, keep, kernel)
+        return score_rows(block, inputs, resid_post, keep, kernel)
 
     size = block_rows(recording.decoder.device)
     if not recording.is_replayed or len(rows) <= size:
-        return score(rows, sample)
-    blocks = []
-    for start in range(0, len(rows), size):
-        among = sample[(sample >= start) & (sample < start + size)] - start
-        blocks.append(score(rows[start : start + size], among))
-    return joined(blocks, rows)
+        return score(rows)
+    return joined([score(some) for some in rows.split(size)], rows)
 
 
 def score_layers(
@@ -54,12 +50,11 @@ def score_rows(
     block: Block,
     inputs: LayerInputs,
     resid_post: Tensor | None,
-    sample: Tensor,
     keep: float,
     kernel: Kernel,
 ) -> LayerScores:
-    """Scores the rows of a block. resid_post: [R, D], None in a parallel block; sample: indices of
-    the rows to be checked, on the CPU. Raises ValueError for a wrong shape in `inputs`.
+    """Scores the rows of a block. resid_post: [R, D], None in a parallel block. Raises ValueError
+    for a wrong shape in `inputs`.
     """
     _check_shapes(inputs)
     scores = kernel.score_attention(inputs, keep)
@@ -81,7 +76,7 @@ def score_rows(
         scores.unattributed,
         ffn_unattributed,
         scores.edges,
-        closure(inputs, scores.linear, block.bias, sample),
+        closure_of(inputs, scores.linear, block.bias),
     )
 
 

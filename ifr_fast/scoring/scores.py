@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..graph.tables import LayerTable
 from ..kernels.contract import EdgeList
-from .closure import Closure
 
 
 class TokenEdges(NamedTuple):
@@ -50,7 +49,7 @@ class LayerScores:
     unattributed: Tensor  # [R] bool: all proximities of `mid` (parallel: `post`) are 0
     ffn_unattributed: Tensor | None  # [R] bool: those of `post` are 0; None in parallel blocks
     edges: EdgeList  # the kernel's list, perhaps padded with weights of 0
-    closure: Closure  # rows whose parts must add up to their node
+    closure: Tensor  # [R] errors of the sums of parts, at most 1 if they close (scoring/closure.py)
 
     def table(self, device: torch.device) -> LayerTable:
         """The table that a graph grows from, on its device."""
@@ -121,5 +120,5 @@ def joined(blocks: list[LayerScores], rows: Tensor) -> LayerScores:
             cat(b.edges.weight for b in blocks),
             cat(b.edges.head_weight for b in blocks),
         ),
-        closure=Closure(*map(cat, zip(*(b.closure for b in blocks), strict=True))),
+        closure=torch.cat([b.closure for b in blocks]),
     )

@@ -26,8 +26,8 @@ from ..model.interface import exclusively
 from ..model.modes import evaluating, overriding_layers
 from ..model.replay import gate_rows, row_scales
 from ..recording.batches import can_batch
-from ..recording.layer_pass import WatchedLayer, WatchedPass, checked_rows, pad
-from ..scoring.closure import Closure, check_closure
+from ..recording.layer_pass import WatchedLayer, WatchedPass, pad
+from ..scoring.closure import check_closure
 from ..scoring.implementations import Kernel
 from ..scoring.layer import score_rows
 from ..scoring.scores import LayerScores
@@ -120,15 +120,14 @@ class _Layers:
         self.ffn_residual: list[Tensor] = []
         self.head_mass: list[Tensor] = []
         self.edges: list[LayerEdges] = []
-        self.closures: list[dict[int, Closure]] = [{} for _ in lengths]
+        self.closures: list[dict[int, Tensor]] = [{} for _ in lengths]
 
     def score(self, layer: WatchedLayer) -> None:
         """All documents' rows of a layer."""
         scores = []
         for b, n in enumerate(self.lengths):
             inputs, resid_post = _inputs(layer, b, n)
-            sample = checked_rows(inputs.rows)
-            found = score_rows(layer.block, inputs, resid_post, sample, self.keep, self.kernel)
+            found = score_rows(layer.block, inputs, resid_post, self.keep, self.kernel)
             self.closures[b][layer.block.layer] = found.closure
             scores.append(found)
         self._keep(scores)

@@ -21,7 +21,7 @@ from ...kernels.contract import LayerInputs
 from ...model.block import Block
 from ...recording.layer_inputs import layer_inputs
 from ...recording.recording import Recording
-from ...scoring.closure import Closure, check_closure
+from ...scoring.closure import check_closure
 from ...scoring.given_rows import given_closure, summed_row
 from ...scoring.implementations import Kernel
 from ...tracer import Tracer
@@ -133,7 +133,7 @@ def _layers(tracer: Tracer, recording: Recording, rows: Tensor, parity: bool) ->
     """
     from ...kernels.rows import block_of
 
-    closures: dict[int, Closure] = {}
+    closures: dict[int, Tensor] = {}
     sample = recording.sample(rows).sort().values
     for block in tracer.decoder.blocks:
         with recording.replaying():

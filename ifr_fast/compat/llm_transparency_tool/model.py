@@ -26,7 +26,7 @@ from ...model.modes import evaluating, overriding_layers
 from ...model.opening import probe_tokens
 from ...recording.layer_inputs import layer_inputs
 from ...recording.recording import Recording
-from ...scoring.closure import Closure, cat_on, check_closure, closure
+from ...scoring.closure import cat_on, check_closure, closure_of
 from ...tokens import encode, token_strings
 from ...tracer import Tracer
 from . import contributions, scores, values
@@ -330,7 +330,6 @@ class TransparentLlm:
             raise ValueError("renormalizing_threshold: expected a number or None, got nan")
         recording, blocks = self._sentence(batch_i), self.tracer.decoder.blocks
         keep = 0.0 if threshold is None else max(0.0, threshold)
-        sample = recording.sample(torch.arange(len(recording)))
         scored, mids, posts, closures = [], {}, {}, {}
         with recording.replaying():
             for block in blocks:
@@ -338,7 +337,7 @@ class TransparentLlm:
                 shifted = in_parity(inputs) if self.parity else inputs
                 layer = score_attention(shifted, keep, self.tracer.kernel)
                 scored.append(layer)
-                closures[block.layer] = self._closure(inputs, shifted, layer, block, sample)
+                closures[block.layer] = self._closure(inputs, shifted, layer, block)
                 if resid_post is not None:
                     mids[block.layer], posts[block.layer] = inputs.y, resid_post
         check_closure(closures)
@@ -369,31 +368,30 @@ class TransparentLlm:
         shifted: LayerInputs,
         layer: ScoredLayer,
         block: Block,
-        sample: Tensor,
-    ) -> Closure:
-        """The sums of a layer's checked rows as they were scored: of `inputs`, or in parity of
+    ) -> Tensor:
+        """[T] errors of a layer's sums of parts, as they were scored: of `inputs`, or in parity of
         `shifted`.
         """
         bias, linear = block.bias.to(inputs.y.device), layer.scores.linear
         if self._value_bias is None:
-            return closure(inputs, linear, bias, sample)
+            return closure_of(inputs, linear, bias)
         if bool(self._value_bias[block.layer].any()):
-            bias = bias + self._moved_by_bias(inputs, block.layer, sample)
-        parts = closure(shifted, linear, bias - EPSILON, sample)
+            bias = bias + self._moved_by_bias(inputs, block.layer)
         # Rounding is that of the model, even if y is wider.
-        eps = torch.full_like(parts.eps, torch.finfo(inputs.resid_pre.dtype).eps)
-        return parts._replace(eps=eps)
+        eps = torch.finfo(inputs.resid_pre.dtype).eps
+        return closure_of(shifted, linear, bias - EPSILON, eps)
 
-    def _moved_by_bias(self, inputs: LayerInputs, layer: int, sample: Tensor) -> Tensor:
-        """The effect [C, D] of a layer's value bias on the residual stream at some rows."""
+    def _moved_by_bias(self, inputs: LayerInputs, layer: int) -> Tensor:
+        """The effect of a layer's value bias on the residual stream: [T, D], or [1, D] if it is the
+        same for all rows.
+        """
         assert self._value_bias is not None
         z = self._value_bias[layer]
         z = z.repeat_interleave(len(inputs.W_O) // len(z), 0)[None]  # [1, H, V]
-        some = sample.to(z.device)
         if inputs.value_gate is not None:
-            z = z * inputs.value_gate[some]
+            z = z * inputs.value_gate
         moved = z.flatten(1) @ inputs.W_O.to(z.dtype).flatten(0, 1)
-        return moved if inputs.row_scale is None else inputs.row_scale[some, None] * moved
+        return moved if inputs.row_scale is None else inputs.row_scale[:, None] * moved
 
     def _ran(self) -> list[Recording]:
         if self._recordings is None:

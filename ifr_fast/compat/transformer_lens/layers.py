@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...arguments import index_within
 from ...errors import UnsupportedArchitectureError
-from ...scoring.closure import closure
+from ...scoring.closure import closure_of
 from ...scoring.given_rows import given_rows, score_given
 from ...scoring.implementations import Kernel
 from ...scoring.scores import LayerScores
@@ -52,10 +52,8 @@ class Layer(NamedTuple):
         return self.ffn is not None
 
 
-def score_block(
-    kernel: Kernel, layer: int, of: Layer, rows: Tensor, sample: Tensor, keep: float
-) -> LayerScores:
-    """Scores a few rows of a layer. sample: indices of the checked rows, on the CPU."""
+def score_block(kernel: Kernel, layer: int, of: Layer, rows: Tensor, keep: float) -> LayerScores:
+    """Scores a few rows of a layer."""
     at = rows.to(of.y.device)
     S = int(rows[-1]) + 1
     weight = of.pattern[:, at, :S].permute(1, 2, 0)  # [R, S, H]
@@ -64,9 +62,8 @@ def score_block(
     ffn = None if of.ffn is None else of.ffn[at]
     inputs = given_rows(weight[..., None] * of.v[:S], of.W_O, of.resid_pre[at], of.y[at], ffn)
     scores = score_given(kernel, inputs, rows, keep)
-    bias = of.bias if of.bias.ndim == 1 else of.bias[at[sample.to(at.device)]]
-    sums = closure(inputs, scores.linear, bias, sample)
-    sums = sums._replace(eps=torch.full_like(sums.eps, torch.finfo(of.dtype).eps))
+    bias = of.bias if of.bias.ndim == 1 else of.bias[at]
+    errors = closure_of(inputs, scores.linear, bias, torch.finfo(of.dtype).eps)
     of_ffn = None if of.parallel else kernel.score_ffn(inputs.y, of.resid_post[at])
     ffn_share = scores.ffn if of_ffn is None else of_ffn.ffn
     assert ffn_share is not None
@@ -81,7 +78,7 @@ def score_block(
         scores.unattributed,
         None if of_ffn is None else of_ffn.unattributed,
         scores.edges,
-        sums,
+        errors,
     )
 
 

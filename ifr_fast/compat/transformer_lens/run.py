@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ...arguments import Position, check_options, indices, spanned
 from ...graph.tables import Granularity, GraphHeader
-from ...recording.layer_pass import checked_rows
 from ...recording.predictions import KnownPredictions, Predictor
 from ...routes.all_positions import Routes
 from ...routes.route_graph import RouteGraph
@@ -178,12 +177,7 @@ class CachedRun:
         step = _BLOCK_ROWS
         if of.y.device.type != "cpu":
             step = max(1, _BLOCK_VALUES // of.v.numel())
-        checked = checked_rows(rows)
-        blocks = []
-        for first in range(0, len(rows), step):
-            sample = checked[(checked >= first) & (checked < first + step)] - first
-            some = rows[first : first + step]
-            blocks.append(score_block(self._kernel, layer, of, some, sample, keep))
+        blocks = [score_block(self._kernel, layer, of, some, keep) for some in rows.split(step)]
         return joined(blocks, rows)
 
 
