@@ -29,7 +29,7 @@ from ..model.block import Block
 from ..model.decoder import Decoder
 from ..model.hooks import LayerCall, change_output, hooked, on_layer_call, on_output
 from ..model.interface import overriding
-from ..model.modes import evaluating, overriding_layers
+from ..model.modes import evaluating
 from ..recording.batches import batches, can_batch
 from ..recording.layer_pass import WatchedLayer, WatchedPass, pad, window_of
 
@@ -128,9 +128,7 @@ def _states(decoder: Decoder, token_ids: Tensor) -> Tensor:
 def _logits(decoder: Decoder, states: Tensor, lengths: Tensor) -> Tensor:
     """Logits [B, vocab] after the last token of texts whose states are [B, T, D]."""
     last = states[torch.arange(len(states)), lengths - 1]
-    with overriding_layers(
-        decoder.blocks, lambda _, hidden, __: hidden
-    ):  # no layer is needed for it
+    with decoder.overriding_layers(lambda _, hidden, __: hidden):  # no layer is needed for it
         # Another routine multiplies few rows, and rounds differently from the model's own pass over
         # all rows of a text.
         return decoder.head(last.repeat(-(-_HEAD_ROWS // len(last)), 1))[: len(last)]
@@ -332,6 +330,6 @@ def observe(decoder: Decoder, texts: Sequence[Sequence[int] | Tensor]) -> Observ
 def _readout(decoder: Decoder, resid_final: Tensor) -> Tensor:
     """Logits [N, vocab] that the model itself computes of the last layer's output [N, D]."""
     ids = torch.zeros(len(resid_final), 1, dtype=torch.long, device=decoder.device)
-    with overriding_layers(decoder.blocks, lambda *_: resid_final[:, None]):
+    with decoder.overriding_layers(lambda *_: resid_final[:, None]):
         logits: Tensor = decoder.model(input_ids=ids, use_cache=False).logits
     return logits[:, -1]

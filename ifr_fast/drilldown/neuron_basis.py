@@ -27,7 +27,15 @@ from ..errors import IfrError, UnsupportedArchitectureError
 from ..model.attention import AttentionCall, attend_rows
 from ..model.block import HALF, TOLERANCE, Block, fit_rows, relative_error, rounding_tolerance
 from ..model.decoder import Decoder
-from ..model.hooks import LayerCall, change_input, hidden_output, hooked, map_tensors, on_input
+from ..model.hooks import (
+    LayerCall,
+    change_input,
+    hidden_output,
+    hooked,
+    in_this_thread,
+    map_tensors,
+    on_input,
+)
 from ..model.interface import overriding
 from ..model.modes import in_float32
 from ..model.opening import probe_tokens
@@ -219,7 +227,7 @@ def _watch(run: _Replay) -> tuple[list[_Candidate], Tensor, Tensor]:
             if x.shape[:-1].numel() == R and made.numel() == R * D:
                 candidates.append(_Candidate(module, x.clone()))
 
-        return module.register_forward_hook(hook)
+        return module.register_forward_hook(in_this_thread(hook))
 
     hooks = [
         watch(module)

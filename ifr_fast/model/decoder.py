@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 from ..errors import UnsupportedArchitectureError
 from .attention import AttentionCall
 from .block import Block
-from .hooks import hooked, on_output
+from .hooks import LayerCall, hooked, in_this_thread, on_output
 from .interface import AttentionThrough, attention_through, exclusively
-from .modes import evaluating, is_plain
+from .modes import evaluating, is_plain, overriding_layers
 
 _SAMPLED = 16  # numbers of each tensor in a fingerprint
 
@@ -190,10 +190,18 @@ class Decoder:
         with (
             exclusively(self.model),
             evaluating(self.model),
-            hooked(self._states.register_forward_hook(exchange)),
+            hooked(self._states.register_forward_hook(in_this_thread(exchange))),
         ):
             logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
         return logits[0]
+
+    @contextmanager
+    def overriding_layers(
+        self, output_of: Callable[[Block, Tensor, LayerCall], Tensor]
+    ) -> Iterator[None]:
+        """Within, no layer runs: `output_of` gives its output (modes.overriding_layers)."""
+        with exclusively(self.model), overriding_layers(self.blocks, output_of):
+            yield
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
@@ -202,5 +210,5 @@ class Decoder:
         def outside(_: AttentionCall) -> NoReturn:
             raise AssertionError("attention was called outside of a replay")
 
-        with evaluating(self.model), self.attention_through(self.model, outside):
+        with self.attention_through(self.model, outside), evaluating(self.model):
             yield

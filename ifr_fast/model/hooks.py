@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from threading import get_ident
 from typing import Any, NamedTuple
 
 import torch
@@ -75,6 +76,19 @@ class StopForward(Exception):  # noqa: N818 - control flow, not an error
     """A hook raises this to end a forward pass early."""
 
 
+def in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """`hook` for calls from the thread that made it; calls from other threads do nothing.
+
+    Hooks belong to modules, so that a forward pass of the user in another thread calls them too.
+    """
+    owner = get_ident()
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        return hook(*args, **kwargs) if get_ident() == owner else None
+
+    return called
+
+
 @contextmanager
 def hooked(*handles: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
     """Removes the hooks when the context ends."""
@@ -92,7 +106,7 @@ def on_layer_call(
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         keep(*LayerCall.of(args, kwargs))
 
-    return layer.register_forward_pre_hook(hook, with_kwargs=True)
+    return layer.register_forward_pre_hook(in_this_thread(hook), with_kwargs=True)
 
 
 def on_input(
@@ -105,12 +119,12 @@ def on_input(
         if isinstance(x, Tensor):
             keep(x)
 
-    return module.register_forward_pre_hook(hook, with_kwargs=True)
+    return module.register_forward_pre_hook(in_this_thread(hook), with_kwargs=True)
 
 
 def change_input(module: nn.Module, x: Tensor) -> torch.utils.hooks.RemovableHandle:
     """Replaces the first argument of each call of `module` by `x`."""
-    return module.register_forward_pre_hook(lambda _, args: (x, *args[1:]))
+    return module.register_forward_pre_hook(in_this_thread(lambda _, args: (x, *args[1:])))
 
 
 def on_output(
@@ -123,7 +137,7 @@ def on_output(
         if isinstance(x, Tensor):
             keep(x)
 
-    return module.register_forward_hook(hook)
+    return module.register_forward_hook(in_this_thread(hook))
 
 
 def change_output(
@@ -136,4 +150,4 @@ def change_output(
             return change(output)
         return (change(output[0]), *output[1:])
 
-    return module.register_forward_hook(hook)
+    return module.register_forward_hook(in_this_thread(hook))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from threading import get_ident
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from .block import HALF, Block
 from .hooks import LayerCall
+from .interface import exclusively
 
 
 @contextmanager
@@ -20,9 +22,14 @@ def overriding_layers(
     """Within, no layer runs. Its output [1, T, D] is that of `output_of`, called with the layer's
     input [1, T, D] and its other arguments.
     """
+    owner = get_ident()
 
     def replace(block: Block) -> None:
+        model_own = block.module.forward
+
         def forward(*args: Any, **kwargs: Any) -> Any:
+            if get_ident() != owner:
+                return model_own(*args, **kwargs)
             call = LayerCall.of(args, kwargs)
             hidden = output_of(block, *call)
             return (
@@ -45,8 +52,10 @@ def overriding_layers(
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside the context, the model is in eval mode; each module's flag is restored after."""
-    with all_evaluating(model.modules()):
+    """Within, this thread holds the model, which is in eval mode; each module's own flag is
+    restored after.
+    """
+    with exclusively(model), all_evaluating(model.modules()):
         yield
 
 

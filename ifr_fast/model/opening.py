@@ -33,7 +33,7 @@ from . import own_attention
 from .attention import AttentionCall, attend
 from .block import HALF, Block, error_of_runs, relative_error, rounding_tolerance
 from .decoder import Decoder
-from .hooks import hooked, on_layer_call, on_output
+from .hooks import hooked, in_this_thread, on_layer_call, on_output
 from .interface import AttentionThrough, attention_through, exclusively, uses_interface
 from .modes import evaluating, in_float32
 from .probing import Probe, decompose, probe_rows, refuse
@@ -160,7 +160,8 @@ def _open_blocks(decoder: Decoder) -> tuple[AttentionThrough, list[Block]]:
             on_layer_call(layer, lambda x, c, i=i: seen[i].update(pre=x, call=c))  # type: ignore[misc]
         )
         handles.append(on_output(layer, lambda x, i=i: seen[i].update(post=x[0])))  # type: ignore[misc]
-        handles.append(layer.register_forward_hook(lambda _, __, x, i=i: seen[i].update(raw=x)))
+        raw = in_this_thread(lambda _, __, x, i=i: seen[i].update(raw=x))
+        handles.append(layer.register_forward_hook(raw))
     with through(model, watch), hooked(*handles):
         watched, _ = decoder.forward(token_ids)
     error = error_of_runs(watched, plain)

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from ..errors import UnsupportedArchitectureError
 from .attention import AttentionCall, AttentionHandler
-from .hooks import map_tensors
+from .hooks import in_this_thread, map_tensors
 from .interface import exclusively, overridden_attention, overriding
 from .masks import LazyMask
 from .stand_ins import _CHANGES, _COMMUTE, _HIDDEN, _RESHAPES, _Meaning, _Scores
@@ -293,8 +293,8 @@ def attention_through(model: PreTrainedModel, handler: AttentionHandler) -> Iter
     with exclusively(model), overriding(handler), ExitStack() as stack:
         stack.callback(watch.close)
         for module in model.modules():
-            handle = module.register_forward_pre_hook(watch.enter, prepend=True)
+            handle = module.register_forward_pre_hook(in_this_thread(watch.enter), prepend=True)
             stack.callback(handle.remove)
-            handle = module.register_forward_hook(watch.leave, always_call=True)
+            handle = module.register_forward_hook(in_this_thread(watch.leave), always_call=True)
             stack.callback(handle.remove)
         yield

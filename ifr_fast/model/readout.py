@@ -21,7 +21,7 @@ from .block import Block
 from .decoder import Decoder
 from .hooks import LayerCall, hooked
 from .interface import exclusively
-from .modes import evaluating, overriding_layers
+from .modes import evaluating
 
 _ROWS = 64  # rows whose logits are formed at once
 _TOLERANCE = 1e-3  # relative error that rounding explains in float32
@@ -88,7 +88,7 @@ def _run(decoder: Decoder, resid: Tensor) -> tuple[Tensor, Tensor]:
 
     ids = torch.zeros(1, len(resid), dtype=torch.long, device=decoder.device)
     with (
-        overriding_layers(decoder.blocks, passed_by),
+        decoder.overriding_layers(passed_by),
         hooked(decoder.on_states(states.append)),
     ):
         logits: Tensor = decoder.model(input_ids=ids, use_cache=False).logits

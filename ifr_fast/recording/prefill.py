@@ -28,7 +28,6 @@ from ..model.block import Block
 from ..model.decoder import Decoder
 from ..model.hooks import LayerCall, StopForward, hooked
 from ..model.interface import attention_through, overriding
-from ..model.modes import overriding_layers
 from .layer_pass import Masks, not_finite
 from .mapped_file import Spec
 
@@ -83,13 +82,13 @@ def frame(decoder: Decoder, token_ids: Tensor) -> Frame:
         return hidden
 
     with decoder.replaying():
-        with overriding_layers(decoder.blocks, skip), suppress(StopForward):
+        with decoder.overriding_layers(skip), suppress(StopForward):
             decoder.forward(token_ids)
         facts = [
             _facts(block, call, embeddings[0])
             for block, call in zip(decoder.blocks, calls, strict=True)
         ]
-        with overriding_layers(decoder.blocks, lambda _, hidden, __: hidden):
+        with decoder.overriding_layers(lambda _, hidden, __: hidden):
             states, logits = decoder.forward(token_ids[:1])
     return Frame(embeddings[0], calls, facts, Spec.of(states[0]), Spec.of(logits))
 
@@ -292,7 +291,7 @@ def _read_out(
         return final[begin:end][None].to(last.W_O.device) if block is last else hidden
 
     within = begin <= position < end
-    with overriding_layers(decoder.blocks, answer):
+    with decoder.overriding_layers(answer):
         states, logits = decoder.forward(token_ids[begin:end], position - begin if within else -1)
     tensors["states"][begin:end] = states.to(final.device)
     if within:

@@ -23,7 +23,7 @@ from ..model.block import Block
 from ..model.decoder import Decoder
 from ..model.hooks import LayerCall
 from ..model.interface import exclusively
-from ..model.modes import evaluating, overriding_layers
+from ..model.modes import evaluating
 from ..model.replay import gate_rows, row_scales
 from ..recording.batches import can_batch
 from ..recording.layer_pass import WatchedLayer, WatchedPass, pad
@@ -225,7 +225,7 @@ def _following(decoder: Decoder, states: Tensor, token_ids: Tensor) -> Tensor:
         if can_batch(decoder):  # only the head is needed
             stack.enter_context(evaluating(decoder.model))
             stack.enter_context(exclusively(decoder.model))
-            stack.enter_context(overriding_layers(decoder.blocks, skip))
+            stack.enter_context(decoder.overriding_layers(skip))
         for begin in range(0, len(states), step):
             rows = slice(begin, begin + step)
             logits = decoder.head(states[rows].to(decoder.device))

@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...model.hooks import StopForward, hooked
-from ...model.modes import overriding_layers
+from ...model.hooks import StopForward, hooked, in_this_thread
 from ...recording.layer_inputs import layer_inputs
 from ...recording.recording import Recording
 from ...tokens import Text, encode
@@ -187,10 +186,10 @@ def _without_tokens(recording: Recording) -> Tensor:
         raise StopForward
 
     embedding = decoder.model.get_input_embeddings()
-    zero = embedding.register_forward_hook(lambda _, __, x: torch.zeros_like(x))
+    zero = embedding.register_forward_hook(in_this_thread(lambda _, __, x: torch.zeros_like(x)))
     with (
         decoder.replaying(),
-        overriding_layers(decoder.blocks, stop),
+        decoder.overriding_layers(stop),
         hooked(zero),
         suppress(StopForward),
     ):

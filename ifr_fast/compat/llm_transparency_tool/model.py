@@ -22,7 +22,7 @@ from ...arguments import as_index
 from ...kernels.contract import LayerInputs
 from ...model.block import Block
 from ...model.interface import exclusively
-from ...model.modes import evaluating, overriding_layers
+from ...model.modes import evaluating
 from ...model.opening import probe_tokens
 from ...recording.layer_inputs import layer_inputs
 from ...recording.recording import Recording
@@ -196,7 +196,7 @@ class TransparentLlm:
         with (
             exclusively(decoder.model),
             evaluating(decoder.model),
-            overriding_layers(decoder.blocks, lambda *_: t[None, None]),
+            decoder.overriding_layers(lambda *_: t[None, None]),
         ):
             return decoder.forward(torch.zeros(1, dtype=torch.int64))[1]
 

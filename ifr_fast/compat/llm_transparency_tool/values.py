@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...model.attention import AttentionCall
-from ...model.hooks import StopForward, hooked
+from ...model.hooks import StopForward, hooked, in_this_thread
 from ...model.modes import evaluating
 from ...recording.recording import Recording
 
@@ -71,4 +71,4 @@ def _scale_input(module: nn.Module, factor: float) -> torch.utils.hooks.Removabl
             return (factor * args[0], *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": factor * kwargs["hidden_states"]}
 
-    return module.register_forward_pre_hook(hook, with_kwargs=True)
+    return module.register_forward_pre_hook(in_this_thread(hook), with_kwargs=True)
