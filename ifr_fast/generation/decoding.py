@@ -26,6 +26,7 @@ from ..model.decoder import Decoder
 from ..model.hooks import LayerCall, on_layer_call, on_output
 from ..model.modes import all_evaluating
 from ..model.replay import gate_rows, row_scales
+from ..model.stream import Chain
 from ..recording.recording import LayerRecording
 from ..scoring.closure import cat_on
 from ..scoring.implementations import Kernel
@@ -100,16 +101,13 @@ class _Layer:
         y = self.resid_post if block.parallel else self.mid
         self._step.score(self.resid_pre, y, keep, row_scale=scale, value_gate=gate, ffn=self.ffn)
 
-    def watch(self, below: _Layer | None, last: bool, keep: float) -> Iterator[RemovableHandle]:
-        """Hooks that note a step's row, and score it unless the block has a gate. below: the layer
-        before this one; last: true if no layer follows.
-        """
+    def watch(self, chain: Chain, keep: float) -> Iterator[RemovableHandle]:
+        """Hooks that note a step's row, and score it unless the block has a gate."""
         block = self.block
 
         def enter(hidden: Tensor, call: LayerCall) -> None:
+            chain.enter(f"layer {block.name}", hidden)
             self.resid_pre, self.layer_call = hidden[0], call
-            if below is not None:
-                below.resid_post = hidden[0]
 
         def keep_mid(x: Tensor) -> None:
             found = x.reshape(1, -1)
@@ -118,14 +116,14 @@ class _Layer:
                 self.score(keep)
 
         def leave(x: Tensor) -> None:
+            chain.leave(x)
             self.resid_post = x[0]
             if block.parallel and block.gate_site is None:
                 self.score(keep)
 
         yield on_layer_call(block.module, enter)
         yield block.on_mid(keep_mid)
-        if block.parallel or last:
-            yield on_output(block.module, leave)
+        yield on_output(block.module, leave)
 
 
 _Open = Callable[[_Layer], StepLayer]
@@ -240,13 +238,13 @@ class Decoding:
             self._decoder.attention_through(self._decoder.model, answer),
             all_evaluating(self._modules),
         ):
-            below: _Layer | None = None
+            chain = Chain()
             with ExitStack() as hooks:  # all are removed after an interrupt too
                 for layer in self._layers:
-                    for handle in layer.watch(below, layer is self._layers[-1], self._keep):
+                    for handle in layer.watch(chain, self._keep):
                         hooks.callback(handle.remove)
-                    below = layer
                 _, logits = self._decoder.step(token_id, position)
+            chain.verify()
             for layer in self._layers:  # gated layers run again, for their gates
                 if layer.block.gate_site is not None:
                     layer.score(self._keep)

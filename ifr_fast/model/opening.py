@@ -33,11 +33,12 @@ from . import own_attention
 from .attention import AttentionCall, attend
 from .block import HALF, Block, error_of_runs, relative_error, rounding_tolerance
 from .decoder import Decoder
-from .hooks import hooked, in_this_thread, on_layer_call, on_output
+from .hooks import hooked, in_this_thread, on_input, on_layer_call, on_output
 from .interface import AttentionThrough, attention_through, exclusively, uses_interface
 from .modes import evaluating, in_float32
 from .probing import Probe, decompose, probe_rows, refuse
 from .replay import replay_rows, stopped_at
+from .stream import Chain, check_embeddings, same_bits
 
 _PROBE_LENGTH = 11  # a prime, so that it collides with no other dimension
 _FAR = 1 << 17  # context assumed where a model states none; a wider window counts as none
@@ -65,6 +66,7 @@ def open_decoder(model: nn.Module) -> Decoder:
         if given is not model:
             _check_wrapper(given, decoder)
         decoder.attention_through, decoder.blocks = _open_blocks(decoder)
+    check_embeddings(decoder)
     return decoder
 
 
@@ -148,9 +150,12 @@ def _open_blocks(decoder: Decoder) -> tuple[AttentionThrough, list[Block]]:
         handles.append(
             on_output(attention, lambda x, i=i: attended.update({i: x.clone()}))  # type: ignore[misc]
         )
-    with hooked(*handles):
+    outside = _StreamOutside(model, layers)
+    with hooked(*handles, *outside.handles):
         plain, logits = decoder.forward(token_ids)
     _check_finite(model, [plain, logits, *(x for c, z in calls for x in (c.q, c.k, c.v, z))])
+
+    decoder.final_site = outside.check()
 
     calls.clear()
     seen: dict[int, dict[str, Any]] = {i: {} for i in range(len(layers))}
@@ -199,6 +204,44 @@ def _open_blocks(decoder: Decoder) -> tuple[AttentionThrough, list[Block]]:
             f"model: its layers have different numbers of heads: {', '.join(map(str, heads))}"
         )
     return through, blocks
+
+
+class _StreamOutside:
+    """The residual stream between layers and behind the last, in one forward pass."""
+
+    def __init__(self, model: PreTrainedModel, layers: list[tuple[str, nn.Module]]) -> None:
+        self._chain, self._readers = Chain(), list[nn.Module]()
+        self._left: Tensor | None = None  # the last layer's output
+        inside = {module for _, layer in layers for module in layer.modules()}
+        self.handles = []
+        for i, (name, layer) in enumerate(layers):
+            where = f"layer {name}"
+            self.handles += [
+                on_layer_call(layer, lambda x, _, where=where: self._chain.enter(where, x)),  # type: ignore[misc]
+                on_output(layer, self._chain.leave if i + 1 < len(layers) else self._end),
+            ]
+        for module in model.modules():
+            if module not in inside:
+                self.handles.append(on_input(module, lambda x, m=module: self._read(m, x)))  # type: ignore[misc]
+
+    def _end(self, x: Tensor) -> None:
+        self._left = x.clone()
+
+    def _read(self, module: nn.Module, x: Tensor) -> None:
+        if self._left is not None and bool(same_bits(x, self._left)):
+            self._readers.append(module)
+
+    def check(self) -> nn.Module:
+        """The module that reads the last layer's output as it is. Raises
+        UnsupportedArchitectureError where the stream is changed between layers, or behind the last.
+        """
+        self._chain.verify()
+        if not self._readers:
+            raise UnsupportedArchitectureError(
+                "model: no module reads what its last layer returned; the residual stream is "
+                "changed before the final norm"
+            )
+        return self._readers[0]
 
 
 def _check_attention(probe: Probe, stream: Tensor, attended: Tensor) -> None:

@@ -26,9 +26,10 @@ from ..errors import IfrError, UnsupportedArchitectureError
 from ..model.attention import AttentionCall, attend, attend_and_sum
 from ..model.block import Block
 from ..model.decoder import Decoder
-from ..model.hooks import LayerCall, map_tensors, on_layer_call, on_output
+from ..model.hooks import LayerCall, map_tensors, on_input, on_layer_call, on_output
 from ..model.masks import LazyMask
 from ..model.modes import evaluating
+from ..model.stream import Chain, check_embeddings
 
 _CHECKED = 8  # rows of a layer whose parts must add up
 
@@ -144,6 +145,7 @@ class WatchedPass:
         self._attended, self._left = attended, left
         self._sums, self._mid_rows = sums, mid_rows
         self._masks = Masks(max(lengths))
+        self._chain = Chain()
         self._now: WatchedLayer | None = None
         self._final: Tensor | None = None
         self._paused = False
@@ -158,30 +160,38 @@ class WatchedPass:
     def watching(self) -> Iterator[None]:
         """Within, a run of the model on all texts is watched. No hook is left afterwards."""
         decoder = self._decoder
+        check_embeddings(decoder)
         with ExitStack() as stack:
             stack.enter_context(evaluating(decoder.model))
             stack.enter_context(decoder.attention_through(decoder.model, self._answer))
             for block in decoder.blocks:
                 for handle in self._watch(block):
                     stack.callback(handle.remove)
+            if decoder.final_site is not None:
+                stack.callback(on_input(decoder.final_site, self._end).remove)
             yield
 
     def finite(self) -> list[bool]:
         """Flags of the texts with finite states: states carry every NaN and infinity to the end.
 
         Raises UnsupportedArchitectureError where attention reads other keys than on the probe that
-        the model was opened with. One device synchronization.
+        the model was opened with, or where the residual stream is changed between layers. One
+        device synchronization.
         """
         final, B = self.resid_final, len(self._lengths)
         of_text = [torch.isfinite(final[b, :n]).all() for b, n in enumerate(self._lengths)]
-        flags = [flag.to(final.device) for flag in (*of_text, *self._masks.flags())]
+        masks, chain = self._masks.flags(), self._chain.flags()
+        flags = [flag.to(final.device) for flag in (*of_text, *masks, *chain)]
         found: list[bool] = torch.stack(flags).tolist()
-        self._masks.check(found[B:])
+        end = B + len(masks)
+        self._masks.check(found[B:end])
+        self._chain.check(found[end:])
         return found[:B]
 
     def _watch(self, block: Block) -> list[torch.utils.hooks.RemovableHandle]:
         def enter(hidden: Tensor, call: LayerCall) -> None:
             if not self._paused:
+                self._chain.enter(f"layer {block.name}", hidden)
                 self._now = WatchedLayer(block, hidden, call)
 
         def middle(x: Tensor) -> None:
@@ -192,6 +202,7 @@ class WatchedPass:
             if not self._paused:
                 layer, self._now = self._layer, None
                 self._final = layer.resid_post = x.reshape(layer.resid_pre.shape)
+                self._chain.leave(layer.resid_post)
                 self._call(self._left, layer)
 
         return [
@@ -199,6 +210,10 @@ class WatchedPass:
             block.on_mid(middle),
             on_output(block.module, leave),
         ]
+
+    def _end(self, x: Tensor) -> None:
+        if not self._paused and x.shape == self.resid_final.shape:
+            self._chain.enter("the final norm", x)
 
     @property
     def _layer(self) -> WatchedLayer:

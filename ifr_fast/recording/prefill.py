@@ -28,6 +28,7 @@ from ..model.block import Block
 from ..model.decoder import Decoder
 from ..model.hooks import LayerCall, StopForward, hooked
 from ..model.interface import attention_through, overriding
+from ..model.stream import check_embeddings
 from .layer_pass import Masks, not_finite
 from .mapped_file import Spec
 
@@ -81,6 +82,7 @@ def frame(decoder: Decoder, token_ids: Tensor) -> Frame:
             raise StopForward
         return hidden
 
+    check_embeddings(decoder)
     with decoder.replaying():
         with decoder.overriding_layers(skip), suppress(StopForward):
             decoder.forward(token_ids)

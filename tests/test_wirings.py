@@ -1,0 +1,198 @@
+"""Models whose residual stream is changed outside of their layers are refused: when they are
+opened, and at the next text where a hook was added afterwards.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_model, tiny_text
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ifr_fast import Tracer, UnsupportedArchitectureError
+from ifr_fast.survey.sweep import sweep
+
+T = 12
+FAMILIES = ["llama", "gpt_neox", "gemma2", "gpt_neo", "mixtral"]
+Change = Callable[[Tensor], Tensor]
+
+
+def halved(x: Tensor) -> Tensor:
+    return x / 2
+
+
+def shifted(x: Tensor) -> Tensor:
+    """Every position gets the stream of the position before it."""
+    return x.roll(1, dims=1)
+
+
+def rolled(x: Tensor) -> Tensor:
+    """Every position keeps its numbers, in other places."""
+    return x.roll(1, dims=-1)
+
+
+def averaged(x: Tensor) -> Tensor:
+    n = torch.arange(1, x.shape[1] + 1).view(1, -1, 1)
+    return x.cumsum(1) / n
+
+
+def with_the_one_before(x: Tensor) -> Tensor:
+    return x + 0.5 * x.roll(1, dims=1)
+
+
+def moved(x: Tensor) -> Tensor:
+    return x + 1e-3
+
+
+def with_one_row_doubled(x: Tensor) -> Tensor:
+    x = x.clone()
+    x[:, x.shape[1] // 2] *= 2
+    return x
+
+
+def with_two_rows_exchanged(x: Tensor) -> Tensor:
+    x = x.clone()
+    x[:, [0, -1]] = x[:, [-1, 0]]
+    return x
+
+
+def with_one_coordinate_set(x: Tensor) -> Tensor:
+    x = x.clone()
+    x[..., 3] = 0
+    return x
+
+
+CHANGES = [
+    halved,
+    shifted,
+    rolled,
+    averaged,
+    with_the_one_before,
+    moved,
+    with_one_row_doubled,
+    with_two_rows_exchanged,
+    with_one_coordinate_set,
+]
+MIXING = [shifted, averaged, with_the_one_before, with_two_rows_exchanged]
+
+
+def before(module: nn.Module, change: Change, in_place: bool = False) -> None:
+    """A hook that changes the hidden states which a module reads."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        x = args[0] if args else kwargs["hidden_states"]
+        new = change(x)
+        if in_place:
+            x.copy_(new)
+            return None
+        if args:
+            return (new, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": new}
+
+    module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def layers_of(model: PreTrainedModel) -> nn.ModuleList:
+    return next(x for x in model.modules() if isinstance(x, nn.ModuleList))
+
+
+def final_norm(model: PreTrainedModel) -> nn.Module:
+    decoder = model.get_decoder()
+    names = ("norm", "ln_f", "final_layer_norm")
+    return next(getattr(decoder, name) for name in names if hasattr(decoder, name))
+
+
+def assert_refused(run: Callable[[], Any], match: str) -> None:
+    with pytest.raises(UnsupportedArchitectureError, match=match):
+        run()
+
+
+def assert_every_use_is_refused(tracer: Tracer, match: str) -> None:
+    text = tiny_text(T)
+    assert_refused(lambda: tracer.trace(text), match)
+    assert_refused(lambda: tracer.trace_all(text), match)
+    assert_refused(lambda: tracer.record(text, mode="lean"), match)
+    assert_refused(lambda: tracer.trace([text, text[:-3]]), match)
+    assert_refused(lambda: next(tracer.generate(text, max_new_tokens=2)), match)
+    assert_refused(lambda: sweep(tracer.decoder, [text], 0.02, tracer.kernel), match)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+def test_between_layers(change: Change, in_place: bool, family: str) -> None:
+    model = copy.deepcopy(tiny_model(family))
+    tracer = Tracer(model)
+    tracer.trace(tiny_text(T))
+    before(layers_of(model)[1], change, in_place)
+    assert_every_use_is_refused(tracer, "is not entered with the residual stream that the layer")
+    assert_refused(lambda: Tracer(model), "is not entered with the residual stream")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_skip_from_the_first_layer(family: str) -> None:
+    model = copy.deepcopy(tiny_model(family))
+    tracer = Tracer(model)
+    layers, kept = layers_of(model), list[Tensor]()
+
+    def keep(x: Tensor) -> Tensor:
+        kept[:] = [x]
+        return x
+
+    before(layers[0], keep)
+    tracer.trace(tiny_text(T))
+    before(layers[2], lambda x: x + kept[0] if kept[0].shape == x.shape else x)
+    assert_every_use_is_refused(tracer, "is not entered with the residual stream that the layer")
+    assert_refused(lambda: Tracer(model), "is not entered with the residual stream")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("change", CHANGES)
+def test_before_the_final_norm(change: Change, family: str) -> None:
+    model = copy.deepcopy(tiny_model(family))
+    tracer = Tracer(model)
+    before(final_norm(model), change)
+    assert_every_use_is_refused(tracer, "the final norm is not entered with the residual stream")
+    assert_refused(lambda: Tracer(model), "no module reads what its last layer returned")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("change", MIXING)
+def test_embeddings_that_are_mixed(change: Change, family: str) -> None:
+    model = copy.deepcopy(tiny_model(family))
+    tracer = Tracer(model)
+    tracer.trace(tiny_text(T))
+    embeddings = model.get_input_embeddings()
+    embeddings.register_forward_hook(lambda _, __, x: change(x))
+    assert_every_use_is_refused(tracer, "mixes the embeddings of several tokens")
+    assert_refused(lambda: Tracer(model), "mixes the embeddings of several tokens")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_hook_that_acts_in_decode_steps_alone(family: str) -> None:
+    model = copy.deepcopy(tiny_model(family))
+    tracer = Tracer(model)
+    steps = tracer.generate(tiny_text(T), max_new_tokens=3, eos_token_id=[])
+    next(steps)
+    before(layers_of(model)[1], lambda x: x / 2 if x.shape[1] == 1 else x)
+    assert_refused(lambda: next(steps), "is not entered with the residual stream")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hooks_that_only_look_change_nothing(family: str) -> None:
+    model = copy.deepcopy(tiny_model(family))
+    tracer = Tracer(model)
+    expected = tracer.trace(tiny_text(T), threshold=0.02)
+    for module in model.modules():
+        module.register_forward_pre_hook(lambda *_: None)
+        module.register_forward_hook(lambda *_: None)
+    got = tracer.trace(tiny_text(T), threshold=0.02)
+    assert torch.equal(got.edges.weight, expected.edges.weight)
+    assert torch.equal(
+        Tracer(model).trace(tiny_text(T), threshold=0.02).edges.weight, got.edges.weight
+    )
