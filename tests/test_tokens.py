@@ -1,4 +1,4 @@
-"""Texts as token ids of any library, and what is no text."""
+"""Texts as token ids of any library, and objects that are refused as texts."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_token_ids_of_other_libraries(ids: Any) -> None:
     ],
     ids=repr,
 )
-def test_what_is_no_text_is_refused(text: Any) -> None:
+def test_other_objects_are_refused(text: Any) -> None:
     with pytest.raises(ValueError, match=r"text: (expected|token ids must)"):
         encode(text, None, None)
 

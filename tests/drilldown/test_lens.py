@@ -96,7 +96,7 @@ def test_promoted_by_heads_and_blocks(any_case: Case) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi"])
 def test_what_all_parts_add_is_the_logits(family: str) -> None:
-    """Every head, block and the embedding together: the logits, less what biases add."""
+    """All heads, blocks and the embedding together give the logits without the biases' share."""
     tracer, oracle, text = case(family)
     recording = tracer.record(text)
     total = oracle.direct(oracle.layers[0].resid_pre[T - 1], T - 1)

@@ -22,7 +22,7 @@ from ifr_fast.recording.recording import RecordingMode
 
 
 def shares_of_neurons(oracle: Oracle, layer: int, kind: NodeKind) -> list[Tensor]:
-    """Importance of neurons [T, F]; in `post` also of the stream and, in parallel, of attention."""
+    """Importances of neurons [T, F]; in `post` also the stream's, and attention's if parallel."""
     of, parts = oracle.layers[layer], oracle.neurons(layer)
     y = of.ffn if kind == NodeKind.FFN else of.resid_post
     neurons = torch.stack([proximity(p, row) for p, row in zip(parts, y, strict=True)])
@@ -76,7 +76,7 @@ def test_the_most_important_neurons_come_first() -> None:
 
 
 def test_neurons_in_bfloat16() -> None:
-    """Against float64 importances of the same half-precision activations and streams."""
+    """The float64 importances are those of the same half-precision activations and streams."""
     model = tiny_model("llama", dtype=torch.bfloat16).eval()
     tracer, text, seen = Tracer(model, None), tiny_text(T), {}
     layer = model.model.layers[LAYER]
@@ -96,7 +96,7 @@ def test_neurons_in_bfloat16() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "phi"])
 def test_neurons_where_nothing_is_attributed(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No part moves anything towards a sum of 0: each of the n gets 1/n."""
+    """All proximities to a sum of 0 are 0, so each of the n parts gets 1/n."""
     tracer, _, text = case(family)
     rows = neurons.ffn_rows
 

@@ -1,4 +1,4 @@
-"""Where generation ends, and what it refuses before its first step."""
+"""The end of generation, and options that are refused before its first step."""
 
 from __future__ import annotations
 

@@ -134,7 +134,7 @@ def test_routes_whose_parts_do_not_fit_together_are_refused(family: str, tmp_pat
     for name in tensor_names(path):
         layer, _, column = name.partition(".")
         edits.append({name: lambda x: x[:-1]})
-        if layer in ("0", "2"):  # checked as layer 1 is
+        if layer in ("0", "2"):  # layer 1 gets the other changes
             continue
         edits += [{name: lambda x: x[..., None]}, {name: torch.Tensor.int}]
         if column in ("row", "source"):

@@ -77,7 +77,7 @@ def test_routes_from_a_token() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "phi"])
 def test_routes_whose_weight_rounds_to_0_are_routes(family: str) -> None:
-    """As in deep models: a product of many small weights."""
+    """In deep models a product of many small weights rounds to 0."""
     tracer, text = tiny_tracer(family), tiny_text(T)
     graph = tracer.trace(text, threshold=0.02)
     weak = dataclasses.replace(

@@ -62,7 +62,7 @@ def test_routes_aggregates_are_those_of_the_graphs(
         )
     assert 0 < float(frequency.mean()) < T
     torch.testing.assert_close(routes.head_frequency(), frequency / T, atol=1e-6, rtol=0)
-    for elements in (1, 5 * T):  # predictions walked one by one, and in a ragged last block
+    for elements in (1, 5 * T):  # one prediction at a time, and a ragged last block
         monkeypatch.setattr(all_positions, "_FLOW_ELEMENTS", elements)
         again = routes.at(threshold)
         torch.testing.assert_close(again.head_frequency(), routes.head_frequency())
@@ -130,7 +130,7 @@ def test_saving_routes_forms_the_logits_together(
     assert len(rows) == 2
     rows.clear()
     assert [len(routes[t].predictions) for t in (89, 3, -2)] == [5, 5, 5]
-    assert rows == [1, 1]  # the last position's were formed with the forward pass
+    assert rows == [1, 1]  # the forward pass formed those of the last position
 
 
 @given(any_routes(), st.sampled_from([0, 1 / 16, 3 / 16, 0.3]), st.sampled_from([0, 1 / 8, 0.25]))

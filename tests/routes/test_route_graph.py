@@ -1,4 +1,4 @@
-"""RouteGraph: pruning, unattributed nodes, and what kind of objects results are."""
+"""RouteGraph: pruning, unattributed nodes, and results as objects."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_unattributed_nodes_are_in_the_graph_with_equal_shares(
     tracer = tiny_tracer("llama")
     H = tracer.decoder.n_heads
     recording = tracer.record(tiny_text(T), mode="full")
-    # The closure check would see the change, rightly.
+    # The closure check would refuse the change.
     skip_closure_check(monkeypatch)
 
     def edit(x: torch.Tensor, value: float) -> torch.Tensor:

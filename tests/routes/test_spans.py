@@ -217,7 +217,7 @@ def test_every_form_has_all_starts(tmp_path: Path) -> None:
     figure = graph.plot()
     figure.savefig(tmp_path / "span.png")
     assert graph.span is not None
-    boxes = {  # upright ones; tokens' own labels may be so too, below the axes
+    boxes = {  # upright texts above the axes; labels of tokens are below
         round(text.xy[0]): text.get_text()
         for text in figure.axes[0].texts
         if text.get_rotation() == 90 and text.xy[1] > graph.n_layers

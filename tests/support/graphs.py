@@ -47,7 +47,7 @@ def random_table(
     parallel = draw(st.booleans())
     row, source = torch.ones(T, T).tril().nonzero(as_tuple=True)
     head_weight = sixteenths(len(row), H) * sixteenths(len(row), 1)
-    # An entry of weight 0 is padding, wherever it points.
+    # An entry of weight 0 is padding, whatever nodes it names.
     padding = torch.zeros(2, dtype=torch.int64)
     none = head_weight.new_zeros(2, H)
     edges = EdgeList(
