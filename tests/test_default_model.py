@@ -1,26 +1,34 @@
 """The default model on real prose, against the float64 oracle of its own eager run."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import pytest
 import torch
-from oracle import TOLERANCE, assert_graph_agrees, importances
+from oracle import TOLERANCE, LayerImportance, assert_graph_agrees, importances
 from tiny import account
+from torch import Tensor
 
 from ifr_fast import Tracer
+from ifr_fast.graph.tables import Granularity
 
 pytestmark = pytest.mark.default_model
 
 SENTENCE = "When Mary and John went to the store, John gave a drink to"
 
 
-@pytest.fixture(scope="module", params=[64, 127, 256])
-def text(request, smol, prose):
-    """Token ids, the oracle's importances of every layer."""
+@pytest.fixture(scope="module", params=[33, 131])
+def text(
+    request: pytest.FixtureRequest, smol: Tracer, prose: Tensor
+) -> tuple[Tensor, list[LayerImportance]]:
+    """Token ids, and the oracle's importances of every layer."""
     token_ids = prose[20_000 : 20_000 + request.param]
     return token_ids, [importances(layer) for layer in account(smol.model, token_ids)]
 
 
 @pytest.mark.parametrize("impl", ["auto", "eager"])
-def test_every_weight_matches_the_oracle(smol, text, impl):
+def test_every_weight_matches_the_oracle(smol: Tracer, text: Any, impl: str) -> None:
     token_ids, layers = text
     T = len(token_ids)
     tracer = Tracer(smol.model, smol.tokenizer, impl=impl)
@@ -50,7 +58,7 @@ def test_every_weight_matches_the_oracle(smol, text, impl):
 
 
 @pytest.mark.parametrize("granularity", ["token", "head"])
-def test_graphs_match_the_oracle(smol, text, granularity):
+def test_graphs_match_the_oracle(smol: Tracer, text: Any, granularity: Granularity) -> None:
     token_ids, layers = text
     T = len(token_ids)
     recording = smol.record(token_ids)
@@ -64,7 +72,7 @@ def test_graphs_match_the_oracle(smol, text, granularity):
             assert_graph_agrees(routes[position], layers)
 
 
-def test_known_predictions(smol):
+def test_known_predictions(smol: Tracer) -> None:
     graph = smol.trace(SENTENCE)
     assert graph.predictions[0].token == " Mary"
     assert graph.predictions[0].probability == pytest.approx(0.923, abs=0.002)
@@ -75,56 +83,31 @@ def test_known_predictions(smol):
     assert (paris.token, round(paris.probability, 2)) == (" Paris", 0.77)
 
 
-def test_a_trace_scores_only_rows_on_the_frontier(smol, prose, monkeypatch):
-    import ifr_fast.routes.tracing as module
-
-    scored: dict[int, list[int]] = {}
-    original = module.score_layer
-
-    def counting(recording, layer, rows, keep, kernel):
-        scored[layer] = rows.tolist()
-        return original(recording, layer, rows, keep, kernel)
-
-    monkeypatch.setattr(module, "score_layer", counting)
-    graph = smol.trace(prose[20_000:20_512], position=-100, threshold=0.04)
-    rows = sum(len(r) for r in scored.values())
-    n_layers = smol.decoder.n_layers
-    reached = {511 - 99}
-    for layer in reversed(range(n_layers)):
-        assert set(scored[layer]) == reached
-        edges = graph.edges
-        reached = set(edges.source[(edges.layer == layer) & (edges.kind < 2)].tolist())
-    print(f"{rows} of {512 * n_layers} rows scored")
-    assert rows < 0.1 * 512 * n_layers
-
-
-def test_a_lean_recording_gives_the_same_graph(smol, prose):
-    token_ids = prose[:200]
-    full = smol.trace(smol.record(token_ids, mode="full"), threshold=0.02)
-    lean = smol.record(token_ids, mode="lean")
-    graph = smol.trace(lean, threshold=0.02)
-    for mine, theirs in zip(graph.edges[:4], full.edges[:4], strict=True):
+def test_a_lean_recording_gives_the_same_graph(smol: Tracer, prose: Tensor) -> None:
+    token_ids = prose[:150]
+    full, lean = (smol.record(token_ids, mode=mode) for mode in ("full", "lean"))
+    expected, graph = smol.trace(full, threshold=0.02), smol.trace(lean, threshold=0.02)
+    for mine, theirs in zip(graph.edges[:4], expected.edges[:4], strict=True):
         assert torch.equal(mine, theirs)
-    torch.testing.assert_close(graph.edges.weight, full.edges.weight, atol=TOLERANCE, rtol=0)
-    assert lean.nbytes < smol.record(token_ids, mode="full").nbytes
+    torch.testing.assert_close(graph.edges.weight, expected.edges.weight, atol=TOLERANCE, rtol=0)
+    assert lean.nbytes < full.nbytes
 
 
-def test_recordings_hold_no_more_than_planned(smol, prose):
-    for mode in ("lean", "full"):
-        plan = smol.plan(512)
-        recording = smol.record(prose[:512], mode=mode)
-        planned = plan.lean_bytes if mode == "lean" else plan.full_bytes
-        assert recording.nbytes < 1.1 * planned
+def test_recordings_hold_no_more_than_planned(smol: Tracer, prose: Tensor) -> None:
+    T = 256
+    plan = smol.plan(T)
+    for mode, planned in (("lean", plan.lean_bytes), ("full", plan.full_bytes)):
+        assert smol.record(prose[:T], mode=mode).nbytes < 1.1 * planned
 
 
-def test_same_input_same_bits(smol):
+def test_same_input_same_bits(smol: Tracer) -> None:
     first, second = smol.trace(SENTENCE), smol.trace(SENTENCE)
     for mine, theirs in zip(first.edges, second.edges, strict=True):
         assert torch.equal(mine, theirs)
     assert first.predictions == second.predictions
 
 
-def test_chat_messages_use_the_template(smol):
+def test_chat_messages_use_the_template(smol: Tracer) -> None:
     messages = [{"role": "user", "content": "Name a colour."}]
     graph = smol.trace(messages)
     assert graph.tokens[0] == "<|im_start|>"

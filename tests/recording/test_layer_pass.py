@@ -1,4 +1,4 @@
-"""The watched pass against the model's own run, and what all that read it off refuse alike."""
+"""The watched pass against the model's own run, and the models that all of its users refuse."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from opened import tiny_tracer
 from tiny import account, tiny_model, tiny_text
 from torch import Tensor
 
@@ -59,7 +60,7 @@ def test_layers_are_those_of_the_models_own_run(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 def test_resid_mid_is_noted_at_the_rows_that_are_wanted(family: str) -> None:
-    tracer = Tracer(tiny_model(family))
+    tracer = tiny_tracer(family)
     rows = torch.tensor([0, 6, T + 11, 2 * T])
     _, whole = watched(tracer)
     _, few = watched(tracer, mid_rows=rows)
@@ -68,7 +69,7 @@ def test_resid_mid_is_noted_at_the_rows_that_are_wanted(family: str) -> None:
 
 
 def test_callbacks_may_run_layers_and_leave_no_hook_behind() -> None:
-    tracer = Tracer(tiny_model("llama"))
+    tracer = tiny_tracer("llama")
     seen: list[int] = []
 
     def left(layer: WatchedLayer) -> None:
@@ -112,7 +113,7 @@ RUNS: dict[str, Callable[[Tracer], object]] = {
 def test_other_keys_are_refused(
     run: Callable[[Tracer], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tracer = Tracer(tiny_model("llama"))
+    tracer = tiny_tracer("llama")
     monkeypatch.setattr(LazyMask, "is_causal", lambda *_: torch.tensor(False))
     with pytest.raises(
         UnsupportedArchitectureError, match=r"at 1[12] tokens its attention reads other keys"
@@ -121,7 +122,7 @@ def test_other_keys_are_refused(
 
 
 def spoiled(tracer: Tracer, layer: int, *at: int) -> torch.utils.hooks.RemovableHandle:
-    """From now on a layer returns NaN at text and row `at` of a batch."""
+    """Makes a layer return NaN at text and row `at` of a batch, until the handle is removed."""
 
     def spoil(_: Any, __: Any, output: Any) -> Any:
         hidden = (output if isinstance(output, Tensor) else output[0]).clone()
@@ -135,7 +136,7 @@ def spoiled(tracer: Tracer, layer: int, *at: int) -> torch.utils.hooks.Removable
 @pytest.mark.parametrize("run", [run for name, run in RUNS.items() if name != "in a sweep"])
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_states_that_are_not_finite_are_refused(run: Any, layer: int) -> None:
-    tracer = Tracer(tiny_model("llama"))
+    tracer = tiny_tracer("llama")
     with (
         spoiled(tracer, layer, 0, 6),
         pytest.raises(IfrError, match=f"not finite after layer {layer} in torch.float32"),
@@ -144,7 +145,7 @@ def test_states_that_are_not_finite_are_refused(run: Any, layer: int) -> None:
 
 
 def test_the_last_layer_may_leave_anything_in_the_padding() -> None:
-    tracer = Tracer(tiny_model("llama"))
+    tracer = tiny_tracer("llama")
     expected = tracer.record(TEXTS, mode="full")
     with spoiled(tracer, 2, 1, LENGTHS[0]):  # after the first text, second to the longest one
         got = tracer.record(TEXTS, mode="full")

@@ -1,4 +1,4 @@
-"""Copies and pickles of graphs and routes hold their data: no model, and nothing computed of it."""
+"""Copies and pickles of graphs and routes hold data alone: no model and no cached results."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ import pickle
 
 import pytest
 import torch
+from opened import tiny_tracer
 from same_graph import assert_same_bits
-from tiny import tiny_model, tiny_text
+from tiny import tiny_text
 
-from ifr_fast import RouteGraph, Routes, Tracer
+from ifr_fast import RouteGraph, Routes
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt_neox"])
 def routes(request: pytest.FixtureRequest) -> Routes:
-    return Tracer(tiny_model(request.param)).trace_all(tiny_text(12), threshold=0.02)
+    return tiny_tracer(request.param).trace_all(tiny_text(12), threshold=0.02)
 
 
 def compute_all(graph: RouteGraph) -> None:

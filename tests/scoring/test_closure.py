@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from opened import tiny_tracer
 from tiny import tiny_model, tiny_text
 from torch import Tensor, nn
 
@@ -96,3 +97,24 @@ def test_the_layer_of_the_row_is_named(bad: float) -> None:
         check_closure({3: fine, 5: torch.tensor([0.2, bad, 0.1])})
     with pytest.raises(IfrError, match="at layer 7"):
         check_closed(torch.tensor([0.2, bad]), [6, 7])
+
+
+@pytest.mark.parametrize("mode", ["full", "lean"])
+@pytest.mark.parametrize("layer", [0, 2])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt_neox"])
+def test_a_poisoned_recording_is_noticed(family: str, layer: int, mode: str) -> None:
+    """The model attended to other values and keys than those at the position that is changed."""
+    tracer, text = tiny_tracer(family), tiny_text(12)
+    for field, position in (("v", 11), ("k", 10)):
+        recording = tracer.record(text, mode=mode)
+        assert 11 in recording.checked_rows.tolist()
+        cache = getattr(recording.layers[layer], field).clone()
+        cache[position] = -3 * cache[position]
+        setattr(recording.layers[layer], field, cache)
+        for act in (
+            lambda recording=recording: tracer.trace(recording, threshold=0.0),
+            lambda recording=recording: tracer.trace_all(recording),
+            lambda recording=recording: list(tracer.contributions(recording, layers=[layer])),
+        ):
+            with pytest.raises(IfrError, match=f"layer {layer} .*do not add up"):
+                act()

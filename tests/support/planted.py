@@ -1,4 +1,4 @@
-"""A tiny GPT-2 whose heads are written by hand, so that what they do is known.
+"""A tiny GPT-2 whose heads are written by hand, so that their functions are known.
 
 The residual stream is cut into planes. A token marks what it is and whether it begins a word, a
 position where it is; planted heads read these marks and write what they find into planes of
@@ -7,7 +7,7 @@ their own.
     layer 0 head 1   previous token: reads the token at t - 1
     layer 0 head 3   merges subwords: at a later piece of a word reads the piece before; elsewhere
                      it looks at the beginning of the text, whose token has no mark to carry
-    layer 1 head 0   sink: reads the first position, from wherever it is
+    layer 1 head 0   sink: reads the first position from every position
     layer 1 head 2   offset 3: reads the token at t - 3
 
 The others are decoys. One reads all earlier tokens that are the same as its own, the rest attend
@@ -37,13 +37,13 @@ _OWN = {
     head: slice(_LEVEL + 1 + i * V, _LEVEL + 1 + (i + 1) * V)
     for i, head in enumerate((PREVIOUS, SUBWORD, SINK, OFFSET_3, SAME))
 }
-_SHARP = 12.0  # of queries and keys: scores far above what a softmax lets others have
-_LOUD = 2.0  # of what a planted head writes
+_SHARP = 12.0  # scale of queries and keys: a softmax gives all weight to the key that is sought
+_LOUD = 2.0  # scale of a planted head's output
 _BEGINNING = T_MAX  # coordinate of queries and keys, after those of positions
 
 
 def planted_tokenizer() -> PreTrainedTokenizerFast:
-    """Words of one piece or more, of which the first begins with a space; texts begin with <s>."""
+    """Words have one piece or more; the first begins with a space. Texts begin with <s>."""
     tokenizer = Tokenizer(models.WordLevel({t: i for i, t in enumerate(TOKENS)}, unk_token="<s>"))
     pieces = "|".join(sorted(TOKENS[1:], key=len, reverse=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pieces), "isolated")
@@ -52,7 +52,7 @@ def planted_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def planted_texts(n: int, seed: int = 0) -> list[str]:
-    """Random texts of some 45 tokens: half of the words have two pieces or three."""
+    """Random texts of about 45 tokens; half of the words have two or three pieces."""
     draw = random.Random(seed)
 
     def word() -> str:
@@ -111,13 +111,13 @@ def _plant(head: tuple[int, int], q: Tensor, k: Tensor, v: Tensor, o: Tensor) ->
     if head == SAME:
         q[_TOKEN, :V] = k[_TOKEN, :V] = _SHARP * same
     elif head == SINK:
-        q[_LEVEL, 0] = -_SHARP  # which all tokens have
+        q[_LEVEL, 0] = -_SHARP  # all tokens have this mark
         k[0, 0] = _SHARP
     else:
         offset = 3 if head == OFFSET_3 else 1
         q[positions[offset:], positions[:-offset]] = _SHARP
         k[positions, positions] = _SHARP
-    if head == SUBWORD:  # at the beginning of a word, three times what the offset is worth
+    if head == SUBWORD:  # at the beginning of a word, three times the offset's score
         q[_BEGINS, _BEGINNING] = 3 * _SHARP
         k[0, _BEGINNING] = _SHARP
     if head == SINK:

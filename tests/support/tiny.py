@@ -1,6 +1,6 @@
-"""Tiny random models of the supported families, and their own account of a text.
+"""Tiny random models of the supported families, and the activations of their own eager runs.
 
-Weights are scaled up: at their initial scale attention is uniform and nothing flips.
+Weights are scaled up, since attention is uniform at their initial scale.
 """
 
 from __future__ import annotations
@@ -75,10 +75,10 @@ def _config(name: str, common: dict[str, Any] = _COMMON, **options: Any) -> Call
 
 
 class Family(NamedTuple):
-    """A supported family: a tiny model of it, and where its parts are by its own names."""
+    """A supported family: its tiny configuration, and the names of its parts."""
 
     title: str
-    shows: str  # what is tested, for docs/models.md
+    shows: str  # the tested properties, for docs/models.md
     config: Callable[[], PreTrainedConfig]
     layers: str = "model.layers"
     attention: str = "self_attn"
@@ -448,7 +448,7 @@ FAMILIES = {
         "Seed-OSS", "biases of q, k, v", _config("SeedOss", num_key_value_heads=2, head_dim=6)
     ),
 }
-# Those that every combination of options is tested on.
+# Families that are tested with every combination of options.
 CONFIGS = (
     "llama",
     "llama-bias",
@@ -461,7 +461,7 @@ CONFIGS = (
 
 
 class Refusal(NamedTuple):
-    """A family that is refused, and why."""
+    """A family that is refused, and the reason."""
 
     title: str
     reason: str  # for docs/models.md
@@ -581,7 +581,7 @@ def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -
             else:
                 parameter.add_(0.2 * torch.randn_like(parameter))
     model.tiny_family = family
-    if dtype != torch.float32:  # grouped products need rows of multiples of 16 bytes, not float64
+    if dtype != torch.float32:  # grouped products lack float64 and narrow rows
         model.config._experts_implementation = "eager"
     return model.to(dtype)
 
@@ -601,19 +601,19 @@ class LayerAccount(NamedTuple):
     pattern: Tensor  # [H, T, T]
     v: Tensor  # [T, H, V], repeated to all heads
     W_O: Tensor  # [H, V, D]
-    gate: Tensor | None  # [T, H, V] what the attention output is multiplied by
-    after: Tensor | None  # [T, D] what the output projection's is multiplied by, norm or number
+    gate: Tensor | None  # [T, H, V] factor of the attention output
+    after: Tensor | None  # [T, D] factor of the output projection's output, by a norm or a number
 
 
 def account(model: PreTrainedModel, token_ids: Tensor) -> list[LayerAccount]:
-    """What the model itself does, in float64, with its own eager attention and by the names of
-    its own modules: nothing here goes through ifr_fast.
+    """The model's activations in float64, from its own eager attention and by the names of its own
+    modules: nothing here goes through ifr_fast.
     """
     family = FAMILIES[getattr(model, "tiny_family", model.config.model_type)]
     model = copy.deepcopy(model).double().eval()
-    # Set where a setter would refuse: not all go through an interface.
+    # The setter would refuse this for attention outside the interface.
     model.config._attn_implementation = "eager"
-    model.config._experts_implementation = "eager"  # grouped products have no float64
+    model.config._experts_implementation = "eager"  # grouped products lack float64
     layers = model.get_submodule(family.layers)
     seen: dict[tuple[str, int], Tensor] = {}
     handles = []
@@ -702,18 +702,18 @@ def account(model: PreTrainedModel, token_ids: Tensor) -> list[LayerAccount]:
 
 @torch.no_grad()
 def _out_map(out: nn.Module, width: int) -> Tensor:
-    """The matrix [width, D] of an output projection, adapters and all."""
+    """The matrix [width, D] of an output projection, adapters included."""
     eye = torch.eye(width, dtype=next(out.parameters()).dtype)
     return (out(eye[None]) - out(torch.zeros_like(eye)[None]))[0].double()
 
 
 def _quotient(x: Tensor, y: Tensor) -> Tensor | None:
-    """X / y, None where that is 1."""
+    """x / y; None if it is 1."""
     return None if torch.allclose(x, y, rtol=1e-5, atol=1e-4) else x / y
 
 
 def model_tables() -> list[str]:
-    """The tables in docs/models.md of the families that are supported and refused."""
+    """The tables of supported and refused families in docs/models.md."""
 
     def table(*rows: tuple[str, str]) -> str:
         return "".join(f"| {first} | {second} |\n" for first, second in rows)
@@ -728,7 +728,7 @@ def model_tables() -> list[str]:
 
 
 def main() -> None:
-    """Rewrites the tables in docs/models.md; each replaces the one with the same head."""
+    """Rewrites the tables in docs/models.md; each replaces the table with the same head."""
     text = MODELS_PAGE.read_text()
     for table in model_tables():
         first = re.escape(table.splitlines()[0])

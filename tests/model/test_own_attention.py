@@ -1,5 +1,5 @@
-"""Models outside the attention interface: a product that is attention goes to the handler, with
-what was done to it; every other product comes out as it would have.
+"""Models outside the attention interface: a product that is attention goes to the handler, with its
+scale and mask; every other product is left unchanged.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tiny import FAMILIES, tiny_model, tiny_text
+from opened import tiny_tracer
+from tiny import FAMILIES, tiny_text
 from torch import Tensor, nn
 
-from ifr_fast import Tracer, UnsupportedArchitectureError
+from ifr_fast import UnsupportedArchitectureError
 from ifr_fast.model.attention import AttentionCall, attend_rows
 from ifr_fast.model.own_attention import attention_through
 
@@ -38,7 +39,7 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def watched(compute: Compute) -> tuple[Tensor, list[AttentionCall]]:
-    """What the function gives where attention is asked for, and what it asked."""
+    """The function's output when its attention is overridden, and the calls that were seen."""
     calls: list[AttentionCall] = []
 
     def answer(call: AttentionCall) -> Tensor:
@@ -175,7 +176,7 @@ def _split(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         _split,
     ],
 )
-def test_what_is_no_attention_is_left_alone(compute: Compute) -> None:
+def test_other_products_are_left_alone(compute: Compute) -> None:
     output, calls = watched(compute)
     assert calls == []
     assert torch.equal(output, compute(*inputs()))
@@ -206,8 +207,8 @@ def test_a_forward_that_breaks_leaves_nothing_behind() -> None:
 
 @pytest.mark.parametrize("family", [name for name, f in FAMILIES.items() if f.values is not None])
 def test_no_product_is_touched_outside_of_the_forward(family: str) -> None:
-    """Scoring multiplies matrices of its own, in the midst of replays."""
-    tracer = Tracer(tiny_model(family), impl="eager")
+    """Scoring multiplies matrices of its own between replays."""
+    tracer = tiny_tracer(family, impl="eager")
     lean = tracer.record(tiny_text(9), mode="lean")
     with lean.replaying():
         q, k, _ = inputs()

@@ -1,4 +1,4 @@
-"""Rows whose weights are given, and sums of rows as one: against every part formed in float64."""
+"""Rows whose weights are given, and sums of rows, against every part formed in float64."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KERNELS = {"reference": reference, "eager": eager, "cpu": cpu}
 
 
 def parts_of(inputs: LayerInputs) -> Tensor:
-    """Every part p[h, j] of every row, [R, S, H, D], in the inputs' dtype."""
+    """p[h, j] of every row, [R, S, H, D], in the inputs' dtype."""
     v = inputs.v.repeat_interleave(len(inputs.W_O) // inputs.v.shape[1], dim=1)
     values = reference.attention_pattern(inputs).transpose(1, 2)[..., None] * v  # [R, S, H, V]
     if inputs.value_gate is not None:
@@ -63,7 +63,7 @@ def test_a_sum_of_rows_is_scored_as_all_its_parts_are(
     residual = proximity(weights @ inputs.resid_pre, y)
     ffn = torch.zeros(()).double() if inputs.ffn is None else proximity(weights @ inputs.ffn, y)
     total = pairs.sum() + residual + ffn
-    if total == 0:  # each of all parts gets as much
+    if total == 0:  # all parts get equal shares
         pairs[:n_keys], residual = 1, residual + 1
         ffn = ffn if inputs.ffn is None else ffn + 1
         total = pairs.sum() + residual + ffn
@@ -83,7 +83,7 @@ def test_a_sum_of_rows_is_scored_as_all_its_parts_are(
 
 @pytest.mark.parametrize("kernel", ["reference", "eager", "cpu", "triton"])
 def test_given_rows_are_scored_as_rows_are(kernel: str) -> None:
-    """The weights of q and k, given: the same scores as when they are computed."""
+    """Given weights of q and k give the scores of computed ones."""
     R, S, V = (5, 11, 8) if kernel == "triton" else (9, 31, 7)
     inputs = random_inputs(R, S, 4, 2, 8, V, 33, flags={"ffn", "softcap"})
     expected = reference.score_attention(inputs, 0.01)
@@ -110,8 +110,8 @@ def loaded(kernel: str) -> ModuleType:
 
 @pytest.mark.parametrize("kernel", ["reference", "eager", "cpu"])
 @pytest.mark.parametrize("keep", [0.0, 0.4])
-def test_a_row_that_owes_nothing_shares_alike_among_its_own_keys(kernel: str, keep: float) -> None:
-    """Row 1 of a text: every part points away from it, and each of its 1 + 2 H gets as much."""
+def test_an_unattributed_row_shares_equally_among_its_own_keys(kernel: str, keep: float) -> None:
+    """All parts of row 1 point away from it, and each of its 1 + 2 H gets an equal share."""
     W_O = torch.ones(2, 1, 1)
     u = torch.zeros(2, 4, 2, 1)
     u[0, 0], u[0, 1] = -1.0, -1.0

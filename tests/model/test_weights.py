@@ -1,5 +1,5 @@
-"""Weights that are not plain tensors: adapters, quantized, tied, offloaded. The model that holds
-them is explained as its plain twin is.
+"""Weights that are not plain tensors: adapters, quantized, tied, offloaded. A model that holds them
+is explained as the same model with plain weights is.
 """
 
 from __future__ import annotations
@@ -11,43 +11,43 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
+from opened import tiny_tracer
 from oracle import TOLERANCE, importances
 from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from same_graph import assert_agree, assert_same_graph
-from tiny import FAMILIES, account, tiny_model, tiny_text
+from same_graph import assert_agree, assert_same_graph, assert_within
+from tiny import FAMILIES, WINDOW, account, tiny_model, tiny_text
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from ifr_fast import Tracer, UnsupportedArchitectureError
 
-TEXT = tiny_text(23)
+TEXT = tiny_text(WINDOW + 6)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def assert_same(mine: nn.Module, theirs: nn.Module, tolerance: float = TOLERANCE) -> None:
+def assert_same_scores(mine: Tracer, theirs: Tracer, tolerance: float = TOLERANCE) -> None:
     """Both models' importances agree, in both recording modes."""
     for mode in ("full", "lean"):
-        (a, b) = (Tracer(model) for model in (mine, theirs))
         for x, y in zip(
-            a.contributions(a.record(TEXT, mode=mode), keep=0.0),
-            b.contributions(b.record(TEXT, mode=mode), keep=0.0),
+            mine.contributions(mine.record(TEXT, mode=mode), keep=0.0),
+            theirs.contributions(theirs.record(TEXT, mode=mode), keep=0.0),
             strict=True,
         ):
             for field in ("residual", "ffn", "head_total"):
-                torch.testing.assert_close(
-                    getattr(x, field), getattr(y, field), atol=tolerance, rtol=0
-                )
+                assert_within(getattr(x, field), getattr(y, field), tolerance)
 
 
-def assert_generates_same(mine: nn.Module, theirs: nn.Module, tolerance: float = TOLERANCE) -> None:
-    """Both models go on with the same tokens, by the same routes."""
-    mine_, theirs_ = (
-        Tracer(model).generate(TEXT, max_new_tokens=4, threshold=0.02, eos_token_id=[])
-        for model in (mine, theirs)
-    )
-    for a, b in zip(mine_, theirs_, strict=True):
+def assert_generates_same(mine: Tracer, theirs: Tracer) -> None:
+    """Both models generate the same tokens, by the same routes."""
+    for a, b in zip(
+        *(
+            tracer.generate(TEXT, max_new_tokens=4, threshold=0.02, eos_token_id=[])
+            for tracer in (mine, theirs)
+        ),
+        strict=True,
+    ):
         assert a.token_id == b.token_id
-        assert_same_graph(a.graph, b.graph, tolerance=tolerance)
+        assert_same_graph(a.graph, b.graph, tolerance=TOLERANCE)
 
 
 # Adapters
@@ -66,13 +66,14 @@ def with_lora(family: str, dtype: torch.dtype = torch.float32) -> Any:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3_next"])
-def test_lora_is_what_it_is_merged(family: str) -> None:
+def test_adapters_score_as_their_merged_weights_do(family: str) -> None:
     model = with_lora(family)
-    merged = copy.deepcopy(model).merge_and_unload()
-    assert_same(model, merged)
-    assert_same(model.get_base_model(), merged)
+    merged = Tracer(copy.deepcopy(model).merge_and_unload())
+    tracer = Tracer(model)
+    assert_same_scores(tracer, merged)
+    assert_same_scores(Tracer(model.get_base_model()), merged)
     with pytest.raises(AssertionError):
-        assert_same(model, tiny_model(family))
+        assert_same_scores(tracer, tiny_tracer(family))
 
 
 def test_lora_matches_the_oracle() -> None:
@@ -107,7 +108,7 @@ def test_adapters_that_scale() -> None:
         init_ia3_weights=False,
     )
     model = get_peft_model(tiny_model("llama"), config)
-    assert_same(model, copy.deepcopy(model).merge_and_unload())
+    assert_same_scores(Tracer(model), Tracer(copy.deepcopy(model).merge_and_unload()))
 
 
 @pytest.mark.parametrize("config", [PromptTuningConfig, PrefixTuningConfig])
@@ -117,15 +118,16 @@ def test_soft_prompts_are_refused(config: Any) -> None:
         Tracer(model)
 
 
-def test_a_compiled_model_is_its_own() -> None:
-    assert_same(torch.compile(tiny_model("llama"), backend="eager"), tiny_model("llama"))
+def test_a_compiled_model_scores_as_the_plain_one() -> None:
+    compiled = Tracer(torch.compile(tiny_model("llama"), backend="eager"))
+    assert_same_scores(compiled, tiny_tracer("llama"))
 
 
 # Quantized
 
 
 class Int8Weight(Tensor):
-    """A weight of int8 and a scale for each output, read by `linear` alone."""
+    """A weight of int8 and a scale for each output; only `linear` can read it."""
 
     quantized: Tensor
     scale: Tensor
@@ -157,21 +159,22 @@ class Int8Weight(Tensor):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("family", ["llama", "olmo2", "gptj"])
-def test_quantized_weights_are_their_dequantized_twin(family: str, dtype: torch.dtype) -> None:
-    model, twin = tiny_model(family, dtype=dtype), tiny_model(family, dtype=dtype)
-    for quantized, plain in zip(model.modules(), twin.modules(), strict=True):
+def test_quantized_weights_score_as_dequantized_ones(family: str, dtype: torch.dtype) -> None:
+    model, dequantized = tiny_model(family, dtype=dtype), tiny_model(family, dtype=dtype)
+    for quantized, plain in zip(model.modules(), dequantized.modules(), strict=True):
         if isinstance(quantized, nn.Linear):
             weight = Int8Weight.of(quantized.weight.detach())
             plain.weight = nn.Parameter(weight.dequantize())
             quantized.weight = nn.Parameter(weight, requires_grad=False)
             quantized.weight.quantized, quantized.weight.scale = weight.quantized, weight.scale
-    assert_same(model, twin, 0.0)
-    assert_generates_same(model, twin)
+    mine, theirs = Tracer(model), Tracer(dequantized)
+    assert_same_scores(mine, theirs, 0.0)
+    assert_generates_same(mine, theirs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bits", [4, 8])
-def test_torchao_weights_are_their_dequantized_twin(bits: int, dtype: torch.dtype) -> None:
+def test_torchao_weights_score_as_dequantized_ones(bits: int, dtype: torch.dtype) -> None:
     torchao = pytest.importorskip("torchao.quantization", reason="expected: torchao is optional")
     from torchao.quantization.granularity import PerGroup
 
@@ -184,14 +187,15 @@ def test_torchao_weights_are_their_dequantized_twin(bits: int, dtype: torch.dtyp
     def in_layers(module: nn.Module, name: str) -> bool:
         return isinstance(module, nn.Linear) and module.in_features == 36
 
-    model, twin = tiny_model("llama", dtype=dtype), tiny_model("llama", dtype=dtype)
-    for each in (model, twin):
+    model, dequantized = tiny_model("llama", dtype=dtype), tiny_model("llama", dtype=dtype)
+    for each in (model, dequantized):
         torchao.quantize_(each, config, filter_fn=in_layers)
-    for module in twin.modules():
+    for module in dequantized.modules():
         if isinstance(module, nn.Linear) and module.in_features == 36:
             module.weight = nn.Parameter(module.weight.dequantize().to(dtype))
-    # In bfloat16 the two models' own activations part by roundings.
-    assert_same(model, twin, TOLERANCE if dtype == torch.float32 or bits == 4 else 0.05)
+    # In bfloat16 the two models' own activations differ by rounding.
+    tolerance = TOLERANCE if dtype == torch.float32 or bits == 4 else 0.05
+    assert_same_scores(Tracer(model), Tracer(dequantized), tolerance)
 
 
 def test_activations_rounded_before_the_output_projection_are_refused() -> None:
@@ -209,13 +213,13 @@ def test_activations_rounded_before_the_output_projection_are_refused() -> None:
         Tracer(model)
 
 
-# Where weights are
+# Weights on other devices
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", ["llama", "gemma2", "bloom", "qwen3_next"])
 @pytest.mark.parametrize("where", ["cpu", "disk"])
-def test_offloaded_weights_are_as_resident_ones(
+def test_offloaded_weights_score_as_resident_ones(
     where: str, family: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     model, cpu = tiny_model(family, dtype=dtype), torch.device("cpu")
@@ -224,8 +228,9 @@ def test_offloaded_weights_are_as_resident_ones(
     else:
         disk_offload(model, str(tmp_path), execution_device=cpu)
     assert next(model.parameters()).is_meta
-    assert_same(model, tiny_model(family, dtype=dtype), 0.0)
-    assert_generates_same(model, tiny_model(family, dtype=dtype))
+    offloaded, resident = Tracer(model), tiny_tracer(family, dtype)
+    assert_same_scores(offloaded, resident, 0.0)
+    assert_generates_same(offloaded, resident)
     assert all(parameter.is_meta for parameter in model.parameters())
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
 
@@ -243,9 +248,10 @@ def test_a_device_map_over_memory_and_disk(tmp_path: Path) -> None:
     )
     assert loaded.model.layers[1].self_attn.o_proj.weight.is_meta
     assert not loaded.model.layers[0].self_attn.o_proj.weight.is_meta
-    resident = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert_same(loaded, resident, 0.0)
-    assert_generates_same(loaded, resident)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    mine, theirs = Tracer(loaded), Tracer(plain)
+    assert_same_scores(mine, theirs, 0.0)
+    assert_generates_same(mine, theirs)
 
 
 def tied_llama(tied: bool) -> PreTrainedModel:
@@ -255,11 +261,11 @@ def tied_llama(tied: bool) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config)
 
 
-def test_tied_weights_are_as_two() -> None:
+def test_tied_weights_score_as_untied_ones() -> None:
     tied, untied = tied_llama(True), tied_llama(False)
     assert tied.lm_head.weight is tied.model.embed_tokens.weight
     untied.load_state_dict(tied.state_dict())
     assert untied.lm_head.weight is not untied.model.embed_tokens.weight
-    assert_same(tied, untied, 0.0)
-    mine, theirs = (Tracer(model).trace(TEXT).predictions for model in (tied, untied))
-    assert mine == theirs
+    mine, theirs = Tracer(tied), Tracer(untied)
+    assert_same_scores(mine, theirs, 0.0)
+    assert mine.trace(TEXT).predictions == theirs.trace(TEXT).predictions

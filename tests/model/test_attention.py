@@ -1,0 +1,76 @@
+"""The log-sum-exp that the forward pass's own attention kernel gives."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from ifr_fast.model.attention import AttentionCall, attend, attend_and_sum
+from ifr_fast.model.masks import causal_mask
+
+
+def call_of(H: int, H_kv: int, K: int, V: int, dtype: torch.dtype, **options: Any) -> AttentionCall:
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(2, heads, 21, width, generator=g).to(dtype)
+        for heads, width in ((H, K), (H_kv, K), (H_kv, V))
+    )
+    mask = causal_mask(None, torch.device("cpu"))
+    values = {"softcap": None, "sinks": None, "alibi_slopes": None, **options}
+    return AttentionCall(torch.nn.Identity(), q, k, v, mask, 0.7, **values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize(("H", "H_kv"), [(6, 2), (3, 3), (4, 1)])
+def test_log_sum_exp_is_that_of_the_scores(H: int, H_kv: int, dtype: torch.dtype) -> None:
+    call = call_of(H, H_kv, 16, 16, dtype)
+    z, found = attend_and_sum(call, None)
+    assert found is not None
+    assert torch.equal(z, attend(call, None))
+    k = call.k.double().repeat_interleave(H // H_kv, 1)
+    scores = call.q.double() @ k.transpose(-1, -2) * call.scale
+    scores.masked_fill_(torch.ones(21, 21).triu(1).bool(), -math.inf)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}[dtype]
+    torch.testing.assert_close(
+        found.double(), scores.logsumexp(-1).transpose(1, 2), rtol=0, atol=tolerance
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "window", "options"),
+    [
+        ((4, 2, 16, 16), 5, {}),
+        ((4, 2, 16, 24), None, {}),
+        ((4, 2, 10, 10), None, {}),
+        ((4, 2, 16, 16), None, {"softcap": 3.0}),
+        ((4, 2, 16, 16), None, {"sinks": torch.zeros(4)}),
+        ((4, 2, 16, 16), None, {"alibi_slopes": torch.ones(4)}),
+    ],
+    ids=["window", "other width of values", "odd width", "softcap", "sinks", "alibi"],
+)
+def test_log_sum_exp_is_not_given_where_scores_are_other_ones(
+    shape: tuple[int, int, int, int], window: int | None, options: dict[str, Any]
+) -> None:
+    call = call_of(*shape, torch.float32, **options)
+    call = call._replace(mask=causal_mask(window, torch.device("cpu")))
+    z, found = attend_and_sum(call, window)
+    assert found is None
+    assert torch.equal(z, attend(call, window))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_log_sum_exp_is_not_given_in_half_precision_on_a_cpu(dtype: torch.dtype) -> None:
+    """On a CPU the kernel's log-sum-exp in half precision is 1e-3 off."""
+    call = call_of(4, 2, 16, 16, dtype)
+    z, found = attend_and_sum(call, None)
+    assert found is None
+    assert torch.equal(z, attend(call, None))
+
+
+def test_log_sum_exp_is_not_given_where_torch_would_choose_another_kernel() -> None:
+    call = call_of(4, 2, 16, 16, torch.float32)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        assert attend_and_sum(call, None)[1] is None

@@ -1,0 +1,154 @@
+"""Models as they are opened: their blocks, and the models that are refused."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from opened import tiny_tracer
+from refusals import assert_refused, attend, feed, llama_with
+from tiny import VOCAB, tiny_model
+from torch import Tensor, nn
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    BertConfig,
+    BertLMHeadModel,
+    BertModel,
+    OPTConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+from transformers.masking_utils import sdpa_mask
+from transformers.models.llama.modeling_llama import LlamaAttention
+
+from ifr_fast import Tracer, UnsupportedArchitectureError
+
+SHAPE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "sites"),
+    {
+        "llama": ("model.layers.{}", "self_attn", "post_attention_layernorm"),
+        "mistral": ("model.layers.{}", "self_attn", "post_attention_layernorm"),
+        "gpt2": ("transformer.h.{}", "attn", "ln_2"),
+        "gpt_neox": ("gpt_neox.layers.{}", "attention", None),
+        "gpt_neox-sequential": (
+            "gpt_neox.layers.{}",
+            "attention",
+            "post_attention_layernorm",
+        ),
+    }.items(),
+)
+def test_blocks_and_where_their_parts_are(family: str, sites: tuple[str, str, str | None]) -> None:
+    tracer = tiny_tracer(family)
+    model, blocks = tracer.model, tracer.decoder.blocks
+    path, attention, mid = sites
+    assert [block.layer for block in blocks] == [0, 1, 2]
+    for i, block in enumerate(blocks):
+        assert block.name == path.format(i)
+        assert block.module is model.get_submodule(block.name)
+        assert block.attention is getattr(block.module, attention)
+        assert block.parallel == (mid is None)
+        assert block.mid_site is (None if mid is None else getattr(block.module, mid))
+
+
+def test_encoders_are_refused() -> None:
+    torch.manual_seed(0)
+    config = BertConfig(**SHAPE, intermediate_size=40)
+    assert_refused(BertLMHeadModel(config), "reads later positions")
+    assert_refused(BertModel(config), "BertModel", "causal language model")
+
+
+def test_encoder_decoders_are_refused() -> None:
+    config = T5Config(vocab_size=VOCAB, d_model=24, d_kv=6, d_ff=40, num_layers=2, num_heads=4)
+    assert_refused(T5ForConditionalGeneration(config), "T5ForConditionalGeneration", "decoder")
+
+
+def test_norms_after_the_residual_sum_are_refused() -> None:
+    torch.manual_seed(0)
+    config = OPTConfig(**SHAPE, ffn_dim=40, word_embed_proj_dim=24, do_layer_norm_before=False)
+    assert_refused(AutoModelForCausalLM.from_config(config), "layers.0", "residual addition")
+
+
+def test_attention_that_is_called_twice_is_refused() -> None:
+    def twice(layer: nn.Module, x: Tensor, kwargs: Any) -> Tensor:
+        mid = x + attend(layer, x, kwargs) + attend(layer, 2 * x, kwargs)
+        return mid + feed(layer, mid)
+
+    assert_refused(llama_with(twice), "3 layers", "4 calls")
+
+
+def test_layers_of_different_head_counts_are_refused() -> None:
+    model = tiny_model("llama")
+    config = copy.deepcopy(model.config)
+    config.num_attention_heads, config.head_dim = 4, 6
+    model.model.layers[1].self_attn = attention = LlamaAttention(config, layer_idx=1)
+    attention.config = model.config  # its attention function is set through this
+    assert_refused(model, "different numbers of heads: 6, 4, 6")
+
+
+def test_a_layer_without_attention_is_refused() -> None:
+    def none(layer: nn.Module, x: Tensor, kwargs: Any) -> Tensor:
+        return x + feed(layer, x)
+
+    assert_refused(llama_with(none), "3 layers", "2 calls")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.1.self_attn.q_proj.weight",
+        "model.layers.2.mlp.down_proj.weight",
+        "model.layers.0.input_layernorm.weight",
+        "model.norm.weight",
+        "lm_head.weight",
+    ],
+)
+def test_weights_that_are_not_finite_are_named(name: str, value: float) -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.get_parameter(name).view(-1)[7] = value
+    with pytest.raises(ValueError, match=rf"model: parameter {name} holds NaN"):
+        Tracer(model)
+
+
+@pytest.mark.parametrize("model", [None, "gpt2", object(), nn.Linear(3, 3), nn.Identity()])
+def test_other_objects_are_refused(model: Any) -> None:
+    with pytest.raises(ValueError, match=f"model: expected .*, got {type(model).__name__}"):
+        Tracer(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("window", [6, 8, 10])
+def test_attention_that_is_not_what_its_mask_says_is_refused(
+    window: int, dtype: torch.dtype
+) -> None:
+    """Most rows of the probe cross no window, so they are right."""
+
+    def windowed(_: nn.Module, q: Tensor, k: Tensor, v: Tensor, *__: Any, **options: Any) -> Any:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        distance = torch.arange(q.shape[2])[:, None] - torch.arange(k.shape[2])
+        seen = (distance >= 0) & (distance < window)
+        z = nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=seen, scale=options["scaling"]
+        )
+        return z.transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("windowed_for_a_test", windowed)
+    AttentionMaskInterface.register("windowed_for_a_test", sdpa_mask)
+    model = tiny_model("llama", dtype=dtype)
+    model.set_attn_implementation("windowed_for_a_test")
+    with pytest.raises(UnsupportedArchitectureError, match="when its attention is"):
+        Tracer(model)

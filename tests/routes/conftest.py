@@ -1,0 +1,1 @@
+from graphs import granularity, small, tracer  # noqa: F401
