@@ -84,9 +84,16 @@ def assert_alike(got: list[RouteGraph], expected: list[RouteGraph]) -> None:
         assert_same_bits(mine, theirs)
 
 
-@pytest.mark.parametrize("impl", ["cpu", "eager"])
-@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt2", "gpt_neo"])
-@pytest.mark.parametrize("name", ["trace", "lean"])
+@pytest.mark.parametrize(
+    ("name", "family", "impl"),
+    [
+        ("trace", "llama", "cpu"),
+        ("trace", "gpt_neox", "eager"),
+        ("trace", "gpt_neo", "cpu"),  # its attention is its own
+        ("lean", "llama", "cpu"),
+        ("lean", "gpt2", "eager"),
+    ],
+)
 def test_threads_that_trace(name: str, family: str, impl: str) -> None:
     tracer = Tracer(tiny_model(family), impl=impl)
     job = JOBS[name]
@@ -108,8 +115,7 @@ def test_threads_that_do_everything_at_once(family: str) -> None:
     before = tracer.model.config._attn_implementation
 
     def work(i: int) -> list[list[list[RouteGraph]]]:
-        first = i  # every thread is at another job
-        order = [*range(first, len(jobs)), *range(first)]
+        order = [*range(i, len(jobs)), *range(i)]  # every thread is at another job
         found: list[Any] = [None] * len(jobs)
         results = []
         for _ in range(3):
@@ -126,9 +132,10 @@ def test_threads_that_do_everything_at_once(family: str) -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in tracer.model.modules())
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+@pytest.mark.parametrize(
+    ("family", "training", "implementation"),
+    [("llama", False, "sdpa"), ("llama", True, "eager"), ("gpt_neox", True, "sdpa")],
+)
 def test_a_forward_pass_of_the_user_meanwhile(
     family: str, training: bool, implementation: str
 ) -> None:
@@ -157,7 +164,7 @@ def test_a_forward_pass_of_the_user_meanwhile(
     for user in users:
         user.start()
     try:
-        for _ in range(RUNS):
+        for _ in range(RUNS // 3):
             assert_alike(traced(tracer, 0), expected)
             generated(tracer, 1)
             opened(tracer, 2)
