@@ -114,7 +114,7 @@ def test_an_interrupted_step_leaves_the_model_as_it_was(family: str) -> None:
 def test_every_node_is_scored_once_and_no_text_run_twice(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    tracer = tiny_tracer("llama")
+    tracer = Tracer(tiny_model("llama"))
     list(tracer.generate(tiny_text(3), max_new_tokens=1))  # the check that precedes the first
     scored: list[tuple[int, int]] = []
     runs: list[int] = []

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from listed_paths import head_edges_of, listed_importances, paths, walk
 from opened import tiny_tracer
 from same_graph import assert_same_bits, assert_same_graph
-from tiny import tiny_text
+from tiny import tiny_model, tiny_text
 
 from ifr_fast import Routes, Tracer
 from ifr_fast.graph.tables import Granularity
@@ -115,7 +115,7 @@ def test_integers_and_numbers_of_other_libraries() -> None:
 def test_saving_routes_forms_the_logits_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tracer = tiny_tracer("llama")
+    tracer = Tracer(tiny_model("llama"))
     routes = tracer.trace_all(tiny_text(90), threshold=0.5)
     head, rows = tracer.decoder.head, []
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from graphs import FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from opened import tiny_tracer
@@ -23,7 +24,6 @@ from ifr_fast.graph.tables import Granularity
 from ifr_fast.recording.recording import Recording
 
 T = 20
-FAMILIES = ["llama", "gpt_neox", "mistral"]  # sequential, parallel, windowed
 
 
 @cache

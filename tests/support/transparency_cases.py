@@ -72,7 +72,7 @@ def tiny_case(family: str, impl: str = "auto", length: int = T) -> Case:
 
 
 def full_graph(shares: list[Shares], threshold: float | None) -> nx.DiGraph:
-    """Every edge of the tool's graph. Another test compares it with bench/peers/published_tool.py."""
+    """Every edge of the tool's graph. Another test compares it with bench/peers/."""
     graph = nx.DiGraph()
     for i, whole in enumerate(shares):
         x = whole if threshold is None else published_tool.cut(threshold, whole)
