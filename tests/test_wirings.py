@@ -8,6 +8,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import peft
 import pytest
 import torch
 from tiny import tiny_model, tiny_text
@@ -196,3 +197,65 @@ def test_hooks_that_only_look_change_nothing(family: str) -> None:
     assert torch.equal(
         Tracer(model).trace(tiny_text(T), threshold=0.02).edges.weight, got.edges.weight
     )
+
+
+class Values(nn.Module):
+    """A projection of values whose output is changed."""
+
+    def __init__(self, own: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.own, self.change = own, change
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.change(self.own(x))
+
+
+WITH_OTHER_POSITIONS = [
+    with_the_one_before,
+    averaged,
+    shifted,
+    lambda v: v + 0.1 * v.flip(1),
+    lambda v: v + 0.01 * v.mean(1, keepdim=True),
+    lambda v: torch.cat([v[:, :-1] + v[:, 1:], v[:, -1:]], 1),
+]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral", "qwen2"])
+@pytest.mark.parametrize("change", WITH_OTHER_POSITIONS)
+def test_values_that_hold_other_positions(change: Change, family: str) -> None:
+    model = copy.deepcopy(tiny_model(family))
+    attention = layers_of(model)[1].self_attn
+    attention.v_proj = Values(attention.v_proj, change)
+    assert_refused(lambda: Tracer(model), "its values hold what other positions or other layers")
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral", "qwen2"])
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.02])
+@pytest.mark.parametrize("source", ["first layer", "embeddings"])
+def test_values_of_other_layers(source: str, share: float, family: str) -> None:
+    model = copy.deepcopy(tiny_model(family))
+    layers, kept = layers_of(model), list[Tensor]()
+    last, first = layers[-1].self_attn, layers[0].self_attn
+
+    def keep(_: nn.Module, __: Any, output: Tensor) -> None:
+        kept[:] = [output]
+
+    if source == "first layer":
+        first.v_proj.register_forward_hook(keep)
+    else:
+        model.get_input_embeddings().register_forward_hook(keep)
+
+    def mixed(v: Tensor) -> Tensor:
+        other = kept[0][..., : v.shape[-1]]
+        if other.shape != v.shape:  # rows that are run alone
+            other = other[:, -1:].expand_as(v)
+        return (1 - share) * v + share * other
+
+    last.v_proj = Values(last.v_proj, mixed)
+    assert_refused(lambda: Tracer(model), "is not supported")
+
+
+def test_a_prefix_of_keys_and_values() -> None:
+    model = copy.deepcopy(tiny_model("llama"))
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    assert_refused(lambda: Tracer(peft.get_peft_model(model, config)), "prompt perhaps|prefix")

@@ -22,6 +22,7 @@ A model that fails any of these is refused: a wrong graph is worse than none.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -33,12 +34,18 @@ from . import own_attention
 from .attention import AttentionCall, attend
 from .block import HALF, Block, error_of_runs, relative_error, rounding_tolerance
 from .decoder import Decoder
-from .hooks import hooked, in_this_thread, on_input, on_layer_call, on_output
-from .interface import AttentionThrough, attention_through, exclusively, uses_interface
+from .hooks import StopForward, hooked, in_this_thread, on_input, on_layer_call, on_output
+from .interface import (
+    AttentionThrough,
+    attention_through,
+    exclusively,
+    overriding,
+    uses_interface,
+)
 from .modes import evaluating, in_float32
 from .probing import Probe, decompose, probe_rows, refuse
 from .replay import replay_rows, stopped_at
-from .stream import Chain, check_embeddings, same_bits
+from .stream import Chain, check_embeddings, check_n_keys, same_bits
 
 _PROBE_LENGTH = 11  # a prime, so that it collides with no other dimension
 _FAR = 1 << 17  # context assumed where a model states none; a wider window counts as none
@@ -117,6 +124,7 @@ def _open_blocks(decoder: Decoder) -> tuple[AttentionThrough, list[Block]]:
                 f"model: {type(call.module).__name__} reads later positions; ifr_fast explains "
                 "causal decoders"
             )
+        check_n_keys(call, n_tokens)
         window = call.mask.window(n_tokens)
         if not call.mask.is_causal(n_tokens, window):
             raise UnsupportedArchitectureError(
@@ -332,6 +340,7 @@ def _open_block(index: int, probe: Probe, n_far: int) -> Block:
         parts.ffn_site,
     )
     _check_rows(probe, block, parts.resid_mid)
+    _check_values(probe)
     return block
 
 
@@ -344,3 +353,47 @@ def _check_rows(probe: Probe, block: Block, resid_mid: Tensor) -> None:
         error = relative_error(got, expected)
         if error > rounding_tolerance(probe.resid_pre.dtype):
             refuse(probe, f"a replay of single rows gives others (relative error {error:.1e})")
+
+
+def _check_values(probe: Probe) -> None:
+    """Refuses a layer whose values are not made of the stream that it reads, each of its position's
+    row alone: an edge would name a position, or a layer, from which they do not come. With the rows
+    of the stream in another order, and noise in place of some, the values of the others have to be
+    the same in that order.
+    """
+    stream, T = probe.resid_pre, len(probe.resid_pre)
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(T, generator=generator)
+    expected = _values(probe, stream).flatten(1)
+    for noisy in torch.randperm(T, generator=generator).split(max(1, T // 2)):
+        mixed = stream[order]
+        mixed[noisy] = torch.randn(mixed[noisy].shape, generator=generator).to(mixed) * mixed[noisy]
+        kept = torch.ones(T, dtype=torch.bool)
+        kept[noisy] = False
+        error = 0.0
+        if bool(kept.any()):
+            found = _values(probe, mixed).flatten(1)
+            error = relative_error(found[kept], expected[order][kept])
+        if error > rounding_tolerance(stream.dtype):
+            refuse(
+                probe,
+                "its values hold what other positions or other layers hold, so the source of what "
+                f"attention reads is not known (relative error {error:.1e})",
+            )
+    recorded = probe.call.v[0].transpose(0, 1).flatten(1)
+    error = relative_error(expected, recorded)
+    if error > rounding_tolerance(stream.dtype):
+        refuse(probe, f"a replay gives other values (relative error {error:.1e})")
+
+
+def _values(probe: Probe, stream: Tensor) -> Tensor:
+    """The values [T, H_kv, V] of the layer where it reads `stream` [T, D]."""
+    found: list[Tensor] = []
+
+    def stop(call: AttentionCall) -> Tensor:
+        found.append(call.v)
+        raise StopForward
+
+    with suppress(StopForward), overriding(stop):
+        probe.layer_call(probe.module, stream[None])
+    return found[0][0].transpose(0, 1)

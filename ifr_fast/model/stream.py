@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedArchitectureError
+from .attention import AttentionCall
 from .decoder import Decoder
 from .hooks import LayerCall, StopForward, hooked, on_layer_call
 from .modes import evaluating
@@ -23,6 +24,16 @@ def same_bits(x: Tensor, y: Tensor) -> Tensor:
     whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
     x, y = x.contiguous(), y.to(x.device).contiguous()
     return (x.view(whole) == y.view(whole)).all()
+
+
+def check_n_keys(call: AttentionCall, n_tokens: int) -> None:
+    """Raises UnsupportedArchitectureError unless attention reads a key for each of the tokens."""
+    n_keys = call.k.shape[2]
+    if n_keys != n_tokens or call.v.shape[2] != n_tokens:
+        raise UnsupportedArchitectureError(
+            f"model: {type(call.module).__name__} reads {n_keys} keys at {n_tokens} tokens, as "
+            "with a prefix; every key has to be a token's"
+        )
 
 
 class Chain:

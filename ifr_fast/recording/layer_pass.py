@@ -29,7 +29,7 @@ from ..model.decoder import Decoder
 from ..model.hooks import LayerCall, map_tensors, on_input, on_layer_call, on_output
 from ..model.masks import LazyMask
 from ..model.modes import evaluating
-from ..model.stream import Chain, check_embeddings
+from ..model.stream import Chain, check_embeddings, check_n_keys
 
 _CHECKED = 8  # rows of a layer whose parts must add up
 
@@ -239,6 +239,7 @@ class WatchedPass:
 
     def _answer(self, call: AttentionCall) -> Tensor:
         layer = self._layer
+        check_n_keys(call, self._masks.n_tokens)
         window = window_of(layer.block, call.mask, self._masks.n_tokens)
         self._masks.see(call.mask, window)
         if self._sums:
