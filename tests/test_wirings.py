@@ -158,7 +158,7 @@ def test_before_the_final_norm(change: Change, family: str) -> None:
     model = copy.deepcopy(tiny_model(family))
     tracer = Tracer(model)
     before(final_norm(model), change)
-    assert_every_use_is_refused(tracer, "the final norm is not entered with the residual stream")
+    assert_every_use_is_refused(tracer, "no module reads what its last layer returned")
     assert_refused(lambda: Tracer(model), "no module reads what its last layer returned")
 
 
@@ -182,6 +182,57 @@ def test_a_hook_that_acts_in_decode_steps_alone(family: str) -> None:
     next(steps)
     before(layers_of(model)[1], lambda x: x / 2 if x.shape[1] == 1 else x)
     assert_refused(lambda: next(steps), "is not entered with the residual stream")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_hook_on_the_final_norm_that_acts_in_decode_steps_alone(family: str) -> None:
+    model = copy.deepcopy(tiny_model(family))
+    tracer = Tracer(model)
+    steps = tracer.generate(tiny_text(T), max_new_tokens=3, eos_token_id=[])
+    next(steps)
+    before(final_norm(model), lambda x: x / 2 if x.shape[1] == 1 else x)
+    assert_refused(lambda: next(steps), "the final norm is not entered with the residual stream")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_hook_that_acts_at_another_length_alone(family: str) -> None:
+    """Opening sees nothing of it, and every text is checked."""
+    model = copy.deepcopy(tiny_model(family))
+    before(layers_of(model)[1], lambda x: x / 2 if x.shape[1] == T else x)
+    tracer = Tracer(model)
+    tracer.trace(tiny_text(T + 1))
+    assert_refused(lambda: tracer.trace(tiny_text(T)), "is not entered with the residual stream")
+
+
+def after(module: nn.Module, change: Change) -> None:
+    """A hook that changes what a module returns."""
+
+    def hook(_: nn.Module, __: Any, output: Any) -> Any:
+        return change(output) if isinstance(output, Tensor) else (change(output[0]), *output[1:])
+
+    module.register_forward_hook(hook)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("change", [shifted, averaged, with_the_one_before])
+@pytest.mark.parametrize("place", ["layer", "mlp", "v_proj", "o_proj"])
+def test_outputs_that_are_changed_after_opening(place: str, change: Change, family: str) -> None:
+    model = copy.deepcopy(tiny_model(family))
+    tracer = Tracer(model)
+    tracer.trace(tiny_text(T))
+    layer = layers_of(model)[1]
+    at = {"layer": layer, "mlp": layer.mlp}.get(place)
+    module = getattr(layer.self_attn, place) if at is None else at
+    after(module, change)
+    assert_every_use_is_refused(tracer, "model: ")
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_the_first_layer_entered_with_other_rows(family: str) -> None:
+    model = copy.deepcopy(tiny_model(family))
+    tracer = Tracer(model)
+    before(layers_of(model)[0], shifted)
+    assert_every_use_is_refused(tracer, "model: ")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -26,7 +26,7 @@ from ..model.decoder import Decoder
 from ..model.hooks import LayerCall, on_layer_call, on_output
 from ..model.modes import all_evaluating
 from ..model.replay import gate_rows, row_scales
-from ..model.stream import Chain
+from ..model.stream import Chain, on_end
 from ..recording.recording import LayerRecording
 from ..scoring.closure import cat_on
 from ..scoring.implementations import Kernel
@@ -238,11 +238,12 @@ class Decoding:
             self._decoder.attention_through(self._decoder.model, answer),
             all_evaluating(self._modules),
         ):
-            chain = Chain()
+            chain = Chain(len(self._layers))
             with ExitStack() as hooks:  # all are removed after an interrupt too
                 for layer in self._layers:
                     for handle in layer.watch(chain, self._keep):
                         hooks.callback(handle.remove)
+                hooks.callback(on_end(self._decoder, chain).remove)
                 _, logits = self._decoder.step(token_id, position)
             chain.verify()
             for layer in self._layers:  # gated layers run again, for their gates

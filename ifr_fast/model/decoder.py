@@ -41,9 +41,8 @@ class Decoder:
         self.steps_checked = False  # whether decode steps were found to equal a whole pass
         self.attention_through: AttentionThrough = attention_through
         self.blocks: list[Block] = []  # bottom first, once the model is opened
-        self.final_site: nn.Module | None = None  # the module that reads the last layer's output
-        self.modules_outside: list[nn.Module] = []  # of layers
-        self.checked_hooks: list[tuple[int, ...]] = []  # those with which embeddings were checked
+        self.final_site: nn.Module | None = None  # reads the last layer's output; None: the head
+        self.checked_hooks: list[tuple[int, ...]] = []  # `user_hooks` when the model was opened
 
     @property
     def n_layers(self) -> int:

@@ -86,7 +86,26 @@ def in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
     def called(*args: Any, **kwargs: Any) -> Any:
         return hook(*args, **kwargs) if get_ident() == owner else None
 
-    return called
+    return marked(called)
+
+
+def marked(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """The hook, told apart from those of users."""
+    hook.of_ifr_fast = True  # type: ignore[attr-defined]
+    return hook
+
+
+def user_hooks(model: nn.Module) -> list[tuple[int, ...]]:
+    """The ids of the hooks on each module of a model, without those that are ours."""
+    return [
+        tuple(
+            key
+            for hooks in (module._forward_pre_hooks, module._forward_hooks)
+            for key, hook in hooks.items()
+            if not hasattr(hook, "of_ifr_fast")
+        )
+        for module in model.modules()
+    ]
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import UnsupportedArchitectureError
 from .attention import AttentionCall, AttentionHandler
+from .hooks import marked
 from .masks import LazyMask
 
 _NAME = "ifr_fast"
@@ -100,6 +101,8 @@ def _mask(
 ) -> Any:
     if _handler.get() is None:
         name = _replaced.get(id(config), "sdpa")
+        if name not in ALL_MASK_ATTENTION_FUNCTIONS:  # its attention takes the mask as it came
+            return kwargs.get("attention_mask")
         own = ALL_MASK_ATTENTION_FUNCTIONS[name]
         return own(mask_function=mask_function, device=device, config=config, **kwargs)
     return LazyMask(mask_function, torch.device(device))
@@ -168,8 +171,9 @@ def exclusively(model: nn.Module) -> Iterator[None]:
     """Inside the context, this thread alone runs `model`, whose hooks and settings threads share.
 
     Other threads that watch it wait, and so does a forward pass that a user starts in one. A pass
-    that had begun before goes on with the model's own attention, unseen by our hooks; if the model
-    is in training mode, its modules are in eval mode for the rest of such a pass.
+    that had begun before goes on with the model's own attention, unseen by our hooks. For the rest
+    of such a pass, modules are in eval mode, and half-precision layers that are being opened hold
+    float32 weights.
     """
     with _locks_lock:
         lock = _locks.setdefault(model, RLock())
@@ -192,7 +196,7 @@ def _waiting(lock: RLock) -> Callable[..., None]:
             with lock:
                 pass
 
-    return wait
+    return marked(wait)
 
 
 @contextmanager

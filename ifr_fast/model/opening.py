@@ -22,7 +22,8 @@ A model that fails any of these is refused: a wrong graph is worse than none.
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -34,11 +35,18 @@ from . import own_attention
 from .attention import AttentionCall, attend
 from .block import HALF, Block, error_of_runs, relative_error, rounding_tolerance
 from .decoder import Decoder
-from .hooks import StopForward, hooked, in_this_thread, on_input, on_layer_call, on_output
+from .hooks import (
+    StopForward,
+    hooked,
+    in_this_thread,
+    on_input,
+    on_layer_call,
+    on_output,
+    user_hooks,
+)
 from .interface import (
     AttentionThrough,
     attention_through,
-    exclusively,
     overriding,
     uses_interface,
 )
@@ -68,13 +76,47 @@ def open_decoder(model: nn.Module) -> Decoder:
             "ifr_fast explains causal language models"
         )
     decoder = Decoder(model)
-    # Forward-mode derivatives do not exist in inference mode.
-    with torch.inference_mode(False), torch.no_grad(), exclusively(model), evaluating(model):
+    with _probing(model):
         if given is not model:
             _check_wrapper(given, decoder)
-        decoder.attention_through, decoder.blocks = _open_blocks(decoder)
-    check_embeddings(decoder)
+        _open(decoder)
     return decoder
+
+
+def check_hooks(decoder: Decoder) -> None:
+    """Opens a model again if hooks were added to it or removed since. Raises
+    UnsupportedArchitectureError if that changed what its layers are.
+    """
+    with evaluating(decoder.model):
+        if user_hooks(decoder.model) == decoder.checked_hooks:
+            return
+        before = decoder.blocks
+        with _probing(decoder.model):
+            _open(decoder)
+        for old, new in zip(before, decoder.blocks, strict=True):
+            facts = [(*block[:5], block.bias.tolist(), *block[7:]) for block in (old, new)]
+            if facts[0] != facts[1] or not torch.equal(old.W_O, new.W_O):
+                decoder.blocks, decoder.checked_hooks = before, []
+                raise UnsupportedArchitectureError(
+                    f"model: hooks that were added after it was opened change layer {old.name}; "
+                    "open it again with them"
+                )
+        decoder.blocks = before
+
+
+@contextmanager
+def _probing(model: PreTrainedModel) -> Iterator[None]:
+    """Within, the model is held, in eval mode, and derivatives can be taken."""
+    # Forward-mode derivatives do not exist in inference mode.
+    with torch.inference_mode(False), torch.no_grad(), evaluating(model):
+        yield
+
+
+def _open(decoder: Decoder) -> None:
+    hooks = user_hooks(decoder.model)
+    decoder.attention_through, decoder.blocks = _open_blocks(decoder)
+    check_embeddings(decoder)
+    decoder.checked_hooks = hooks
 
 
 def _unwrapped(model: Any) -> nn.Module:
@@ -163,7 +205,7 @@ def _open_blocks(decoder: Decoder) -> tuple[AttentionThrough, list[Block]]:
         plain, logits = decoder.forward(token_ids)
     _check_finite(model, [plain, logits, *(x for c, z in calls for x in (c.q, c.k, c.v, z))])
 
-    decoder.final_site = outside.check()
+    outside.check()
 
     calls.clear()
     seen: dict[int, dict[str, Any]] = {i: {} for i in range(len(layers))}
@@ -211,6 +253,7 @@ def _open_blocks(decoder: Decoder) -> tuple[AttentionThrough, list[Block]]:
         raise UnsupportedArchitectureError(
             f"model: its layers have different numbers of heads: {', '.join(map(str, heads))}"
         )
+    decoder.final_site = outside.reader(plain)
     return through, blocks
 
 
@@ -218,7 +261,7 @@ class _StreamOutside:
     """The residual stream between layers and behind the last, in one forward pass."""
 
     def __init__(self, model: PreTrainedModel, layers: list[tuple[str, nn.Module]]) -> None:
-        self._chain, self._readers = Chain(), list[nn.Module]()
+        self._chain, self._readers = Chain(len(layers)), list[nn.Module]()
         self._left: Tensor | None = None  # the last layer's output
         inside = {module for _, layer in layers for module in layer.modules()}
         self.handles = []
@@ -239,17 +282,23 @@ class _StreamOutside:
         if self._left is not None and bool(same_bits(x, self._left)):
             self._readers.append(module)
 
-    def check(self) -> nn.Module:
-        """The module that reads the last layer's output as it is. Raises
-        UnsupportedArchitectureError where the stream is changed between layers, or behind the last.
-        """
+    def check(self) -> None:
+        """Raises UnsupportedArchitectureError where the stream is changed between layers."""
         self._chain.verify()
-        if not self._readers:
-            raise UnsupportedArchitectureError(
-                "model: no module reads what its last layer returned; the residual stream is "
-                "changed before the final norm"
-            )
-        return self._readers[0]
+
+    def reader(self, states: Tensor) -> nn.Module | None:
+        """The module that reads the last layer's output as it is; None if the head does, whose
+        input is `states` [T, D]. Raises UnsupportedArchitectureError if it is changed before.
+        """
+        if self._readers:
+            return self._readers[0]
+        assert self._left is not None
+        if bool(same_bits(states, self._left.view_as(states))):
+            return None
+        raise UnsupportedArchitectureError(
+            "model: no module reads what its last layer returned; the residual stream is changed "
+            "before the final norm"
+        )
 
 
 def _check_attention(probe: Probe, stream: Tensor, attended: Tensor) -> None:

@@ -11,8 +11,7 @@ from torch import Tensor
 from ..errors import UnsupportedArchitectureError
 from .attention import AttentionCall
 from .decoder import Decoder
-from .hooks import LayerCall, StopForward, hooked, on_layer_call
-from .modes import evaluating
+from .hooks import LayerCall, StopForward, hooked, on_input, on_layer_call
 
 _PROBE_LENGTH = 12
 
@@ -43,19 +42,28 @@ class Chain:
     that is no part of it, and no sum within a layer shows it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, n_layers: int) -> None:
+        self._n_layers, self._n_left = n_layers, 0
         self._left: Tensor | None = None
         self._flags: list[tuple[str, Tensor]] = []
 
     def leave(self, resid_post: Tensor) -> None:
         """Takes the output of a layer, as a copy: the stream may be changed in place."""
         self._left = resid_post.clone()
+        self._n_left += 1
 
     def enter(self, where: str, resid_pre: Tensor) -> None:
-        """Takes the input of the next module, described by `where`."""
+        """Takes the input of the next layer, described by `where`."""
         if self._left is not None:
             self._flags.append((where, same_bits(self._left, resid_pre)))
             self._left = None
+
+    def end(self, x: Tensor) -> None:
+        """Takes the input of the module that reads the last layer's output, or what the head reads
+        if there is none.
+        """
+        if self._n_left == self._n_layers:
+            self.enter("the final norm", x)
 
     def flags(self) -> list[Tensor]:
         """One 0-d bool for each module that was entered."""
@@ -77,14 +85,17 @@ class Chain:
                 )
 
 
-@torch.no_grad()
+def on_end(decoder: Decoder, chain: Chain) -> torch.utils.hooks.RemovableHandle:
+    """Hands the chain what is read behind the last layer."""
+    if decoder.final_site is None:
+        return decoder.on_states(chain.end)
+    return on_input(decoder.final_site, chain.end)
+
+
 def check_embeddings(decoder: Decoder) -> None:
     """Raises UnsupportedArchitectureError if the first layer is entered with rows that depend on
-    other tokens than their own. Runs once for each set of hooks on modules outside of layers.
+    other tokens than their own.
     """
-    hooks = _hooks_outside(decoder)
-    if hooks == decoder.checked_hooks:
-        return
     T = min(_PROBE_LENGTH, decoder.max_length or _PROBE_LENGTH)
     token_ids = torch.arange(T) % decoder.vocab_size
     expected = _entered(decoder, token_ids)
@@ -96,7 +107,6 @@ def check_embeddings(decoder: Decoder) -> None:
                 f"model: {type(decoder.model).__name__} mixes the embeddings of several tokens "
                 "before its first layer; a position's embedding has to be its token's alone"
             )
-    decoder.checked_hooks = hooks
 
 
 def _entered(decoder: Decoder, token_ids: Tensor) -> Tensor:
@@ -107,18 +117,7 @@ def _entered(decoder: Decoder, token_ids: Tensor) -> Tensor:
         found.append(hidden[0])
         raise StopForward
 
-    with (
-        evaluating(decoder.model),
-        hooked(on_layer_call(decoder.blocks[0].module, stop)),
-        suppress(StopForward),
-    ):
+    handle = on_layer_call(decoder.blocks[0].module, stop)
+    with hooked(handle), suppress(StopForward):
         decoder.forward(token_ids)
     return found[0]
-
-
-def _hooks_outside(decoder: Decoder) -> list[tuple[int, ...]]:
-    """The ids of the hooks on each module outside of layers."""
-    if not decoder.modules_outside:
-        inside = {m for block in decoder.blocks for m in block.module.modules()}
-        decoder.modules_outside = [m for m in decoder.model.modules() if m not in inside]
-    return [(*m._forward_pre_hooks, *m._forward_hooks) for m in decoder.modules_outside]

@@ -26,10 +26,11 @@ from ..errors import IfrError, UnsupportedArchitectureError
 from ..model.attention import AttentionCall, attend, attend_and_sum
 from ..model.block import Block
 from ..model.decoder import Decoder
-from ..model.hooks import LayerCall, map_tensors, on_input, on_layer_call, on_output
+from ..model.hooks import LayerCall, map_tensors, on_layer_call, on_output
 from ..model.masks import LazyMask
 from ..model.modes import evaluating
-from ..model.stream import Chain, check_embeddings, check_n_keys
+from ..model.opening import check_hooks
+from ..model.stream import Chain, check_n_keys, on_end
 
 _CHECKED = 8  # rows of a layer whose parts must add up
 
@@ -98,12 +99,12 @@ class Masks:
 class WatchedLayer:
     """One layer as the pass goes through it; tensors are the model's own."""
 
-    # Known once attention has been asked:
+    # Set when attention is computed:
     attention: AttentionCall
     window: int | None  # the keys that each of T rows sees, where there are more
     z: Tensor  # [B, T, H, V]
     log_sum_exp: Tensor | None = None  # [B, T, H]
-    # Known once the layer is left:
+    # Set when the layer is left:
     resid_mid: Tensor  # [B, T, D], or [C, D] of a few rows; in parallel blocks without the FFN
     resid_post: Tensor  # [B, T, D]
 
@@ -119,7 +120,7 @@ class WatchedLayer:
         return window_of(self.block, self.attention.mask, n_tokens)
 
     def call_of(self, b: int) -> LayerCall:
-        """Its other arguments, for text `b` alone."""
+        """The layer's other arguments for text `b`."""
         return of_text(self.layer_call, b, len(self.resid_pre))
 
 
@@ -145,7 +146,7 @@ class WatchedPass:
         self._attended, self._left = attended, left
         self._sums, self._mid_rows = sums, mid_rows
         self._masks = Masks(max(lengths))
-        self._chain = Chain()
+        self._chain = Chain(decoder.n_layers)
         self._now: WatchedLayer | None = None
         self._final: Tensor | None = None
         self._paused = False
@@ -160,15 +161,14 @@ class WatchedPass:
     def watching(self) -> Iterator[None]:
         """Within, a run of the model on all texts is watched. No hook is left afterwards."""
         decoder = self._decoder
-        check_embeddings(decoder)
+        check_hooks(decoder)
         with ExitStack() as stack:
             stack.enter_context(evaluating(decoder.model))
             stack.enter_context(decoder.attention_through(decoder.model, self._answer))
             for block in decoder.blocks:
                 for handle in self._watch(block):
                     stack.callback(handle.remove)
-            if decoder.final_site is not None:
-                stack.callback(on_input(decoder.final_site, self._end).remove)
+            stack.callback(on_end(decoder, self._chain).remove)
             yield
 
     def finite(self) -> list[bool]:
@@ -210,10 +210,6 @@ class WatchedPass:
             block.on_mid(middle),
             on_output(block.module, leave),
         ]
-
-    def _end(self, x: Tensor) -> None:
-        if not self._paused and x.shape == self.resid_final.shape:
-            self._chain.enter("the final norm", x)
 
     @property
     def _layer(self) -> WatchedLayer:

@@ -28,7 +28,8 @@ from ..model.block import Block
 from ..model.decoder import Decoder
 from ..model.hooks import LayerCall, StopForward, hooked
 from ..model.interface import attention_through, overriding
-from ..model.stream import check_embeddings
+from ..model.opening import check_hooks
+from ..model.stream import Chain, on_end
 from .layer_pass import Masks, not_finite
 from .mapped_file import Spec
 
@@ -82,7 +83,7 @@ def frame(decoder: Decoder, token_ids: Tensor) -> Frame:
             raise StopForward
         return hidden
 
-    check_embeddings(decoder)
+    check_hooks(decoder)
     with decoder.replaying():
         with decoder.overriding_layers(skip), suppress(StopForward):
             decoder.forward(token_ids)
@@ -289,12 +290,19 @@ def _read_out(
     """Fills in the head's inputs of a chunk, and the logits if `position` is in it."""
     last = decoder.blocks[-1]
 
+    chain = Chain(1)
+
     def answer(block: Block, hidden: Tensor, _: LayerCall) -> Tensor:
-        return final[begin:end][None].to(last.W_O.device) if block is last else hidden
+        if block is not last:
+            return hidden
+        returned = final[begin:end][None].to(last.W_O.device)
+        chain.leave(returned)
+        return returned
 
     within = begin <= position < end
-    with decoder.overriding_layers(answer):
+    with decoder.overriding_layers(answer), hooked(on_end(decoder, chain)):
         states, logits = decoder.forward(token_ids[begin:end], position - begin if within else -1)
+    chain.verify()
     tensors["states"][begin:end] = states.to(final.device)
     if within:
         tensors["logits"].copy_(logits)

@@ -19,6 +19,7 @@ from ifr_fast.recording.layer_pass import WatchedLayer, WatchedPass, checked_row
 from ifr_fast.survey.sweep import sweep
 
 TEXTS = [tiny_text(7), tiny_text(12, seed=1), tiny_text(1, seed=2)]
+PROBE = 11  # tokens that a model is opened with
 LENGTHS = [len(text) for text in TEXTS]
 T = max(LENGTHS)
 
@@ -126,7 +127,7 @@ def spoiled(tracer: Tracer, layer: int, *at: int) -> torch.utils.hooks.Removable
 
     def spoil(_: Any, __: Any, output: Any) -> Any:
         hidden = (output if isinstance(output, Tensor) else output[0]).clone()
-        if len(hidden) > at[0] and hidden.shape[1] > at[1]:
+        if len(hidden) > at[0] and hidden.shape[1] > at[1] and hidden.shape[1] != PROBE:
             hidden[at] = torch.nan
         return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
 
