@@ -96,6 +96,8 @@ def test_arrows_run_one_way() -> None:
         own = module.split(".")[1]
         for found in imports(path, package):
             parts = target_of(found, known).split(".")
+            if parts == ["ifr_fast"] and found.name != "__version__":
+                wrong.append(f"{module} imports {found.name} from the root")
             if parts[0] != "ifr_fast" or len(parts) == 1 or parts[1] == own:
                 continue
             if RANK[parts[1]] >= RANK[own]:

@@ -102,9 +102,10 @@ class Fractions(NamedTuple):
     shared: float
 
 
-# Sober: the forward pass is granted what vendors' best libraries reach, and the naive kernel a loop
-# of nothing but its own arithmetic. Ours get what tiled Triton kernels do that work between their
-# products; their vector operations are counted as written, of which compilers fuse or share some.
+# Cautious estimates: the forward pass gets the speed of the vendors' best libraries, and the naive
+# kernel that of a loop of its arithmetic alone. Our kernels get the speed of tiled Triton kernels
+# that work between their products. Their vector operations are counted as written, although
+# compilers fuse or share some.
 GEMM = Fractions(0.7, 0.5, 0.8, 0.9, 0.5)
 
 

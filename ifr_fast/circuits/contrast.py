@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import Position
+from ..graph.flow import exceeds
 from ..graph.tables import EdgeKind, Granularity
 from ..routes.route_graph import RouteGraph
 from ..tokens import Batch
@@ -74,7 +75,7 @@ def membership(graph: RouteGraph) -> tuple[Tensor, Tensor]:
     heads = torch.zeros(graph.n_layers, graph.n_heads, T, dtype=torch.bool)
     ffn = torch.zeros(graph.n_layers, T, dtype=torch.bool)
     edges, of_ffn = graph.head_edges, graph.edges.kind == EdgeKind.FFN
-    kept = edges.weight > graph.threshold
+    kept = exceeds(edges.weight, graph.threshold)
     heads[edges.layer[kept], edges.head[kept], edges.target[kept]] = True
     ffn[graph.edges.layer[of_ffn], graph.edges.target[of_ffn]] = True
     return heads, ffn

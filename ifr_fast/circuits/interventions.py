@@ -279,7 +279,7 @@ def restarting(decoder: Decoder) -> Iterator[None]:
     """Within, `Observed.restart` can be called, and no other thread uses the model."""
 
     def outside(_: AttentionCall) -> Tensor:
-        raise AssertionError("attention asked outside of a layer that is run")
+        raise AssertionError("attention was called outside of a layer that runs")
 
     with evaluating(decoder.model), decoder.attention_through(decoder.model, outside):
         yield

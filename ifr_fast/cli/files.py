@@ -104,7 +104,7 @@ def check_folder(option: str, path: Path) -> None:
     """Raises ValueError if no file can be created where a path leads."""
     folder = os.path.dirname(os.path.realpath(path))
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        raise ValueError(f"{option}: {path}: {folder} is no directory that can be written to")
+        raise ValueError(f"{option}: {path}: {folder} is no directory, or is not writable")
 
 
 @contextmanager

@@ -121,7 +121,7 @@ def _parse_position(given: str) -> int | slice | list[int]:
 def _check_recording(path: Path, outputs: list[Path]) -> None:
     """Raises ValueError, before the model is opened, if no recording can be kept at a path."""
     if path.exists() and not path.is_file():
-        raise ValueError(f"--recording: {path} is no file that can hold a recording")
+        raise ValueError(f"--recording: {path} is no file")
     if not path.exists():
         files.check_folder("--recording", path)
     target = os.path.realpath(path)

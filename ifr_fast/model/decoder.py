@@ -70,7 +70,7 @@ class Decoder:
         device: torch.device = self.model.get_input_embeddings().weight.device
         if device.type != "meta":
             return device
-        # Offloaded weights are brought to where they are used, and so is what reads them.
+        # Offloaded weights are loaded onto the device that uses them.
         return self.blocks[0].W_O.device if self.blocks else torch.device("cpu")
 
     @property
@@ -190,7 +190,6 @@ class Decoder:
 
         ids = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         with (
-            exclusively(self.model),
             evaluating(self.model),
             hooked(self._states.register_forward_hook(in_this_thread(exchange))),
         ):

@@ -269,7 +269,7 @@ def _slopes(meaning: _Meaning, n_keys: int, module: nn.Module) -> Tensor | None:
     """
     total: Tensor | None = None
     for factor, bias in meaning.biases:
-        # A bias for other keys comes from a replay of rows, which uses the recorded slopes.
+        # In a replay of rows, a bias for other keys is skipped: the recorded slopes are used.
         if bias.ndim < 3 or bias.shape[-3] == 1 or bias.shape[-1] != n_keys:
             continue
         last = factor * bias.flatten(0, -3)[:, -1].float()  # [H, S] of the last row
@@ -288,7 +288,7 @@ def _slopes(meaning: _Meaning, n_keys: int, module: nn.Module) -> Tensor | None:
 
 @contextmanager
 def attention_through(model: PreTrainedModel, handler: AttentionHandler) -> Iterator[None]:
-    """`capture.attention_through` for a model that does not use the interface."""
+    """`interface.attention_through` for a model that does not use the interface."""
     watch = _Watch()
     with exclusively(model), overriding(handler), ExitStack() as stack:
         stack.callback(watch.close)

@@ -20,7 +20,6 @@ from ..errors import UnsupportedArchitectureError
 from .block import Block
 from .decoder import Decoder
 from .hooks import LayerCall, hooked
-from .interface import exclusively
 from .modes import evaluating
 
 _ROWS = 64  # rows whose logits are formed at once
@@ -29,7 +28,7 @@ _TOLERANCE = 1e-3  # relative error that rounding explains in float32
 
 def lens_logits(decoder: Decoder, resid: Tensor) -> Tensor:
     """Logits [R, vocab] of residual streams [R, D], in the model's dtype."""
-    with torch.inference_mode(), exclusively(decoder.model), evaluating(decoder.model):
+    with torch.inference_mode(), evaluating(decoder.model):
         return torch.cat([_run(decoder, rows)[1] for rows in resid.split(_rows(decoder))])
 
 
@@ -42,7 +41,6 @@ def direct_logits(decoder: Decoder, parts: Tensor, resid: Tensor) -> Tensor:
     with (
         torch.inference_mode(False),
         torch.no_grad(),
-        exclusively(decoder.model),
         evaluating(decoder.model),
     ):
         n = max(1, _rows(decoder) // 2)  # a run has both

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from math import isfinite
-from pathlib import Path
 
+import psutil
 import torch
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -16,16 +16,7 @@ def available_memory(device: torch.device) -> int | None:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if device.type != "cpu":
-        return None
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name == "MemAvailable":
-                return int(value.split()[0]) * 1024
-    except OSError:
-        pass
-    return None
+    return int(psutil.virtual_memory().available) if device.type == "cpu" else None
 
 
 def describe_bytes(n: float) -> str:

@@ -98,16 +98,16 @@ def frame(decoder: Decoder, token_ids: Tensor) -> Frame:
 
 def _facts(block: Block, call: LayerCall, hidden: Tensor) -> LayerFacts:
     """Runs the layer's attention on the last row alone."""
-    asked: list[AttentionCall] = []
+    calls: list[AttentionCall] = []
 
     def stop(call: AttentionCall) -> Tensor:
-        asked.append(call)
+        calls.append(call)
         raise StopForward
 
     rows = torch.tensor([call.n_rows - 1])
     with overriding(stop), suppress(StopForward):
         call.at(rows)(block.module, hidden[-1:][None].to(block.W_O.device))
-    of = asked[0]
+    of = calls[0]
     k, v = (Spec(x.dtype, (x.shape[1], x.shape[3])) for x in (of.k, of.v))
     return LayerFacts(k, v, of.scale, of.softcap, of.sinks)
 

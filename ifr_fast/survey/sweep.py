@@ -22,7 +22,6 @@ from ..kernels.contract import LayerInputs
 from ..model.block import Block
 from ..model.decoder import Decoder
 from ..model.hooks import LayerCall
-from ..model.interface import exclusively
 from ..model.modes import evaluating
 from ..model.replay import gate_rows, row_scales
 from ..recording.batches import can_batch
@@ -224,7 +223,6 @@ def _following(decoder: Decoder, states: Tensor, token_ids: Tensor) -> Tensor:
     with ExitStack() as stack:
         if can_batch(decoder):  # only the head is needed
             stack.enter_context(evaluating(decoder.model))
-            stack.enter_context(exclusively(decoder.model))
             stack.enter_context(decoder.overriding_layers(skip))
         for begin in range(0, len(states), step):
             rows = slice(begin, begin + step)

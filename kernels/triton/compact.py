@@ -212,12 +212,12 @@ def head_weights_kernel(
 
 
 def fold(x: Block) -> None:
-    """Token sums, of listed pairs too, and folded."""
+    """Sums the token edges over heads, listed pairs included, and folds them."""
     launch(fold_kernel, (x.rows.R, blocks(x.layer.S, x.layer.BF)), x)
 
 
 def totals(x: Block) -> None:
-    """Denominators, and all that they divide but the edges."""
+    """Computes the denominators, and divides everything but the edges by them."""
     launch(totals_kernel, (x.rows.R,), x, BH=triton.next_power_of_2(x.layer.H))
 
 

@@ -55,7 +55,7 @@ def reach_kernel(
 
 
 def reach(x: Layer) -> None:
-    """Reach, of v and w."""
+    """Fills in the reach [H, S] of a layer's values."""
     BS = 32 if x.wide else 128
     tiles = {"BS": BS, "BD": 64, "BV": tile(x.V), "num_warps": 8, "num_stages": 2}
     launch(reach_kernel, (blocks(x.S, BS), x.H), (x,), **tiles)

@@ -132,7 +132,7 @@ def test_one_path_for_two_outputs(trace: Any, tmp_path: Path) -> None:
 
 
 def test_a_dash_writes_to_standard_output(ifr: Any, tiny_dir: Path, tiny_tracer: Tracer) -> None:
-    """What is written there stands alone: nothing else is printed, no file is called '-'."""
+    """Nothing else is printed, and no file is called '-'."""
     graph = tiny_tracer.trace("some words")
     for option, expected in (
         ("--json", graph.to_json()),

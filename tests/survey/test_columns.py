@@ -229,7 +229,7 @@ def test_thresholds_hold_different_graphs() -> None:
 
 
 def test_numbers_do_not_depend_on_neighbours() -> None:
-    """Of batch composition, padding and order nothing is left but rounding."""
+    """Batch composition, padding and order change results by rounding alone."""
     tracer = Tracer(tiny_model("mistral"))
     texts = [document(tiny_text(n, seed=n), seed=n) for n in (30, 5, 17, 2, 30, 11)]
     together = score(tracer, texts, THRESHOLDS, 10_000)

@@ -64,7 +64,7 @@ def share_left(
 
 
 def _restored(of: Survival, unit: Unit, method: str, m: int, seed: int) -> Interval:
-    """As `share_left`, of the logit difference beyond the one with everything ablated."""
+    """The share that is left of the mean logit difference, less that of everything ablated."""
     empty = of.empty[0]
     return ratio_interval(of.left(unit, method)[:, m] - empty, of.full[0] - empty, seed=seed)
 

@@ -21,7 +21,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ...arguments import as_index
 from ...kernels.contract import LayerInputs
 from ...model.block import Block
-from ...model.interface import exclusively
 from ...model.modes import evaluating
 from ...model.opening import probe_tokens
 from ...recording.layer_inputs import layer_inputs
@@ -194,7 +193,6 @@ class TransparentLlm:
         if not normalize:
             return decoder.head(t[None])[0]
         with (
-            exclusively(decoder.model),
             evaluating(decoder.model),
             decoder.overriding_layers(lambda *_: t[None, None]),
         ):
