@@ -310,3 +310,20 @@ def test_a_prefix_of_keys_and_values() -> None:
     model = copy.deepcopy(tiny_model("llama"))
     config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     assert_refused(lambda: Tracer(peft.get_peft_model(model, config)), "prompt perhaps|prefix")
+
+
+@pytest.mark.parametrize("change", [halved, with_the_one_before])
+@pytest.mark.parametrize("place", ["o_proj", "embeddings"])
+def test_a_refused_hook_that_is_removed_leaves_nothing(place: str, change: Change) -> None:
+    model = copy.deepcopy(tiny_model("llama"))
+    tracer = Tracer(model)
+    expected, blocks = tracer.trace(tiny_text(T), threshold=0.02), tracer.decoder.blocks
+    o_proj = layers_of(model)[1].self_attn.o_proj
+    module = o_proj if place == "o_proj" else model.get_input_embeddings()
+    handle = module.register_forward_hook(lambda _, __, x: change(x))
+    if (place, change) != ("embeddings", halved):  # which is another embedding, and no mixture
+        assert_refused(lambda: tracer.trace(tiny_text(T)), "model: ")
+    handle.remove()
+    got = tracer.trace(tiny_text(T), threshold=0.02)
+    assert torch.equal(got.edges.weight, expected.edges.weight)
+    assert all(mine is theirs for mine, theirs in zip(tracer.decoder.blocks, blocks, strict=True))

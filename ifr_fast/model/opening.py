@@ -91,17 +91,19 @@ def check_hooks(decoder: Decoder) -> None:
         if user_hooks(decoder.model) == decoder.checked_hooks:
             return
         before = decoder.blocks
-        with _probing(decoder.model):
-            _open(decoder)
-        for old, new in zip(before, decoder.blocks, strict=True):
-            facts = [(*block[:5], block.bias.tolist(), *block[7:]) for block in (old, new)]
-            if facts[0] != facts[1] or not torch.equal(old.W_O, new.W_O):
-                decoder.blocks, decoder.checked_hooks = before, []
-                raise UnsupportedArchitectureError(
-                    f"model: hooks that were added after it was opened change layer {old.name}; "
-                    "open it again with them"
-                )
-        decoder.blocks = before
+        try:
+            with _probing(decoder.model):
+                _open(decoder)
+            for old, new in zip(before, decoder.blocks, strict=True):
+                facts = [(*block[:5], block.bias.tolist(), *block[7:]) for block in (old, new)]
+                if facts[0] != facts[1] or not torch.equal(old.W_O, new.W_O):
+                    decoder.checked_hooks = []
+                    raise UnsupportedArchitectureError(
+                        f"model: hooks that were added after it was opened change layer {old.name};"
+                        " open it again with them"
+                    )
+        finally:  # a refused hook leaves nothing of itself when it is removed
+            decoder.blocks = before
 
 
 @contextmanager
