@@ -16,7 +16,7 @@ PACKAGE, KERNELS = ROOT / "ifr_fast", ROOT / "kernels"
 ROWS = [
     {"_version", "errors", "kernels", "progress"},
     {"arguments", "storage", "tokens"},
-    {"model"},
+    {"characters", "model"},
     {"graph"},
     {"export", "recording"},
     {"scoring"},

@@ -22,6 +22,10 @@ const MARKS = { " ": "·", "\n": "↵", "\t": "⇥" };
 /* Runs of a token: [text, true for marks of invisible characters]. */
 function runs(token) {
   if (!token) return [["∅", true]];
+  const piece = /^(.+) ([1-9]\d?)\/([1-9]\d?)$/s.exec(token); // of a character (characters.py)
+  if (piece && piece[3] > 1 && Number(piece[2]) <= Number(piece[3])) {
+    return [...runs(piece[1]), [` ${piece[2]}/${piece[3]}`, true]];
+  }
   const out = [];
   const put = (text, mark) => {
     if (out.length && out[out.length - 1][1] === mark) out[out.length - 1][0] += text;

@@ -13,6 +13,7 @@ from importlib import resources
 from importlib.resources.abc import Traversable
 from typing import TYPE_CHECKING
 
+from ..characters import joined
 from .json import to_json
 from .labels import visible
 
@@ -26,7 +27,7 @@ def to_html(graph: GraphData) -> str:
     """The page as text, to write to a .html file."""
     here = resources.files(__package__)
     of_each = [graph.predictions] if graph.span is None else graph.span.predictions
-    predicted = visible("".join(of[0].token if of else "?" for of in of_each))
+    predicted = visible(joined([of[0].token if of else "?" for of in of_each]))
     fields = {
         "title": escape(f"{predicted} – information flow routes"),
         "style": here.joinpath("graph.css").read_text("utf-8"),

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from ..characters import Piece
+
 if TYPE_CHECKING:
     from ..graph.data import GraphData
 
@@ -24,9 +26,15 @@ class Column(NamedTuple):
 
 
 def visible(token: str) -> str:
-    """The token with marks for whitespace, and code points for invisible characters."""
+    """The token with marks for whitespace, and code points for invisible characters.
+
+    The label of a piece of a character (characters.py) keeps its space.
+    """
     if not token:
         return "∅"
+    piece = Piece.read(token)
+    if piece is not None:
+        return str(piece._replace(text=visible(piece.text)))
     out: list[str] = []
     alone = True  # no visible character precedes, so an accent needs a carrier
     for char in token:

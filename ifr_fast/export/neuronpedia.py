@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .._version import __version__
 from ..arguments import as_index
+from ..characters import joined
 from ..graph.tables import Node, NodeKind
 from .labels import visible
 from .links import flow_of, links_of, tops_of
@@ -59,7 +60,7 @@ def to_neuronpedia(graph: GraphData, slug: str | None, scan: str, max_links: int
     for argument, name in (("slug", "" if slug is None else slug), ("scan", scan)):
         if not isinstance(name, str):
             raise ValueError(f"{argument}: expected a string, got {name!r}")
-    prompt = "".join(graph.tokens)
+    prompt = joined(graph.tokens)
     links, flow = _strongest(graph, max_links)
     nodes = list(dict.fromkeys(link.source for link in links))
     influence = _influence(nodes, flow)

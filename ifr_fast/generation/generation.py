@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..characters import append_token
 from ..graph.tables import Granularity, GraphHeader, LayerTable, Prediction
 from ..recording.recorder import Recorder
 from ..recording.recording import Recording
@@ -27,7 +28,6 @@ from ..routes.route_graph import RouteGraph, in_order
 from ..scoring.closure import check_closed, check_closure, closure_errors
 from ..scoring.implementations import Kernel
 from ..scoring.layer import score_layer
-from ..tokens import token_strings
 from .decoding import Decoding, NewRows
 from .nodes import Nodes
 
@@ -79,7 +79,7 @@ class Generation:
         """
         position = len(self.token_ids)
         self.token_ids = torch.cat([self.token_ids, torch.tensor([token_id])])
-        self.tokens += token_strings(self.token_ids[-1:], self._recorder.tokenizer)
+        append_token(self.tokens, self.token_ids, self._recorder.tokenizer)
         if self._decoder.rotary_regime(position + 1) != self._rotary:
             # Every key would be another in a text of this length.
             self._begin(self._recorder.record(self.token_ids))

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..characters import next_tokens
 from ..errors import IfrError, UnsupportedArchitectureError
 from ..graph.tables import Granularity
 from ..model.block import HALF
@@ -19,7 +20,6 @@ from ..recording.recorder import Recorder
 from ..recording.recording import Recording
 from ..routes.route_graph import RouteGraph
 from ..scoring.implementations import Kernel
-from ..tokens import token_strings
 from .generation import Generation
 from .sampling import ChooseToken
 
@@ -58,8 +58,8 @@ def steps(
         if not bool(probabilities[0].isfinite()):  # one logit that is not makes all of these NaN
             raise IfrError("text: the model's logits are not finite; try a wider torch_dtype")
         token_id = choose(generation.token_ids, logits)
-        (token,) = token_strings(torch.tensor([token_id]), tokenizer)
-        (predictions,) = most_probable(probabilities[None], tokenizer)
+        (token,) = next_tokens(torch.tensor([token_id]), generation.token_ids, tokenizer)
+        (predictions,) = most_probable(probabilities[None], tokenizer, [generation.token_ids])
         graph = generation.graph(predictions)
         yield GenerationStep(token_id, token, float(probabilities[token_id]), graph)
         full = decoder.max_length is not None and len(generation.token_ids) >= decoder.max_length

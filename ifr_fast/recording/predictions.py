@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ..characters import next_tokens
 from ..graph.tables import Prediction
-from ..tokens import token_strings
 from .recording import Recording
 
 _SHOWN = 5  # tokens of each position
@@ -22,16 +22,16 @@ class Predictor:
 
     Pickled, it becomes the list of all predictions: neither a model nor its states go along.
 
-    logits_at: gives the logits [R, vocab] at R positions; n_tokens: of the text.
+    logits_at: gives the logits [R, vocab] at R positions; token_ids: of the text, [T].
     """
 
     def __init__(
         self,
         logits_at: Callable[[list[int]], Tensor],
-        n_tokens: int,
+        token_ids: Tensor,
         tokenizer: PreTrainedTokenizerBase | None,
     ) -> None:
-        self._logits_at, self._n_tokens, self._tokenizer = logits_at, n_tokens, tokenizer
+        self._logits_at, self._token_ids, self._tokenizer = logits_at, token_ids, tokenizer
 
     @staticmethod
     def of(recording: Recording, tokenizer: PreTrainedTokenizerBase | None) -> Predictor:
@@ -46,19 +46,20 @@ class Predictor:
                 return logits[None]
             return decoder.head(states[positions].to(decoder.device))
 
-        return Predictor(logits_at, len(states), tokenizer)
+        return Predictor(logits_at, recording.token_ids, tokenizer)
 
     @torch.inference_mode()
     def __call__(self, positions: list[int]) -> list[list[Prediction]]:
         """The likeliest tokens after each of `positions`, most probable first."""
         found = []
         for begin in range(0, len(positions), _HEAD_ROWS):
-            logits = self._logits_at(positions[begin : begin + _HEAD_ROWS])
-            found += likeliest(logits, self._tokenizer)
+            some = positions[begin : begin + _HEAD_ROWS]
+            before = [self._token_ids[: t + 1] for t in some]
+            found += likeliest(self._logits_at(some), self._tokenizer, before)
         return found
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return KnownPredictions, (self(list(range(self._n_tokens))),)
+        return KnownPredictions, (self(list(range(len(self._token_ids)))),)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Predictor:
         return self
@@ -75,18 +76,28 @@ class KnownPredictions:
         return [self._of_each[t] for t in positions]
 
 
-def likeliest(logits: Tensor, tokenizer: PreTrainedTokenizerBase | None) -> list[list[Prediction]]:
-    """The tokens that each row of `logits` [R, vocab] makes most probable."""
-    return most_probable(logits.float().softmax(-1), tokenizer)
+def likeliest(
+    logits: Tensor,
+    tokenizer: PreTrainedTokenizerBase | None,
+    before: Sequence[Tensor] | None = None,
+) -> list[list[Prediction]]:
+    """The tokens that each row of `logits` [R, vocab] makes most probable.
+
+    before: for each row, the ids [T] of the text that its tokens would follow, if known.
+    """
+    return most_probable(logits.float().softmax(-1), tokenizer, before)
 
 
 def most_probable(
-    probabilities: Tensor, tokenizer: PreTrainedTokenizerBase | None
+    probabilities: Tensor,
+    tokenizer: PreTrainedTokenizerBase | None,
+    before: Sequence[Tensor] | None = None,
 ) -> list[list[Prediction]]:
-    """The tokens with the highest of each row of `probabilities` [R, vocab]."""
+    """The tokens with the highest of each row of `probabilities` [R, vocab]; before: as above."""
     found = []
     top = probabilities.topk(min(_SHOWN, probabilities.shape[-1]))
-    for ids, values in zip(top.indices.cpu(), top.values.tolist(), strict=True):
-        entries = zip(token_strings(ids, tokenizer), ids.tolist(), values, strict=True)
-        found.append([Prediction(*entry) for entry in entries])
+    for i, (ids, values) in enumerate(zip(top.indices.cpu(), top.values.tolist(), strict=True)):
+        text = ids[:0] if before is None else before[i]
+        strings = next_tokens(ids, text, tokenizer)
+        found.append([Prediction(*p) for p in zip(strings, ids.tolist(), values, strict=True)])
     return found

@@ -14,8 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..arguments import Position, check_count, spanned
+from ..characters import text_tokens
 from ..model.decoder import Decoder
-from ..tokens import Batch, Text, as_texts, encode, token_strings
+from ..tokens import Batch, Text, as_texts, encode
 from .batches import batches
 from .chunked import record_in_chunks, record_to_file
 from .memory import parse_bytes
@@ -110,7 +111,7 @@ class Recorder:
         mode = check_mode(mode)
         if path is not None and mode == RecordingMode.FULL:
             raise ValueError("path: only lean recordings are made in a file; save a full one")
-        strings = token_strings(token_ids, self.tokenizer)
+        strings = text_tokens(token_ids, self.tokenizer)
         decoder = self.decoder
         if path is not None and not is_chunkable(decoder):
             return record_to_file(decoder, token_ids, strings, path, position)
@@ -159,7 +160,7 @@ class Recorder:
         if len(texts) == 1:
             return [self.record_tokens(texts[0], positions[0], mode)]
         mode = check_mode(mode) or self._plan(len(texts) * len(texts[0])).mode
-        strings = [token_strings(text, self.tokenizer) for text in texts]
+        strings = [text_tokens(text, self.tokenizer) for text in texts]
         return record_together(self.decoder, texts, strings, mode, positions)
 
     def plan(

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ..characters import labelled
 from ..tokens import token_strings
 from .columns import Tokens
 from .inputs import Item, Reading
@@ -137,7 +138,7 @@ class Cutter:
         if step < 1:
             raise ValueError(f"max_tokens: the {first} special tokens of a text leave no room")
         starts = list(range(first, n if first else n - 1, step)) or [first]
-        prefix = np.arange(first)
+        prefix, tokenizer = np.arange(first), self.vocabulary.tokenizer
         for number, start in enumerate(starts):
             chosen = np.concatenate([prefix, np.arange(start, min(n, start + step + (not first)))])
             piece = ids[chosen]
@@ -147,7 +148,7 @@ class Cutter:
                 item.context if len(starts) == 1 else f"{item.context}/{number}",
                 item.corpus,
                 self.vocabulary.tokens(piece),
-                self.vocabulary.strings(piece),
+                labelled(self.vocabulary.strings(piece), torch.from_numpy(piece), tokenizer),
                 {name: [of[i] for i in chosen[:-1]] for name, of in labels.items()},
             )
 

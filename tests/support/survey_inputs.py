@@ -22,22 +22,30 @@ WORDS = _TEXT.split()
 MERGES = [("t", "h"), ("th", "e"), ("a", "t"), ("i", "v"), ("Ġ", "the"), ("Ġ", "c"), ("r", "iv")]
 
 
-def save_tiny(folder: Path, *, seed: int = 0, first: bool = False) -> Path:
-    """A random Llama over a byte-level tokenizer; first: one that begins texts with `<s>`."""
+def byte_tokenizer(
+    merges: list[tuple[str, str]], *, first: bool = False
+) -> PreTrainedTokenizerFast:
+    """A tokenizer of bytes and of some merges; first: it begins texts with `<s>`."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(["<s>", *alphabet])}
-    for a, b in MERGES:
+    for a, b in merges:
         vocabulary[a + b] = len(vocabulary)
-    tokenizer = Tokenizer(models.BPE(vocabulary, MERGES))
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     if first:
         tokenizer.post_processor = processors.TemplateProcessing(
             single="<s> $A", special_tokens=[("<s>", 0)]
         )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
+
+
+def save_tiny(folder: Path, *, seed: int = 0, first: bool = False) -> Path:
+    """A random Llama over a byte-level tokenizer; first: one that begins texts with `<s>`."""
+    fast = byte_tokenizer(MERGES, first=first)
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=len(vocabulary),
+        vocab_size=len(fast),
         hidden_size=36,
         num_hidden_layers=3,
         num_attention_heads=6,
@@ -53,7 +61,6 @@ def save_tiny(folder: Path, *, seed: int = 0, first: bool = False) -> Path:
             if parameter.ndim > 1:
                 parameter.mul_(20 if "embed" in name else 8)
     model.save_pretrained(folder)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
     fast.save_pretrained(folder)
     return folder
 

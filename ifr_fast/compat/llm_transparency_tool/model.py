@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...arguments import as_index
+from ...characters import text_tokens
 from ...kernels.contract import LayerInputs
 from ...model.block import Block
 from ...model.modes import evaluating
@@ -172,8 +173,11 @@ class TransparentLlm:
         return self._of_all(lambda recording: recording.token_ids, padding or 0)
 
     def tokens_to_strings(self, tokens: Tensor) -> list[str]:
-        """The text of each token [pos] by itself."""
-        return token_strings(tokens, self.tracer.tokenizer)
+        """The text of each token [pos] by itself. In a sentence of the last `run`, pieces of a
+        character are labelled with it.
+        """
+        ran = any(torch.equal(tokens.cpu(), x.token_ids) for x in self._recordings or ())
+        return (text_tokens if ran else token_strings)(tokens, self.tracer.tokenizer)
 
     def logits(self) -> Tensor:
         """[batch, pos, d_vocab]"""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...arguments import Position, check_options, indices, spanned
+from ...characters import text_tokens
 from ...graph.tables import Granularity, GraphHeader
 from ...recording.predictions import KnownPredictions, Predictor
 from ...routes.all_positions import Routes
@@ -17,7 +18,6 @@ from ...routes.tracing import trace_scores
 from ...scoring.closure import check_closure
 from ...scoring.implementations import choose_impl, load_kernel
 from ...scoring.scores import LayerScores, joined
-from ...tokens import token_strings
 
 if TYPE_CHECKING:
     from torch import nn
@@ -62,7 +62,7 @@ class CachedRun:
         ids = _token_ids(model, tokens, batch_item)
         self.model = model
         self.token_ids = ids.cpu()
-        self.tokens = token_strings(self.token_ids, getattr(model, "tokenizer", None))
+        self.tokens = text_tokens(self.token_ids, getattr(model, "tokenizer", None))
         T = len(ids)
         entries = dict(cache.items())
         n_layers = int(model.cfg.n_layers)  # type: ignore[arg-type, union-attr]
@@ -79,7 +79,7 @@ class CachedRun:
             if len(of_item) != T:
                 raise ValueError(f"logits: expected those of {T} tokens, got {len(of_item)}")
             tokenizer = getattr(model, "tokenizer", None)
-            self._predict = Predictor(of_item.__getitem__, T, tokenizer)
+            self._predict = Predictor(of_item.__getitem__, self.token_ids, tokenizer)
 
     @classmethod
     def of(cls, model: nn.Module, text: str | Tensor, *, impl: str = "auto") -> CachedRun:
