@@ -10,6 +10,9 @@ and returns the importance of each (paper section 2.2):
     proximity(p, y)  = max(|y|_1 - |y - p|_1, 0)
     importance(p, y) = proximity(p, y) / sum over parts k of proximity(p_k, y)
 
+No importance, and no sum of a node's importances, is above 1: what rounding adds is cut off.
+`linear` and `total` are left as they are summed.
+
 Other tools' arithmetic may differ in two numbers: with `offset` and `floor` a proximity is
 max(|y|_1 - |y - p|_1 + offset, floor). Even then, keys that a row does not see are not parts.
 """

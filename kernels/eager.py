@@ -146,7 +146,7 @@ def _score_block(
     return AttentionScores(
         (of_residual + unattributed) / total,
         None if of_ffn is None else (of_ffn + unattributed) / total,
-        importance.sum(-1).T,
+        importance.sum(-1).clamp_(max=1).T,
         _compact(importance, keep, first_row),
         unattributed,
         linear,
@@ -236,7 +236,7 @@ def _pieces(run_length: Tensor) -> list[slice]:
 
 def _compact(importance: Tensor, keep: float, first_row: int) -> EdgeList:
     """Token edges with weight > keep of a block [H, R, S]."""
-    token_weight = importance.sum(0)  # [R, S]
+    token_weight = importance.sum(0).clamp_(max=1)  # [R, S]
     list_edges = _listed if importance.device.type == "cpu" else _padded
     row, source, weight = list_edges(token_weight, keep)
     return EdgeList(row + first_row, source, weight, importance[:, row, source].T)

@@ -82,10 +82,10 @@ def score_attention(inputs: LayerInputs, keep: float) -> AttentionScores:
         if ffn is not None:
             ffn[i] = of_ffn / total
 
-    token_weight = importance.sum(1)  # [R, S]
+    token_weight = importance.sum(1).clamp(max=1)  # [R, S]
     row, source = (token_weight > keep).nonzero(as_tuple=True)
     edges = EdgeList(row, source, token_weight[row, source], importance[row, :, source])
-    head_total = importance.sum(-1)
+    head_total = importance.sum(-1).clamp(max=1)
     return AttentionScores(residual, ffn, head_total, edges, unattributed, linear, sums)
 
 

@@ -118,7 +118,7 @@ def neuron_scores(
             return None
         column = (-1, *(1 for _ in x.shape[1:]))
         share = torch.where(unattributed.view(column), n, x) / total.view(column)
-        return plain_tensor(share.float().cpu())
+        return plain_tensor(share.float().clamp_(max=1).cpu())
 
     importance = share(of_neurons)
     assert importance is not None

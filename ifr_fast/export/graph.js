@@ -99,7 +99,7 @@ function prune(threshold) {
     let { weight, heads } = edge;
     if (byHead && edge.kind === "attention") {
       heads = heads.filter((h) => h.weight > limit);
-      weight = heads.reduce((sum, h) => sum + h.weight, 0);
+      weight = Math.min(1, heads.reduce((sum, h) => sum + h.weight, 0));
     }
     if (!(weight > limit)) return;
     const through = flow.get(edge.above) * weight;

@@ -11,6 +11,8 @@ from ..arguments import check_options
 from .data import GraphData
 from .tables import EdgeKind, LayerTable, NodeKind, Prediction, Span
 
+_ROUNDING = 1e-3  # in files of versions that did not cut weights at 1
+
 
 def check_graph(graph: GraphData) -> None:
     """Checks all that a graph says of itself and its tables."""
@@ -136,8 +138,8 @@ def _check_range(name: str, x: Tensor, end: int) -> None:
 
 
 def _check_weights(name: str, x: Tensor) -> None:
-    if not bool((x.isfinite() & (x >= 0)).all()):
-        raise ValueError(f"{name}: expected finite numbers of at least 0")
+    if not bool(((x >= 0) & (x <= 1 + _ROUNDING)).all()):
+        raise ValueError(f"{name}: expected numbers from 0 to 1")
 
 
 def _check_order(name: str, keys: Tensor) -> None:

@@ -39,7 +39,7 @@ def thresholded(table: LayerTable, threshold: float, granularity: Granularity) -
     row, source, weight, head_weight = table.edges
     if granularity == "head":
         head_weight = kept(head_weight)
-        weight = head_weight.sum(-1)
+        weight = head_weight.sum(-1).clip(max=1)
     weight = kept(weight)
     head_weight = head_weight * (weight > 0)[:, None]
     return table._replace(

@@ -170,6 +170,14 @@ class LayerTable(NamedTuple):
     unattributed: Tensor  # [R] bool
     ffn_unattributed: Tensor | None  # [R] bool
 
+    def at_most_one(self) -> LayerTable:
+        """The table of a file, without what rounding adds to 1 in the weights of older versions."""
+        row, source, weight, head_weight = self.edges
+        edges = EdgeList(row, source, weight.clamp(max=1), head_weight.clamp(max=1))
+        of_residual = None if self.ffn_residual is None else self.ffn_residual.clamp(max=1)
+        residual, ffn = self.residual.clamp(max=1), self.ffn.clamp(max=1)
+        return self._replace(residual=residual, ffn=ffn, ffn_residual=of_residual, edges=edges)
+
 
 class NodeImportance(NamedTuple):
     """Weight of all paths between each node and a graph's predictions, or a token."""

@@ -184,6 +184,6 @@ class Routes:
                 raise ValueError("threshold: is below the one scored with")
             check_tables(layers, len(routes))
             check_predictions("predictions", predictions, len(routes))
-            return routes
+            return dataclasses.replace(routes, layers=[table.at_most_one() for table in layers])
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise FormatError(f"{path}: not a whole {cls._FORMAT} file ({error})") from error

@@ -294,6 +294,11 @@ class RouteGraph(GraphData):
                 **fields,
             )
             check_graph(graph)
-            return graph
+            # Weights of older versions may be above 1 by rounding.
+            return dataclasses.replace(
+                graph,
+                edges=edges._replace(weight=edges.weight.clamp(max=1)),
+                head_edges=heads._replace(weight=heads.weight.clamp(max=1)),
+            )
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise FormatError(f"{path}: not a whole {cls._FORMAT} file ({error})") from error

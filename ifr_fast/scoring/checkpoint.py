@@ -61,7 +61,7 @@ class Checkpoint:
         on_device = {name: x.to(device) for name, x in tensors.items()}
         try:
             parallel = "ffn_residual" not in tensors
-            return take_table(on_device, parallel=parallel, edges=_EDGES)
+            return take_table(on_device, parallel=parallel, edges=_EDGES).at_most_one()
         except KeyError as error:
             raise FormatError(f"{path}: not a whole {FORMAT} file ({error})") from error
 

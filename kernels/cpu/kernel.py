@@ -15,6 +15,7 @@ Without a C++ compiler at installation there is no `_native`: importing this mod
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -82,7 +83,7 @@ def score_attention_counted(inputs: LayerInputs, keep: float) -> tuple[Attention
     unattributed = _empty(R, dtype=torch.bool)
     *edges, (pairs, listed, visited, seconds) = native.score_attention(
         **{name: _prepared(name, x) for name, x in zip(inputs._fields, inputs, strict=True)},
-        keep=keep,
+        keep=_keep(keep),
         residual=to_dlpack(residual),
         ffn_out=None if ffn is None else to_dlpack(ffn),
         head_total=to_dlpack(head_total),
@@ -95,8 +96,8 @@ def score_attention_counted(inputs: LayerInputs, keep: float) -> tuple[Attention
     scores = AttentionScores(
         residual,
         ffn,
-        head_total,
-        EdgeList(*map(torch.from_numpy, edges)),
+        head_total.clamp_(max=1),
+        _edges(edges),
         unattributed,
         linear,
         total,
@@ -131,8 +132,8 @@ class StepScores:
         return AttentionScores(
             torch.from_numpy(residual),
             None if ffn is None else torch.from_numpy(ffn),
-            torch.from_numpy(head_total),
-            EdgeList(*map(torch.from_numpy, edges)),
+            torch.from_numpy(head_total).clamp_(max=1),
+            _edges(edges),
             torch.from_numpy(unattributed).view(torch.bool),
             torch.from_numpy(linear),
             torch.from_numpy(total),
@@ -201,7 +202,7 @@ class StepLayer:
         self._native.score(
             _prepared("resid_pre", resid_pre), _prepared("y", y),
             _prepared("row_scale", row_scale), _prepared("value_gate", value_gate),
-            _prepared("ffn", ffn), keep, self._scores, torch.get_num_threads(),
+            _prepared("ffn", ffn), _keep(keep), self._scores, torch.get_num_threads(),
         )  # fmt: skip
 
 
@@ -220,6 +221,17 @@ def _best_isa(native: ModuleType) -> str:
 
 def _isa(native: ModuleType) -> str:
     return ISA or _best_isa(native)
+
+
+def _keep(keep: float) -> float:
+    """The threshold for the extension's weights, which rounding may put above 1."""
+    return keep if keep < 1 else 2.0
+
+
+def _edges(columns: Sequence[Any]) -> EdgeList:
+    """The extension's edges, with weights of at most 1."""
+    row, source, weight, head_weight = map(torch.from_numpy, columns)
+    return EdgeList(row, source, weight.clamp_(max=1), head_weight.clamp_(max=1))
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

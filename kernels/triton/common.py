@@ -64,6 +64,13 @@ def shifted(b_bound, p_offset, o_r, floor):
 
 
 @triton.jit
+def share(part, total):
+    """part / total, at most 1; NaN stays NaN."""
+    ratio = part / total
+    return tl.where(ratio > 1, 1.0, ratio)
+
+
+@triton.jit
 def all_log2_scores(b_qk, b_distance, scale, softcap, slope):
     """Base-2 scores of pairs from q . k, as if every key were visible.
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import G_SCALE, LOG_SUM_EXP, WORD, first_key, log2_scores, shifted
+from .common import G_SCALE, LOG_SUM_EXP, WORD, first_key, log2_scores, share, shifted
 from .launch import blocks, launch, tile
 from .records import Block
 
@@ -103,10 +103,11 @@ def totals_kernel(
         n_parts += 1
     nothing = total == 0
     total = tl.where(nothing, n_parts, total)
-    tl.store(p_residual + i_r, tl.where(nothing, 1.0, residual) / total)
+    tl.store(p_residual + i_r, share(tl.where(nothing, 1.0, residual), total))
     if p_of_ffn is not None:
-        tl.store(p_of_ffn + i_r, tl.where(nothing, 1.0, ffn) / total)
-    tl.store(p_head_total + i_r * H + o_h, tl.where(nothing, n_keys, b_heads) / total, mask=m_h)
+        tl.store(p_of_ffn + i_r, share(tl.where(nothing, 1.0, ffn), total))
+    b_heads = share(tl.where(nothing, n_keys, b_heads), total)
+    tl.store(p_head_total + i_r * H + o_h, b_heads, mask=m_h)
     tl.store(p_total + i_r, total)
     tl.store(p_unattributed + i_r, nothing)
 
@@ -132,7 +133,7 @@ def edges_kernel(
         o_s = i_s + tl.arange(0, BF)
         m_s = (o_s >= first) & (o_s <= t)
         b_token = tl.load(p_token + i_r * n_words * WORD + o_s, mask=m_s, other=0.0)
-        b_weight = tl.where(nothing, H, b_token) / total
+        b_weight = share(tl.where(nothing, H, b_token), total)
         m_edge = m_s & (b_weight > keep)
         b_slot = count + tl.cumsum(m_edge.to(tl.int32), 0) - 1
         m_edge &= b_slot < n_slots
@@ -208,7 +209,7 @@ def head_weights_kernel(
             b_proximity = tl.where(m_listed, b_listed, b_linear)
             b_proximity = tl.where(nothing, 1.0, b_proximity)
             o_out = (i_r * n_slots + o_e) * H + i_h
-            tl.store(p_head_weight + o_out, b_proximity / total, mask=m_e)
+            tl.store(p_head_weight + o_out, share(b_proximity, total), mask=m_e)
 
 
 def fold(x: Block) -> None:

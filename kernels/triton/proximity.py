@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import shifted
+from .common import share, shifted
 from .launch import launch
 from .records import Block, FFNRows
 
@@ -69,8 +69,8 @@ def ffn_kernel(p_mid, p_post, p_residual, p_ffn, p_unattributed, D: tl.constexpr
     total = residual + ffn
     nothing = total == 0
     total = tl.where(nothing, 1.0, total)
-    tl.store(p_residual + i_r, tl.where(nothing, 0.5, residual / total))
-    tl.store(p_ffn + i_r, tl.where(nothing, 0.5, ffn / total))
+    tl.store(p_residual + i_r, tl.where(nothing, 0.5, share(residual, total)))
+    tl.store(p_ffn + i_r, tl.where(nothing, 0.5, share(ffn, total)))
     tl.store(p_unattributed + i_r, nothing)
 
 

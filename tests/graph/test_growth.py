@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from listed_paths import edges_of, head_edges_of, target_of, walk
@@ -11,6 +13,7 @@ from tiny import tiny_text
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
 from ifr_fast import RouteGraph, Routes, Tracer
+from ifr_fast.graph.flow import thresholded
 from ifr_fast.graph.growth import grow_layer, packed_columns
 from ifr_fast.graph.tables import EdgeKind, Granularity, LayerTable
 from ifr_fast.kernels.contract import EdgeList
@@ -33,6 +36,16 @@ def test_tables_are_in_canonical_order_and_hold_only_what_is_above_the_threshold
     in_parallel = {EdgeKind.ATTENTION, EdgeKind.FFN, EdgeKind.RESIDUAL_POST}
     kinds = {EdgeKind(k) for k in graph.edges.kind.tolist()}
     assert kinds == (in_parallel if graph.parallel.all() else set(EdgeKind))
+
+
+@pytest.mark.parametrize("wrap", [torch.tensor, np.array])
+def test_heads_that_are_kept_sum_to_one_at_most(wrap: Any) -> None:
+    heads = [0.75, 0.25 + 2**-22]
+    one, none = wrap([1.0]), wrap([0.0])
+    edges = EdgeList(wrap([0]), wrap([0]), one, wrap([heads]))
+    table = LayerTable(wrap([0]), none, none, None, edges, none > 0, None)
+    assert float(wrap([heads]).sum(-1)[0]) > 1
+    assert thresholded(table, 0.1, "head").edges.weight.tolist() == [1.0]
 
 
 def test_head_shares_sum_to_their_attention_edge(tracer: Tracer, granularity: Granularity) -> None:

@@ -38,6 +38,26 @@ def test_keep_selects_edges_strictly_above_it(impl: Implementation) -> None:
             assert torch.equal(a, b[above])
 
 
+def all_from_one_key(seed: int) -> LayerInputs:
+    """A row that is the sum of its heads' parts, of its own position: the sum of their importances
+    is 1, and rounding puts it above 1 for some seeds.
+    """
+    inputs = random_inputs(1, 1, 24, 1, 4, 8, 33, seed=seed, dtype=F32)
+    y = torch.einsum("v,hvd->d", inputs.v[0, 0], inputs.W_O)[None]
+    return inputs._replace(resid_pre=torch.zeros_like(y), y=y)
+
+
+@every()
+def test_no_sum_of_importances_is_above_one(impl: Implementation) -> None:
+    weights = []
+    for seed in range(9):
+        scores = impl.of(all_from_one_key(seed), 0.0)
+        weights += [scores.edges.weight.item(), scores.head_total.max().item()]
+        assert scores.edges.head_weight.max() <= 1
+        assert len(impl.of(all_from_one_key(seed), 1.0).edges.weight) == 0
+    assert max(weights) == 1
+
+
 @every()
 def test_same_bits_every_time(impl: Implementation) -> None:
     dtype = BF16 if impl.name == "triton" else F32

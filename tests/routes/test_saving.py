@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import importlib.util
 import pickle
 from functools import cache
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from opened import tiny_tracer
-from rewritten import rewrite, tensor_names
+from rewritten import put, rewrite, tensor_names
 from safetensors.torch import save_file
 from same_graph import assert_same_bits
 from tiny import tiny_text
@@ -163,6 +164,46 @@ def test_files_with_other_fields_are_refused(saved: Path, tmp_path: Path, fields
     rewrite(routes, fields=fields)
     with pytest.raises(FormatError, match="not a whole"):
         Routes.load(routes)
+
+
+ABOVE_ONE = 1 + 2**-23  # in float32, what rounding made of a sum of 1 in older versions
+
+
+def test_weights_that_rounding_put_above_one_are_one(saved: Path, tmp_path: Path) -> None:
+    rewrite(saved, **{name: put(0, ABOVE_ONE) for name in ("edges.weight", "head_edges.weight")})
+    graph = RouteGraph.load(saved)
+    assert graph.edges.weight[0] == graph.head_edges.weight[0] == 1
+    expected = graph_to_save()
+    assert torch.equal(graph.edges.weight[1:], expected.edges.weight[1:])
+    if importlib.util.find_spec("matplotlib"):
+        graph.plot().savefig(tmp_path / "graph.png", dpi=20)
+
+    routes = tmp_path / "routes"
+    routes_to_save().save(routes)
+    columns = ("residual", "ffn", "ffn_residual", "weight", "head_weight")
+    rewrite(routes, **{f"1.{name}": put(0, ABOVE_ONE) for name in columns})
+    table = Routes.load(routes).layers[1]
+    own = (table.residual, table.ffn, table.ffn_residual)
+    for x in (*own, table.edges.weight, table.edges.head_weight):
+        assert x is not None
+        assert x.flatten()[0] == x.max() == 1
+
+    folder, text = tmp_path / "layers", tiny_text(3)
+    tiny_tracer("llama").trace_all(text, threshold=0.1, checkpoint=folder)
+    rewrite(folder / "layer-000.safetensors", ffn=put(0, ABOVE_ONE))
+    resumed = tiny_tracer("llama").trace_all(text, threshold=0.1, checkpoint=folder)
+    assert resumed.layers[0].ffn[0] == 1
+
+
+@pytest.mark.parametrize("value", [1.01, float("inf"), float("nan"), -0.1])
+def test_other_weights_are_refused(saved: Path, tmp_path: Path, value: float) -> None:
+    rewrite(saved, **{"edges.weight": put(0, value)})
+    with pytest.raises(FormatError, match=r"edges.weight: expected numbers from 0 to 1"):
+        RouteGraph.load(saved)
+    routes_to_save().save(tmp_path / "routes")
+    rewrite(tmp_path / "routes", **{"0.ffn": put(0, value)})
+    with pytest.raises(FormatError, match=r"0.ffn: expected numbers from 0 to 1"):
+        Routes.load(tmp_path / "routes")
 
 
 @pytest.mark.parametrize("failure", ["disk full", "interrupted"])
