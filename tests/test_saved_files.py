@@ -15,8 +15,7 @@ from paths import ROOT
 from safetensors import safe_open
 from tiny import tiny_model, tiny_text
 
-from ifr_fast import RouteGraph, Routes, Tracer
-from ifr_fast.graph.table_files import named_tensors
+from ifr_fast import FormatError, RouteGraph, Routes, Tracer
 from ifr_fast.scoring.checkpoint import Checkpoint
 
 SAVED = ROOT / "tests" / "data" / "saved"
@@ -27,7 +26,8 @@ FAMILIES = ["llama", "gpt_neox"]  # sequential and parallel blocks
 @pytest.mark.parametrize("kind", ["graph", "span"])
 def test_graphs_load_and_are_saved_alike(family: str, kind: str, tmp_path: Path) -> None:
     old, new = SAVED / f"{family}.{kind}.safetensors", tmp_path / "graph.safetensors"
-    graph = RouteGraph.load(old)
+    with pytest.warns(UserWarning, match="version 2 have no checksums"):
+        graph = RouteGraph.load(old)
     assert len(graph.tokens) == 9
     assert len(graph.edges.layer) > 10
     assert (graph.span is not None) == (kind == "span")
@@ -39,39 +39,32 @@ def test_graphs_load_and_are_saved_alike(family: str, kind: str, tmp_path: Path)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_routes_load_and_are_saved_alike(family: str, tmp_path: Path) -> None:
     old, new = SAVED / f"{family}.routes.safetensors", tmp_path / "routes.safetensors"
-    routes = Routes.load(old)
+    with pytest.warns(UserWarning, match="version 1 have no checksums"):
+        routes = Routes.load(old)
     assert len(routes) == 9
     routes.save(new)
     assert tensors_of(new) == tensors_of(old)
     assert fields_of(new) == fields_of(old)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_checkpoints_load(family: str, tmp_path: Path) -> None:
-    """A folder's fields depend on the model's weights, so they are taken from the files."""
-    folder = SAVED / f"{family}.checkpoint"
-    routes = Routes.load(SAVED / f"{family}.routes.safetensors")
-    old = Checkpoint(folder, fields_of(folder / "layer-000.safetensors"))
-    new = Checkpoint(tmp_path, old.fields)
-    for layer, of_routes in enumerate(routes.layers):
-        table = old.load(layer, torch.device("cpu"))
-        assert table is not None
-        expected = named_tensors(of_routes)
-        for name, x in named_tensors(table).items():
-            assert torch.equal(x, expected[name]), name
-        new.save(layer, table)
-        name = f"layer-{layer:03}.safetensors"
-        assert tensors_of(tmp_path / name) == tensors_of(folder / name)
+def test_checkpoints_without_checksums_are_refused() -> None:
+    """The model that they are of cannot be told any more."""
+    tracer = Tracer(tiny_model("llama"), impl="reference")
+    checkpoint = Checkpoint.of(SAVED / "llama.checkpoint", tracer.record(tiny_text(9)), 0.02)
+    with pytest.raises(FormatError, match="has version 1, this ifr_fast reads version 2"):
+        checkpoint.load(0, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("mode", ["lean", "full"])
 def test_recordings_hold_the_same_tensors(family: str, mode: str, tmp_path: Path) -> None:
     expected = json.loads((SAVED / "recordings.json").read_text())[f"{family}.{mode}"]
+    del expected["progress"]  # the form of version 1
     path = tmp_path / "recording"
     Tracer(tiny_model(family), impl="reference").record(tiny_text(9), mode=mode).save(path)
     with safe_open(str(path), "pt") as file:
         found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        assert found.pop("commits").get_shape() == [2, 3 + len(expected)]
         assert {n: [x.get_dtype(), *x.get_shape()] for n, x in found.items()} == expected
     fields = fields_of(path)
     assert set(fields) == {"mode", "model", "tokens", "position", "windows"}

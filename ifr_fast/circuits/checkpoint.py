@@ -8,10 +8,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..errors import FormatError
-from ..storage import load_tensors, save_tensors
+from ..storage import Format, load_tensors, save_tensors
 
-_FORMAT = "ifr_fast.patching"
-_VERSION = 1
+FORMAT = Format("ifr_fast.patching", version=2, oldest=2, checked_from=2)
 _COUNTED = ("runs", "row_layers", "seconds")
 
 
@@ -39,7 +38,7 @@ class SweepFolder(NamedTuple):
         path = self._path(batch, layer)
         if not path.exists():
             return None
-        tensors, fields = load_tensors(path, _FORMAT, _VERSION)
+        tensors, fields = load_tensors(path, FORMAT)
         if fields.get("identity") != self.identity:
             raise FormatError(f"{path}: belongs to another model, task or kind of patching")
         return LayerPatches(
@@ -50,4 +49,4 @@ class SweepFolder(NamedTuple):
         self.folder.mkdir(parents=True, exist_ok=True)
         fields = {"identity": self.identity, **{name: getattr(part, name) for name in _COUNTED}}
         tensors = {"heads": part.heads, "ffn": part.ffn}
-        save_tensors(self._path(batch, layer), _FORMAT, _VERSION, tensors, fields)
+        save_tensors(self._path(batch, layer), FORMAT, tensors, fields)

@@ -36,7 +36,7 @@ from ..model.decoder import Decoder
 from ..model.modes import evaluating
 from ..progress import progress
 from ..routes.route_graph import RouteGraph
-from ..storage import load_tensors, save_tensors
+from ..storage import Format, load_tensors, save_tensors
 from ..tracer import Tracer
 from .contrast import membership
 from .interventions import run
@@ -50,8 +50,7 @@ Mode = Literal["keep", "remove"]
 UNITS: tuple[Unit, ...] = ("component", "position")
 METHODS = ("routes", "attention", "attention without the first token", "random")
 THRESHOLDS = (0.005, 0.01, 0.015, 0.02, 0.03, 0.04)
-_FORMAT = "ifr_fast.faithfulness"
-_VERSION = 1
+_FORMAT = Format("ifr_fast.faithfulness", version=2, oldest=2, checked_from=2)
 
 
 class Selection(NamedTuple):
@@ -227,14 +226,14 @@ def survival(
             of_prompt.update(json.dumps(question).encode())
             identity = of_prompt.hexdigest()
             if path is not None and path.exists():
-                tensors, fields = load_tensors(path, _FORMAT, _VERSION)
+                tensors, fields = load_tensors(path, _FORMAT)
                 if fields.get("identity") != identity:
                     raise FormatError(f"{path}: belongs to another model, task or setting")
             else:
                 tensors = _survival_of(tracer, task, i, values, mode, at, draws, seed)
                 if path is not None:
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    save_tensors(path, _FORMAT, _VERSION, tensors, {"identity": identity})
+                    save_tensors(path, _FORMAT, tensors, {"identity": identity})
             found.append(tensors)
             show(i + 1)
 

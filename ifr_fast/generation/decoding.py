@@ -10,7 +10,7 @@ dtypes.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import NamedTuple
@@ -150,7 +150,7 @@ class _Alike:
     def __init__(
         self,
         blocks: list[Block],
-        recorded: list[LayerRecording],
+        recorded: Sequence[LayerRecording],
         room: int,
         kernel: Kernel,
         device: torch.device,
@@ -203,7 +203,7 @@ class Decoding:
     def __init__(
         self,
         decoder: Decoder,
-        recorded: list[LayerRecording],
+        recorded: Sequence[LayerRecording],
         room: int,
         kernel: Kernel,
         keep: float,

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -16,11 +14,10 @@ from transformers import PreTrainedModel
 from ..errors import UnsupportedArchitectureError
 from .attention import AttentionCall
 from .block import Block
+from .fingerprint import fingerprint
 from .hooks import LayerCall, hooked, in_this_thread, on_output
 from .interface import AttentionThrough, attention_through, exclusively
-from .modes import evaluating, is_plain, overriding_layers
-
-_SAMPLED = 16  # numbers of each tensor in a fingerprint
+from .modes import evaluating, overriding_layers
 
 
 class Decoder:
@@ -42,7 +39,7 @@ class Decoder:
         self.attention_through: AttentionThrough = attention_through
         self.blocks: list[Block] = []  # bottom first, once the model is opened
         self.final_site: nn.Module | None = None  # reads the last layer's output; None: the head
-        self.checked_hooks: list[tuple[int, ...]] = []  # `user_hooks` when the model was opened
+        self.checked_hooks: list[tuple[str, int]] = []  # `hook_keys` when the model was opened
 
     @property
     def n_layers(self) -> int:
@@ -97,26 +94,10 @@ class Decoder:
                 regime.append(max(n_tokens, original))
         return regime
 
-    @torch.inference_mode()
     def fingerprint(self) -> str:
-        """A digest of the model's architecture and of a sample of its weights."""
-        config = self.model.config.to_diff_dict()
-        for name in ("_name_or_path", "transformers_version"):
-            config.pop(name, None)
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-
-        def sample(x: Tensor) -> None:
-            flat = x.detach().reshape(-1)
-            some = flat[:: max(1, flat.numel() // _SAMPLED)][:_SAMPLED]
-            digest.update(some.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-
-        for name, parameter in self.model.named_parameters():
-            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-            if is_plain(parameter) and not parameter.is_meta:
-                sample(parameter)
-        for block in self.blocks:  # these sample offloaded and quantized weights too
-            sample(block.W_O.transpose(1, 2))
-        return digest.hexdigest()
+        """A digest of everything that the forward pass reads: see `fingerprint.fingerprint`."""
+        with exclusively(self.model):
+            return fingerprint(self.model)
 
     def forward(self, token_ids: Tensor, position: int = -1) -> tuple[Tensor, Tensor]:
         """Runs the model on `token_ids` [T].

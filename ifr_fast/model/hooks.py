@@ -95,17 +95,27 @@ def marked(hook: Callable[..., Any]) -> Callable[..., Any]:
     return hook
 
 
-def user_hooks(model: nn.Module) -> list[tuple[int, ...]]:
-    """The ids of the hooks on each module of a model, without those that are ours."""
-    return [
-        tuple(
-            key
-            for hooks in (module._forward_pre_hooks, module._forward_hooks)
-            for key, hook in hooks.items()
-            if not hasattr(hook, "of_ifr_fast")
-        )
-        for module in model.modules()
+def user_hooks(model: nn.Module) -> Iterator[tuple[str, int, Callable[..., Any]]]:
+    """The hooks on all modules and on each module of a model, without those that are ours: the
+    module's name and the hook's kind, its key, and the hook.
+    """
+    of_all = torch.nn.modules.module
+    places = [
+        ("all modules: pre-hook", of_all._global_forward_pre_hooks),
+        ("all modules: hook", of_all._global_forward_hooks),
     ]
+    for name, module in model.named_modules():
+        places.append((f"{name}: pre-hook", module._forward_pre_hooks))
+        places.append((f"{name}: hook", module._forward_hooks))
+    for place, hooks in places:
+        for key, hook in hooks.items():
+            if not hasattr(hook, "of_ifr_fast"):
+                yield place, key, hook
+
+
+def hook_keys(model: nn.Module) -> list[tuple[str, int]]:
+    """The places and keys of the hooks of users on a model, by which changes are noticed."""
+    return [(place, key) for place, key, _ in user_hooks(model)]
 
 
 @contextmanager

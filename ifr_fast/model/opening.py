@@ -37,12 +37,12 @@ from .block import HALF, Block, error_of_runs, relative_error, rounding_toleranc
 from .decoder import Decoder
 from .hooks import (
     StopForward,
+    hook_keys,
     hooked,
     in_this_thread,
     on_input,
     on_layer_call,
     on_output,
-    user_hooks,
 )
 from .interface import (
     AttentionThrough,
@@ -88,7 +88,7 @@ def check_hooks(decoder: Decoder) -> None:
     UnsupportedArchitectureError if that changed what its layers are.
     """
     with evaluating(decoder.model):
-        if user_hooks(decoder.model) == decoder.checked_hooks:
+        if hook_keys(decoder.model) == decoder.checked_hooks:
             return
         before = decoder.blocks
         try:
@@ -115,7 +115,7 @@ def _probing(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _open(decoder: Decoder) -> None:
-    hooks = user_hooks(decoder.model)
+    hooks = hook_keys(decoder.model)
     decoder.attention_through, decoder.blocks = _open_blocks(decoder)
     check_embeddings(decoder)
     decoder.checked_hooks = hooks

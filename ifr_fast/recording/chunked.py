@@ -12,7 +12,7 @@ from ..errors import FormatError
 from ..model.decoder import Decoder
 from ..progress import progress
 from . import mapped_file, prefill
-from .files import check_model, load, recording_of
+from .files import check_fingerprint, load, recording_of
 from .layer_pass import kept_rows
 from .mapped_file import MappedFile, Spec
 from .record import record
@@ -77,6 +77,16 @@ def record_in_chunks(
         tensors["resid.0"].copy_(around.embeddings)
     around = around._replace(embeddings=tensors["resid.0"])
     first_step, n_chunks = done, -(-T // n_rows)
+
+    def rows_done(n: int) -> dict[str, int]:
+        return prefill.rows_done(around, n_rows, n, checked_rows, fields["position"])
+
+    def commit(file: MappedFile, n: int) -> None:
+        before = rows_done(file.done)
+        file.commit(n, {name: x for name, x in rows_done(n).items() if x != before[name]})
+
+    if file is not None and done:
+        file.check_rows(_needed(rows_done(done), done // n_chunks))
     try:
         with progress("recording", total, done) as show:
 
@@ -84,7 +94,7 @@ def record_in_chunks(
                 nonlocal done
                 done = n
                 if file is not None and n % n_chunks == 0:
-                    file.commit(n)
+                    commit(file, n)
                 show(n)
 
             prefill.prefill(
@@ -101,8 +111,17 @@ def record_in_chunks(
             )
     finally:
         if file is not None and done % n_chunks:
-            file.commit(done)
+            commit(file, done)
+    if first_step and path is not None:
+        return load(path, decoder)  # what another process has written is checked
     return recording_of(decoder, tensors, fields, around)
+
+
+def _needed(rows: dict[str, int], layer: int) -> dict[str, int]:
+    """Of the rows that are done, those that a run reads which resumes in a layer."""
+    names = {"token_ids", "checked_rows", f"resid.{layer}", f"resid.{layer + 1}"}
+    names |= {f"{name}.{layer}" for name in ("k", "v", "checked_mid")}
+    return {name: n for name, n in rows.items() if name in names}
 
 
 def _to_go_on_with(
@@ -110,9 +129,14 @@ def _to_go_on_with(
 ) -> MappedFile:
     """The file of a recording of this text, to be resumed; the position of its logits is kept."""
     file = mapped_file.open_file(path, writable=True)
-    check_model(path, file.fields, fields["model"])
+    check_fingerprint(file, fields["model"])
     if file.done and not torch.equal(file.tensors["token_ids"], token_ids):
         raise FormatError(f"{path}: holds a recording of another text; expected a new path")
+    if file.done < file.total and not file.is_checked:
+        raise FormatError(
+            f"{path}: is unfinished, and an older ifr_fast has begun it; delete it, or expected a "
+            "new path"
+        )
     started_so = file.fields | {"position": None} == fields | {"position": None}
     if file.done < file.total and not started_so:
         raise FormatError(

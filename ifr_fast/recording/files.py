@@ -1,10 +1,10 @@
-"""Recordings read back from files, mapped into memory."""
+"""Recordings read back from files, mapped into memory; checked against checksums and the model."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, overload
 
 from torch import Tensor
 
@@ -12,11 +12,50 @@ from ..errors import FormatError
 from ..model.decoder import Decoder
 from ..model.masks import causal_mask
 from . import mapped_file, prefill
+from .mapped_file import MappedFile
+from .model_check import check_recording
 from .recording import LayerRecording, Recording, RecordingMode
 
+_OF_LAYER = (
+    *("resid", "k", "v", "q", "mid", "z"),
+    *("log_sum_exp", "checked_mid", "alibi_slopes"),
+)
 
-def check_model(path: str | os.PathLike[str], fields: dict[str, Any], model: str) -> None:
-    if fields.get("model") != model:
+
+class CheckedLayers(Sequence[LayerRecording]):
+    """The layers of a file's recording. A layer's tensors are compared with their checksums when it
+    is first used; FormatError is raised where they differ.
+    """
+
+    def __init__(self, file: MappedFile, layers: list[LayerRecording]) -> None:
+        self._file, self._layers = file, layers
+        self._unchecked = set(range(len(layers)))
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    @overload
+    def __getitem__(self, index: int) -> LayerRecording: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[LayerRecording]: ...
+    def __getitem__(self, index: int | slice) -> LayerRecording | list[LayerRecording]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        found = self._layers[index]
+        i = index % len(self)
+        if i in self._unchecked:
+            names = [f"{name}.{i}" for name in _OF_LAYER if f"{name}.{i}" in self._file.tensors]
+            self._file.check(names)
+            self._unchecked.discard(i)
+        return found
+
+
+def check_fingerprint(file: MappedFile, model: str) -> None:
+    """Raises FormatError for the file of another model. Files without checksums have fingerprints
+    of another kind.
+    """
+    path = file.path
+    if file.is_checked and file.fields.get("model") != model:
         raise FormatError(f"{path}: was recorded from another model, or with other weights")
 
 
@@ -26,19 +65,27 @@ def load(path: str | os.PathLike[str], decoder: Decoder) -> Recording:
     Raises FormatError for a file that is truncated, foreign, unfinished, or of another model.
     """
     file = mapped_file.open_file(path)
-    check_model(path, file.fields, decoder.fingerprint())
+    check_fingerprint(file, decoder.fingerprint())
     if file.done < file.total:
         raise FormatError(
             f"{path}: is unfinished, {file.done} of {file.total} steps are recorded; record the "
             "same text with this path to go on"
         )
     try:
+        file.check(["token_ids", "checked_rows", "states", "logits"])
+        file.check([f"resid.{decoder.n_layers}"])
         token_ids = file.tensors["token_ids"]
         if not bool(((token_ids >= 0) & (token_ids < decoder.vocab_size)).all()):
             raise ValueError("token ids")
-        return recording_of(
-            decoder, file.tensors, file.fields, prefill.frame(decoder, token_ids.clone())
-        )
+        around = prefill.frame(decoder, token_ids.clone())
+        recording = recording_of(decoder, file.tensors, file.fields, around)
+        try:
+            check_recording(path, recording, around.embeddings)
+        except FormatError:
+            file.check(file.tensors)  # a damaged file is refused as such
+            raise
+        recording.layers = CheckedLayers(file, list(recording.layers))
+        return recording
     except (KeyError, ValueError, IndexError, TypeError) as error:
         raise FormatError(f"{path}: not a whole recording ({error!r})") from error
 

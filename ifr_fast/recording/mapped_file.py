@@ -1,9 +1,14 @@
 """Recordings as files: safetensors mapped into memory, complete or to be resumed.
 
 A file is laid out and its space reserved before anything is computed; its tensors are then written
-through the mapping. `progress` holds the number of steps done and the total. A step counts once its
-data are on the disk, so the file of an interrupted run never claims data that it lacks. Numbers of
-8 bytes come first, so that all tensors are aligned.
+through the mapping. `commits` holds two records of what is done: the number of steps done, the
+total, each tensor's checksum over the leading rows that are done, and a checksum of the record.
+They are written in turn, so that one of them is always whole. A step counts once its data are on
+the disk, so the file of an interrupted run never claims data that it lacks. Numbers of 8 bytes come
+first, so that all tensors are aligned.
+
+Checksums are compared when a tensor is first used (`MappedFile.check`), not when the file is
+opened: a long text's recording is larger than the memory.
 """
 
 from __future__ import annotations
@@ -11,19 +16,22 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..checksums import checksum_of_json, damaged
 from ..errors import FormatError
-from ..storage import whole_file
+from ..storage import Format, checksum, version_of, whole_file
 
-FORMAT = "ifr_fast.recording"
-VERSION = 1
+FORMAT = Format("ifr_fast.recording", version=2, oldest=1, checked_from=2)
+_COMMITS = "commits"
+_UNCHECKED = "progress"  # in place of `commits` in version 1: steps done and total
 _NAMES = {
     torch.int64: "I64",
     torch.float64: "F64",
@@ -53,27 +61,59 @@ class Spec(NamedTuple):
         return n
 
 
-class MappedFile(NamedTuple):
+class MappedFile:
     """A recording's file, mapped into memory."""
 
-    path: Path | None  # None: a file without a name, deleted with its last tensor
-    tensors: dict[str, Tensor]
-    fields: dict[str, Any]
+    def __init__(
+        self,
+        path: Path | None,
+        tensors: dict[str, Tensor],
+        fields: dict[str, Any],
+        commits: Tensor | None,
+        progress: tuple[int, int],
+    ) -> None:
+        self.path = path  # None: a file without a name, deleted with its last tensor
+        self.tensors = tensors
+        self.fields = fields
+        self.done, self.total = progress  # steps whose data the file holds, and all steps
+        self._commits = commits  # [2, 3 + n] int64; None: the file's version has no checksums
+        self._sums: dict[str, int] = {}
+        if commits is not None and (last := _last(commits)) is not None:
+            self._sums = dict(zip(sorted(tensors), commits[last, 2:-1].tolist(), strict=True))
 
     @property
-    def done(self) -> int:
-        """The number of steps whose data the file holds."""
-        return int(self.tensors["progress"][0])
+    def is_checked(self) -> bool:
+        """True if the file has checksums."""
+        return self._commits is not None
 
-    @property
-    def total(self) -> int:
-        """The number of steps of a complete recording."""
-        return int(self.tensors["progress"][1])
+    def check(self, names: Iterable[str]) -> None:
+        """Compares complete tensors with their checksums. Raises FormatError for one that differs,
+        and KeyError for one that is not there.
+        """
+        self.check_rows(dict.fromkeys(names))
 
-    def commit(self, done: int) -> None:
-        """Writes the data to the disk, and then the number of steps done."""
+    def check_rows(self, rows: Mapping[str, int | None]) -> None:
+        """`check` of leading rows of tensors, by name, those that were done at the last commit."""
+        for name, n in rows.items():
+            x = self.tensors[name]
+            if self._commits is not None and self._sums[name] != _sum(x, n):
+                raise damaged(self.path or "recording", f"tensor {name!r}")
+
+    def commit(self, done: int, written: Mapping[str, int | None]) -> None:
+        """Writes the data to the disk, and then the number of steps done.
+
+        written: the tensors that were written to since the last commit, and the numbers of their
+        leading rows that are done; None: all.
+        """
         self._sync()
-        self.tensors["progress"][0] = done
+        self.done = done
+        if self.path is None or self._commits is None:
+            return
+        for name, rows in written.items():
+            self._sums[name] = _sum(self.tensors[name], rows)
+        record = [done, self.total, *(self._sums[name] for name in sorted(self.tensors))]
+        last = _last(self._commits)
+        self._commits[0 if last is None else 1 - last] = torch.tensor([*record, _digest(record)])
         self._sync()
 
     def _sync(self) -> None:
@@ -86,6 +126,27 @@ class MappedFile(NamedTuple):
             os.close(descriptor)
 
 
+def _sum(x: Tensor, rows: int | None) -> int:
+    """The checksum of a tensor's leading rows, as int64."""
+    return _signed(int(checksum(x if rows is None else x[:rows]), 16))
+
+
+def _digest(record: list[int]) -> int:
+    return _signed(xxhash.xxh3_64_intdigest(b"".join(x.to_bytes(8, "little", signed=True)
+                                                     for x in record)))  # fmt: skip
+
+
+def _signed(x: int) -> int:
+    return x - (x >> 63 << 64)
+
+
+def _last(commits: Tensor) -> int | None:
+    """The record of the two that is whole and has more steps done; None if there is none."""
+    records = [(record, digest) for *record, digest in commits.tolist()]
+    whole = [i for i, (record, digest) in enumerate(records) if _digest(record) == digest]
+    return max(whole, key=lambda i: records[i][0][0], default=None)
+
+
 def create(
     path: str | os.PathLike[str], specs: Mapping[str, Spec], fields: dict[str, Any], n_steps: int
 ) -> MappedFile:
@@ -95,8 +156,7 @@ def create(
     """
     with whole_file(path) as temporary:
         _lay_out(temporary, specs, fields)
-        made = _mapped(temporary, writable=True)
-        made.tensors["progress"].copy_(torch.tensor([0, n_steps]))
+        _begin(temporary, n_steps)
     return _mapped(Path(os.path.realpath(path)), writable=True)
 
 
@@ -104,7 +164,8 @@ def create_nameless(specs: Mapping[str, Spec], fields: dict[str, Any], n_steps: 
     """`create` for a file without a name, in the folder for temporary files ($TMPDIR)."""
     with tempfile.TemporaryDirectory(prefix="ifr_fast.") as folder:
         made = create(Path(folder, "recording"), specs, fields, n_steps)
-    return made._replace(path=None)
+    made.path = made._commits = None
+    return made
 
 
 def write(
@@ -114,29 +175,39 @@ def write(
     specs = {name: Spec.of(x) for name, x in tensors.items()}
     with whole_file(path) as temporary:
         _lay_out(temporary, specs, fields)
-        made = _mapped(temporary, writable=True)
+        made = _begin(temporary, 1)
         for name, x in tensors.items():
             made.tensors[name].copy_(x)
-        made.tensors["progress"].copy_(torch.tensor([0, 1]))
-        made.commit(1)
+        made.commit(1, dict.fromkeys(tensors))
 
 
 def open_file(path: str | os.PathLike[str], *, writable: bool = False) -> MappedFile:
     """The file of a recording, complete or not.
 
-    Raises FormatError for a truncated or foreign file.
+    Raises FormatError for a truncated or foreign file, and for one whose header is damaged.
     """
     try:
         return _mapped(Path(os.path.realpath(path)), writable)
     except FileNotFoundError as error:
         raise FormatError(f"{path}: no such file") from error
-    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError, TypeError) as error:
-        raise FormatError(f"{path}: not a whole {FORMAT} file ({error})") from error
+    except (SafetensorError, OSError, LookupError, ValueError, RuntimeError, TypeError) as error:
+        raise FormatError(f"{path}: not a whole {FORMAT.name} file ({error})") from error
+
+
+def _begin(path: Path, n_steps: int) -> MappedFile:
+    """A file that was just laid out; a record that nothing is done is written."""
+    made = _mapped(path, writable=True, total=n_steps)
+    made.commit(0, {name: 0 if x.ndim else None for name, x in made.tensors.items()})
+    return made
 
 
 def _lay_out(path: Path, specs: Mapping[str, Spec], fields: dict[str, Any]) -> None:
-    specs = {"progress": Spec(torch.int64, (2,)), **specs}
-    metadata = {"format": FORMAT, "version": str(VERSION), "fields": json.dumps(fields)}
+    specs = {_COMMITS: Spec(torch.int64, (2, 3 + len(specs))), **specs}
+    metadata = {
+        "format": FORMAT.name,
+        "version": str(FORMAT.version),
+        "fields": json.dumps(fields),
+    }
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     for name, spec in sorted(specs.items(), key=lambda item: -item[1].dtype.itemsize):
@@ -146,6 +217,7 @@ def _lay_out(path: Path, specs: Mapping[str, Spec], fields: dict[str, Any]) -> N
             "shape": list(spec.shape),
             "data_offsets": [begin, end],
         }
+    metadata["checksum"] = checksum_of_json(header)
     text = json.dumps(header).encode()
     text += b" " * (-(len(text) + 8) % _ALIGNMENT)
     with path.open("r+b") as file:
@@ -158,22 +230,19 @@ def _lay_out(path: Path, specs: Mapping[str, Spec], fields: dict[str, Any]) -> N
             file.truncate(8 + len(text) + end)
 
 
-def _mapped(path: Path, writable: bool) -> MappedFile:
+def _mapped(path: Path, writable: bool, total: int | None = None) -> MappedFile:
+    """total: the number of steps of a file without records."""
     with safe_open(path, framework="pt") as file:  # raises if the file is truncated
         metadata = file.metadata() or {}
-    if metadata.get("format") != FORMAT:
-        raise FormatError(
-            f"{path}: expected a file of format {FORMAT!r}, got {metadata.get('format')!r}"
-        )
-    if metadata.get("version") != str(VERSION):
-        raise FormatError(
-            f"{path}: {FORMAT} has version {metadata.get('version')}, this ifr_fast reads "
-            f"version {VERSION}"
-        )
+    version = version_of(path, metadata, FORMAT)
     with path.open("rb") as file:
         start = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(start))
         start += 8
+    if version >= FORMAT.checked_from:
+        found = header["__metadata__"].pop("checksum")
+        if found != checksum_of_json(header):
+            raise damaged(path, "its header")
     # A private mapping that is only read shares its pages with the system's cache too.
     content = torch.from_file(
         str(path), shared=writable, size=path.stat().st_size, dtype=torch.uint8
@@ -182,8 +251,18 @@ def _mapped(path: Path, writable: bool) -> MappedFile:
     tensors = {}
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
-        found = content[start + begin : start + end].view(_DTYPES[entry["dtype"]])
-        tensors[name] = found.view(entry["shape"])
-    if tensors["progress"].dtype != torch.int64 or tensors["progress"].shape != (2,):
-        raise KeyError("progress")
-    return MappedFile(path, tensors, json.loads(metadata["fields"]))
+        mapped = content[start + begin : start + end].view(_DTYPES[entry["dtype"]])
+        tensors[name] = mapped.view(entry["shape"])
+    fields = json.loads(metadata["fields"])
+    if version < FORMAT.checked_from:
+        done, total = tensors.pop(_UNCHECKED).tolist()
+        return MappedFile(path, tensors, fields, None, (done, total))
+    commits = tensors.pop(_COMMITS)
+    if total is None:
+        last = _last(commits)
+        if last is None:
+            raise damaged(path, "its record of what is done")
+        done, total = commits[last, :2].tolist()
+    else:
+        done = 0
+    return MappedFile(path, tensors, fields, commits, (done, total))

@@ -132,6 +132,25 @@ def n_steps(decoder: Decoder, n_tokens: int, n_rows: int) -> int:
     return (decoder.n_layers + 1) * -(-n_tokens // n_rows)
 
 
+def rows_done(
+    surroundings: Frame, n_rows: int, done: int, checked_rows: Tensor, position: int
+) -> dict[str, int]:
+    """The leading rows of each tensor that are final after `done` steps of `prefill`."""
+    n_tokens, n_layers = len(surroundings.embeddings), len(surroundings.calls)
+    n_chunks = -(-n_tokens // n_rows)
+    begun = min(done, 1)
+    found = {"token_ids": begun * n_tokens, "checked_rows": begun * len(checked_rows)}
+    found["resid.0"] = begun * n_tokens
+    for layer in range(n_layers + 1):
+        chunks = min(max(done - layer * n_chunks, 0), n_chunks)
+        end = min(chunks * n_rows, n_tokens)
+        if layer < n_layers:
+            found |= {f"resid.{layer + 1}": end, f"k.{layer}": end, f"v.{layer}": end}
+            found[f"checked_mid.{layer}"] = int((checked_rows < end).sum())
+    (n_logits,) = surroundings.logits.shape
+    return found | {"states": end, "logits": n_logits * (end > position)}
+
+
 @torch.inference_mode()
 def prefill(
     decoder: Decoder,

@@ -9,7 +9,7 @@ forward pass's own, held instead of freed.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import StrEnum
@@ -59,7 +59,7 @@ class Recording:
     token_ids: Tensor  # [T] int64, on the CPU
     tokens: list[str]
     mode: RecordingMode
-    layers: list[LayerRecording]
+    layers: Sequence[LayerRecording]
     resid_final: Tensor  # [T, D] resid_post of the last layer
     states: Tensor  # [T, D] what the head reads
     position: int  # the forward pass predicted the token after this one

@@ -21,7 +21,7 @@ from ..graph.reach import Reach, reach_in_layers
 from ..graph.table_files import named_tensors, take_table
 from ..graph.tables import Granularity, GraphHeader, LayerTable, Prediction, plain_tensor
 from ..recording.predictions import KnownPredictions
-from ..storage import load_tensors, save_tensors
+from ..storage import Format, load_tensors, save_tensors
 from .route_graph import RouteGraph, assemble
 
 _FLOW_ELEMENTS = 1 << 24  # size of the flow [T, P] for P predictions that are followed at once
@@ -43,8 +43,7 @@ class Routes:
     predict: Callable[[list[int]], list[list[Prediction]]] = field(repr=False)
     scored_threshold: float
 
-    _FORMAT = "ifr_fast.routes"
-    _VERSION = 1
+    _FORMAT = Format("ifr_fast.routes", version=2, oldest=1, checked_from=2)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "token_ids", plain_tensor(self.token_ids))
@@ -158,12 +157,12 @@ class Routes:
             "parallel": self._parallel,
             "predictions": self.predict(list(range(len(self)))),
         }
-        save_tensors(path, self._FORMAT, self._VERSION, tensors, fields)
+        save_tensors(path, self._FORMAT, tensors, fields)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Routes:
         """The routes that `save` saved. Raises FormatError for a truncated or foreign file."""
-        tensors, fields = load_tensors(path, cls._FORMAT, cls._VERSION)
+        tensors, fields = load_tensors(path, cls._FORMAT)
         try:
             rows = torch.arange(len(fields["tokens"]))
             layers = [
@@ -186,4 +185,4 @@ class Routes:
             check_predictions("predictions", predictions, len(routes))
             return dataclasses.replace(routes, layers=[table.at_most_one() for table in layers])
         except (AttributeError, LookupError, TypeError, ValueError) as error:
-            raise FormatError(f"{path}: not a whole {cls._FORMAT} file ({error})") from error
+            raise FormatError(f"{path}: not a whole {cls._FORMAT.name} file ({error})") from error

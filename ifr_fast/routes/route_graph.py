@@ -30,7 +30,7 @@ from ..graph.tables import (
     Span,
     WeightedPath,
 )
-from ..storage import load_tensors, save_tensors
+from ..storage import Format, load_tensors, save_tensors
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -93,9 +93,8 @@ class RouteGraph(GraphData):
     Its fields and importances are those of `GraphData`.
     """
 
-    _FORMAT = "ifr_fast.route_graph"
-    _VERSION = 2
-    _OLDEST = 1  # version 1 had no spans
+    # Version 1 had no spans.
+    _FORMAT = Format("ifr_fast.route_graph", version=3, oldest=1, checked_from=3)
 
     def reach(self, source: SupportsIndex) -> Reach:
         """The reach of a token's information: the weight of all paths from its embedding up to
@@ -265,12 +264,12 @@ class RouteGraph(GraphData):
             "unattributed": self.unattributed,
             "span": self.span,
         }
-        save_tensors(path, self._FORMAT, self._VERSION, tensors, fields)
+        save_tensors(path, self._FORMAT, tensors, fields)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RouteGraph:
         """The graph that `save` saved. Raises FormatError for a truncated or foreign file."""
-        tensors, fields = load_tensors(path, cls._FORMAT, cls._VERSION, oldest=cls._OLDEST)
+        tensors, fields = load_tensors(path, cls._FORMAT)
         try:
             edges = EdgeTable(*(tensors.pop(f"edges.{name}") for name in EdgeTable._fields))
             heads = HeadEdgeTable(
@@ -301,4 +300,4 @@ class RouteGraph(GraphData):
                 head_edges=heads._replace(weight=heads.weight.clamp(max=1)),
             )
         except (AttributeError, LookupError, TypeError, ValueError) as error:
-            raise FormatError(f"{path}: not a whole {cls._FORMAT} file ({error})") from error
+            raise FormatError(f"{path}: not a whole {cls._FORMAT.name} file ({error})") from error

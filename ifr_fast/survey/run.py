@@ -23,10 +23,11 @@ from ..tracer import Tracer
 from .documents import Cutter, Vocabulary
 from .engines import Engine, LocalEngine, ModelSource, Scoring, ray_engine
 from .inputs import Reading, Source, expand
+from .parts import FOLDER, TABLES, check_file, part_path, read_record, whole_parts
 from .readers import SPLITS, Split
-from .schema import Problem, Survey, part_path, read_manifest, whole_parts
+from .schema import UNCHECKED, Problem, Survey, read_manifest
 from .windows import Window, WindowReader
-from .writer import Shape, part_end, write_corpora, write_manifest, write_part
+from .writer import Shape, write_corpora, write_manifest, write_part
 
 EngineName: TypeAlias = Literal["local", "ray"]
 
@@ -156,10 +157,12 @@ def survey(
                 f"inputs: nothing could be surveyed; the first of {len(problems)} problems: "
                 f"{problems[0]}"
             )
-        write_corpora(found)
-        if begun is None or not begun.get("complete"):
-            kept = read_manifest(directory).get("versions", versions)
-            write_manifest(directory, {**fields, "versions": kept, "complete": True})
+        sums = write_corpora(found)
+        if begun is None or not begun.get("complete") or begun.get("sums") != sums:
+            kept = versions if begun is None else begun.get("versions", versions)
+            n_parts = len(found.part_numbers)
+            done = {"versions": kept, "complete": True, "parts": n_parts, "sums": sums}
+            write_manifest(directory, {**fields, **done})
     return Survey.open(directory)
 
 
@@ -185,8 +188,11 @@ class _Run:
         part = 0
         while True:
             if part in self.whole:
+                record = read_record(self.directory, part)
+                for table in TABLES:
+                    check_file(self.directory, table, part, record)
                 path = part_path(self.directory, "predictions", part)
-                self.feed.skip(part_end(self.directory, part), str(path))
+                self.feed.skip(record, str(path))
                 self.skipped = self.read = max(self.read, self.feed.progress.done)
                 self.began = time.perf_counter()
             else:
@@ -260,8 +266,8 @@ def _begin(directory: Path, resume: bool, stack: ExitStack) -> dict[str, Any] | 
     _check_empty(directory)
     existed = directory.exists()
     try:
-        for table in ("predictions", "heads"):
-            os.makedirs(directory / table, exist_ok=True)
+        for folder in _FOLDERS:
+            os.makedirs(directory / folder, exist_ok=True)
         stack.enter_context(FileLock(directory / ".lock", timeout=0))
     except Timeout as error:
         raise IfrError(f"{directory}: another run is writing into it") from error
@@ -277,6 +283,11 @@ def _begin(directory: Path, resume: bool, stack: ExitStack) -> dict[str, Any] | 
         raise FormatError(
             f"{directory}: holds a survey already; resume it, or name another directory"
         )
+    if manifest["version"] == UNCHECKED:
+        raise FormatError(
+            f"{directory}: was begun by an older ifr_fast, whose parts have no checksums; survey "
+            "the inputs into another directory"
+        )
     return manifest
 
 
@@ -285,13 +296,14 @@ def _clean_up(directory: Path, existed: bool) -> None:
     if (directory / "survey.json").exists():
         return
     (directory / ".lock").unlink(missing_ok=True)
-    of_survey = [directory / "predictions", directory / "heads"]
+    of_survey = [directory / folder for folder in _FOLDERS]
     for folder in of_survey if existed else [*of_survey, directory]:
         with suppress(OSError):  # not empty
             folder.rmdir()
 
 
-_OWN = {"predictions", "heads", ".lock"}
+_FOLDERS = (*TABLES, FOLDER)
+_OWN = {*_FOLDERS, ".lock"}
 
 
 def _check_empty(directory: Path) -> None:
@@ -300,13 +312,13 @@ def _check_empty(directory: Path) -> None:
         return
     others = [x for x in directory.iterdir()
               if x.name not in _OWN and not x.name.startswith(".ifr_fast.")]  # fmt: skip
-    if others or whole_parts(directory):
+    if others or any((directory / "predictions").glob("part-*.parquet")):
         raise FormatError(f"{directory}: holds other things; expected an empty directory")
 
 
 def _remove_leftovers(directory: Path) -> None:
     """Removes unfinished files of a killed run; the caller holds the lock."""
-    for folder in (directory, directory / "predictions", directory / "heads"):
+    for folder in (directory, *(directory / name for name in _FOLDERS)):
         for leftover in folder.glob(".ifr_fast.*"):
             leftover.unlink(missing_ok=True)
 

@@ -3,11 +3,13 @@
     survey.json                       model, options and status
     predictions/part-NNNNNN.parquet   one row per prediction: of position t + 1 at position t
     heads/part-NNNNNN.parquet         one row per document, layer and head
+    checksums/part-NNNNNN.json        the record that completes a part: parts.py
     corpora.parquet                   one row per corpus: means of both; written at the end
 
 A document is a text as the model read it; each piece of a text that was cut is a document. A part
-is written whole or not at all, heads first; heads without predictions are ignored. Numbers are
-float32 unless stated otherwise; lists are layer-major.
+is written whole or not at all; its tables are ignored without its record. Files are compared with
+their checksums when they are first read. Numbers are float32 unless stated otherwise; lists are
+layer-major.
 """
 
 from __future__ import annotations
@@ -15,20 +17,22 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 
+from ..checksums import checksum_of_json, damaged, warn_unchecked
 from ..errors import FormatError
 from .arrow import pa, pq
+from .parts import Checked, part_path, whole_parts
 
 FORMAT = "ifr_fast.survey"
-VERSION = 1
+VERSION = 2
+UNCHECKED = 1  # the version without checksums, which is read as well
 OFFSETS = 33  # entries of by_offset: 0 to 31, and all from 32 on
 PROBLEMS = b"ifr_fast.problems"  # key of a part's metadata: JSON, the fields of its Problems
-PART = b"ifr_fast.part"  # key of a part's metadata: JSON, the Cursor at its end
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
@@ -131,11 +135,6 @@ def corpora_schema(n_layers: int, n_heads: int, n_thresholds: int) -> pa.Schema:
     return pa.schema(fields)
 
 
-def part_path(directory: Path, table: str, part: int) -> Path:
-    """Path of a part of the table "predictions" or "heads"."""
-    return directory / table / f"part-{part:06}.parquet"
-
-
 @dataclass(frozen=True)
 class Problem:
     """A text that could not be surveyed, and the reason."""
@@ -154,6 +153,7 @@ class Table:
     paths: list[Path]
     schema: pa.Schema
     shapes: dict[str, tuple[int, ...]]  # shape of a row's entry, for arrays
+    checked: Checked
 
     @property
     def columns(self) -> list[str]:
@@ -161,14 +161,14 @@ class Table:
         return list(self.schema.names)
 
     def __len__(self) -> int:
-        return sum(_parquet(path).metadata.num_rows for path in self.paths)
+        return sum(self._open(path).metadata.num_rows for path in self.paths)
 
     def parts(self, *columns: str) -> Iterator[dict[str, Array]]:
         """Columns of each part (all of them if none is named) as numpy arrays of N rows.
 
         Lists are float arrays [N, ...], bits bool ones, strings objects (None where null):
         `head_importance` is [N, L, H]. Raises ValueError for an unknown column, and FormatError,
-        with the path, for a broken part.
+        with the path, for a broken or damaged part.
         """
         unknown = [name for name in columns if name not in self.schema.names]
         if unknown:
@@ -189,7 +189,7 @@ class Table:
         return {name: np.concatenate([part[name] for part in found]) for name in names}
 
     def _read(self, path: Path, names: list[str]) -> dict[str, Array]:
-        file = _parquet(path)
+        file = self._open(path)
         if not file.schema_arrow.equals(self.schema):
             raise FormatError(f"{path}: has other columns than its survey")
         try:
@@ -197,6 +197,10 @@ class Table:
         except (OSError, pa.ArrowException) as error:
             raise FormatError(f"{path}: is broken ({first_line(error)})") from error
         return {name: self._array(name, table.column(name)) for name in names}
+
+    def _open(self, path: Path) -> pq.ParquetFile:
+        self.checked.check(path)
+        return _parquet(path)
 
     def _array(self, name: str, column: pa.ChunkedArray) -> Array:
         kind = column.type
@@ -229,6 +233,7 @@ class Survey:
     labels: list[str]
     complete: bool  # False during a run, or after an interruption
     manifest: dict[str, Any]  # all of survey.json
+    checked: Checked = field(repr=False)
 
     @staticmethod
     def open(directory: str | os.PathLike[str]) -> Survey:
@@ -244,6 +249,7 @@ class Survey:
                 [str(x) for x in manifest["labels"]],
                 bool(manifest["complete"]),
                 manifest,
+                Checked(path, _sums(path, manifest)),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise FormatError(
@@ -262,8 +268,15 @@ class Survey:
 
     @property
     def part_numbers(self) -> list[int]:
-        """Numbers of the complete parts, ascending."""
-        return whole_parts(self.path)
+        """Numbers of the complete parts, ascending. Raises FormatError where a complete survey lacks
+        one.
+        """
+        found = whole_parts(self.path, recorded=self.manifest["version"] != UNCHECKED)
+        missing = set(range(self.manifest.get("parts", 0))).difference(found)
+        if missing:
+            path = part_path(self.path, "predictions", min(missing))
+            raise FormatError(f"{path}: is missing, or its record; resume the survey")
+        return found
 
     @property
     def predictions(self) -> Table:
@@ -283,7 +296,7 @@ class Survey:
         if not path.is_file():
             raise FormatError(f"{path}: no such file; the survey is not complete, resume it")
         L, H, K = self.n_layers, self.n_heads, len(self.thresholds)
-        return Table([path], corpora_schema(L, H, K), self._shapes())
+        return Table([path], corpora_schema(L, H, K), self._shapes(), self.checked)
 
     @property
     def problems(self) -> list[Problem]:
@@ -291,12 +304,13 @@ class Survey:
         found = []
         for part in self.part_numbers:
             path = part_path(self.path, "predictions", part)
+            self.checked.check(path)
             found += [Problem(**fields) for fields in metadata_of(path, PROBLEMS)]
         return found
 
     def _table(self, name: str, schema: pa.Schema) -> Table:
         paths = [part_path(self.path, name, part) for part in self.part_numbers]
-        return Table(paths, schema, self._shapes())
+        return Table(paths, schema, self._shapes(), self.checked)
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         L, H = self.n_layers, self.n_heads
@@ -314,16 +328,18 @@ class Survey:
         return shapes
 
 
-def whole_parts(directory: Path) -> list[int]:
-    """Numbers of a survey's complete parts, ascending."""
-    return sorted(
-        int(path.stem.removeprefix("part-"))
-        for path in (directory / "predictions").glob("part-*.parquet")
-    )
+def _sums(directory: Path, manifest: dict[str, Any]) -> dict[Path, str] | None:
+    """The checksums of files that are not parts; None in the version without checksums."""
+    if manifest["version"] == UNCHECKED:
+        return None
+    return {directory / name: str(of) for name, of in manifest.get("sums", {}).items()}
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """Reads survey.json. Raises FormatError if it is missing, or of another version."""
+    """Reads survey.json. A warning says where its version has no checksums.
+
+    Raises FormatError if it is missing, damaged, or of another version.
+    """
     path = directory / "survey.json"
     try:
         manifest = json.loads(path.read_bytes())
@@ -333,11 +349,16 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise FormatError(f"{path}: cannot be read ({error})") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise FormatError(f"{path}: not a manifest of format {FORMAT!r}")
-    if manifest.get("version") != VERSION:
+    version, found = manifest.get("version"), manifest.pop("checksum", None)
+    if version not in (UNCHECKED, VERSION):
         raise FormatError(
-            f"{path}: {FORMAT} has version {manifest.get('version')}, this ifr_fast reads "
-            f"version {VERSION}"
+            f"{path}: {FORMAT} has version {version}, this ifr_fast reads versions {UNCHECKED} to "
+            f"{VERSION}"
         )
+    if version == UNCHECKED and found is None:
+        warn_unchecked(path, version)
+    elif version == UNCHECKED or found != checksum_of_json(manifest):
+        raise damaged(path, "its content")
     return manifest
 
 

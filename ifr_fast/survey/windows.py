@@ -9,24 +9,16 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..errors import FormatError
 from .documents import Cutter, Document, new_digest, update
 from .inputs import Item, Source
+from .parts import Cursor, PartRecord
 from .readers import Progress
 from .schema import Problem
 
 _WINDOW_DOCUMENTS = 4096  # most documents and problems of a window
-
-
-class Cursor(NamedTuple):
-    """Position in the sources at which a window ends."""
-
-    items: int  # items read so far, problems included
-    left: int  # documents and problems of the last item that belong to the next window
-    documents: int  # documents numbered so far
-    sha256: str  # digest of the items
 
 
 @dataclass(frozen=True)
@@ -37,6 +29,7 @@ class Window:
     first: int  # number of the first document
     documents: list[Document]
     problems: list[Problem]
+    begin: Cursor
     end: Cursor
     read: int  # bytes of the sources up to the end
 
@@ -67,7 +60,7 @@ class WindowReader:
 
     def window(self, part: int) -> Window | None:
         """The next window, as part number `part`; None at the end of the sources."""
-        first, tokens = self._n_documents, 0
+        first, tokens, begin = self._n_documents, 0, self._cursor()
         documents: list[Document] = []
         problems: list[Problem] = []
         while tokens < self._window_tokens and len(documents) + len(problems) < _WINDOW_DOCUMENTS:
@@ -86,13 +79,20 @@ class WindowReader:
         if not documents and not problems:
             return None
         self._n_documents += len(documents)
-        return Window(part, first, documents, problems, self._cursor(), self.progress.done)
+        end = self._cursor()
+        return Window(part, first, documents, problems, begin, end, self.progress.done)
 
-    def skip(self, end: Cursor, where: str) -> None:
+    def skip(self, record: PartRecord, where: str) -> None:
         """Reads past the text of a part that is already written.
 
-        Raises FormatError if the sources hold other text now.
+        Raises FormatError if the sources hold other text now, or if the part before is another one.
         """
+        end = record.end
+        if record.begin != self._cursor():
+            raise FormatError(
+                f"{where}: does not begin where the part before it ends; survey the inputs into "
+                "another directory"
+            )
         item: Item | Problem | None = None
         while self._n_items < end.items:
             item = self._next()

@@ -14,24 +14,22 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from ..errors import FormatError
+from ..checksums import checksum_of_json
 from ..storage import whole_file, write_text
 from .arrow import pa, pq
 from .columns import Columns
+from .parts import TABLES, Cursor, file_sum, part_path, record_path
 from .schema import (
     FORMAT,
-    PART,
     PROBLEMS,
     VERSION,
     Problem,
     Survey,
     corpora_schema,
     heads_schema,
-    metadata_of,
-    part_path,
     predictions_schema,
 )
-from .windows import Cursor, Window
+from .windows import Window
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
@@ -49,7 +47,7 @@ class Shape:
 def write_part(
     directory: Path, shape: Shape, window: Window, found: Sequence[Columns | None]
 ) -> list[Problem]:
-    """Writes the part of a window, first its heads and then its predictions; returns its problems.
+    """Writes the part of a window, its tables and then its record; returns its problems.
 
     Raises IfrError if the system refuses, as for a full disk; then the part does not exist.
     """
@@ -60,10 +58,7 @@ def write_part(
             problems.append(Problem(document.context, "the model's states are not finite"))
         else:
             rows.append((window.first + i, document, columns))
-    metadata = {
-        PART: json.dumps(window.end._asdict()),
-        PROBLEMS: json.dumps([vars(problem) for problem in problems]),
-    }
+    metadata = {PROBLEMS: json.dumps([vars(problem) for problem in problems])}
     L, H = shape.n_layers, shape.n_heads
     schema = predictions_schema(L, H, shape.n_thresholds, shape.labels)
     counts = [len(document.tokens.word) for _, document, _ in rows]
@@ -102,24 +97,16 @@ def write_part(
 
     _write(part_path(directory, "heads", window.part), of_heads, heads)
     _write(part_path(directory, "predictions", window.part), schema, predictions, metadata)
+    write_record(directory, window.part, window.begin, window.end)
     return problems
 
 
-def part_end(directory: Path, part: int) -> Cursor:
-    """Position in the sources at which a written part ends.
-
-    Raises FormatError if the part is broken or its heads are missing.
-    """
-    path, heads = (part_path(directory, table, part) for table in ("predictions", "heads"))
-    fields = metadata_of(path, PART)
-    try:
-        pq.read_metadata(heads)
-    except (OSError, pa.ArrowException) as error:
-        raise FormatError(f"{heads}: is broken or missing") from error
-    try:
-        return Cursor(**fields)
-    except TypeError as error:
-        raise FormatError(f"{path}: is not a part of a survey ({error})") from error
+def write_record(directory: Path, part: int, begin: Cursor, end: Cursor) -> None:
+    """Completes a part whose tables are written."""
+    document: dict[str, Any] = {"part": part, "begin": begin._asdict(), "end": end._asdict()}
+    document["sums"] = {table: file_sum(part_path(directory, table, part)) for table in TABLES}
+    document["checksum"] = checksum_of_json(document)
+    write_text(record_path(directory, part), json.dumps(document) + "\n")
 
 
 def _joined(arrays: list[Array]) -> Array:
@@ -173,8 +160,8 @@ class _Sums:
         self.of[name] = self.of.get(name, 0) + value
 
 
-def write_corpora(survey: Survey) -> None:
-    """Aggregates all parts, one at a time, into corpora.parquet."""
+def write_corpora(survey: Survey) -> dict[str, str]:
+    """Aggregates all parts, one at a time, into corpora.parquet; returns its checksum by name."""
     L, H, K = survey.n_layers, survey.n_heads, len(survey.thresholds)
     sums: dict[str, _Sums] = {}
     means = ["head_importance", "ffn_importance", "residual_mid", "residual_post"]
@@ -220,10 +207,13 @@ def write_corpora(survey: Survey) -> None:
                     for of in (sums[c] for c in ordered)
                 ]
             )
-    _write(survey.path / "corpora.parquet", schema, columns)
+    path = survey.path / "corpora.parquet"
+    _write(path, schema, columns)
+    return {path.name: file_sum(path)}
 
 
 def write_manifest(directory: Path, fields: dict[str, Any]) -> None:
     """Writes survey.json, whole or not at all."""
     manifest = {"format": FORMAT, "version": VERSION, **fields}
+    manifest["checksum"] = checksum_of_json(manifest)
     write_text(directory / "survey.json", json.dumps(manifest, indent=1) + "\n")

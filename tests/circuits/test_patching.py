@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ifr_fast import Tracer, circuits
 from ifr_fast.circuits import Task, components, contrastive, patch
+from ifr_fast.circuits.checkpoint import FORMAT
 from ifr_fast.errors import FormatError
 from ifr_fast.storage import load_tensors
 
@@ -176,7 +177,7 @@ def test_an_interrupted_sweep_goes_on(tmp_path, monkeypatch):
     assert torch.equal(got.ffn, whole.ffn)
     assert (got.runs, got.passes) == (whole.runs, whole.passes)
     again = patch(decoder, task, checkpoint=tmp_path)
-    kept = [load_tensors(x, "ifr_fast.patching", 1)[1]["seconds"] for x in tmp_path.iterdir()]
+    kept = [load_tensors(x, FORMAT)[1]["seconds"] for x in tmp_path.iterdir()]
     assert again.seconds > sum(kept) > 0
     with pytest.raises(FormatError, match="another model, task or kind"):
         patch(decoder, task, direction="noise", checkpoint=tmp_path)

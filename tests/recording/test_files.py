@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from tiny import tiny_model, tiny_text
 
 from ifr_fast import FormatError, IfrError, Tracer
+from ifr_fast.checksums import checksum_of_json
 
 T = 17
 
@@ -52,6 +53,14 @@ def with_header(header: dict[str, Any], data: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + data
 
 
+def summed(header: dict[str, Any]) -> dict[str, Any]:
+    """The header with the checksum that belongs to it."""
+    metadata = {k: v for k, v in header["__metadata__"].items() if k != "checksum"}
+    header = {**header, "__metadata__": metadata}
+    metadata["checksum"] = checksum_of_json(header)
+    return header
+
+
 def test_corrupt_files_are_refused(llama: Tracer, tmp_path: Path) -> None:
     path = tmp_path / "recording"
     llama.record(tiny_text(9)).save(path)
@@ -72,16 +81,16 @@ def test_corrupt_files_are_refused(llama: Tracer, tmp_path: Path) -> None:
     refuses(
         with_header({**header, "__metadata__": {**metadata, "version": "0"}}, data), "version 0"
     )
-    refuses(
-        with_header({**header, "__metadata__": {**metadata, "fields": "{"}}, data), "not a whole"
-    )
+    no_fields = {**header, "__metadata__": {**metadata, "fields": "{"}}
+    refuses(with_header(no_fields, data), "its header does not match its checksum")
+    refuses(with_header(summed(no_fields), data), "not a whole")
     fields = json.dumps({**json.loads(metadata["fields"]), "model": "another"})
     refuses(
-        with_header({**header, "__metadata__": {**metadata, "fields": fields}}, data),
+        with_header(summed({**header, "__metadata__": {**metadata, "fields": fields}}), data),
         "another model",
     )
     renamed = {("k.x" if name == "k.1" else name): entry for name, entry in header.items()}
-    refuses(with_header(renamed, data), "not a whole")
+    refuses(with_header(summed(renamed), data), "not a whole")
     save_file({"progress": torch.zeros(2)}, path)
     refuses(path.read_bytes(), "expected a file of format 'ifr_fast.recording', got None")
     with pytest.raises(FormatError, match="no such file"):
@@ -91,7 +100,7 @@ def test_corrupt_files_are_refused(llama: Tracer, tmp_path: Path) -> None:
     begin = header["token_ids"]["data_offsets"][0]
     wild = data[:begin] + (1 << 40).to_bytes(8, "little") + data[begin + 8 :]
     path.write_bytes(with_header(header, wild))
-    with pytest.raises(FormatError, match="not a whole recording"):
+    with pytest.raises(FormatError, match="'token_ids' does not match its checksum"):
         llama.load_recording(path)
 
 

@@ -124,7 +124,9 @@ def test_foreign_files_are_refused(kind: type[RouteGraph | Routes], tmp_path: Pa
         with pytest.raises(FormatError, match="foreign"):
             kind.load(path)
     save_file({"weight": torch.ones(3)}, path)
-    with pytest.raises(FormatError, match=f"expected a file of format '{kind._FORMAT}', got None"):
+    with pytest.raises(
+        FormatError, match=f"expected a file of format '{kind._FORMAT.name}', got None"
+    ):
         kind.load(path)
 
 
@@ -134,12 +136,12 @@ def test_each_kind_refuses_the_other(saved: Path) -> None:
 
 
 def test_other_versions_are_refused(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for monkeypatched, words in ((1, "version 2.*version 1"), (3, "version 2.*version 3")):
-        monkeypatch.setattr(RouteGraph, "_VERSION", monkeypatched)
-        monkeypatch.setattr(RouteGraph, "_OLDEST", monkeypatched)
+    for other, words in ((1, "version 3.*version 1"), (4, "version 3.*version 4")):
+        read = RouteGraph._FORMAT._replace(version=other, oldest=other)
+        monkeypatch.setattr(RouteGraph, "_FORMAT", read)
         with pytest.raises(FormatError, match=words):
             RouteGraph.load(saved)
-    monkeypatch.setattr(RouteGraph, "_OLDEST", 1)
+    monkeypatch.setattr(RouteGraph, "_FORMAT", read._replace(oldest=1))
     RouteGraph.load(saved)
 
 

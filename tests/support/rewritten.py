@@ -1,4 +1,4 @@
-"""Safetensors files written again with something changed."""
+"""Safetensors files written again with something changed, and with checksums that agree."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+
+from ifr_fast.storage import _header_sum, checksum
 
 
 def rewrite(
@@ -32,10 +34,15 @@ def rewrite(
         fields = {name: value for name, value in changed.items() if value is not ...}
     if fields is not ...:
         metadata["fields"] = json.dumps(fields)
-    if version is not None:
-        metadata["version"] = str(version)
     for name, change in tensors.items():
         kept[name] = change(kept[name]).contiguous()
+    sums = {name: checksum(x) for name, x in kept.items()}
+    metadata["checksums"] = json.dumps(sums)
+    metadata["checksum"] = _header_sum(metadata, kept)
+    if version is not None:  # an older one, without checksums
+        metadata = {"format": metadata["format"], "version": str(version)} | {
+            "fields": metadata["fields"]
+        }
     save_file(kept, path, metadata)
 
 

@@ -10,16 +10,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ifr_fast.checksums import checksum_of_json
+from ifr_fast.survey.parts import Cursor
 from ifr_fast.survey.schema import (
     FORMAT,
     OFFSETS,
-    PART,
     PROBLEMS,
     VERSION,
     Survey,
     heads_schema,
     predictions_schema,
 )
+from ifr_fast.survey.writer import write_record
 
 Columns = dict[str, Any]
 L, H = 3, 4
@@ -49,7 +51,7 @@ def write_survey(
         "predictions": predictions_schema(n_layers, n_heads, len(thresholds), labels),
         "heads": heads_schema(),
     }
-    metadata = {PROBLEMS: b"[]", PART: b"{}"}
+    metadata = {PROBLEMS: b"[]"}
     documents = np.asarray(predictions["document"])
     if heads is None:
         heads = blank_heads(documents, predictions["corpus"], n_layers, n_heads)
@@ -77,7 +79,12 @@ def write_survey(
         "labels": labels,
         "complete": True,
     }
+    manifest["checksum"] = checksum_of_json(manifest)
     (path / "survey.json").write_text(json.dumps(manifest))
+    (path / "checksums").mkdir()
+    for part in range(n_parts):
+        anywhere = Cursor(0, 0, 0, "")
+        write_record(path, part, anywhere, anywhere)
     return Survey.open(path)
 
 

@@ -146,13 +146,13 @@ def test_a_corrupt_part_is_named(tracer: Tracer, few: Path, tmp_path: Path) -> N
     raw = part.read_bytes()
     at = pq.ParquetFile(part).metadata.row_group(0).column(3).data_page_offset + 40
     part.write_bytes(raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :])
-    with pytest.raises(FormatError, match=r"part-000002.parquet: is broken"):
+    with pytest.raises(FormatError, match=r"part-000002.parquet: is damaged"):
         Survey.open(tmp_path).predictions.read()
     for broken in (raw[: len(raw) // 2], b"", raw[:-4]):
         part.write_bytes(broken)
-        with pytest.raises(FormatError, match=r"part-000002.parquet: is broken"):
+        with pytest.raises(FormatError, match=r"part-000002.parquet: is damaged"):
             Survey.open(tmp_path).predictions.read("position")
-        with pytest.raises(FormatError, match=r"part-000002.parquet: is broken"):
+        with pytest.raises(FormatError, match=r"part-000002.parquet: is damaged"):
             survey(few, tmp_path, model=tracer, resume=True, **SMALL)
     part.unlink()  # the rule: delete what is broken, and resume
     survey(few, tmp_path, model=tracer, resume=True, **SMALL)

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...checksums import checksum_of_json, damaged
 from ...errors import FormatError
 from ...storage import write_text
 from ...tracer import Tracer
@@ -162,11 +163,14 @@ class _Stages(NamedTuple):
             try:
                 kept = json.loads(path.read_text())
                 if kept["identity"] == key:
+                    if kept["checksum"] != checksum_of_json(kept["found"]):
+                        raise damaged(path, "its content")
                     return kept["found"]
             except (ValueError, LookupError, TypeError) as error:
                 raise FormatError(f"{path}: is not the result of a stage ({error})") from error
         found = json.loads(json.dumps(compute()))
-        write_text(path, json.dumps({"identity": key, "found": found}) + "\n")
+        kept = {"identity": key, "found": found, "checksum": checksum_of_json(found)}
+        write_text(path, json.dumps(kept) + "\n")
         return found
 
 

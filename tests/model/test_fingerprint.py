@@ -1,0 +1,227 @@
+"""A model's fingerprint changes with what its forward pass reads, and with nothing else."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from opened import tiny_tracer
+from peft import LoraConfig, get_peft_model
+from tiny import FAMILIES, tiny_model, tiny_text
+from torch import Tensor, nn
+
+from ifr_fast import Tracer
+from ifr_fast.model.fingerprint import fingerprint
+
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "PYTHONHASHSEED"}
+STRENGTH = 1.0
+DIRECTION = torch.ones(36)
+
+
+def add_one(x: Tensor) -> Tensor:
+    return x + 1
+
+
+def put(x: Tensor, at: Any, value: float) -> None:
+    with torch.no_grad():
+        x[at] = value
+
+
+def scale_in_place(model: nn.Module) -> None:
+    model.model.layers[1].self_attn.scaling *= 1.001
+
+
+EDITS: dict[str, Callable[[Any], Any]] = {
+    "one number": lambda m: put(m.model.layers[2].mlp.up_proj.weight, (5, 7), 0.123),
+    "one column": lambda m: put(m.model.layers[0].self_attn.q_proj.weight, (slice(None), 3), 0.1),
+    "one embedding row": lambda m: put(m.model.embed_tokens.weight, 41, 0.1),
+    "behind autograd's back": lambda m: put(m.model.norm.weight.data, 0, 2.0),
+    "rotary frequencies": lambda m: put(m.model.rotary_emb.inv_freq, 1, 0.5),
+    "a scale": scale_in_place,
+    "an epsilon": lambda m: setattr(m.model.norm, "variance_epsilon", 0.1),
+    "the configuration": lambda m: setattr(m.config, "rms_norm_eps", 0.1),
+    "another module": lambda m: setattr(m.model.layers[0].mlp, "act_fn", nn.ReLU()),
+    "a replaced method": lambda m: setattr(
+        m.model.layers[0].mlp, "forward", lambda x: torch.zeros_like(x)
+    ),
+    "a hook": lambda m: m.model.layers[1].register_forward_hook(lambda *_: None),
+    "a pre-hook": lambda m: m.model.layers[1].register_forward_pre_hook(lambda *_: None),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS.keys())
+def test_every_edit_is_seen(edit: Callable[[Any], Any]) -> None:
+    model = tiny_model("llama")
+    before = fingerprint(model)
+    assert fingerprint(copy.deepcopy(model)) == before == fingerprint(tiny_model("llama"))
+    edit(model)
+    assert fingerprint(model) != before
+
+
+def test_a_hook_on_all_modules_is_seen() -> None:
+    model = tiny_model("llama")
+    before = fingerprint(model)
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        assert fingerprint(model) != before
+    finally:
+        handle.remove()
+    assert fingerprint(model) == before
+
+
+class Steering:
+    def __init__(self, strength: float) -> None:
+        self.strength = strength
+
+    def __call__(self, *_: Any) -> None:
+        return None
+
+    def method(self, *_: Any) -> None:
+        return None
+
+
+def steer(strength: float, direction: Tensor) -> Callable[..., Any]:
+    return lambda *_: strength * direction
+
+
+def reads_globals(*_: Any) -> Any:
+    return STRENGTH * add_one(DIRECTION)
+
+
+HOOKS: dict[str, list[Callable[[], Callable[..., Any]]]] = {
+    "closures": [
+        lambda: steer(1.0, torch.ones(3)),
+        lambda: steer(2.0, torch.ones(3)),
+        lambda: steer(1.0, torch.zeros(3)),
+    ],
+    "partials": [
+        lambda: functools.partial(steer, 1.0),
+        lambda: functools.partial(steer, 2.0),
+        lambda: functools.partial(steer, strength=2.0),
+    ],
+    "objects": [lambda: Steering(1.0), lambda: Steering(2.0)],
+    "methods": [lambda: Steering(1.0).method, lambda: Steering(2.0).method],
+    "defaults": [lambda: lambda *_, a=1: a, lambda: lambda *_, a=2: a],
+    "constants": [lambda: lambda *_: 1, lambda: lambda *_: 2],
+}
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+def test_hooks_are_told_apart_by_what_they_read(kind: str) -> None:
+    found = []
+    for make in (*HOOKS[kind], *HOOKS[kind]):
+        model = tiny_model("llama")
+        model.model.layers[0].register_forward_hook(make())
+        found.append(fingerprint(model))
+    n = len(HOOKS[kind])
+    assert found[:n] == found[n:]
+    assert len(set(found)) == n
+
+
+def test_globals_that_a_hook_reads_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    model.model.layers[0].register_forward_hook(reads_globals)
+    before = fingerprint(model)
+    assert fingerprint(model) == before
+    for name, value in (("STRENGTH", 2.0), ("DIRECTION", torch.zeros(36)), ("add_one", steer)):
+        with monkeypatch.context() as patched:
+            patched.setitem(globals(), name, value)
+            assert fingerprint(model) != before, name
+
+
+def test_adapters_are_told_apart() -> None:
+    def adapted() -> Any:
+        torch.manual_seed(0)
+        config = LoraConfig(r=2, target_modules=["q_proj", "o_proj"], init_lora_weights=False)
+        model = get_peft_model(tiny_model("llama"), config)
+        model.add_adapter("other", config)
+        return model
+
+    model = adapted()
+    base = model.get_base_model()
+    found = {"default": fingerprint(base)}
+    assert fingerprint(adapted().get_base_model()) == found["default"]
+    model.set_adapter("other")
+    found["other"] = fingerprint(base)
+    with model.disable_adapter():
+        found["none"] = fingerprint(base)
+    model.set_adapter("default")
+    assert fingerprint(base) == found["default"]
+    for module in base.modules():
+        if hasattr(module, "scaling") and isinstance(module.scaling, dict):
+            module.scaling["default"] *= 2
+    found["stronger"] = fingerprint(base)
+    found["plain"] = fingerprint(tiny_model("llama"))
+    assert len(set(found.values())) == len(found)
+
+
+def test_half_precision_and_a_moved_head_are_told_apart() -> None:
+    model = tiny_model("llama")
+    untied = copy.deepcopy(model)
+    put(untied.lm_head.weight, (0, 0), 0.5)
+    assert len({fingerprint(m) for m in (model, untied, copy.deepcopy(model).bfloat16())}) == 3
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_use_does_not_change_it(family: str) -> None:
+    tracer = tiny_tracer(family)
+    before = tracer.decoder.fingerprint()
+    for n in (20, 5):  # lengths that move a rotary table of dynamic length
+        tracer.trace(tiny_text(n), threshold=0.1)
+    tracer.model.train()
+    tracer.model.eval()
+    assert tracer.decoder.fingerprint() == before
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_a_rotary_table_that_follows_the_text_does_not_count(kind: str) -> None:
+    model = tiny_model("llama")
+    rotary = model.model.rotary_emb
+    rotary.rope_type = kind
+    before = fingerprint(model)
+    put(rotary.inv_freq, 1, 0.5)
+    assert fingerprint(model) == before
+    put(model.model.norm.weight, 1, 0.5)
+    assert fingerprint(model) != before
+
+
+def test_processes_agree() -> None:
+    code = (
+        "import sys; sys.path.insert(0, 'tests/support')\n"
+        "from tiny import tiny_model\n"
+        "from ifr_fast.model.fingerprint import fingerprint\n"
+        "model = tiny_model('llama')\n"
+        "model.model.layers[0].extra = {'b', 'a', 'c'}\n"
+        "model.model.layers[0].register_forward_hook(lambda *_: {'x', 'y', 'z'})\n"
+        "print(fingerprint(model))"
+    )
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={"PYTHONHASHSEED": str(seed), **ENVIRONMENT},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in (1, 2)
+    }
+    assert len(found) == 1
+
+
+def test_offloaded_weights_count() -> None:
+    from accelerate import cpu_offload
+
+    offloaded = cpu_offload(tiny_model("llama"))
+    assert any(x.is_meta for x in offloaded.parameters())
+    found = Tracer(offloaded).decoder.fingerprint()
+    assert fingerprint(offloaded) == found
+    other = tiny_model("llama")
+    put(other.model.layers[2].mlp.up_proj.weight, (5, 7), 0.123)
+    assert fingerprint(cpu_offload(other)) != found
