@@ -281,3 +281,20 @@ def test_a_missing_part_is_noticed(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(FormatError, match=r"part-000000.parquet: is missing"):
         read_survey(tmp_path / "survey")
+
+
+def test_surveys_without_checksums_are_read_and_not_resumed(tmp_path: Path) -> None:
+    folder = make_survey(tmp_path)
+    expected = read_survey(folder)
+    shutil.rmtree(folder / "checksums")
+    manifest = json.loads((folder / "survey.json").read_text())
+    for name in ("checksum", "sums", "parts"):
+        del manifest[name]
+    (folder / "survey.json").write_text(json.dumps(manifest | {"version": 1}))
+    with pytest.warns(UserWarning, match="files of version 1 have no checksums"):
+        assert read_survey(folder) == expected
+    with (
+        pytest.warns(UserWarning, match="no checksums"),
+        pytest.raises(FormatError, match="was begun by an older ifr_fast"),
+    ):
+        survey(Source(records(3), "c"), folder, model=tracer(), resume=True, **SMALL)

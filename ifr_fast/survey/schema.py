@@ -268,8 +268,9 @@ class Survey:
 
     @property
     def part_numbers(self) -> list[int]:
-        """Numbers of the complete parts, ascending. Raises FormatError where a complete survey lacks
-        one.
+        """Numbers of the complete parts, ascending.
+
+        Raises FormatError where a complete survey lacks one.
         """
         found = whole_parts(self.path, recorded=self.manifest["version"] != UNCHECKED)
         missing = set(range(self.manifest.get("parts", 0))).difference(found)
