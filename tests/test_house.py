@@ -15,7 +15,6 @@ PACKAGE, KERNELS = ROOT / "ifr_fast", ROOT / "kernels"
 # Bottom first: a module imports from the rows below its own, and from its own package.
 ROWS = [
     {"_version", "errors", "kernels", "progress"},
-    {"checksums"},
     {"arguments", "storage", "tokens"},
     {"characters", "model"},
     {"graph"},

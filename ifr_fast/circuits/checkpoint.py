@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..errors import FormatError
-from ..storage import Format, load_tensors, save_tensors
+from ..storage.tensors import Format, load_tensors, save_tensors
 
 FORMAT = Format("ifr_fast.patching", version=2, oldest=2, checked_from=2)
 _COUNTED = ("runs", "row_layers", "seconds")

@@ -36,7 +36,7 @@ from ..model.decoder import Decoder
 from ..model.modes import evaluating
 from ..progress import progress
 from ..routes.route_graph import RouteGraph
-from ..storage import Format, load_tensors, save_tensors
+from ..storage.tensors import Format, load_tensors, save_tensors
 from ..tracer import Tracer
 from .contrast import membership
 from .interventions import run

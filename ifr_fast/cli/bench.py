@@ -49,7 +49,7 @@ def bench(
     if limit is not None and max(sizes) > limit:
         raise ValueError(f"--lengths: {max(sizes)} is more than the model's context of {limit}")
     from ..benchmark import first_tokens, measure, prose, report
-    from ..storage import write_text
+    from ..storage.files import write_text
 
     token_ids = first_tokens(prose() if text is None else text, tracer.tokenizer, max(sizes))
     console = Console(stderr=True)

@@ -27,7 +27,7 @@ class Format(NamedTuple):
 
 def _text(to_text: Callable[[RouteGraph], str]) -> Callable[[RouteGraph, Tracer, Path], object]:
     def write(graph: RouteGraph, tracer: Tracer, path: Path) -> None:
-        from ..storage import write_text
+        from ..storage.files import write_text
 
         write_text(path, to_text(graph))
 
@@ -35,7 +35,7 @@ def _text(to_text: Callable[[RouteGraph], str]) -> Callable[[RouteGraph, Tracer,
 
 
 def _png(graph: RouteGraph, tracer: Tracer, path: Path) -> None:
-    from ..storage import whole_file
+    from ..storage.files import whole_file
 
     figure = graph.plot()
     with whole_file(path) as temporary:
@@ -43,7 +43,7 @@ def _png(graph: RouteGraph, tracer: Tracer, path: Path) -> None:
 
 
 def _neuronpedia(graph: RouteGraph, tracer: Tracer, path: Path) -> None:
-    from ..storage import write_text
+    from ..storage.files import write_text
 
     scan = Path(tracer.model.config.name_or_path).name.lower()
     write_text(path, graph.to_neuronpedia(scan=scan or "unknown"))

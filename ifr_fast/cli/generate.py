@@ -60,7 +60,7 @@ def generate(
     tracer = options.open_tracer(model, impl)
     import torch
 
-    from ..storage import write_text
+    from ..storage.files import write_text
 
     steps = tracer.generate(
         prompt,

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..errors import IfrError
 from ..graph.tables import EdgeKind
-from ..storage import whole_file
+from ..storage.files import whole_file
 from .json import described
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ import xxhash
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..storage import bytes_of
+from ..storage.tensors import bytes_of
 from .hooks import user_hooks
 
 _CHUNK = 1 << 24  # numbers that are copied to the host at once

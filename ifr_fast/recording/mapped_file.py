@@ -25,9 +25,10 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..checksums import checksum_of_json, damaged
 from ..errors import FormatError
-from ..storage import Format, checksum, version_of, whole_file
+from ..storage.checksums import checksum_of_json, damaged
+from ..storage.files import whole_file
+from ..storage.tensors import Format, checksum, version_of
 
 FORMAT = Format("ifr_fast.recording", version=2, oldest=1, checked_from=2)
 _COMMITS = "commits"

@@ -21,7 +21,7 @@ from ..graph.reach import Reach, reach_in_layers
 from ..graph.table_files import named_tensors, take_table
 from ..graph.tables import Granularity, GraphHeader, LayerTable, Prediction, plain_tensor
 from ..recording.predictions import KnownPredictions
-from ..storage import Format, load_tensors, save_tensors
+from ..storage.tensors import Format, load_tensors, save_tensors
 from .route_graph import RouteGraph, assemble
 
 _FLOW_ELEMENTS = 1 << 24  # size of the flow [T, P] for P predictions that are followed at once

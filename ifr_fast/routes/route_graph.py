@@ -30,7 +30,7 @@ from ..graph.tables import (
     Span,
     WeightedPath,
 )
-from ..storage import Format, load_tensors, save_tensors
+from ..storage.tensors import Format, load_tensors, save_tensors
 
 if TYPE_CHECKING:
     import networkx as nx

@@ -16,7 +16,7 @@ from ..graph.table_files import named_tensors, take_table
 from ..graph.tables import LayerTable
 from ..model.block import error_of_runs, rounding_tolerance
 from ..recording.recording import Recording
-from ..storage import Format, load_tensors, save_tensors
+from ..storage.tensors import Format, load_tensors, save_tensors
 
 FORMAT = Format("ifr_fast.layer_table", version=2, oldest=2, checked_from=2)
 _EDGES = "edges."  # before the names of the edges' columns

@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import xxhash
 
-from ..checksums import checksum_of_json
 from ..errors import FormatError
+from ..storage.checksums import checksum_of_json
 
 TABLES = ("heads", "predictions")
 FOLDER = "checksums"

@@ -27,7 +27,7 @@ from .._version import __version__
 from ..errors import IfrError
 from ..export.labels import visible
 from ..progress import progress
-from ..storage import whole_file, write_text
+from ..storage.files import whole_file, write_text
 from .analyses import (
     Finding,
     NotApplicableError,

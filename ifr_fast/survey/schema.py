@@ -23,8 +23,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from ..checksums import checksum_of_json, damaged, warn_unchecked
 from ..errors import FormatError
+from ..storage.checksums import checksum_of_json, damaged, warn_unchecked
 from .arrow import pa, pq
 from .parts import Checked, part_path, whole_parts
 

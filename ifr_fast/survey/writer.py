@@ -14,8 +14,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from ..checksums import checksum_of_json
-from ..storage import whole_file, write_text
+from ..storage.checksums import checksum_of_json
+from ..storage.files import whole_file, write_text
 from .arrow import pa, pq
 from .columns import Columns
 from .parts import TABLES, Cursor, file_sum, part_path, record_path

@@ -16,7 +16,7 @@ from ifr_fast import Tracer, circuits
 from ifr_fast.circuits import Task, components, contrastive, patch
 from ifr_fast.circuits.checkpoint import FORMAT
 from ifr_fast.errors import FormatError
-from ifr_fast.storage import load_tensors
+from ifr_fast.storage.tensors import load_tensors
 
 
 def swept(tracer: Tracer, task: Task, direction: str, each: bool) -> tuple[Tensor, Tensor]:

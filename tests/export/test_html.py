@@ -15,7 +15,7 @@ from hostile import HOSTILE, N_TOKENS, VOCABULARY, trace, tracer
 from ifr_fast.export.labels import columns, visible
 from ifr_fast.graph.tables import EdgeKind
 from ifr_fast.routes.route_graph import RouteGraph
-from ifr_fast.storage import write_text
+from ifr_fast.storage.files import write_text
 
 
 def test_page_text_is_standalone(hostile: RouteGraph) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from tiny import tiny_model, tiny_text
 
 from ifr_fast import FormatError, IfrError, Tracer
-from ifr_fast.checksums import checksum_of_json
+from ifr_fast.storage.checksums import checksum_of_json
 
 T = 17
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from same_graph import assert_same_bits
 from tiny import tiny_text
 
-import ifr_fast.storage
+import ifr_fast.storage.tensors
 from ifr_fast import FormatError, IfrError, RouteGraph, Routes, Tracer
 from ifr_fast.graph.tables import Granularity, Node, NodeKind, Prediction
 
@@ -221,7 +221,7 @@ def test_a_failed_save_leaves_the_file_that_was_there(
             raise KeyboardInterrupt
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(ifr_fast.storage, "save_file", partly)
+    monkeypatch.setattr(ifr_fast.storage.tensors, "save_file", partly)
     if failure == "interrupted":
         with pytest.raises(KeyboardInterrupt):
             graph.save(saved)

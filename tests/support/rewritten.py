@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ifr_fast.storage import _header_sum, checksum
+from ifr_fast.storage.tensors import _header_sum, checksum
 
 
 def rewrite(

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ifr_fast.checksums import checksum_of_json
+from ifr_fast.storage.checksums import checksum_of_json
 from ifr_fast.survey.parts import Cursor
 from ifr_fast.survey.schema import (
     FORMAT,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import IfrError
-from ...storage import whole_file
+from ...storage.files import whole_file
 from ..agreement import roc_curve
 from ..faithfulness import METHODS, UNITS
 

@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...checksums import checksum_of_json, damaged
 from ...errors import FormatError
-from ...storage import write_text
+from ...storage.checksums import checksum_of_json, damaged
+from ...storage.files import write_text
 from ...tracer import Tracer
 from .. import cost as costs
 from ..agreement import agreement, agreement_with, auc

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ...benchmark import machine
-from ...storage import write_text
+from ...storage.files import write_text
 from ...tracer import Tracer
 from ..agreement import Interval, mean_interval, ratio_interval
 from ..deletion import Curves

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...arguments import as_index
 from ...errors import FormatError, IfrError
 from ...model.decoder import Decoder
-from ...storage import write_text
+from ...storage.files import write_text
 from ...tracer import Tracer
 
 if TYPE_CHECKING:

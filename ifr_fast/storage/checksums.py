@@ -9,7 +9,7 @@ from typing import Any
 
 import xxhash
 
-from .errors import FormatError
+from ..errors import FormatError
 
 
 def checksum_of_json(document: Any) -> str:
