@@ -37,7 +37,7 @@ PUBLIC = {
     """,
     "ifr_fast.Recording": """
         checked_rows decoder is_replayed layers logits mode nbytes position resid_final
-        resid_post sample save states token_ids tokens
+        resid_post save states token_ids tokens
     """,
     "ifr_fast.circuits": """
         Activations Agreement Components Curves Effects Interval Observed Prompt Selection

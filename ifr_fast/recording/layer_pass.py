@@ -15,7 +15,6 @@ device synchronization.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -32,8 +31,6 @@ from ..model.modes import evaluating
 from ..model.opening import check_hooks
 from ..model.stream import Chain, check_n_keys, on_end
 
-_CHECKED = 8  # rows of a layer whose parts must add up
-
 
 def pad(texts: Sequence[Tensor]) -> Tensor:
     """Token ids [B, T] of B texts, each filled up with its last token."""
@@ -44,15 +41,6 @@ def pad(texts: Sequence[Tensor]) -> Tensor:
 def kept_rows(n_tokens: int, position: int) -> Tensor:
     """The rows whose `resid_mid` a lean recording holds, to be checked."""
     return torch.tensor(sorted({position % n_tokens, n_tokens // 2, n_tokens - 1}))
-
-
-def checked_rows(rows: Tensor, kept: Tensor | None = None) -> Tensor:
-    """Indices of those of `rows` [R] that are checked: the ones among `kept`, else a few of all."""
-    if kept is not None:
-        among = torch.isin(rows, kept).nonzero().squeeze(1)
-        if len(among):
-            return among
-    return torch.arange(len(rows) - 1, -1, -math.ceil(len(rows) / _CHECKED))
 
 
 def window_of(block: Block, mask: LazyMask, n_tokens: int) -> int | None:

@@ -21,7 +21,6 @@ from ..model.decoder import Decoder
 from ..model.hooks import LayerCall
 from ..model.masks import LazyMask
 from . import mapped_file
-from .layer_pass import checked_rows
 
 
 class RecordingMode(StrEnum):
@@ -64,7 +63,7 @@ class Recording:
     states: Tensor  # [T, D] what the head reads
     position: int  # the forward pass predicted the token after this one
     logits: Tensor  # [vocab] at `position`
-    checked_rows: Tensor  # [C] int64, on the CPU: rows whose parts are checked against resid_mid
+    checked_rows: Tensor  # [C] int64, on the CPU: rows whose resid_mid a lean recording holds
     decoder: Decoder  # the model that was recorded
 
     def __len__(self) -> int:
@@ -81,10 +80,6 @@ class Recording:
         """Within, layers can be replayed where the recording needs it."""
         with self.decoder.replaying() if self.is_replayed else nullcontext():
             yield
-
-    def sample(self, rows: Tensor) -> Tensor:
-        """Indices of a few of `rows` [R] to check; if lean, of rows with a recorded resid_mid."""
-        return checked_rows(rows, self.checked_rows if self.mode is RecordingMode.LEAN else None)
 
     def resid_post(self, layer: int) -> Tensor:
         """The residual stream [T, D] after a layer."""

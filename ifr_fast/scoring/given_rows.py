@@ -126,13 +126,29 @@ def summed_row(inputs: LayerInputs, weights: Tensor) -> LayerInputs:
     )
 
 
-def given_closure(inputs: LayerInputs, bias: Tensor, dtype: torch.dtype) -> Tensor:
-    """[R] `closure_errors` of rows of `given_rows`: their parts and `bias` [D] must add up to them.
-    The parts are added up here, not by a kernel. dtype: the model's, whose rounding is allowed.
+def rows_closure(inputs: LayerInputs, bias: Tensor) -> Tensor:
+    """[R] `closure_errors` of the rows of `inputs`, whose parts and `bias` [D] must add up to them.
+    The parts are added up here, not by a kernel. [H, R, S] is formed in row blocks.
     """
     from ..kernels.breakpoints import signs
+    from ..kernels.eager import BLOCK_ELEMENTS
+    from ..kernels.rows import attention_pattern, block_of
 
-    (H, V, _), R = inputs.W_O.shape, len(inputs.rows)
-    z = inputs.v.view(R, -1, H, V).sum(1)
-    linear = (signs(inputs.y) * torch.einsum("rhv,hvd->rd", z, inputs.W_O)).sum(-1)
-    return closure_of(inputs, linear, bias, torch.finfo(dtype).eps)
+    dtype = torch.promote_types(inputs.y.dtype, torch.float32)
+    eps, inputs = torch.finfo(inputs.y.dtype).eps, inputs.to(dtype)
+    H, n_keys = inputs.q.shape[1], int(inputs.rows[-1]) + 1
+    step = max(1, BLOCK_ELEMENTS // (H * n_keys))
+    errors = []
+    for start in range(0, len(inputs.rows), step):
+        block = block_of(inputs, slice(start, start + step))
+        mask = visible(block.rows, len(block.v), block.window).to(block.y.device)
+        v = block.v.repeat_interleave(H // block.v.shape[1], dim=1)  # [S, H, V]
+        z = torch.einsum("hrs,shv->rhv", attention_pattern(block, mask), v)
+        if block.value_gate is not None:
+            z = z * block.value_gate
+        moved = torch.einsum("rhv,hvd->rd", z, block.W_O)
+        linear = (signs(block.y) * moved).sum(-1)
+        if block.row_scale is not None:
+            linear = linear * block.row_scale
+        errors.append(closure_of(block, linear, bias.to(block.y), eps))
+    return torch.cat(errors)

@@ -363,6 +363,30 @@ def test_weights_that_changed_are_noticed() -> None:
             ours.trace(prompt=PROMPT, target=TARGET, method=method)
 
 
+@pytest.mark.parametrize("row", [-2, -3, -4])
+def test_a_map_that_is_another_at_one_row_is_noticed(row: int) -> None:
+    ours = FlashTrace(tiny("llama"), word_tokenizer())
+    projection = ours.model.get_submodule("model.layers.1.self_attn.o_proj")
+    seen: list[torch.Tensor] = []
+    own = projection.forward
+
+    def watched(x: torch.Tensor) -> torch.Tensor:
+        seen.append(x)
+        return own(x)
+
+    projection.forward = watched
+    ours.trace(prompt=PROMPT, target=TARGET, method="ifr-matrix")
+    at = next(x for x in seen if x.shape[1] > 4)[0, row]
+
+    def bent(x: torch.Tensor) -> torch.Tensor:
+        alike = (x - at).norm(dim=-1, keepdim=True) < 1e-4 * at.norm()
+        return torch.where(alike, own(x).abs(), own(x))
+
+    projection.forward = bent
+    with pytest.raises(IfrError, match="layer 1"):
+        ours.trace(prompt=PROMPT, target=TARGET, method="ifr-matrix")
+
+
 def test_the_model_is_left_as_it_was() -> None:
     model = tiny("llama").train()
     FlashTrace(model, word_tokenizer()).trace(prompt=PROMPT, target=TARGET)

@@ -15,7 +15,7 @@ from ifr_fast import IfrError, Tracer, UnsupportedArchitectureError
 from ifr_fast.kernels import eager
 from ifr_fast.model.masks import LazyMask
 from ifr_fast.recording.chunked import record_in_chunks
-from ifr_fast.recording.layer_pass import WatchedLayer, WatchedPass, checked_rows, kept_rows, pad
+from ifr_fast.recording.layer_pass import WatchedLayer, WatchedPass, kept_rows, pad
 from ifr_fast.survey.sweep import sweep
 
 TEXTS = [tiny_text(7), tiny_text(12, seed=1), tiny_text(1, seed=2)]
@@ -157,8 +157,3 @@ def test_the_last_layer_may_leave_anything_in_the_padding() -> None:
 def test_rows_that_are_checked() -> None:
     assert kept_rows(9, -1).tolist() == [4, 8]
     assert kept_rows(9, 2).tolist() == [2, 4, 8]
-    assert checked_rows(torch.arange(5)).tolist() == [4, 3, 2, 1, 0]
-    assert checked_rows(torch.arange(17)).tolist() == [16, 13, 10, 7, 4, 1]
-    rows = torch.tensor([3, 4, 7])
-    assert checked_rows(rows, torch.tensor([4, 8])).tolist() == [1]
-    assert checked_rows(rows, torch.tensor([5, 8])).tolist() == [2, 1, 0]

@@ -16,7 +16,7 @@ from ifr_fast.kernels import eager, reference
 from ifr_fast.kernels.contract import AttentionScores, LayerInputs
 from ifr_fast.kernels.cpu import kernel as cpu
 from ifr_fast.scoring.closure import check_closure
-from ifr_fast.scoring.given_rows import given_closure, given_rows, score_given, summed_row
+from ifr_fast.scoring.given_rows import given_rows, rows_closure, score_given, summed_row
 
 FLAGS = ["row_scale", "value_gate", "window", "softcap", "sinks", "alibi_slopes", "ffn"]
 KERNELS = {"reference": reference, "eager": eager, "cpu": cpu}
@@ -130,12 +130,18 @@ def test_an_unattributed_row_shares_equally_among_its_own_keys(kernel: str, keep
     assert [e[2] for e in edges] == pytest.approx([e[2] for e in first + second], abs=1e-6)
 
 
-def test_parts_that_do_not_add_up_are_seen() -> None:
+def test_parts_that_do_not_add_up_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = random_inputs(4, 9, 2, 1, 3, 5, 64)
-    bias = torch.randn(64, generator=torch.Generator().manual_seed(1)).double()
-    y = inputs.resid_pre + parts_of(inputs).sum((1, 2)) + bias
-    weights = torch.tensor([0.5, 0.25, 0.0, 2.0]).double()
-    row = summed_row(inputs._replace(y=y), weights)
-    check_closure({0: given_closure(row, bias * weights.sum(), torch.float32)})
+    generator = torch.Generator().manual_seed(1)
+    bias = torch.randn(64, generator=generator).double()
+    inputs = inputs._replace(y=inputs.resid_pre + parts_of(inputs).sum((1, 2)) + bias)
+    monkeypatch.setattr(eager, "BLOCK_ELEMENTS", 40)  # blocks of two rows
+    errors = rows_closure(inputs, bias)
+    assert errors.shape == (4,)
+    check_closure({0: errors})
+    for row in range(4):  # each of them alone
+        y = inputs.y.clone()
+        y[row] += 0.01 * y[row].norm() * torch.randn(64, generator=generator).double()
+        assert (rows_closure(inputs._replace(y=y), bias) > 1).nonzero().tolist() == [[row]]
     with pytest.raises(IfrError, match="layer 0"):
-        check_closure({0: given_closure(row, 0 * bias, torch.float32)})
+        check_closure({0: rows_closure(inputs, 0 * bias)})

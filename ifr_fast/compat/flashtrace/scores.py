@@ -22,7 +22,7 @@ from ...model.block import Block
 from ...recording.layer_inputs import layer_inputs
 from ...recording.recording import Recording
 from ...scoring.closure import check_closure
-from ...scoring.given_rows import given_closure, summed_row
+from ...scoring.given_rows import rows_closure, summed_row
 from ...scoring.implementations import Kernel
 from ...tracer import Tracer
 
@@ -131,17 +131,11 @@ def _layers(tracer: Tracer, recording: Recording, rows: Tensor, parity: bool) ->
 
     Raises IfrError in the end if a layer's parts do not add up to the model's own activations.
     """
-    from ...kernels.rows import block_of
-
     closures: dict[int, Tensor] = {}
-    sample = recording.sample(rows).sort().values
     for block in tracer.decoder.blocks:
         with recording.replaying():
             inputs, resid_post = layer_inputs(recording, block.layer, rows)
-        dtype = inputs.y.dtype
-        checked = summed_row(block_of(inputs, sample), torch.ones(len(sample)))
-        bias = block.bias.to(checked.y) * len(sample)
-        closures[block.layer] = given_closure(checked, bias, dtype)
+        closures[block.layer] = rows_closure(inputs, block.bias)
         if parity:
             resid_pre = recording.layers[block.layer].resid_pre.to(inputs.v.device)
             inputs = inputs._replace(v=_values(block, resid_pre, inputs.v))
