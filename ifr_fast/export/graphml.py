@@ -105,6 +105,10 @@ def _data(of: str, **values: Any) -> str:
     )
 
 
+def in_xml(text: str) -> str:
+    """The text with U+FFFD in place of each character that XML cannot hold."""
+    return _FORBIDDEN.sub("\ufffd", text)
+
+
 def _text(value: Any) -> str:
-    allowed = _FORBIDDEN.sub("\ufffd", str(value))
-    return "".join(_ESCAPED.get(char, char) for char in allowed)
+    return "".join(_ESCAPED.get(char, char) for char in in_xml(str(value)))

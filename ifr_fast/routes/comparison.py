@@ -7,6 +7,7 @@ not above the threshold, or its target was not reached.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import SequenceMatcher
@@ -151,32 +152,29 @@ class GraphDifference:
         )
 
     def to_networkx(self) -> nx.MultiDiGraph:
-        """The union of both graphs; nodes are (kind, layer, column).
+        """The union of both graphs; nodes are named kind_layer_column.
 
-        The attributes `first` and `second` hold a node's token in each graph (None in a graph
-        without the node), and an edge's weight in each graph. An edge also has `difference`.
+        The attributes `first` and `second` hold a node's token in each graph (missing in a graph
+        without the node), and an edge's weight in each graph. An edge also has `difference`. The
+        graph's `columns`, the positions in both texts, are JSON.
         """
         from ..export.networkx import to_networkx
 
         out: nx.MultiDiGraph | None = None
         for i, (name, graph) in enumerate((("first", self.first), ("second", self.second))):
-            place = _places(self.columns, i)
+            place = _places(self.columns, i).tolist()
             single = to_networkx(graph)
             if out is None:
-                out = single.__class__(columns=self.columns)
-
-            def key(node: tuple[str, int, int], place: Tensor = place) -> tuple[str, int, int]:
-                return node[0], node[1], int(place[node[2]])
-
+                out = single.__class__(columns=json.dumps(self.columns))
+            node_of: dict[str, str] = {}
             for node, data in single.nodes(data=True):
-                kind, layer, column = key(node)
-                if key(node) not in out:
-                    out.add_node(
-                        key(node), kind=kind, layer=layer, column=column, first=None, second=None
-                    )
-                out.nodes[key(node)][name] = data["token"]
+                kind, layer, column = data["kind"], data["layer"], place[data["position"]]
+                node_of[node] = joint = f"{kind}_{layer}_{column}"
+                if joint not in out:
+                    out.add_node(joint, kind=kind, layer=layer, column=column)
+                out.nodes[joint][name] = data["token"]
             for source, target, data in single.edges(data=True):
-                ends, kind = (key(source), key(target)), data["kind"]
+                ends, kind = (node_of[source], node_of[target]), data["kind"]
                 if not out.has_edge(*ends, key=kind):
                     out.add_edge(
                         *ends, key=kind, kind=kind, layer=data["layer"], first=0.0, second=0.0

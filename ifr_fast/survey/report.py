@@ -26,6 +26,7 @@ from pyarrow import csv
 from .._version import __version__
 from ..errors import IfrError
 from ..export.labels import visible
+from ..export.spreadsheets import cell
 from ..progress import progress
 from ..storage.files import whole_file, write_text
 from .analyses import (
@@ -165,8 +166,20 @@ def _save(folder: Path, finding: Finding) -> bytes:
         with whole_file(folder / "figures" / f"{finding.name}.png") as temporary:
             finding.figure.savefig(temporary, format="png", dpi=_DPI)
     with whole_file(folder / "tables" / f"{finding.name}.csv") as temporary:
-        csv.write_csv(finding.table, temporary)
+        csv.write_csv(_cells(finding.table), temporary)
     return svg
+
+
+def _cells(table: pa.Table) -> pa.Table:
+    """The table with text that is no formula to a spreadsheet."""
+    columns = []
+    for column in table.columns:
+        of = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+        if pa.types.is_string(of) or pa.types.is_large_string(of):
+            texts = [None if x is None else cell(x) for x in column.to_pylist()]
+            column = pa.chunked_array([pa.array(texts, pa.string())])
+        columns.append(column)
+    return pa.table(columns, names=[cell(name) for name in table.column_names])
 
 
 def _svg(figure: Figure) -> bytes:

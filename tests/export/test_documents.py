@@ -10,7 +10,7 @@ from collections import Counter
 
 import networkx as nx
 import pytest
-from exported import Edges, edges_of, named
+from exported import Edges, edges_of, keyed, named
 from hostile import HOSTILE, N_TOKENS, trace
 
 from ifr_fast.routes.route_graph import RouteGraph
@@ -24,7 +24,7 @@ def graph(any_graph: RouteGraph) -> RouteGraph:
 def test_graphml_reads_back_in_networkx(graph: RouteGraph) -> None:
     text = graph.to_graphml()
     read = nx.read_graphml(io.BytesIO(text.encode("utf-8")), force_multigraph=True)
-    mine = graph.to_networkx()
+    mine = keyed(graph.to_networkx())
     assert edges_of(read) == edges_of(mine, named)
     assert set(read.nodes) == {named(node) for node in mine.nodes}
     importance = graph.token_importance()
@@ -78,7 +78,7 @@ def test_dot_holds_the_same_graph(graph: RouteGraph) -> None:
         row = re.fullmatch(rf"  {{ rank=same; ((?:\w+ {list_}; ?)+)}}", line)
         assert row, line
         nodes |= dict(re.findall(rf"(\w+) ({list_});", row[1]))
-    mine = graph.to_networkx()
+    mine = keyed(graph.to_networkx())
     assert found == edges_of(mine, named)
     assert set(nodes) == {named(node) for node in mine.nodes}
     labelled = {name for name, attributes in nodes.items() if "label=" in attributes}

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from exported import edges_of, keyed, written
 from hostile import HOSTILE, trace
 
 from ifr_fast.errors import IfrError
@@ -55,7 +56,7 @@ def test_json_refuses_what_is_not_finite(hostile: RouteGraph) -> None:
 def test_networkx_paths_sum_to_token_importance(parallel: bool) -> None:
     nx = pytest.importorskip("networkx")
     graph = trace(parallel, n_layers=2, n_tokens=6, threshold=0.05)
-    exported = graph.to_networkx()
+    exported = keyed(graph.to_networkx())
     top = ("post", graph.n_layers - 1, graph.position)
     importance = torch.zeros(6, dtype=torch.float64)
     for node in [n for n in exported if n[0] == "embed"]:
@@ -70,12 +71,14 @@ def test_networkx_paths_sum_to_token_importance(parallel: bool) -> None:
 
 def test_networkx_attributes(graph: RouteGraph) -> None:
     pytest.importorskip("networkx")
-    exported = graph.to_networkx()
+    exported = keyed(graph.to_networkx())
     n_ffn = int((graph.edges.kind == EdgeKind.FFN).sum())
     assert exported.number_of_edges() == len(graph.edges.layer) + n_ffn
     for (kind, layer, position), data in exported.nodes(data=True):
         token = graph.tokens[position]
-        assert data == {"token": token, "kind": kind, "layer": layer, "position": position}
+        number = int(graph.token_ids[position])
+        own = {"token": token, "token_id": number, "kind": kind}
+        assert data == {**own, "layer": layer, "position": position}
     kinds = {"embed", "ffn", "post"} if bool(graph.parallel[0]) else {k.value for k in NodeKind}
     assert {node[0] for node in exported} == kinds
     heads = 0
@@ -88,7 +91,24 @@ def test_networkx_attributes(graph: RouteGraph) -> None:
             heads += len(data["heads"])
     assert heads == len(graph.head_edges.layer)
     assert exported.graph["threshold"] == graph.threshold
-    assert exported.graph["tokens"] == graph.tokens
+    assert json.loads(exported.graph["tokens"]) == graph.tokens
+
+
+@pytest.mark.parametrize("form", ["graphml", "gml"])
+def test_networkx_writes_the_graph(any_graph: RouteGraph, form: str) -> None:
+    mine = any_graph.to_networkx()
+    read = written(mine, form)
+    assert set(read) == set(mine)
+    assert edges_of(read) == edges_of(mine)
+    heads = {(u, v): d["heads"] for u, v, d in mine.edges(data=True) if "heads" in d}
+    assert {(u, v): d["heads"] for u, v, d in read.edges(data=True) if "heads" in d} == heads
+    for name, data in mine.nodes(data=True):
+        # XML readers make one line end of each, and networkx drops an empty string.
+        expected = data["token"].replace("\r", "\n") if form == "graphml" else data["token"]
+        assert read.nodes[name].get("token", "") == expected
+        assert read.nodes[name]["token_id"] == data["token_id"]
+    assert json.loads(read.graph["starts"]) == {str(t): x for t, x in any_graph.starts.items()}
+    assert json.loads(read.graph["tokens"]) == any_graph.tokens
 
 
 def test_a_missing_extra_is_named(hostile: RouteGraph, monkeypatch: pytest.MonkeyPatch) -> None:

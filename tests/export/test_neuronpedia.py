@@ -11,7 +11,7 @@ from typing import Any
 import jsonschema
 import networkx as nx
 import pytest
-from exported import edges_of
+from exported import edges_of, keyed
 from hostile import trace
 
 from ifr_fast.routes.route_graph import RouteGraph
@@ -134,7 +134,7 @@ def test_attribution_graph_is_valid_and_equals_the_graph(graph: RouteGraph) -> N
     assert document["metadata"]["scan"] == "tiny"
     assert document["metadata"]["prompt_tokens"] == graph.tokens
     assert document["metadata"]["prompt"] == "".join(graph.tokens)
-    read, mine = from_json(document), graph.to_networkx()
+    read, mine = from_json(document), keyed(graph.to_networkx())
     logits = {name for name, node in read.nodes(data=True) if node["feature_type"] == "logit"}
     into_logits = {
         node["ctx_idx"]: read.edges[edge]["weight"]

@@ -8,6 +8,7 @@ from typing import Any
 import networkx as nx
 import pytest
 import torch
+from exported import keyed
 from opened import tiny_tracer
 from tiny import tiny_text
 
@@ -35,7 +36,7 @@ def test_reach_in_a_graph(family: str, granularity: Granularity) -> None:
     graph = tracer.trace(
         text, position=[7, -1], position_weights=[1, 3], threshold=0.02, granularity=granularity
     )
-    drawn = graph.to_networkx()
+    drawn = keyed(graph.to_networkx())
     importance = graph.token_importance()
     for source in range(T):
         reach = graph.reach(source)
@@ -66,7 +67,7 @@ def test_routes_from_a_token() -> None:
         got = part.token_importance()
         assert float(got[source]) == pytest.approx(float(importance[source]), abs=1e-6)
         assert got.count_nonzero() == (importance[source] > 0)
-        drawn = part.to_networkx()
+        drawn = keyed(part.to_networkx())
         root, top = ("embed", 0, source % T), ("post", graph.n_layers - 1, T - 1)
         if len(part.edges.layer):
             assert set(drawn) == {root} | nx.descendants(drawn, root)

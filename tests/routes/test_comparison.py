@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
+from exported import written
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from opened import tiny_tracer
@@ -85,8 +87,24 @@ def test_difference_of_two_models_and_its_forms() -> None:
             if data[name] > 0
         }
         assert got == {(u, v, d["kind"]): d["weight"] for u, v, d in mine.edges(data=True)}
-        tokens = {n: d[name] for n, d in joined.nodes(data=True) if d[name] is not None}
+        tokens = {n: d[name] for n, d in joined.nodes(data=True) if name in d}
         assert tokens == {n: d["token"] for n, d in mine.nodes(data=True)}
+
+
+@pytest.mark.parametrize("form", ["graphml", "gml"])
+def test_networkx_writes_a_difference(form: str) -> None:
+    tracer = tiny_tracer("llama")
+    difference = tracer.trace(tiny_text(6)).compare(tracer.trace(tiny_text(8, 1)))
+    joined = difference.to_networkx()
+    read = written(joined, form)
+    assert dict(read.nodes(data=True)) == {
+        name: {key: value for key, value in data.items() if value != ""}
+        for name, data in joined.nodes(data=True)
+    }
+    for u, v, data in joined.edges(data=True):
+        assert any(found == data for found in read.get_edge_data(u, v).values())
+    columns = [Column(*pair) for pair in json.loads(read.graph["columns"])]
+    assert columns == difference.columns
 
 
 def test_a_graph_does_not_differ_from_itself() -> None:

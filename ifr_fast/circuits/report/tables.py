@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ...benchmark import machine
+from ...export.spreadsheets import cell
 from ...storage.files import write_text
 from ...tracer import Tracer
 from ..agreement import Interval, mean_interval, ratio_interval
@@ -24,10 +25,11 @@ CURVES = ("RISE", "MAS", "insertion")
 
 
 def write_table(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Writes a table as CSV. No text in it is a formula to a spreadsheet."""
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
+    writer = csv.writer(text)  # lines end as RFC 4180 says; with others, a "\r" is not quoted
+    for row in (header, *rows):
+        writer.writerow([cell(x) if isinstance(x, str) else x for x in row])
     write_text(path, text.getvalue())
 
 

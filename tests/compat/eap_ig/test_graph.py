@@ -14,6 +14,7 @@ from typing import Any
 import networkx as nx
 import pytest
 import torch
+from exported import written
 from opened import tiny_tracer
 from tiny import tiny_text
 
@@ -53,6 +54,8 @@ def test_topn_takes_the_best_and_prune_leaves_paths(graph: Graph, n: int) -> Non
     kept = {names[i] for i in graph.nodes_in_graph.nonzero().squeeze(1).tolist()}
     assert kept == expected
     circuit = graph.to_networkx()
+    for form in ("graphml", "gml"):
+        assert set(written(circuit, form).edges(keys=True)) == set(circuit.edges(keys=True))
     ends = expected | {"logits"}
     assert {key for *_, key in loose.edges(keys=True)} >= {
         edge.name for edge in graph.edges.values() if edge.in_graph
