@@ -22,8 +22,8 @@ PUBLIC = {
     "ifr_fast.RouteGraph": """
         compare edges ffn_importance granularity head_edges head_importance load n_heads
         n_layers node_importance parallel plot position predictions prune reach routes_from save
-        span starts steps threshold to_arrow to_dot to_graphml to_html to_json to_networkx
-        to_neuronpedia to_pandas to_parquet token_ids token_importance tokens top_paths
+        save_neuronpedia span starts steps threshold to_arrow to_dot to_graphml to_html to_json
+        to_networkx to_neuronpedia to_pandas to_parquet token_ids token_importance tokens top_paths
         top_routes unattributed
     """,
     "ifr_fast.Routes": """

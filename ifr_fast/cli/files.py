@@ -77,8 +77,13 @@ def _decode(raw: bytes, name: str) -> str:
         raise ValueError(f"text: {name} is not UTF-8 ({error})") from error
 
 
-def check_outputs(options: Mapping[str, Path | None]) -> list[Path]:
-    """The paths given. Raises ValueError, before the work, for one that cannot be written."""
+def check_outputs(
+    options: Mapping[str, Path | None], folders: Mapping[str, Path | None] | None = None
+) -> list[Path]:
+    """The paths given. Raises ValueError, before the work, for one that cannot be written.
+
+    folders: options whose path is a folder, which may be there.
+    """
     chosen = {option: path for option, path in options.items() if path is not None}
     option_of: dict[str, str] = {}
     for option, path in chosen.items():
@@ -97,6 +102,18 @@ def check_outputs(options: Mapping[str, Path | None]) -> list[Path]:
         other = option_of.setdefault(os.path.realpath(path), option)
         if other != option:
             raise ValueError(f"{option}: {other} already writes {path}; expected another file")
+    for option, folder in (folders or {}).items():
+        if folder is None:
+            continue
+        if folder == STDOUT or (
+            folder.exists() and not (folder.is_dir() and os.access(folder, os.W_OK))
+        ):
+            raise ValueError(f"{option}: {folder} is no folder that can be written to")
+        check_folder(option, folder)
+        taken = option_of.get(os.path.realpath(folder))
+        if taken is not None:
+            raise ValueError(f"{option}: {taken} already writes {folder}; expected another folder")
+        chosen[option] = folder
     return list(chosen.values())
 
 

@@ -23,6 +23,7 @@ class Format(NamedTuple):
     help: str
     write: Callable[[RouteGraph, Tracer, Path], object]
     check: Callable[[], None] | None = None  # raises IfrError without the package that it needs
+    folder: bool = False  # the path is a folder, to which files are added
 
 
 def _text(to_text: Callable[[RouteGraph], str]) -> Callable[[RouteGraph, Tracer, Path], object]:
@@ -42,11 +43,15 @@ def _png(graph: RouteGraph, tracer: Tracer, path: Path) -> None:
         figure.savefig(temporary, format="png", dpi=150)
 
 
+def _scan(tracer: Tracer) -> str:
+    """The model's name, in the manner of Neuronpedia."""
+    return Path(tracer.model.config.name_or_path).name.lower() or "unknown"
+
+
 def _neuronpedia(graph: RouteGraph, tracer: Tracer, path: Path) -> None:
     from ..storage.files import write_text
 
-    scan = Path(tracer.model.config.name_or_path).name.lower()
-    write_text(path, graph.to_neuronpedia(scan=scan or "unknown"))
+    write_text(path, graph.to_neuronpedia(scan=_scan(tracer)))
 
 
 def _check_png() -> None:
@@ -79,6 +84,12 @@ FORMATS = (
         _check_parquet,
     ),
     Format("--neuronpedia", "Write an attribution graph (Neuronpedia's JSON).", _neuronpedia),
+    Format(
+        "--neuronpedia-folder",
+        "Add the attribution graph to a folder that circuit-tracer's viewer serves.",
+        lambda graph, tracer, path: graph.save_neuronpedia(path, scan=_scan(tracer)),
+        folder=True,
+    ),
 )
 
 
@@ -91,7 +102,10 @@ class Outputs:
     def __init__(self, paths: Mapping[str, Path | None]) -> None:
         """paths: by parameter name, as `with_outputs` passes them."""
         self.path_of = {form: paths[_parameter(form)] for form in FORMATS}
-        self.paths = check_outputs({form.option: path for form, path in self.path_of.items()})
+        folders = {form.option: p for form, p in self.path_of.items() if form.folder}
+        self.paths = check_outputs(
+            {form.option: p for form, p in self.path_of.items() if not form.folder}, folders
+        )
 
     def check_packages(self) -> None:
         """Raises IfrError if a package is missing that a format needs."""
@@ -126,4 +140,4 @@ def with_outputs(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _parameter(form: Format) -> str:
-    return form.option.removeprefix("--")
+    return form.option.removeprefix("--").replace("-", "_")

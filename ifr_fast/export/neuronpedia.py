@@ -13,10 +13,15 @@ The published schema requires `metadata`, `qParams`, `nodes` and `links`. In thi
 
 The sliders of these tools prune by `influence`, so it is defined as there: nodes are sorted by the
 weight of all paths from the prediction (`flow`), and `influence` is the cumulative share of the
-total. It is near 1 for the least important nodes, and null for logits.
+total. It is near 1 for the least important nodes, and null for logits. `node_threshold` is 1: the
+document holds all nodes up to that influence. Where it is missing, circuit-tracer's viewer has no
+slider.
 
 A cap keeps links from the logits downwards, each time the one with the largest flow among those
 into nodes that are already kept, so that the result is connected. The document is ASCII.
+
+A folder that circuit-tracer's viewer serves holds `<slug>.json` for each graph, and
+`graph-metadata.json`, a list of their metadata.
 """
 
 from __future__ import annotations
@@ -26,12 +31,15 @@ import itertools
 import json
 import re
 from collections import defaultdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .._version import __version__
 from ..arguments import as_index
 from ..characters import joined
+from ..errors import FormatError, IfrError
 from ..graph.tables import Node, NodeKind
+from ..storage.files import write_text
 from .labels import visible
 from .links import flow_of, links_of, tops_of
 
@@ -44,6 +52,8 @@ _FEATURE = {
     NodeKind.POST: (2, "residual stream"),
 }
 _SLUG = 60  # most characters
+_FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,199}")
+_LIST = "graph-metadata.json"
 
 
 class _Link(NamedTuple):
@@ -55,6 +65,54 @@ class _Link(NamedTuple):
 
 def to_neuronpedia(graph: GraphData, slug: str | None, scan: str, max_links: int) -> str:
     """The JSON document. Raises ValueError for `max_links` below 1, or a name that is no string."""
+    return _text(_document(graph, slug, scan, max_links))
+
+
+def save_neuronpedia(
+    graph: GraphData, folder: Path, slug: str | None, scan: str, max_links: int
+) -> Path:
+    """Writes the document into a folder, which is made if need be, and lists it there.
+
+    Returns the path of `<slug>.json`, and replaces one that is there. Raises ValueError for a slug
+    that is no file name, and FormatError, before it writes, where the folder's list is damaged.
+    """
+    document = _document(graph, slug, scan, max_links)
+    metadata = document["metadata"]
+    slug = metadata["slug"]
+    if not _FILE_NAME.fullmatch(slug) or slug == _LIST.removesuffix(".json"):
+        raise ValueError(
+            "slug: expected letters, digits, '-', '_' and '.' for the name of a file in a folder, "
+            f"got {slug!r}"
+        )
+    listed = [other for other in _listed(folder / _LIST) if other.get("slug") != slug]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise IfrError(f"{folder}: cannot be written ({error.strerror})") from error
+    path = folder / f"{slug}.json"
+    write_text(path, _text(document))
+    write_text(folder / _LIST, _text({"graphs": [*listed, metadata]}))
+    return path
+
+
+def _listed(path: Path) -> list[dict[str, Any]]:
+    """The metadata of the graphs in a folder."""
+    try:
+        graphs = json.loads(path.read_bytes())["graphs"]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise FormatError(f"{path}: not a list of graphs ({error})") from error
+    if not isinstance(graphs, list) or not all(isinstance(x, dict) for x in graphs):
+        raise FormatError(f"{path}: not a list of graphs")
+    return graphs
+
+
+def _text(document: dict[str, Any]) -> str:
+    return json.dumps(document, allow_nan=False, separators=(",", ":"))
+
+
+def _document(graph: GraphData, slug: str | None, scan: str, max_links: int) -> dict[str, Any]:
     if as_index("max_links", max_links) < 1:
         raise ValueError(f"max_links: expected at least 1, got {max_links}")
     for argument, name in (("slug", "" if slug is None else slug), ("scan", scan)):
@@ -69,13 +127,14 @@ def to_neuronpedia(graph: GraphData, slug: str | None, scan: str, max_links: int
         for link in links
         if link.target is None
     }
-    document = {
+    return {
         "metadata": {
             "slug": _slug(prompt) if slug is None else slug,
             "scan": scan,
             "transcoder_list": [],
             "prompt_tokens": graph.tokens,
             "prompt": prompt,
+            "node_threshold": 1.0,
             "schema_version": 1,
             "info": {
                 "description": f"Information flow routes above {graph.threshold:g}",
@@ -100,7 +159,6 @@ def to_neuronpedia(graph: GraphData, slug: str | None, scan: str, max_links: int
         ],
         "links": [_link(graph, link, logits) for link in links],
     }
-    return json.dumps(document, allow_nan=False, separators=(",", ":"))
 
 
 def _strongest(graph: GraphData, max_links: int) -> tuple[list[_Link], dict[Node, float]]:
@@ -141,7 +199,7 @@ def _influence(nodes: list[Node], flow: dict[Node, float]) -> dict[Node, float]:
     so_far, found = 0.0, {}
     for node in sorted(nodes, key=lambda node: -flow[node]):
         so_far += flow[node]
-        found[node] = so_far / total if total else 1.0
+        found[node] = min(so_far / total, 1.0) if total else 1.0
     return found
 
 

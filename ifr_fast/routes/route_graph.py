@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, SupportsIndex
 
 import torch
@@ -210,6 +211,24 @@ class RouteGraph(GraphData):
         from ..export.neuronpedia import to_neuronpedia
 
         return to_neuronpedia(self, slug, scan, max_links)
+
+    def save_neuronpedia(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        slug: str | None = None,
+        scan: str = "unknown",
+        max_links: int = 10_000,
+    ) -> Path:
+        """Writes `to_neuronpedia` as `<slug>.json` into a folder that circuit-tracer's viewer
+        serves, and lists it in the folder's `graph-metadata.json`. A graph of the same slug is
+        replaced. Returns the file's path.
+
+        Raises ValueError for a slug that is no file name, and FormatError for a damaged list.
+        """
+        from ..export.neuronpedia import save_neuronpedia
+
+        return save_neuronpedia(self, Path(folder), slug, scan, max_links)
 
     def to_pandas(self, table: TableName = "edges") -> pd.DataFrame:
         """The graph's edges, one row each; or its "parts", one row a head; or its "tokens"

@@ -35,6 +35,31 @@ def test_formats_are_written(
     assert pq.read_table(files["parquet"]).equals(graph.to_arrow("parts"))
 
 
+def test_a_folder_of_attribution_graphs(
+    trace: Any, tiny_tracer: Tracer, tiny_dir: Path, tmp_path: Path
+) -> None:
+    folder, scan = tmp_path / "graphs", tiny_dir.name.lower()
+    for text in ("some words", "other words", "some words"):
+        ran = trace(text, "--neuronpedia-folder", folder)
+        assert (ran.code, ran.err) == (0, f"wrote {folder}\n")
+    assert {x.name for x in folder.iterdir()} == {
+        *("some-words.json", "other-words.json", "graph-metadata.json")
+    }
+    expected = tiny_tracer.trace("some words").to_neuronpedia(scan=scan)
+    assert (folder / "some-words.json").read_text() == expected
+    listed = json.loads((folder / "graph-metadata.json").read_text())["graphs"]
+    assert [graph["slug"] for graph in listed] == ["other-words", "some-words"]
+
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for path in (file, tmp_path / "none" / "graphs", "-"):
+        assert_one_error(trace("some words", "--neuronpedia-folder", path), "--neuronpedia-folder")
+    both = ("--json", tmp_path / "x", "--neuronpedia-folder", tmp_path / "x")
+    assert_one_error(trace("some words", *both), "--json already writes")
+    assert not (tmp_path / "x").exists()
+    assert file.read_text() == "mine"
+
+
 @pytest.mark.parametrize("name", ["x[bold]y.json", "a[/b].json", "a\x1b[31mb\nc.json"])
 def test_paths_are_printed_as_they_are(trace: Any, tmp_path: Path, name: str) -> None:
     path = tmp_path / name

@@ -12,7 +12,7 @@ from ifr_fast.cli import app
 SURFACE = {
     "trace": "text --file -f --chat --model -m --position -p --threshold -t --granularity --impl "
     "--recording -r --max-memory --top-paths -k --json --html --png --save --graphml --dot "
-    "--parquet --neuronpedia",
+    "--parquet --neuronpedia --neuronpedia-folder",
     "generate": "text --file -f --chat --model -m --max-new-tokens -n --threshold -t --granularity "
     "--temperature --seed --impl --sources -k --json",
     "bench": "--model -m --lengths -n --file -f --impl --repeat --json",

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -14,6 +15,7 @@ import pytest
 from exported import edges_of, keyed
 from hostile import trace
 
+from ifr_fast.errors import FormatError, IfrError
 from ifr_fast.routes.route_graph import RouteGraph
 
 # What Neuronpedia's published schema (apps/webapp/app/api/graph/graph-schema.json, version 1.0.0)
@@ -25,7 +27,7 @@ SCHEMA = {
     "properties": {
         "metadata": {
             "type": "object",
-            "required": ["slug", "scan", "prompt_tokens", "prompt"],
+            "required": ["slug", "scan", "prompt_tokens", "prompt", "transcoder_list"],
             "properties": {
                 "slug": {"type": "string"},
                 "scan": {"type": "string"},
@@ -33,6 +35,7 @@ SCHEMA = {
                 "prompt": {"type": "string"},
                 "transcoder_list": {"type": "array", "items": {"type": "string"}},
                 "schema_version": {"type": "integer"},
+                "node_threshold": {"type": "number"},
                 "info": {
                     "type": "object",
                     "properties": {
@@ -170,6 +173,51 @@ def test_influence_is_the_share_of_flow_of_all_stronger_nodes(graph: RouteGraph)
     tokens = {n["ctx_idx"]: n["flow"] for n in nodes if n["feature_type"] == "embedding"}
     for position, flow in tokens.items():
         assert flow == pytest.approx(float(graph.token_importance()[position]), abs=1e-6)
+
+
+@pytest.mark.parametrize("cap", [1, 40, 100_000])
+def test_the_slider_of_the_viewer_begins_with_the_whole_graph(graph: RouteGraph, cap: int) -> None:
+    document = json.loads(graph.to_neuronpedia(max_links=cap))
+    influences = [n["influence"] for n in document["nodes"] if n["influence"] is not None]
+    assert document["metadata"]["node_threshold"] == 1.0
+    assert max(influences) <= 1.0
+    assert max(influences) == pytest.approx(1.0)
+
+
+def test_a_folder_that_the_viewer_serves(graph: RouteGraph, tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "graphs"
+    for slug in ("a", "b.2", "a"):
+        path = graph.save_neuronpedia(folder, slug=slug, scan="tiny", max_links=40)
+        assert path == folder / f"{slug}.json"
+        assert path.read_text() == graph.to_neuronpedia(slug=slug, scan="tiny", max_links=40)
+        jsonschema.validate(json.loads(path.read_text()), SCHEMA)
+    listed = json.loads((folder / "graph-metadata.json").read_text())
+    assert list(listed) == ["graphs"]
+    assert [x["slug"] for x in listed["graphs"]] == ["b.2", "a"]
+    for metadata in listed["graphs"]:
+        jsonschema.validate(metadata, SCHEMA["properties"]["metadata"])  # type: ignore[index]
+        document = json.loads((folder / f"{metadata['slug']}.json").read_text())
+        assert document["metadata"] == metadata
+    other = {"slug": "others", "by": "another tool"}
+    (folder / "graph-metadata.json").write_text(json.dumps({"graphs": [other]}))
+    path = graph.save_neuronpedia(folder)
+    listed = json.loads((folder / "graph-metadata.json").read_text())["graphs"]
+    assert listed == [other, json.loads(path.read_text())["metadata"]]
+
+
+def test_a_folder_is_left_as_it_is_where_its_list_or_the_slug_is_wrong(tmp_path: Path) -> None:
+    graph = trace(False, n_tokens=1, n_layers=1)
+    for slug in ("../a", "", ".a", "a/b", "a b", "graph-metadata", "a\n", "é"):
+        with pytest.raises(ValueError, match="slug: expected letters, digits"):
+            graph.save_neuronpedia(tmp_path / "graphs", slug=slug)
+    assert list(tmp_path.iterdir()) == []
+    for damaged in ("", "[]", "{}", '{"graphs": {}}', '{"graphs": [1]}', "[" * 100_000):
+        (tmp_path / "graph-metadata.json").write_text(damaged)
+        with pytest.raises(FormatError, match="not a list of graphs"):
+            graph.save_neuronpedia(tmp_path, slug="a")
+    assert [path.name for path in tmp_path.iterdir()] == ["graph-metadata.json"]
+    with pytest.raises(IfrError, match="cannot be written"):
+        graph.save_neuronpedia(tmp_path / "graph-metadata.json" / "x", slug="a")
 
 
 @pytest.mark.parametrize("cap", [1, 7, 40, 100_000])
