@@ -16,7 +16,7 @@ A mixture of experts has several down projections, so no single submodule fits: 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +37,7 @@ from ..model.hooks import (
     on_input,
 )
 from ..model.interface import overriding
-from ..model.modes import in_float32
+from ..model.modes import in_float32, is_packed
 from ..model.opening import probe_tokens
 from ..recording.layer_inputs import past_of
 from ..recording.record import record
@@ -181,14 +181,22 @@ def _find(probe: Recording, layer: int) -> NeuronBasis:
         torch.inference_mode(False),
         torch.no_grad(),
         probe.decoder.replaying(),
-        in_float32(block.module) if block.bias.dtype in HALF else nullcontext(),
+        in_float32(block.module, block.bias.dtype) if block.bias.dtype in HALF else nullcontext(),
     ):
         run = _Replay.of(probe, layer, torch.arange(len(probe))).differentiable()
         candidates, mid, post = _watch(run)
+        packed = [x.site for x in candidates if is_packed(x.site)]
         for candidate in candidates:
-            found = _try(run, candidate, mid, post)
+            with suppress(NotImplementedError):  # a packed projection has no derivative
+                found = _try(run, candidate, mid, post)
             if found is not None:
                 break
+    if found is None and packed:
+        raise UnsupportedArchitectureError(
+            f"model: the FFN of layer {block.name} has packed weights "
+            f"({type(packed[0]).__name__}), so its neurons are not known; open the dequantized "
+            "model (`model.dequantize()`)"
+        )
     if found is None:
         raise UnsupportedArchitectureError(
             f"model: the FFN of layer {block.name} has no basis of neurons: no one projection "

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from threading import get_ident
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .block import HALF, Block
-from .hooks import LayerCall
+from .hooks import LayerCall, map_tensors
 from .interface import exclusively
 
 
@@ -98,22 +99,70 @@ def is_plain(x: Tensor) -> bool:
     return type(x) in (Tensor, nn.Parameter)
 
 
+def is_packed(module: nn.Module) -> bool:
+    """True for a module without others inside whose weights are no plain floating tensors."""
+    tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    packed = any(not is_plain(x) or not (x.is_floating_point() or x.is_meta) for x in tensors)
+    return packed and next(module.children(), None) is None
+
+
 @contextmanager
-def in_float32(layer: nn.Module) -> Iterator[None]:
-    """Inside the context, a half-precision layer computes in float32: rounding would hide the
-    errors that the closure check looks for.
+def computing(
+    module: nn.Module, change: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    """Within, `module` computes `change` of its own forward in this thread."""
+    owner, own, given = get_ident(), module.forward, module.__dict__.get("forward")
+    changed = change(own)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return (changed if get_ident() == owner else own)(*args, **kwargs)
+
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if given is not None:  # offloading had replaced it before
+            module.forward = given
+
+
+def _in_half(forward: Callable[..., Any], dtype: torch.dtype) -> Callable[..., Any]:
+    """`forward` for float32 arguments, computed in `dtype`."""
+
+    def cast(to: torch.dtype) -> Callable[[Tensor], Tensor]:
+        return lambda x: x.to(to) if x.is_floating_point() else x
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = map_tensors((args, kwargs), cast(dtype))
+        return map_tensors(forward(*args, **kwargs), cast(torch.float32))
+
+    return called
+
+
+@contextmanager
+def in_float32(
+    layer: nn.Module, dtype: torch.dtype, plain: Container[nn.Module] = ()
+) -> Iterator[bool]:
+    """Inside the context, a layer whose stream is in half precision computes in float32: rounding
+    would hide the errors that the closure check looks for. Yields False if some of its modules
+    still compute in `dtype`: packed ones, apart from those in `plain`.
     """
+    packed = [module for module in layer.modules() if is_packed(module) and module not in plain]
+    of_packed = {x for module in packed for x in (*module.parameters(), *module.buffers())}
     tensors = [x for x in (*layer.parameters(), *layer.buffers()) if x.dtype in HALF]
     # Offloaded weights are loaded when they are used; quantized ones cannot be cast.
     if any(x.is_meta or not is_plain(x) for x in tensors):
         with _Upcast():
-            yield
+            yield True
         return
-    held = [(tensor, tensor.data) for tensor in tensors]
-    try:
-        for tensor, data in held:
-            tensor.data = data.float()
-        yield
-    finally:
-        for tensor, data in held:
-            tensor.data = data
+    held = [(tensor, tensor.data) for tensor in tensors if tensor not in of_packed]
+    with ExitStack() as stack:
+        for module in packed if dtype in HALF else ():
+            stack.enter_context(computing(module, lambda own: _in_half(own, dtype)))
+        try:
+            for tensor, data in held:
+                tensor.data = data.float()
+            yield not packed
+        finally:
+            for tensor, data in held:
+                tensor.data = data

@@ -52,6 +52,7 @@ from .interface import (
 )
 from .modes import evaluating, in_float32
 from .probing import Probe, decompose, probe_rows, refuse
+from .quantized import check_packed, packed_as_plain
 from .replay import replay_rows, stopped_at
 from .stream import Chain, check_embeddings, check_n_keys, same_bits
 
@@ -118,6 +119,7 @@ def _open(decoder: Decoder) -> None:
     hooks = hook_keys(decoder.model)
     decoder.attention_through, decoder.blocks = _open_blocks(decoder)
     check_embeddings(decoder)
+    check_packed(decoder.model, lambda: decoder.forward(probe_tokens(decoder)))
     decoder.checked_hooks = hooks
 
 
@@ -369,8 +371,10 @@ def _described(layer: nn.Module) -> str:
 
 def _open_block(index: int, probe: Probe, n_far: int) -> Block:
     dtype = probe.resid_pre.dtype
-    with in_float32(probe.module):
-        parts = decompose(index, probe.rerun_in_float32() if dtype in HALF else probe)
+    with packed_as_plain(probe) as plain, in_float32(probe.module, dtype, plain) as exact:
+        narrow_dtype = None if exact else dtype
+        wide = probe.rerun_in_float32() if dtype in HALF else probe
+        parts = decompose(index, wide._replace(narrow_dtype=narrow_dtype))
     narrow = parts.W_O.to(dtype)
     W_O = narrow if torch.equal(narrow.to(parts.W_O.dtype), parts.W_O) else parts.W_O
     block = Block(

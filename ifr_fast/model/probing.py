@@ -32,6 +32,12 @@ class Probe(NamedTuple):
     resid_pre: Tensor  # [T, D]
     resid_post: Tensor  # [T, D]
     n_outputs: int | None  # length of the tuple that the layer returns, if it returns one
+    narrow_dtype: torch.dtype | None = None  # of modules that compute in no wider one
+
+    @property
+    def tolerance(self) -> float:
+        """Relative error that rounding explains between two runs of the layer."""
+        return rounding_tolerance(self.narrow_dtype or self.resid_post.dtype)
 
     def rerun_in_float32(self) -> Probe:
         """The probe with the layer run in float32 on the same stream and attention output.
@@ -152,13 +158,13 @@ def decompose(index: int, probe: Probe) -> _Parts:
     ffn_site = _ffn_site(probe, whole, resid_mid)
 
     error = relative_error(whole.output, probe.resid_post)
-    if error > rounding_tolerance(probe.resid_post.dtype):
+    if error > probe.tolerance:
         refuse(probe, f"a replay does not give its output back (relative error {error:.1e})")
     rows = probe_rows(len(x))
     with overriding(lambda _: z[rows][None]):
         alone = probe.layer_call.at(rows)(probe.module, x[rows][None])[0]
     error = relative_error(alone, whole.output[rows])
-    if error > rounding_tolerance(probe.resid_post.dtype):
+    if error > probe.tolerance:
         refuse(
             probe,
             "something in it beside attention reads other positions "

@@ -1,4 +1,4 @@
-"""Weights that are not plain tensors: adapters, quantized, tied, offloaded. A model that holds them
+"""Weights that are not plain tensors: adapters, tied, offloaded. A model that holds them
 is explained as the same model with plain weights is.
 """
 
@@ -12,43 +12,14 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
 from opened import tiny_tracer
-from oracle import TOLERANCE, importances
+from oracle import importances
 from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from same_graph import assert_agree, assert_same_graph, assert_within
-from tiny import FAMILIES, WINDOW, account, tiny_model, tiny_text
-from torch import Tensor, nn
+from same_graph import assert_agree
+from same_model import TEXT, assert_generates_same, assert_same_scores
+from tiny import FAMILIES, account, tiny_model
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from ifr_fast import Tracer, UnsupportedArchitectureError
-
-TEXT = tiny_text(WINDOW + 6)
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def assert_same_scores(mine: Tracer, theirs: Tracer, tolerance: float = TOLERANCE) -> None:
-    """Both models' importances agree, in both recording modes."""
-    for mode in ("full", "lean"):
-        for x, y in zip(
-            mine.contributions(mine.record(TEXT, mode=mode), keep=0.0),
-            theirs.contributions(theirs.record(TEXT, mode=mode), keep=0.0),
-            strict=True,
-        ):
-            for field in ("residual", "ffn", "head_total"):
-                assert_within(getattr(x, field), getattr(y, field), tolerance)
-
-
-def assert_generates_same(mine: Tracer, theirs: Tracer) -> None:
-    """Both models generate the same tokens, by the same routes."""
-    for a, b in zip(
-        *(
-            tracer.generate(TEXT, max_new_tokens=4, threshold=0.02, eos_token_id=[])
-            for tracer in (mine, theirs)
-        ),
-        strict=True,
-    ):
-        assert a.token_id == b.token_id
-        assert_same_graph(a.graph, b.graph, tolerance=TOLERANCE)
-
 
 # Adapters
 
@@ -121,96 +92,6 @@ def test_soft_prompts_are_refused(config: Any) -> None:
 def test_a_compiled_model_scores_as_the_plain_one() -> None:
     compiled = Tracer(torch.compile(tiny_model("llama"), backend="eager"))
     assert_same_scores(compiled, tiny_tracer("llama"))
-
-
-# Quantized
-
-
-class Int8Weight(Tensor):
-    """A weight of int8 and a scale for each output; only `linear` can read it."""
-
-    quantized: Tensor
-    scale: Tensor
-
-    @staticmethod
-    def of(weight: Tensor) -> Int8Weight:
-        scale = weight.abs().amax(1, keepdim=True) / 127
-        made = Tensor._make_wrapper_subclass(Int8Weight, weight.shape, dtype=weight.dtype)
-        made.quantized, made.scale = (weight / scale).round().to(torch.int8), scale
-        return made
-
-    def dequantize(self) -> Tensor:
-        return self.quantized.to(self.scale.dtype) * self.scale
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is nn.functional.linear:
-            args = [x.dequantize() if isinstance(x, Int8Weight) else x for x in args]
-            return func(*args, **(kwargs or {}))
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.detach.default:
-            return args[0]
-        raise NotImplementedError(f"{func} of a quantized weight")
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("family", ["llama", "olmo2", "gptj"])
-def test_quantized_weights_score_as_dequantized_ones(family: str, dtype: torch.dtype) -> None:
-    model, dequantized = tiny_model(family, dtype=dtype), tiny_model(family, dtype=dtype)
-    for quantized, plain in zip(model.modules(), dequantized.modules(), strict=True):
-        if isinstance(quantized, nn.Linear):
-            weight = Int8Weight.of(quantized.weight.detach())
-            plain.weight = nn.Parameter(weight.dequantize())
-            quantized.weight = nn.Parameter(weight, requires_grad=False)
-            quantized.weight.quantized, quantized.weight.scale = weight.quantized, weight.scale
-    mine, theirs = Tracer(model), Tracer(dequantized)
-    assert_same_scores(mine, theirs, 0.0)
-    assert_generates_same(mine, theirs)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("bits", [4, 8])
-def test_torchao_weights_score_as_dequantized_ones(bits: int, dtype: torch.dtype) -> None:
-    torchao = pytest.importorskip("torchao.quantization", reason="expected: torchao is optional")
-    from torchao.quantization.granularity import PerGroup
-
-    config = (
-        torchao.Int8WeightOnlyConfig()
-        if bits == 8
-        else torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(18))
-    )
-
-    def in_layers(module: nn.Module, name: str) -> bool:
-        return isinstance(module, nn.Linear) and module.in_features == 36
-
-    model, dequantized = tiny_model("llama", dtype=dtype), tiny_model("llama", dtype=dtype)
-    for each in (model, dequantized):
-        torchao.quantize_(each, config, filter_fn=in_layers)
-    for module in dequantized.modules():
-        if isinstance(module, nn.Linear) and module.in_features == 36:
-            module.weight = nn.Parameter(module.weight.dequantize().to(dtype))
-    # In bfloat16 the two models' own activations differ by rounding.
-    tolerance = TOLERANCE if dtype == torch.float32 or bits == 4 else 0.05
-    assert_same_scores(Tracer(model), Tracer(dequantized), tolerance)
-
-
-def test_activations_rounded_before_the_output_projection_are_refused() -> None:
-    class Rounded(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            scale = x.abs().amax(-1, keepdim=True) / 127
-            return super().forward((x / scale.clamp(min=1e-9)).round() * scale)
-
-    model = tiny_model("llama")
-    out = model.model.layers[1].self_attn.o_proj
-    rounded = Rounded(out.in_features, out.out_features, bias=False)
-    rounded.weight = out.weight
-    model.model.layers[1].self_attn.o_proj = rounded
-    with pytest.raises(UnsupportedArchitectureError, match=r"layers\.1 .*relative error"):
-        Tracer(model)
 
 
 # Weights on other devices
