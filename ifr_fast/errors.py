@@ -1,4 +1,12 @@
-"""Errors of ifr_fast. A wrong argument raises a `ValueError` that names the argument."""
+"""Errors of ifr_fast. A wrong argument raises a `ValueError` that names the argument.
+
+`needing` makes one error of all that the import of another package can raise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class IfrError(Exception):
@@ -15,3 +23,27 @@ class MemoryBudgetError(IfrError):
 
 class FormatError(IfrError):
     """A file is truncated, foreign, or of another format version."""
+
+
+_MODULE = {"scikit-learn": "sklearn"}  # by package, where the names differ
+
+
+@contextmanager
+def needing(what: str, package: str, remedy: str) -> Iterator[None]:
+    """Raises IfrError for whatever an import inside raises, which need not be ImportError.
+
+    The message says what needs the package, what went wrong, and the remedy.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == _MODULE.get(package, package):
+            raise IfrError(f"{what} needs {package}, which is not installed: {remedy}") from error
+        raise _broken(what, package, remedy, error) from error
+    except Exception as error:
+        raise _broken(what, package, remedy, error) from error
+
+
+def _broken(what: str, package: str, remedy: str, error: Exception) -> IfrError:
+    said = f"{type(error).__name__}: {error}".strip(": ")
+    return IfrError(f"{what} needs {package}, which cannot be imported ({said}): {remedy}")

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import IfrError
+from ..errors import needing
 
 LEVEL = 0.95  # confidence level of all intervals
 DRAWS = 1000  # bootstrap draws
@@ -255,8 +255,6 @@ def _check_kinds(scores: Tensor, positive: Tensor) -> None:
 
 
 def _library(name: str) -> Any:
-    try:
+    package = {"scipy.stats": "scipy", "sklearn.metrics": "scikit-learn"}[name]
+    with needing("the report", package, "pip install 'ifr-fast[circuits]'"):
         return import_module(name)
-    except ImportError as error:
-        package = {"scipy.stats": "scipy", "sklearn.metrics": "scikit-learn"}[name]
-        raise IfrError(f"{package} is not installed: pip install 'ifr-fast[circuits]'") from error

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..errors import needing
 from ..model.decoder import Decoder
 from ..model.modes import evaluating
 from ..progress import progress
@@ -196,7 +197,8 @@ def _embedding_attribution(
 
 
 def _gradient_x_input(tracer: Tracer, task: Task, i: int) -> Tensor:
-    from captum.attr import InputXGradient
+    with needing("gradient x input", "captum", _REMEDY):
+        from captum.attr import InputXGradient
 
     return _embedding_attribution(
         tracer,
@@ -206,7 +208,8 @@ def _gradient_x_input(tracer: Tracer, task: Task, i: int) -> Tensor:
 
 
 def _integrated_gradients(tracer: Tracer, task: Task, i: int) -> Tensor:
-    from captum.attr import IntegratedGradients
+    with needing("integrated gradients", "captum", _REMEDY):
+        from captum.attr import IntegratedGradients
 
     return _embedding_attribution(
         tracer,
@@ -222,7 +225,8 @@ def flashtrace_arguments(model: PreTrainedModel, token_ids: Tensor) -> dict[str,
 
     They hold its own recording of a pass with eager attention, the only one that returns weights.
     """
-    from flashtrace import core
+    with needing("the method FlashTrace", "flashtrace", _REMEDY):
+        from flashtrace import core
 
     ids = token_ids.to(model.device)[None]
     geometry = core.extract_model_metadata(model)
@@ -266,7 +270,8 @@ def _flashtrace(tracer: Tracer, task: Task, i: int) -> Tensor:
 
     One token without reasoning leaves no further hop to make.
     """
-    from flashtrace import core
+    with needing("the method FlashTrace", "flashtrace", _REMEDY):
+        from flashtrace import core
 
     ids = torch.tensor(_with_answer(tracer, task, i))
     given, last = flashtrace_arguments(tracer.decoder.model, ids), len(ids) - 1
@@ -287,6 +292,7 @@ METHODS: dict[str, Attribution] = {
 }
 
 
+_REMEDY = "pip install 'ifr-fast[circuits]'"
 _NEEDS = {
     "FlashTrace": "flashtrace",
     "gradient x input": "captum",

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from ..errors import IfrError
+from ..errors import needing
 from .graphml import in_xml
 from .links import Link, links_of, name_of, nodes_of
 
@@ -29,12 +29,8 @@ def to_networkx(graph: GraphData) -> nx.MultiDiGraph:
     attention heads, each head's share. The graph's `starts` are the explained positions and their
     weights; these, `heads` and the graph's `tokens` are JSON.
     """
-    try:
+    with needing("to_networkx", "networkx", "pip install 'ifr-fast[networkx]'"):
         import networkx as nx
-    except ImportError as error:
-        raise IfrError(
-            "to_networkx needs networkx, which is not installed: pip install 'ifr-fast[networkx]'"
-        ) from error
     links = links_of(graph)
     out = nx.MultiDiGraph(
         tokens=json.dumps(graph.tokens),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..errors import IfrError
+from ..errors import needing
 from ..graph.tables import EdgeKind, NodeKind
 from .labels import Column, columns, visible
 
@@ -60,12 +60,8 @@ class _Place(NamedTuple):
 
 def check_plot() -> None:
     """Raises IfrError if `plot` cannot run."""
-    try:
+    with needing("plot", "matplotlib", "pip install 'ifr-fast[plot]'"):
         import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise IfrError(
-            "plot needs matplotlib, which is not installed: pip install 'ifr-fast[plot]'"
-        ) from error
 
 
 def plot(graph: GraphData) -> Figure:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import IfrError
+from ..errors import needing
 from ..graph.tables import EdgeKind
 from ..storage.files import whole_file
 from .json import described
@@ -47,10 +47,8 @@ class _Column(NamedTuple):
 
 def to_pandas(graph: GraphData, table: TableName) -> pd.DataFrame:
     """A table as a data frame; strings are categorical."""
-    try:
+    with needing("to_pandas", "pandas", "pip install 'ifr-fast[tables]'"):
         import pandas as pd
-    except ImportError as error:
-        raise _absent("to_pandas", "pandas") from error
 
     def series(column: _Column) -> Any:
         if column.names is not None:
@@ -67,10 +65,8 @@ def to_pandas(graph: GraphData, table: TableName) -> pd.DataFrame:
 
 def to_arrow(graph: GraphData, table: TableName) -> pa.Table:
     """A table as an Arrow table; strings are dictionary-encoded."""
-    try:
+    with needing("to_arrow", "pyarrow", "pip install 'ifr-fast[tables]'"):
         import pyarrow as pa
-    except ImportError as error:
-        raise _absent("to_arrow", "pyarrow") from error
 
     def array(column: _Column) -> Any:
         if column.names is not None:
@@ -89,10 +85,8 @@ def to_arrow(graph: GraphData, table: TableName) -> pa.Table:
 
 def check_parquet() -> None:
     """Raises IfrError if `to_parquet` cannot run."""
-    try:
+    with needing("to_parquet", "pyarrow", "pip install 'ifr-fast[tables]'"):
         import pyarrow.parquet  # noqa: F401
-    except ImportError as error:
-        raise _absent("to_parquet", "pyarrow") from error
 
 
 def to_parquet(graph: GraphData, path: str | os.PathLike[str], table: TableName) -> None:
@@ -103,12 +97,6 @@ def to_parquet(graph: GraphData, path: str | os.PathLike[str], table: TableName)
     found = to_arrow(graph, table)
     with whole_file(path) as temporary:
         pq.write_table(found, temporary)
-
-
-def _absent(what: str, package: str) -> IfrError:
-    return IfrError(
-        f"{what} needs {package}, which is not installed: pip install 'ifr-fast[tables]'"
-    )
 
 
 def _columns(graph: GraphData, table: TableName) -> dict[str, _Column]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import as_index
-from ..errors import IfrError
+from ..errors import needing
 from ..graph.data import GraphData
 from ..graph.tables import EdgeKind, EdgeTable, HeadEdgeTable
 
@@ -127,12 +127,8 @@ class GraphDifference:
 
     def to_pandas(self) -> pd.DataFrame:
         """One row per edge: layer, kind, columns and tokens, both weights, difference."""
-        try:
+        with needing("to_pandas", "pandas", "pip install 'ifr-fast[tables]'"):
             import pandas as pd
-        except ImportError as error:
-            raise IfrError(
-                "to_pandas needs pandas, which is not installed: pip install 'ifr-fast[tables]'"
-            ) from error
         tokens = self.tokens
         layer, kind, target, source, first, second = (x.tolist() for x in self.edges)
         return pd.DataFrame(

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from ..errors import IfrError
+from ..errors import needing
 
-try:
+with needing("ifr_fast.survey", "pyarrow", "pip install 'ifr-fast[survey]'"):
     import pyarrow as pa
     import pyarrow.parquet as pq
-except ImportError as error:
-    raise IfrError(
-        "ifr_fast.survey needs pyarrow, which is not installed: pip install 'ifr-fast[survey]'"
-    ) from error
 
 __all__ = ["pa", "pq"]

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from ..errors import IfrError
+from ..errors import IfrError, needing
 from ..tracer import Tracer
 from .columns import Columns, Tokens, score
 from .schema import first_line
@@ -212,12 +212,8 @@ def _cause(error: Exception) -> str:
 
 
 def _import_ray() -> Any:
-    try:
+    with needing("engine='ray'", "ray", "pip install 'ifr-fast[ray]'"):
         import ray
-    except ImportError as error:
-        raise IfrError(
-            "engine: 'ray' needs ray, which is not installed: pip install 'ifr-fast[ray]'"
-        ) from error
     return ray
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, TypeAlias
 
-from ..errors import IfrError
+from ..errors import IfrError, needing
 from .arrow import pa, pq
 from .schema import Problem, first_line
 
@@ -141,12 +141,8 @@ def iterated(of: Any) -> Iterator[Any]:
     if not isinstance(of, str):
         yield from of
         return
-    try:
+    with needing(f"inputs: {of!r}", "datasets", "pip install datasets"):
         import datasets
-    except ImportError as error:
-        raise IfrError(
-            f"inputs: {of!r} needs datasets, which is not installed: pip install datasets"
-        ) from error
     name, _, split = of.removeprefix("hf:").partition(":")
     name, _, config = name.partition(",")
     try:

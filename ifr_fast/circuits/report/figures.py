@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...errors import IfrError
+from ...errors import needing
 from ...storage.files import whole_file
 from ..agreement import roc_curve
 from ..faithfulness import METHODS, UNITS
@@ -18,10 +18,8 @@ from .tables import share_left
 
 
 def _figure(width: float, height: float) -> Figure:
-    try:
+    with needing("the report's figures", "matplotlib", "pip install 'ifr-fast[circuits]'"):
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise IfrError("matplotlib is not installed: pip install 'ifr-fast[circuits]'") from error
     return Figure(figsize=(width, height), layout="constrained")
 
 

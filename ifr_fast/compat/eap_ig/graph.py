@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...arguments import as_index
-from ...errors import FormatError, IfrError
+from ...errors import FormatError, needing
 from ...model.decoder import Decoder
 from ...storage.files import write_text
 from ...tracer import Tracer
@@ -274,13 +274,8 @@ class Graph:
 
     def to_networkx(self) -> nx.MultiDiGraph:
         """The circuit. Edges have a `score`; the key of an edge into a head is q, k or v."""
-        try:
+        with needing("to_networkx", "networkx", "pip install 'ifr-fast[networkx]'"):
             import networkx as nx
-        except ImportError as error:
-            raise IfrError(
-                "to_networkx needs networkx, which is not installed: pip install "
-                "'ifr-fast[networkx]'"
-            ) from error
         out = nx.MultiDiGraph(**self.cfg)
         names = self.sources
         out.add_nodes_from(names[i] for i in self.nodes_in_graph.nonzero().squeeze(1).tolist())

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import IfrError
+from ...errors import needing
 from ...scoring.closure import cat_on
 from . import contributions
 
@@ -158,13 +158,10 @@ def _uncollected() -> Iterator[None]:
 
 
 def _networkx() -> Any:
-    try:
+    with needing(
+        "the graphs of compat.llm_transparency_tool", "networkx", "pip install 'ifr-fast[networkx]'"
+    ):
         import networkx as nx
-    except ImportError as error:
-        raise IfrError(
-            "the graphs of compat.llm_transparency_tool need networkx, which is not installed: "
-            "pip install 'ifr-fast[networkx]'"
-        ) from error
     return nx
 
 

@@ -8,11 +8,16 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from ...errors import IfrError
+from ...errors import IfrError, needing
 from . import contributions, graph
 from .model import TransparentLlm
 
 _TOOL = "llm_transparency_tool"
+_REMEDY = (
+    "expected a checkout of the tool on the Python path, in an environment of its own with "
+    "typeguard 2.13.3, streamlit 1.67, pandas 2.3.3 and networkx 3.4.2 "
+    "(docs/compat-llm-transparency-tool.md)"
+)
 _CONTRIBUTIONS = (
     "get_contributions",
     "get_contributions_with_one_off_part",
@@ -31,16 +36,14 @@ def install(*, parity: bool = False) -> Callable[[], None]:
     that are loaded now or later. parity: use the tool's own arithmetic. Returns a function that
     undoes the replacement.
 
-    Raises IfrError if the tool cannot be imported.
+    Raises IfrError if the tool cannot be imported, or lacks one of these.
     """
-    try:
+    with needing("install", _TOOL, _REMEDY):
         theirs = {
             name: importlib.import_module(f"{_TOOL}.{name}")
             for name in ("routes.contributions", "routes.graph", "models.tlens_model")
         }
         base = importlib.import_module(f"{_TOOL}.models.transparent_llm").TransparentLlm
-    except ImportError as error:
-        raise IfrError(f"install: {_TOOL} cannot be imported ({error})") from error
 
     class TransformerLensTransparentLlm(TransparentLlm):
         """A model that `Tracer` opens, in place of TransformerLens."""
@@ -54,6 +57,14 @@ def install(*, parity: bool = False) -> Callable[[], None]:
         "routes.graph": {name: getattr(graph, name) for name in _GRAPH},
         "models.tlens_model": {"TransformerLensTransparentLlm": TransformerLensTransparentLlm},
     }
+    lacking = [
+        f"{where}.{name}"
+        for where, module in theirs.items()
+        for name in own[where]
+        if not hasattr(module, name)
+    ]
+    if lacking:
+        raise IfrError(f"install: this {_TOOL} has no {', '.join(lacking)}: {_REMEDY}")
     exchanged = {
         id(getattr(module, name)): (getattr(module, name), ours)
         for where, module in theirs.items()

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from ...errors import IfrError
+from ...errors import needing
 from ..schema import Survey
 from . import plots
 from .finding import Finding, NotApplicableError
@@ -204,13 +204,10 @@ def _hash(
 
 def _principal(vectors: NDArray[np.float32], seed: int) -> tuple[Floats, float]:
     """Coordinates in the first principal components, and their share of the variance."""
-    try:
+    with needing(
+        "the analysis of parts of speech", "scikit-learn", "pip install 'ifr-fast[report]'"
+    ):
         from sklearn.decomposition import PCA
-    except ImportError as error:
-        raise IfrError(
-            "parts of speech need scikit-learn, which is not installed: "
-            "pip install 'ifr-fast[report]'"
-        ) from error
     pca = PCA(min(_DIMENSIONS, *vectors.shape), svd_solver="full", random_state=seed)
     space = pca.fit_transform(vectors.astype(np.float64))
     return space, float(pca.explained_variance_ratio_.sum())

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import IfrError
+from ...errors import needing
 from .intervals import Interval
 
 if TYPE_CHECKING:
@@ -61,13 +61,8 @@ STYLE: dict[str, Any] = {
 @contextmanager
 def styled() -> Iterator[None]:
     """Applies the style to figures made or saved inside. Raises IfrError without matplotlib."""
-    try:
+    with needing("the figures of a survey", "matplotlib", "pip install 'ifr-fast[report]'"):
         from matplotlib import rc_context
-    except ImportError as error:
-        raise IfrError(
-            "the figures of a survey need matplotlib, which is not installed: "
-            "pip install 'ifr-fast[report]'"
-        ) from error
     with rc_context(cast(Any, STYLE)):
         yield
 
