@@ -2,9 +2,9 @@
 
 Left out on one side: that parts add up at every row (scoring/closure.py), that the residual stream
 is passed on unchanged between layers (model/stream.py), and that hooks are those of the opening
-(model/opening.py). Both sides run in turn. The share is the median of the rounds' ratios, in processor
-time, which other programs disturb less. The limits are 3% of `trace_all` at
-512 tokens, and nothing that can be told from noise for `trace`.
+(model/opening.py). Both sides run in turn. The share is the median of the rounds' ratios, in
+processor time, which other programs disturb less. The limits are 3% of `trace_all` at 512 tokens,
+and nothing that can be told from noise for `trace`.
 
     python bench/checks.py
     python bench/checks.py --lengths 128 512 2048 --repeat 9
@@ -46,7 +46,7 @@ def unchecked() -> Iterator[None]:
         for name, by in replaced.items():
             stack.enter_context(mock.patch(name, by))
         for name in ("leave", "enter", "end"):
-            stack.enter_context(mock.patch.object(Chain, name, lambda *_: None))
+            stack.enter_context(mock.patch.object(Chain, name, return_value=None))
         yield
 
 
