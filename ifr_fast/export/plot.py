@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from ..characters import Piece
 from ..errors import needing
 from ..graph.tables import EdgeKind, NodeKind
 from .labels import Column, columns, visible
@@ -325,7 +326,9 @@ def _draw_heading(figure: Figure, graph: GraphData, height: float) -> None:
 
 
 class _Labels:
-    """Token text in the installed fonts; a box replaces a missing character."""
+    """Token text in the installed fonts. A box replaces a missing character, and its code point one
+    that a piece belongs to.
+    """
 
     def __init__(self) -> None:
         from matplotlib import font_manager
@@ -338,7 +341,12 @@ class _Labels:
         text = visible(token)
         if len(text) > _LABEL:
             text = text[: _LABEL - 1] + "…"
-        return "".join(char if self._has(char) else "□" for char in text)
+        is_piece = Piece.read(token) is not None
+
+        def without(char: str) -> str:
+            return f"‹{ord(char):04X}›" if is_piece else "□"
+
+        return "".join(char if self._has(char) else without(char) for char in text)
 
     def _has(self, char: str) -> bool:
         return any(font.get_char_index(ord(char)) for font in self._fonts)

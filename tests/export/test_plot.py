@@ -60,6 +60,14 @@ def test_columns_of_a_plot_are_never_wide(n_tokens: int) -> None:
     assert left <= -0.7
 
 
+def test_a_character_that_no_font_has_is_named_where_tokens_are_its_pieces() -> None:
+    labels = pytest.importorskip("ifr_fast.export.plot")._Labels()
+    assert labels.of("\U0010fffd 2/4") == "‹10FFFD› 2/4"
+    labels._has = lambda char: ord(char) < 0x300
+    assert labels.of(" 猫 1/3") == "·‹732B› 1/3"
+    assert labels.of("猫") == "□"
+
+
 @pytest.mark.filterwarnings("error")
 def test_plot_of_hostile_tokens(tmp_path: Path, hostile: RouteGraph) -> None:
     pytest.importorskip("matplotlib")
