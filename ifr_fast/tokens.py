@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias
 
@@ -14,29 +15,42 @@ from transformers import PreTrainedTokenizerBase
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
+# A mapping is what a tokenizer returns, or a conversation: messages, tools.
 Text: TypeAlias = (
-    "str | Sequence[SupportsIndex] | Tensor | np.ndarray[Any, Any] | Sequence[dict[str, str]]"
+    "str | Sequence[SupportsIndex] | Tensor | np.ndarray[Any, Any] | Sequence[Mapping[str, Any]] "
+    "| Mapping[str, Any]"
 )
-# Tokenizers return mappings.
 Batch: TypeAlias = (
     "list[str] | list[list[int]] | list[Tensor] | list[np.ndarray[Any, Any]] "
-    "| list[list[dict[str, str]]] | Mapping[str, Any]"
+    "| list[list[Mapping[str, Any]]] | Mapping[str, Any]"
 )
+_CONVERSATION = ("messages", "tools", "continue_final_message")
 
 
 def is_batch(text: Any) -> TypeIs[Batch]:
-    """True for several texts: a list or tuple of strings, of token-id sequences or of
-    conversations, or the result of a tokenizer for several texts. A list of ints is one text, and
-    so is a list of chat messages.
+    """True for several texts: a list or tuple of strings, of token-id sequences, of conversations
+    or of tokenizers' results, or the result of a tokenizer for several texts. A list of ints is one
+    text, and so are a list of chat messages, and a tensor of one row, alone or in a tokenizer's
+    result.
     """
     if isinstance(text, Mapping):
-        return True
+        return "messages" not in text and not _is_one(text.get("input_ids"))
     if not isinstance(text, list | tuple) or not text:
         return False
     return all(
         isinstance(item, str | list | tuple)
+        or (isinstance(item, Mapping) and ("messages" in item or "input_ids" in item))
         or (isinstance(item, Tensor | np.ndarray) and item.ndim > 0)
         for item in text
+    )
+
+
+def _is_one(ids: Any) -> bool:
+    """True for the token ids of one text, False for a sequence of texts' ids."""
+    if isinstance(ids, Tensor | np.ndarray):
+        return ids.ndim == 1 or (ids.ndim == 2 and len(ids) == 1)
+    return isinstance(ids, Sequence) and all(
+        isinstance(item, SupportsIndex) and getattr(item, "ndim", 0) == 0 for item in ids
     )
 
 
@@ -49,11 +63,34 @@ def as_texts(batch: Batch) -> list[Any]:
         mask = batch.get("attention_mask")
         masks = [torch.ones_like(x) if mask is None else mask[i] for i, x in enumerate(ids)]
         masks = [torch.as_tensor(x) for x in masks]
-    except (LookupError, TypeError, RuntimeError) as error:
+    except (LookupError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             "text: expected several texts' input_ids and attention_mask, as a tokenizer gives them"
         ) from error
     return [_unpadded(x, m) for x, m in zip(ids, masks, strict=True)]
+
+
+def _from_tokenizer(encoded: Mapping[str, Any]) -> Tensor:
+    """The token ids of a tokenizer's result for one text, without padding."""
+    if "input_ids" not in encoded:
+        raise ValueError(
+            "text: expected a mapping with input_ids, as a tokenizer gives it, or with messages, "
+            f"got one with {', '.join(map(str, encoded)) or 'nothing'}"
+        )
+    if _is_one(encoded["input_ids"]):
+        if len(encoded["input_ids"]) == 0:
+            return torch.empty(0, dtype=torch.int64)
+        mask = encoded.get("attention_mask")
+        one = {"input_ids": _rows(encoded["input_ids"])}
+        return as_texts(one if mask is None else one | {"attention_mask": _rows(mask)})[0]
+    texts = as_texts(encoded)
+    if len(texts) != 1:
+        raise ValueError(f"text: expected a single text, got a tokenizer's result for {len(texts)}")
+    return texts[0]
+
+
+def _rows(x: Any) -> Any:
+    return x if isinstance(x, Tensor | np.ndarray) and x.ndim == 2 else [x]
 
 
 def _unpadded(token_ids: Tensor, mask: Tensor) -> Tensor:
@@ -71,11 +108,14 @@ def _unpadded(token_ids: Tensor, mask: Tensor) -> Tensor:
 def encode(
     text: Text, tokenizer: PreTrainedTokenizerBase | None, add_special_tokens: bool | None
 ) -> Tensor:
-    """Encodes a string, ids or chat messages as token ids [T], int64 on the CPU.
+    """Encodes a string, ids, a tokenizer's result or chat messages as token ids [T], int64 on the
+    CPU.
 
     Raises ValueError for other objects and for empty ones.
     """
     ids = _ids(text, tokenizer, add_special_tokens)
+    if ids.ndim == 2 and len(ids) == 1:
+        ids = ids[0]
     if ids.ndim != 1 or ids.dtype.is_floating_point or ids.dtype == torch.bool:
         raise ValueError(
             f"text: expected token ids of shape [T], got {tuple(ids.shape)} {ids.dtype}"
@@ -100,25 +140,31 @@ def _ids(
     if isinstance(text, str):
         if not text:  # a tokenizer may add a special token
             raise ValueError("text: is empty; expected at least one token")
-        return torch.tensor(_need(tokenizer)(text, **special)["input_ids"], dtype=torch.int64)
+        ids = _need(tokenizer)(text, **special)["input_ids"]
+        _warn_of_two(ids, tokenizer)
+        return torch.tensor(ids, dtype=torch.int64)
+    if isinstance(text, Mapping):
+        if "messages" in text:
+            return _conversation(text, _need(tokenizer))
+        return _from_tokenizer(text)
     if isinstance(text, bytes) or not isinstance(text, Iterable):
         raise ValueError(f"text: expected a string, token ids or messages, got {text!r}")
     items: list[Any] = list(text)
-    if items and all(isinstance(item, dict) for item in items):
-        return _chat(items, _need(tokenizer))
+    if items and all(isinstance(item, Mapping) for item in items):
+        return _chat(items, None, False, _need(tokenizer))
     try:
         if any(isinstance(item, bool) for item in items):
             raise TypeError
-        ids = [operator.index(item) for item in items]
+        listed = [operator.index(item) for item in items]
     except TypeError:
         raise ValueError(
             "text: expected a string, token ids, or chat messages "
             f"(a list of dicts with role and content), got {type(text).__name__} of "
             f"{', '.join(sorted({type(item).__name__ for item in items}))}"
         ) from None
-    if any(abs(i) >= 1 << 63 for i in ids):
+    if any(abs(i) >= 1 << 63 for i in listed):
         raise ValueError("text: token ids must be from 0 to the size of the vocabulary")
-    return torch.tensor(ids, dtype=torch.int64)
+    return torch.tensor(listed, dtype=torch.int64)
 
 
 def _need(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
@@ -127,16 +173,95 @@ def _need(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _chat(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    for message in messages:
-        if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
-            raise ValueError(f"text: expected messages with role and content, got {message}")
+def _warn_of_two(ids: list[int], tokenizer: Any) -> None:
+    """Warns where the tokenizer put its first token before a text that begins with it."""
+    first = getattr(tokenizer, "bos_token_id", None)
+    if first is not None and ids[:2] == [first, first]:
+        warnings.warn(
+            f"text: begins with two {tokenizer.bos_token}, its own and the tokenizer's; for a "
+            "rendered chat template pass add_special_tokens=False (--no-special-tokens)",
+            stacklevel=2,
+        )
+
+
+def _conversation(given: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Token ids of {"messages": ..., "tools": ..., "continue_final_message": ...}."""
+    unknown = [str(key) for key in given if key not in _CONVERSATION]
+    if unknown:
+        raise ValueError(
+            f"text: a conversation holds {', '.join(_CONVERSATION)}; got {', '.join(unknown)}"
+        )
+    messages, tools = given["messages"], given.get("tools")
+    if not isinstance(messages, Sequence) or not all(isinstance(m, Mapping) for m in messages):
+        raise ValueError("text: messages: expected a list of {role, content}")
+    if not messages:
+        raise ValueError("text: is empty; expected at least one message")
+    if tools is not None and not (
+        isinstance(tools, Sequence) and all(isinstance(t, Mapping) or callable(t) for t in tools)
+    ):
+        raise ValueError("text: tools: expected a list of JSON schemas or functions")
+    resume = given.get("continue_final_message", False)
+    if not isinstance(resume, bool):
+        raise ValueError(f"text: continue_final_message: expected True or False, got {resume!r}")
+    return _chat(list(messages), tools, resume, tokenizer)
+
+
+def _chat(
+    messages: list[Mapping[str, Any]],
+    tools: Sequence[Any] | None,
+    resume: bool,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Tensor:
+    """Token ids of messages in the tokenizer's template; `resume`: the last one is left open."""
+    contents = [_content(i, message) for i, message in enumerate(messages)]
     if tokenizer.chat_template is None:
         raise ValueError("text: this tokenizer has no chat template; pass a string")
-    encoded = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True
-    )
-    return torch.tensor(encoded["input_ids"], dtype=torch.int64)
+    if resume and not contents[-1]:
+        raise ValueError("text: continue_final_message: the last message has no text to continue")
+
+    def rendered(messages: list[dict[str, Any]], tokenize: bool) -> Any:
+        return tokenizer.apply_chat_template(
+            messages,
+            tools=None if tools is None else list(tools),
+            add_generation_prompt=not resume,
+            continue_final_message=resume,
+            tokenize=tokenize,
+            **({"return_dict": True} if tokenize else {}),
+        )
+
+    given = [dict(message) for message in messages]
+    plain = [m | {"content": content} for m, content in zip(given, contents, strict=True)]
+    in_parts = [c.strip() for m, c in zip(given, contents, strict=True) if m.get("content") != c]
+    try:
+        # Templates of text models know strings alone; some of others know lists of parts alone.
+        for form in (plain, given) if in_parts else (plain,):
+            shown = rendered(form, False) if in_parts else ""
+            if all(text in shown for text in in_parts):
+                return torch.tensor(rendered(form, True)["input_ids"], dtype=torch.int64)
+    except Exception as error:  # a template raises what it likes
+        raise ValueError(
+            f"text: the chat template cannot render these messages ({error})"
+        ) from error
+    raise ValueError("text: the chat template leaves out content that is given in parts")
+
+
+def _content(i: int, message: Mapping[str, Any]) -> str:
+    """The text of message `i`; empty for a call of tools without any."""
+    role, content = message.get("role"), message.get("content")
+    if isinstance(role, str) and isinstance(content, str):
+        return content
+    if isinstance(role, str) and content is None and message.get("tool_calls"):
+        return ""
+    if not isinstance(role, str) or not isinstance(content, list | tuple):
+        raise ValueError(f"text: expected messages with role and content, got {dict(message)}")
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise ValueError(
+                f"text: message {i} has a part of type {kind!r}; expected parts "
+                '{"type": "text", "text": ...} alone'
+            )
+    return "".join(part["text"] for part in content)
 
 
 def token_strings(ids: Tensor, tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
