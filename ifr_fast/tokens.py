@@ -50,7 +50,10 @@ def _is_one(ids: Any) -> bool:
     if isinstance(ids, Tensor | np.ndarray):
         return ids.ndim == 1 or (ids.ndim == 2 and len(ids) == 1)
     return isinstance(ids, Sequence) and all(
-        isinstance(item, SupportsIndex) and getattr(item, "ndim", 0) == 0 for item in ids
+        isinstance(item, SupportsIndex)
+        and not isinstance(item, bool)
+        and getattr(item, "ndim", 0) == 0
+        for item in ids
     )
 
 

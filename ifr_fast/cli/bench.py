@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 def bench(
     model: options.Model = None,
+    subfolder: options.Subfolder = None,
     lengths: Annotated[
         str,
         typer.Option(
@@ -44,7 +45,7 @@ def bench(
         raise ValueError(f"--repeat: expected at least 1, got {repeat}")
     text = None if file is None else files.read_file("--file", file)
     outputs = files.check_outputs({"--json": json_path})
-    tracer = options.open_tracer(model, impl)
+    tracer = options.open_tracer(model, impl, subfolder=subfolder)
     limit = tracer.decoder.max_length
     if limit is not None and max(sizes) > limit:
         raise ValueError(f"--lengths: {max(sizes)} is more than the model's context of {limit}")

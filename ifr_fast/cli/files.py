@@ -21,8 +21,18 @@ STDOUT = Path("-")
 _LONGEST_TEXT = 64 << 20  # bytes
 
 
-def read_text(text: str | None, file: Path | None, chat: Path | None) -> Any:
-    """A string or chat messages from TEXT, --file or --chat; the demonstration without any."""
+def read_text(
+    text: str | None,
+    file: Path | None,
+    chat: Path | None,
+    continue_final: bool = False,
+    no_special_tokens: bool = False,
+) -> Any:
+    """A string or a conversation from TEXT, --file or --chat; the demonstration without any."""
+    if continue_final and chat is None:
+        raise ValueError("--continue-final-message: goes with --chat")
+    if no_special_tokens and chat is not None:
+        raise ValueError("--no-special-tokens: goes with a text; a chat template has its own")
     if sum(x is not None for x in (text, file, chat)) > 1:
         raise ValueError("text: give one of TEXT, --file and --chat")
     if file is not None:
@@ -30,12 +40,17 @@ def read_text(text: str | None, file: Path | None, chat: Path | None) -> Any:
     if chat is not None:
         raw = _read_stdin() if chat == STDOUT else _read_bytes("--chat", chat)
         try:
-            messages = json.loads(raw)
+            given = json.loads(raw)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"--chat: {chat} is not JSON ({error})") from error
+        conversation = given if isinstance(given, dict) else {"messages": given}
+        messages = conversation.get("messages")
         if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-            raise ValueError("--chat: expected a JSON list of {role, content}")
-        return messages
+            raise ValueError(
+                "--chat: expected a JSON list of {role, content}, or an object with such messages "
+                "and tools"
+            )
+        return conversation | ({"continue_final_message": True} if continue_final else {})
     if text == "-":
         return _decode(_read_stdin(), "standard input")
     return DEMO_TEXT if text is None else text

@@ -24,7 +24,10 @@ def generate(
         Path | None, typer.Option("--file", "-f", help="Read the prompt from a file.")
     ] = None,
     chat: options.Chat = None,
+    continue_final_message: options.ContinueFinalMessage = False,
+    no_special_tokens: options.NoSpecialTokens = False,
     model: options.Model = None,
+    subfolder: options.Subfolder = None,
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", "-n", help="Maximum number of new tokens.")
     ] = 32,
@@ -46,7 +49,7 @@ def generate(
     ] = None,
 ) -> None:
     """Continue a text, and print each new token with the tokens that it came from."""
-    prompt = files.read_text(text, file, chat)
+    prompt = files.read_text(text, file, chat, continue_final_message, no_special_tokens)
     outputs = files.check_outputs({"--json": json_path})
     if sources < 1:
         raise ValueError(f"--sources: expected at least 1, got {sources}")
@@ -57,7 +60,7 @@ def generate(
     from ..arguments import check_threshold
 
     check_threshold(threshold)
-    tracer = options.open_tracer(model, impl)
+    tracer = options.open_tracer(model, impl, subfolder=subfolder)
     import torch
 
     from ..storage.files import write_text
@@ -70,6 +73,7 @@ def generate(
         do_sample=temperature > 0,
         temperature=temperature or 1.0,
         generator=torch.Generator(tracer.decoder.device).manual_seed(seed),
+        add_special_tokens=False if no_special_tokens else None,
     )
     console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
     lines = []

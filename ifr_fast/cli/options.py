@@ -24,10 +24,33 @@ class Granularity(StrEnum):
 
 
 Model = Annotated[
-    str | None, typer.Option("--model", "-m", help="Hub name or directory; default SmolLM2.")
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        help="Hub name, directory, GGUF file, or directory of a PEFT adapter; default SmolLM2.",
+    ),
+]
+Subfolder = Annotated[
+    str | None, typer.Option(help="Folder of the model within the repository or directory.")
 ]
 Chat = Annotated[
-    Path | None, typer.Option(help="Read chat messages from a JSON file ('-': standard input).")
+    Path | None,
+    typer.Option(help="Read chat messages, and tools, from a JSON file ('-': standard input)."),
+]
+ContinueFinalMessage = Annotated[
+    bool,
+    typer.Option(
+        "--continue-final-message",
+        help="With --chat: leave the last message open, in place of a new one for the answer.",
+    ),
+]
+NoSpecialTokens = Annotated[
+    bool,
+    typer.Option(
+        "--no-special-tokens",
+        help="Add no special tokens to the text, as for one that a chat template has made.",
+    ),
 ]
 Threshold = Annotated[
     float, typer.Option("--threshold", "-t", help="Keep edges above this importance.")
@@ -41,8 +64,13 @@ MaxMemory = Annotated[
 Seed = Annotated[int, typer.Option(help="Random seed for sampling.")]
 
 
-def open_tracer(model: str | None, impl: str, max_memory: str | None = None) -> Tracer:
-    """Opens a model by name or directory; None is the default model, fetched on first use."""
+def open_tracer(
+    model: str | None, impl: str, max_memory: str | None = None, subfolder: str | None = None
+) -> Tracer:
+    """Opens a model by name or path; None is the default model, fetched on first use."""
+    if subfolder is not None and model is None:
+        raise ValueError("--subfolder: goes with --model")
+    within = {} if subfolder is None else {"subfolder": subfolder}
     console = Console(stderr=True)
     with console.status("loading the model") if console.is_terminal else nullcontext():
         from ..tracer import Tracer
@@ -51,4 +79,4 @@ def open_tracer(model: str | None, impl: str, max_memory: str | None = None) -> 
     if model is None:
         default_model()  # prints its own progress
     with console.status("loading the model") if console.is_terminal else nullcontext():
-        return Tracer.from_pretrained(model, impl=impl, max_memory=max_memory)
+        return Tracer.from_pretrained(model, impl=impl, max_memory=max_memory, **within)

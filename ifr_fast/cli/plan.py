@@ -16,6 +16,7 @@ _DTYPES = ("bfloat16", "float16", "float32", "float64")
 def plan(
     tokens: Annotated[int, typer.Argument(help="Length of the text.")],
     model: options.Model = None,
+    subfolder: options.Subfolder = None,
     max_memory: options.MaxMemory = None,
     config: Annotated[
         Path | None,
@@ -36,13 +37,13 @@ def plan(
     if config is None:
         if device_memory is not None:
             raise ValueError("--device-memory: goes with --config")
-        tracer = options.open_tracer(model, "auto", max_memory)
+        tracer = options.open_tracer(model, "auto", max_memory, subfolder=subfolder)
         limit = tracer.decoder.max_length
         if limit is not None and tokens > limit:
             raise ValueError(f"tokens: {tokens} is more than the model's context of {limit}")
         console.print(str(tracer.plan(tokens)))
         return
-    if model is not None or max_memory is not None:
+    if model is not None or subfolder is not None or max_memory is not None:
         raise ValueError("--config: goes with --device-memory and --dtype alone")
     import torch
     from transformers import AutoConfig

@@ -33,7 +33,10 @@ def trace(
         Path | None, typer.Option("--file", "-f", help="Read the text from a file.")
     ] = None,
     chat: options.Chat = None,
+    continue_final_message: options.ContinueFinalMessage = False,
+    no_special_tokens: options.NoSpecialTokens = False,
     model: options.Model = None,
+    subfolder: options.Subfolder = None,
     position: Annotated[
         str,
         typer.Option(
@@ -62,7 +65,7 @@ def trace(
 ) -> None:
     """Explain one prediction: print its strongest routes, tokens and heads."""
     demonstration = text is None and file is None and chat is None
-    source = files.read_text(text, file, chat)
+    source = files.read_text(text, file, chat, continue_final_message, no_special_tokens)
     written = Outputs(outputs)
     if recording is not None:
         _check_recording(recording, written.paths)
@@ -76,14 +79,19 @@ def trace(
     check_threshold(threshold)
     written.check_packages()
     positions = _parse_position(position)
-    tracer = options.open_tracer(model, impl, max_memory)
+    tracer = options.open_tracer(model, impl, max_memory, subfolder)
+    add_special_tokens = False if no_special_tokens else None
     if recording is not None:
         if demonstration and recording.exists():
             source = tracer.load_recording(recording)
         else:
-            source = _record(tracer, source, recording)
+            source = _record(tracer, source, recording, add_special_tokens)
     graph = tracer.trace(
-        source, position=positions, threshold=threshold, granularity=granularity.value
+        source,
+        position=positions,
+        threshold=threshold,
+        granularity=granularity.value,
+        add_special_tokens=add_special_tokens,
     )
     # Files come first: a reader of the printed text may close the pipe.
     written.write(graph, tracer)
@@ -92,9 +100,9 @@ def trace(
         _print_graph(graph, top_paths)
 
 
-def _record(tracer: Tracer, source: Any, path: Path) -> Recording:
+def _record(tracer: Tracer, source: Any, path: Path, add_special_tokens: bool | None) -> Recording:
     try:
-        return tracer.record(source, path=path)
+        return tracer.record(source, path=path, add_special_tokens=add_special_tokens)
     except KeyboardInterrupt:
         Console(stderr=True).print(
             Text(f"interrupted; run the same command again to resume {printable(str(path))}"),

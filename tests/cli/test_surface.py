@@ -10,13 +10,15 @@ import typer
 from ifr_fast.cli import app
 
 SURFACE = {
-    "trace": "text --file -f --chat --model -m --position -p --threshold -t --granularity --impl "
+    "trace": "text --file -f --chat --continue-final-message --no-special-tokens --subfolder "
+    "--model -m --position -p --threshold -t --granularity --impl "
     "--recording -r --max-memory --top-paths -k --json --html --png --save --graphml --dot "
     "--parquet --neuronpedia --neuronpedia-folder",
-    "generate": "text --file -f --chat --model -m --max-new-tokens -n --threshold -t --granularity "
+    "generate": "text --file -f --chat --continue-final-message --no-special-tokens --subfolder "
+    "--model -m --max-new-tokens -n --threshold -t --granularity "
     "--temperature --seed --impl --sources -k --json",
-    "bench": "--model -m --lengths -n --file -f --impl --repeat --json",
-    "plan": "tokens --model -m --max-memory --config --device-memory --dtype",
+    "bench": "--model -m --subfolder --lengths -n --file -f --impl --repeat --json",
+    "plan": "tokens --model -m --subfolder --max-memory --config --device-memory --dtype",
     "survey": "inputs --out -o --model -m --label-by --thresholds --text-field --split "
     "--max-tokens --batch-tokens --window-tokens --engine --workers --resume --strict --impl "
     "--device-map --report",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -16,11 +17,14 @@ from typing import Any
 import pytest
 import torch
 from filelock import FileLock
+from gguf_model import write_gguf
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from ifr_fast import IfrError
+from ifr_fast import IfrError, Tracer
 from ifr_fast.model import pretrained
 
 NAME = pretrained.DEFAULT_NAME
@@ -417,6 +421,136 @@ def test_a_directory_without_a_tokenizer(tmp_path: Path, family: str) -> None:
     for name, parameter in model.named_parameters():
         assert torch.equal(loaded.get_parameter(name), parameter.float())
     assert tokenizer is None
+
+
+# Other forms of a model
+
+
+def loaded_weights(name: Any, **options: Any) -> tuple[dict[str, torch.Tensor], Any]:
+    model, tokenizer = pretrained.load(name, **options)
+    return dict(model.named_parameters()), tokenizer
+
+
+def assert_equal_weights(found: dict[str, torch.Tensor], model: Any) -> None:
+    for name, parameter in model.named_parameters():
+        assert torch.equal(found[name], parameter), name
+
+
+def gguf_llama(path: Path) -> Any:
+    model = tiny_model("llama")
+    write_gguf(model, path)
+    return model
+
+
+def test_a_gguf_file_and_its_tokenizer(tmp_path: Path) -> None:
+    file = tmp_path / "tiny.gguf"
+    model = gguf_llama(file)
+    for name in (file, str(file), tmp_path):
+        found, tokenizer = loaded_weights(name)
+        assert_equal_weights(found, model)
+        assert tokenizer("$%")["input_ids"] == [3, 4]
+        assert pretrained.load_tokenizer(name)("%")["input_ids"] == [4]
+    ids = torch.tensor([[3, 4, 5]])
+    torch.testing.assert_close(pretrained.load(file)[0](ids).logits, model(ids).logits)
+
+
+def test_a_gguf_file_is_asked_for_by_name_among_several(tmp_path: Path) -> None:
+    model = gguf_llama(tmp_path / "a.gguf")
+    (tmp_path / "b.gguf").write_bytes(b"GGUF, or so it says")
+    with pytest.raises(ValueError, match=r"holds 2 GGUF files; name one of a\.gguf, b\.gguf"):
+        pretrained.load(tmp_path)
+    found, tokenizer = loaded_weights(tmp_path, gguf_file="a.gguf")
+    assert_equal_weights(found, model)
+    assert tokenizer is not None
+    with pytest.raises(ValueError, match=r"model: .*b\.gguf' cannot be loaded: "):
+        pretrained.load(tmp_path / "b.gguf")
+    with pytest.raises(ValueError, match="model: no file"):
+        pretrained.load(tmp_path / "c.gguf")
+
+
+def test_a_gguf_file_needs_its_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.gguf").write_bytes(b"GGUF, or so it says")
+    monkeypatch.setattr(pretrained, "find_spec", lambda _: None)
+    with pytest.raises(IfrError, match=r"a GGUF file needs gguf; pip install 'ifr-fast\[default"):
+        pretrained.load(tmp_path)
+
+
+def test_weights_beside_a_gguf_file_are_taken_first(tmp_path: Path) -> None:
+    (tmp_path / "other.gguf").write_bytes(b"GGUF, or so it says")
+    model = tiny_model("qwen2")
+    model.save_pretrained(tmp_path)
+    assert_equal_weights(loaded_weights(tmp_path)[0], model)
+
+
+def test_home_and_subfolders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "models" / "inner")
+    assert_equal_weights(loaded_weights("~/models/inner")[0], model)
+    assert_equal_weights(loaded_weights("~/models", subfolder="inner")[0], model)
+    with pytest.raises(ValueError, match=f"model: no directory '{tmp_path}/models/outer'"):
+        pretrained.load("~/models", subfolder="outer")
+
+
+def adapted(tmp_path: Path) -> tuple[Any, Path]:
+    """A model with an adapter that matters; the directory of the adapter alone."""
+    base = tmp_path / "base"
+    tiny_model("llama").save_pretrained(base)
+    PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"word": 0, "<unk>": 1}, unk_token="<unk>"))
+    ).save_pretrained(base)
+    config = LoraConfig(r=2, target_modules=["q_proj", "o_proj"], init_lora_weights=False)
+    model = get_peft_model(pretrained.load(base)[0], config)
+    model.save_pretrained(tmp_path / "adapter")
+    return model.eval(), tmp_path / "adapter"
+
+
+def test_an_adapters_directory(tmp_path: Path) -> None:
+    model, path = adapted(tmp_path)
+    loaded, tokenizer = pretrained.load(path)
+    assert_equal_weights(dict(loaded.named_parameters()), model)
+    assert tokenizer("word")["input_ids"] == [0]
+    assert pretrained.load_tokenizer(path)("word")["input_ids"] == [0]
+    ids = torch.tensor([3, 4, 5, 6])
+    assert torch.equal(loaded(ids[None]).logits, model(ids[None]).logits)
+    mine, theirs = Tracer.from_pretrained(path).trace(ids), Tracer(model).trace(ids)
+    assert torch.equal(mine.edges.weight, theirs.edges.weight)
+    loaded, _ = pretrained.load(path, dtype=torch.bfloat16)
+    assert loaded.get_base_model().lm_head.weight.dtype == torch.bfloat16
+
+
+def test_adapters_that_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, path = adapted(tmp_path)
+    config, weights = path / "adapter_config.json", path / "adapter_model.safetensors"
+    given, tensors = json.loads(config.read_text()), load_file(weights)
+
+    def refused(words: str, error: type[Exception] = ValueError) -> None:
+        with pytest.raises(error, match=words):
+            pretrained.load(path)
+
+    some = dict(list(tensors.items())[1:])
+    save_file(some, weights)
+    refused("model: adapter .*missing adapter keys")
+    wide = {name: torch.cat([x, x]) for name, x in tensors.items()}
+    save_file(wide, weights)
+    refused("model: adapter .* cannot be loaded onto .*base")
+    weights.write_bytes(b"half")
+    refused("model: adapter .* cannot be loaded onto")
+    weights.rename(path / "adapter_model.bin")
+    refused(r"holds no adapter_model\.safetensors")
+    save_file(tensors, weights)
+    for base in (None, "", 3):
+        config.write_text(json.dumps(given | {"base_model_name_or_path": base}))
+        refused("names no base_model_name_or_path")
+    config.write_text("{")
+    refused("names no base_model_name_or_path")
+    config.write_text(json.dumps(given | {"base_model_name_or_path": str(tmp_path / "gone")}))
+    refused("model: the base model of adapter .*: no directory .*gone")
+    monkeypatch.setattr(pretrained, "find_spec", lambda _: None)
+    refused("an adapter needs peft; pip install peft", IfrError)
+
+
+# The model itself
 
 
 @pytest.mark.default_model

@@ -209,10 +209,14 @@ def test_texts_of_other_rotary_frequencies_are_kept_apart() -> None:
 
 def test_what_is_a_batch() -> None:
     for text in ("text", [1, 2], tiny_text(3), list(tiny_text(3)), np.array([1, 2]), [], None,
-                 [{"role": "user", "content": "x"}], [1, "a"], b"ab", range(3)):  # fmt: skip
+                 [{"role": "user", "content": "x"}], [1, "a"], b"ab", range(3),
+                 {"input_ids": [1, 2]}, {"input_ids": tiny_text(3)[None]},
+                 {"messages": [{"role": "user", "content": "x"}]}):  # fmt: skip
         assert not is_batch(text), text
     for batch in (["a"], ["a", "b"], [[1], [2, 3]], [tiny_text(3)], ([1], [2]), [np.array([1])],
-                  [[{"role": "user", "content": "x"}]], {"input_ids": [[1]]}):  # fmt: skip
+                  [[{"role": "user", "content": "x"}]], {"input_ids": [[1]]},
+                  {"input_ids": torch.stack([tiny_text(3)] * 2)}, [{"input_ids": [1]}] * 2,
+                  [{"messages": []}]):  # fmt: skip
         assert is_batch(batch), batch
 
 
@@ -239,7 +243,7 @@ def test_positions_and_options_reach_every_text() -> None:
         ([[1, 2]], {"position": 2}, "position: expected -2 to 1"),
         ([[1, 2]], {"batch_size": 0}, "batch_size"),
         ({"ids": [[1]]}, {}, "input_ids"),
-        ({"input_ids": [1, 2]}, {}, "text: "),
+        ({"input_ids": [[1, 2], ["a"]]}, {}, "text: expected several texts"),
         ({"input_ids": [[1, 2]], "attention_mask": [[0, 0]]}, {}, "attention_mask"),
         ({"input_ids": [[1, 2, 3]], "attention_mask": [[1, 0, 1]]}, {}, "between others"),
         ({"input_ids": [[1, 2]], "attention_mask": [[1]]}, {}, "attention_mask"),
