@@ -11,12 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..arguments import as_index, index_within
+from ..characters import next_tokens
 from ..graph.tables import Node, NodeKind, Prediction, plain_tensor
 from ..model.decoder import Decoder
 from ..model.readout import direct_logits, lens_logits
 from ..recording.layer_inputs import layer_inputs
 from ..recording.recording import Recording
-from ..tokens import token_strings
 from .neuron_basis import NeuronBases
 from .neurons import neuron_output
 from .parts import ffn_output, head_output
@@ -140,7 +140,7 @@ def lenses(
     found = []
     for node, row in zip(nodes, plain_tensor(logits), strict=True):
         top = row.softmax(-1).topk(min(k, len(row)))
-        strings = token_strings(top.indices, tokenizer)
+        strings = next_tokens(top.indices, recording.token_ids[: node.position + 1], tokenizer)
         columns = strings, top.indices.tolist(), top.values.tolist()
         found.append(NodeLens(node, row, [Prediction(*p) for p in zip(*columns, strict=True)]))
     return found
@@ -160,7 +160,7 @@ def promoted_tokens(
     )
 
     def scores(top: Any) -> list[TokenScore]:
-        strings = token_strings(top.indices, tokenizer)
+        strings = next_tokens(top.indices, recording.token_ids[: position + 1], tokenizer)
         columns = strings, top.indices.tolist(), top.values.tolist()
         return [TokenScore(*row) for row in zip(*columns, strict=True)]
 

@@ -10,8 +10,11 @@ import torch
 from survey_inputs import save_tiny
 
 from ifr_fast import Tracer
+from ifr_fast.characters import next_tokens
 from ifr_fast.recording.predictions import likeliest
 from ifr_fast.routes.route_graph import RouteGraph
+from ifr_fast.survey.documents import Cutter, Document, Vocabulary
+from ifr_fast.survey.inputs import Item, Reading
 
 TEXT = "a 猫 até 🎉"
 TOKENS = [
@@ -74,3 +77,22 @@ def test_predictions_are_read_behind_their_text(byte_tracer: Tracer) -> None:
     expected = [p.token for p in byte_tracer.trace(ids).predictions]
     for found in (step.graph, routes[3]):
         assert [p.token for p in found.predictions] == expected
+
+
+def test_lenses_read_behind_their_text(byte_tracer: Tracer) -> None:
+    recording = byte_tracer.record(TEXT)
+    tokenizer, vocabulary = byte_tracer.tokenizer, byte_tracer.decoder.vocab_size
+    position = TOKENS.index("猫 2/3")
+    expected = next_tokens(torch.arange(vocabulary), recording.token_ids[: position + 1], tokenizer)
+    assert "猫 3/3" in expected
+    read = byte_tracer.logit_lens(recording, (0, "post", position), k=vocabulary).predictions
+    promoted = byte_tracer.promoted_tokens(recording, layer=1, position=position, k=vocabulary)
+    for tokens in (read, promoted.promoted):
+        assert {t.token_id: t.token for t in tokens} == dict(enumerate(expected))
+
+
+def test_documents_of_a_survey_carry_the_labels(byte_tracer: Tracer) -> None:
+    vocabulary = Vocabulary(byte_tracer.tokenizer, byte_tracer.decoder.vocab_size)
+    [document] = Cutter(vocabulary, Reading(), 100).documents(Item("a", "b", text=TEXT))
+    assert isinstance(document, Document)
+    assert document.strings == TOKENS

@@ -230,6 +230,16 @@ def test_hostile_tokens_are_text(browser: Any, tmp_path: Path, hostile: RouteGra
     opened.check()
 
 
+def test_pieces_of_a_character_are_named(browser: Any, tmp_path: Path) -> None:
+    tokens = ["猫 1/3", "猫 2/3", "猫 3/3", " 🎉 1/2", " 🎉 2/2", " 1/2", "a 3/2", "a 1/1", "a 0/2"]
+    graph = dataclasses.replace(trace(False, n_tokens=len(tokens)), tokens=tokens)
+    opened = Opened(browser, graph.to_html(), tmp_path)
+    labels = opened.page.locator("#tokens li").all_text_contents()
+    assert labels == [visible(token) for token in tokens]
+    assert labels[:4] == ["猫 1/3", "猫 2/3", "猫 3/3", "·🎉 1/2"]
+    opened.check()
+
+
 def test_long_text_in_the_page(browser: Any, tmp_path: Path) -> None:
     graph = trace(False, n_layers=2, n_tokens=90, threshold=0.15)
     opened = Opened(browser, graph.to_html(), tmp_path, color_scheme="dark")
