@@ -93,10 +93,9 @@ class Tracer:
         max_memory: int | str | None = None,
         **kwargs: Any,
     ) -> Tracer:
-        """Opens a Hub name or a local directory; without one, the default model.
-
-        The default, SmolLM2-135M-Instruct, is fetched and converted on first use. Other keyword
-        arguments go to `AutoModelForCausalLM.from_pretrained`.
+        """Opens a Hub name, a directory of a model or a PEFT adapter, or a GGUF file; without one,
+        the default model, SmolLM2-135M-Instruct, which is fetched and converted on first use. Other
+        keyword arguments go to `AutoModelForCausalLM.from_pretrained`.
         """
         from .model.pretrained import load
 
@@ -211,7 +210,8 @@ class Tracer:
 
         Several texts give a list of graphs, in order: a list of strings, of token-id lists or
         tensors, or of conversations, or the result of a tokenizer for several texts, padded on
-        either side. (A list of ints is one text, and so is a list of chat messages.) Texts of
+        either side. (A list of ints is one text, and so are a list of chat messages, a dict of
+        `messages`, `tools` and `continue_final_message`, and a tensor of one row.) Texts of
         similar length run together, `batch_size` at a time, by default up to 8,192 tokens a pass;
         models outside transformers' attention interface run them one by one.
 

@@ -10,6 +10,7 @@ import torch
 from opened import tiny_tracer
 from same_graph import assert_same_bits
 from tiny import VOCAB, tiny_text
+from transformers import BatchEncoding
 
 from ifr_fast import Tracer
 
@@ -137,6 +138,28 @@ def test_there_are_two_modes(llama: Tracer) -> None:
     assert llama.record(tiny_text(3), mode="lean").mode == "lean"
     with pytest.raises(ValueError, match=r"mode: expected .*'fast'"):
         llama.record(tiny_text(3), mode="fast")
+
+
+def test_a_tokenizers_result_is_a_text_everywhere(llama: Tracer) -> None:
+    ids = tiny_text(9)
+    flat = BatchEncoding({"input_ids": ids.tolist(), "attention_mask": [1] * 9})
+    row = BatchEncoding({"input_ids": ids[None], "attention_mask": torch.ones(1, 9)})
+    expected = llama.trace(ids)
+    steps = [step.token_id for step in llama.generate(ids, max_new_tokens=2, eos_token_id=[])]
+    for text in (flat, row, ids[None], ids[None].numpy()):
+        assert torch.equal(llama.record(text).token_ids, ids)
+        assert torch.equal(llama.trace(text).edges.weight, expected.edges.weight)
+        found = llama.trace_all(text)[-1]
+        assert torch.equal(found.edges.source, expected.edges.source)
+        made = llama.generate(text, max_new_tokens=2, eos_token_id=[])
+        assert [step.token_id for step in made] == steps
+        assert next(iter(llama.contributions(text))).rows.tolist() == list(range(9))
+        assert llama.contribution_map(text, layer=0).shape == (9, 9)
+    assert [len(graph.tokens) for graph in llama.trace([flat, {"input_ids": [3]}])] == [9, 1]
+    both = BatchEncoding({"input_ids": [[1, 2], [3]]})
+    assert len(llama.trace(both)) == 2
+    with pytest.raises(ValueError, match="expected a single text, got a tokenizer's result for 2"):
+        llama.generate(both)
 
 
 @pytest.mark.default_model

@@ -27,7 +27,6 @@ from typing import Any, NamedTuple
 
 from filelock import FileLock
 from rich.console import Console
-from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -97,19 +96,13 @@ def load(
             model, report = AutoModelForCausalLM.from_pretrained(
                 source.place, output_loading_info=True, **kwargs
             )
-        except (OSError, SafetensorError) as error:
+        except Exception as error:  # a broken configuration or file raises whatever it meets
+            if "Unrecognized configuration class" in str(error):
+                raise UnsupportedArchitectureError(
+                    f"model: {str(source.place)!r} is not a causal language model"
+                ) from error
             hint = "; delete that directory to fetch it anew" if name is None else ""
             raise _not_loaded(source, error, hint) from error
-        except ValueError as error:
-            if "Unrecognized configuration class" not in str(error):
-                raise _not_loaded(source, error) from error
-            raise UnsupportedArchitectureError(
-                f"model: {str(source.place)!r} is not a causal language model"
-            ) from error
-        except Exception as error:
-            if source.gguf is None:
-                raise
-            raise _not_loaded(source, error) from error  # its reader raises what it likes
         missing = sorted([*report["missing_keys"], *(m[0] for m in report["mismatched_keys"])])
         if missing:  # transformers would fill them with random numbers
             raise ValueError(
@@ -152,7 +145,7 @@ def _load_adapted(
             with warnings.catch_warnings():
                 warnings.filterwarnings("error", message=".*missing adapter keys")
                 model = PeftModel.from_pretrained(model, path)
-        except (OSError, SafetensorError, ValueError, TypeError, RuntimeError, Warning) as error:
+        except Exception as error:
             raise ValueError(
                 f"model: adapter {str(path)!r} cannot be loaded onto {base!r}: {_first_line(error)}"
             ) from error
@@ -341,7 +334,7 @@ def _names_a_path(name: str) -> bool:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 @contextmanager

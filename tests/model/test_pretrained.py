@@ -423,6 +423,20 @@ def test_a_directory_without_a_tokenizer(tmp_path: Path, family: str) -> None:
     assert tokenizer is None
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [None, {"hidden_size": -1}, {"num_attention_heads": 0}, {"hidden_size": "x"}, [1]],
+    ids=repr,
+)
+def test_a_broken_configuration_is_one_error(tmp_path: Path, changes: Any) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    given = json.loads(path.read_text())
+    path.write_text(json.dumps(given | changes if isinstance(changes, dict) else changes))
+    with pytest.raises(ValueError, match=f"model: '{tmp_path}' cannot be loaded: "):
+        pretrained.load(tmp_path)
+
+
 # Other forms of a model
 
 
