@@ -16,6 +16,7 @@ def circuits(
     out: Annotated[Path, typer.Option(help="Folder for tables, figures and the report.")],
     task: Annotated[str, typer.Option(help="ioi or greater-than.")] = "ioi",
     model: options.Model = None,
+    subfolder: options.Subfolder = None,
     prompts: Annotated[
         int, typer.Option("--prompts", "-n", help="Number of prompts to make.")
     ] = 50,
@@ -76,7 +77,7 @@ def circuits(
     check_threshold(threshold)
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out: {out} is a file; expected a folder to write")
-    tracer = options.open_tracer(model, impl)
+    tracer = options.open_tracer(model, impl, subfolder=subfolder)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -64,12 +64,17 @@ MaxMemory = Annotated[
 Seed = Annotated[int, typer.Option(help="Random seed for sampling.")]
 
 
+def check_subfolder(subfolder: str | None, model: str | None) -> None:
+    """Raises ValueError for a subfolder of no model."""
+    if subfolder is not None and model is None:
+        raise ValueError("--subfolder: goes with --model")
+
+
 def open_tracer(
     model: str | None, impl: str, max_memory: str | None = None, subfolder: str | None = None
 ) -> Tracer:
     """Opens a model by name or path; None is the default model, fetched on first use."""
-    if subfolder is not None and model is None:
-        raise ValueError("--subfolder: goes with --model")
+    check_subfolder(subfolder, model)
     within = {} if subfolder is None else {"subfolder": subfolder}
     console = Console(stderr=True)
     with console.status("loading the model") if console.is_terminal else nullcontext():

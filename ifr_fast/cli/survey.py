@@ -33,6 +33,7 @@ def survey(
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory to write.")],
     model: options.Model = None,
+    subfolder: options.Subfolder = None,
     label_by: Annotated[
         list[str] | None,
         typer.Option(
@@ -89,6 +90,8 @@ def survey(
     from .. import survey as surveys
 
     levels = _parse_thresholds(thresholds)
+    options.check_subfolder(subfolder, model)
+    chosen = {"device_map": device_map, "subfolder": subfolder}
     console = Console(stderr=True, highlight=False)
     try:
         with _shown(console) as show:
@@ -108,7 +111,7 @@ def survey(
                 resume=resume,
                 strict=strict,
                 impl=impl,
-                model_options={} if device_map is None else {"device_map": device_map},
+                model_options={name: x for name, x in chosen.items() if x is not None},
                 on_state=show,
             )
     except KeyboardInterrupt:

@@ -100,9 +100,15 @@ def is_plain(x: Tensor) -> bool:
 
 
 def is_packed(module: nn.Module) -> bool:
-    """True for a module without others inside whose weights are no plain floating tensors."""
+    """True for a module without others inside whose weights are no plain tensors of numbers with
+    at least 16 bits.
+    """
+
+    def is_wide(x: Tensor) -> bool:
+        return x.is_meta or (x.is_floating_point() and x.dtype.itemsize > 1)
+
     tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
-    packed = any(not is_plain(x) or not (x.is_floating_point() or x.is_meta) for x in tensors)
+    packed = any(not is_plain(x) or not is_wide(x) for x in tensors)
     return packed and next(module.children(), None) is None
 
 

@@ -79,8 +79,24 @@ def test_options_that_do_not_fit(ifr: Any, nested: Path, args: list[str], words:
     assert_one_error(ifr("trace", "--model", nested, *args), words)
 
 
-def test_a_subfolder_needs_a_model(ifr: Any) -> None:
-    assert_one_error(ifr("trace", "abc", "--subfolder", "x"), "--subfolder: goes with --model")
+@pytest.mark.parametrize(
+    "command",
+    [
+        "trace abc",
+        "generate abc",
+        "bench",
+        "plan 9",
+        "survey a.txt --out out",
+        "circuits --out out",
+    ],
+)
+def test_a_subfolder_needs_a_model(
+    ifr: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ran = ifr(*command.split(), "--subfolder", "x")
+    assert_one_error(ran, "--subfolder: goes with --model")
+    assert not list(tmp_path.iterdir())
 
 
 def test_generate_takes_them_too(ifr: Any, nested: Path, tmp_path: Path) -> None:

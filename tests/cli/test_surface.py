@@ -19,11 +19,11 @@ SURFACE = {
     "--temperature --seed --impl --sources -k --json",
     "bench": "--model -m --subfolder --lengths -n --file -f --impl --repeat --json",
     "plan": "tokens --model -m --subfolder --max-memory --config --device-memory --dtype",
-    "survey": "inputs --out -o --model -m --label-by --thresholds --text-field --split "
+    "survey": "inputs --out -o --model -m --subfolder --label-by --thresholds --text-field --split "
     "--max-tokens --batch-tokens --window-tokens --engine --workers --resume --strict --impl "
     "--device-map --report",
     "report": "directory --out -o --label --threshold -t --contrast --seed",
-    "circuits": "--out --task --model -m --prompts -n --seed --threshold -t --draws "
+    "circuits": "--out --task --model -m --subfolder --prompts -n --seed --threshold -t --draws "
     "--patch-prompts --keep-prompts --keep-threshold --cost-prompts --input-prompts --impl",
     "doctor": "--impl",
 }

@@ -179,6 +179,17 @@ class PackedInOneDtype(Packed):
         self.__dict__["scale"] = self._buffers.pop("scale")
 
 
+class PackedFloat8(nn.Linear):
+    """float8 weights, a floating dtype in which nothing is computed."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=False)
+        self.weight = nn.Parameter(linear.weight.detach().to(torch.float8_e4m3fn), False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _NoRule.apply(x, self.weight.to(x.dtype))
+
+
 class PackedInt8Activations(Packed):
     def activation(self, x: Tensor) -> Tensor:
         scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-9) / 127
@@ -228,6 +239,14 @@ def test_packed_weights_match_the_oracle() -> None:
     layers = [importances(x) for x in account(dequantized("llama", torch.float32), TEXT)]
     for scores in tracer.contributions(TEXT, keep=0.0):
         assert_agree(scores, layers[scores.layer])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_float8_weights_are_read_exactly(dtype: torch.dtype) -> None:
+    model = with_layers(tiny_model("llama", dtype=dtype), PackedFloat8)
+    for block in Tracer(model).decoder.blocks:
+        weight = block.attention.o_proj.weight.to(block.W_O.dtype)
+        assert torch.equal(block.W_O.flatten(0, 1).T, weight)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
