@@ -11,6 +11,7 @@ blocks. In them b is the bytes of an element of the model's dtype, `rows` the ro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
@@ -379,7 +380,7 @@ def heavy(x: _Arguments, of: Lists) -> Asked:
         + of.heavy_tiles * (4 * x.BP + x.D * values) + of.heavy * x.D * x.b,
         stored=4 * of.heavy,
         vector=of.heavy_tiles * x.BP * (9 * x.D + 6 * x.BT + 7 * x.BV),
-        masks=3.4 * of.heavy_tiles * x.D * x.BV,
+        masks=(3.4 * of.heavy_tiles * x.D + 1.5 * math.prod(x.grid) * x.BD) * x.BV,
         read=4 * x.H * x.R + (4 + SECTOR) * of.heavy + x.R * x.H * x.g_bytes
         + min(of.heavy, x.n_keys_seen * x.H_kv) * values + x.weight_bytes + x.R * x.D * x.b,
         written=SECTOR * of.heavy,
@@ -489,15 +490,15 @@ def lengths(block: Block) -> Lists:
     """The lists of a block that has run."""
     of = {launch.kernel: launch.names for launch in block}
     x = of["head_weights_kernel"]
-    counts = x["counts"].numpy()
+    counts = x["counts"].cpu().numpy()
     candidates, light, heavy = (counts[i.value] for i in (CANDIDATES, LIGHT, HEAVY))  # [R, H]
     tile = of["heavy_kernel"]
     together = np.add.reduceat(heavy, np.arange(0, x["R"], tile["BT"]), axis=0)
     heavy_tiles = int((-(-together // tile["BP"])).sum())
-    n_edges, marks = x["n_edges"].numpy(), x["marks"].numpy()  # [R], [2, R, H, W]
+    n_edges, marks = x["n_edges"].cpu().numpy(), x["marks"].cpu().numpy()  # [R], [2, R, H, W]
     listed = 0
     for r, n in enumerate(n_edges):
-        source = x["source"][r, :n].numpy()
+        source = x["source"][r, :n].cpu().numpy()
         words = (marks[0, r] | marks[1, r])[:, source // WORD.value]
         listed += int((words >> (source % WORD.value) & 1).sum())
     unseen = np.arange(marks.shape[-1]) > block[-1].rows[:, None, None] // WORD.value
@@ -509,7 +510,7 @@ def lengths(block: Block) -> Lists:
     most = np.maximum.reduceat(most, np.arange(0, lines.shape[2], tile["BW"]), 2)
     near = of["breakpoints_kernel"]
     return Lists(
-        near=int((near["nearest"].numpy() < near["D"]).sum()),
+        near=int((near["nearest"] < near["D"]).sum()),
         candidates=int(candidates.sum()),
         light=int(light.sum()),
         light_lines=int((light > 0).sum()),

@@ -168,13 +168,12 @@ def heavy_kernel(
 
 def light(x: Block) -> None:
     """Proximities of the light pairs."""
-    BP, num_warps = tiles.LIGHT
     grid = (x.rows.R, x.layer.H)
-    launch(light_kernel, grid, x, BP=BP, BV=tile(x.layer.V), num_warps=num_warps)
+    launch(light_kernel, grid, x, BV=tile(x.layer.V), **tiles.LIGHT._asdict())
 
 
 def heavy(x: Block) -> None:
     """Proximities of the heavy pairs."""
-    of = tiles.heavy(x.work.few, x.layer.wide)
+    of = tiles.heavy(x.rows.few, x.layer.wide)
     grid = (blocks(x.rows.R, of.BT), x.layer.H, tiles.SHARES)
-    launch(heavy_kernel, grid, x, BD=64, BV=tile(x.layer.V), **of._asdict())
+    launch(heavy_kernel, grid, x, BV=tile(x.layer.V), **of._asdict())

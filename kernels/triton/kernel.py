@@ -15,7 +15,8 @@ For a block of rows, a kernel or two a step:
 (e) compact.py: sums in fixed order, denominators, token edges above `keep`, their heads.
 
 The host reads nothing back, and no size depends on computed values: a line's list has room for all
-of its keys, and edges come in as many slots a row as can exceed `keep`. Lists, 8 bytes a pair and
+of its keys, and edges come in as many slots a row as can exceed `keep`. (Where these would take
+more than room.EDGE_BYTES, each block's edges are packed, and the host waits for their number.) Lists, 8 bytes a pair and
 its marks, live for a block of rows, and are touched only where pairs are listed. No sum depends on
 the order in which programs run: results are the same bit for bit.
 
@@ -34,7 +35,7 @@ from torch import Tensor
 
 from ..contract import AttentionScores, EdgeList, FFNScores, LayerInputs
 from . import compact, correct, linear, lists, prepare, proximity, reach, room
-from .records import Block, FFNRows, block, dense, prepared, readable
+from .records import Block, FFNRows, Rows, block, dense, prepared, readable
 
 
 def score_attention(inputs: LayerInputs, keep: float) -> AttentionScores:
@@ -43,26 +44,33 @@ def score_attention(inputs: LayerInputs, keep: float) -> AttentionScores:
     Edges come in 1/keep slots a row, padded. Raises ValueError where the kernels cannot read a
     tensor: for its dtype, or for its device.
     """
-    layer, rows = prepared(inputs, keep)
-    prepare.weights(layer)
-    prepare.values(layer)
-    if layer.REACH:
-        reach.reach(layer)
-    for chosen, n_keys in _row_blocks(inputs.rows, layer.H):
-        _score_block(block(layer, rows.cut(chosen, n_keys)))
-    R, n_slots = rows.R, rows.n_slots
-    row = torch.arange(R, device=inputs.q.device)
-    row = row.repeat_interleave(n_slots, output_size=R * n_slots)
-    source, weight = rows.source.flatten(), rows.weight.flatten()
-    return AttentionScores(
-        rows.residual,
-        rows.of_ffn,
-        rows.head_total,
-        EdgeList(row, source, weight, rows.head_weight.flatten(0, 1)),
-        rows.unattributed,
-        rows.linear,
-        rows.total,
-    )
+    with torch.cuda.device_of(inputs.q):  # Triton launches on the current device
+        layer, rows = prepared(inputs, keep)
+        prepare.weights(layer)
+        prepare.values(layer)
+        if layer.REACH:
+            reach.reach(layer)
+        packed = room.edge_bytes(rows.R, rows.n_slots, layer.H) > room.EDGE_BYTES
+        if not packed:
+            rows = rows.with_room_for_edges()
+        found = []
+        for chosen, n_keys in _row_blocks(inputs, rows.n_slots if packed else 0):
+            some = rows.cut(chosen, n_keys)
+            if packed:
+                some = some.with_room_for_edges()
+            _score_block(block(layer, some))
+            if packed:
+                found.append(_edges(some, chosen.start, packed=True))
+        edges = [torch.cat(of) for of in zip(*found, strict=True)] if found else _edges(rows, 0)
+        return AttentionScores(
+            rows.residual,
+            rows.of_ffn,
+            rows.head_total,
+            EdgeList(*edges),
+            rows.unattributed,
+            rows.linear,
+            rows.total,
+        )
 
 
 def score_ffn(resid_mid: Tensor, resid_post: Tensor) -> FFNScores:
@@ -75,7 +83,8 @@ def score_ffn(resid_mid: Tensor, resid_post: Tensor) -> FFNScores:
     )
     mid = dense(readable("resid_mid", resid_mid, device))
     post = dense(readable("resid_post", resid_post, device))
-    proximity.ffn(FFNRows(R, D, mid, post, *scores))
+    with torch.cuda.device_of(resid_post):
+        proximity.ffn(FFNRows(R, D, mid, post, *scores))
     return scores
 
 
@@ -94,12 +103,34 @@ def _score_block(x: Block) -> None:
     compact.edges(x)
 
 
-def _row_blocks(rows: Tensor, H: int) -> Iterator[tuple[slice, int]]:
-    """Slices of the rows that room.WORK_BYTES suffice for, and how many keys each sees."""
+def _edges(rows: Rows, first: int, *, packed: bool = False) -> EdgeList:
+    """The rows' edges, whose first row has the index `first`; packed: without padding."""
+    assert rows.source is not None
+    assert rows.weight is not None
+    assert rows.head_weight is not None
+    if packed:
+        row, slot = rows.weight.nonzero(as_tuple=True)
+        used = (x[row, slot] for x in (rows.source, rows.weight, rows.head_weight))
+        return EdgeList(row + first, *used)
+    row = torch.arange(rows.R, device=rows.source.device)
+    row = row.repeat_interleave(rows.n_slots, output_size=rows.R * rows.n_slots)
+    of_pairs = rows.source.flatten(), rows.weight.flatten(), rows.head_weight.flatten(0, 1)
+    return EdgeList(row, *of_pairs)
+
+
+def _row_blocks(inputs: LayerInputs, n_slots: int) -> Iterator[tuple[slice, int]]:
+    """Slices of the rows that the room suffices for, and how many keys each sees. n_slots: edges
+    of a row that a block has room for.
+    """
+    rows, H, device = inputs.rows, inputs.q.shape[1], inputs.q.device
     R = len(rows)
     if R == 0:
         return
-    size = room.block_rows(H, int(rows[-1]) + 1)
+    n_keys = int(rows[-1]) + 1
+    n_bytes = room.WORK_BYTES
+    if R > room.block_rows(H, n_keys, n_bytes, n_slots):
+        n_bytes = room.block_bytes(device)
+    size = room.block_rows(H, n_keys, n_bytes, n_slots)
     for start in range(0, R, size):
         stop = min(R, start + size)
         yield slice(start, stop), int(rows[stop - 1]) + 1

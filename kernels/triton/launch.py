@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import cache
 from itertools import chain
 from operator import itemgetter
@@ -12,6 +13,9 @@ from typing import Any
 import triton
 
 Records = tuple[tuple[Any, ...], ...]  # NamedTuples (records.py)
+
+# A measurement may set this: each launch runs within around(the kernel's name).
+around: Callable[[str], AbstractContextManager[object]] | None = None
 
 
 def launch(kernel: Any, grid: tuple[int, ...], records: Records, **tiles: Any) -> None:
@@ -22,9 +26,14 @@ def launch(kernel: Any, grid: tuple[int, ...], records: Records, **tiles: Any) -
     """
     if 0 in grid:
         return
-    pick, options = _plan(kernel.fn, tuple(map(type, records)), tuple(tiles))
+    pick, names = _plan(kernel.fn, tuple(map(type, records)), tuple(tiles))
     values = pick((*chain.from_iterable(records), *tiles.values()))
-    kernel[grid](*values, **{name: tiles[name] for name in options})
+    options = {name: tiles[name] for name in names}
+    if around is None:
+        kernel[grid](*values, **options)
+    else:
+        with around(kernel.fn.__name__):
+            kernel[grid](*values, **options)
 
 
 @cache

@@ -293,7 +293,7 @@ def log_sum_exp(x: Block) -> None:
     """Plane LOG_SUM_EXP of lines, of q and k."""
     R, H = x.rows.R, x.layer.H
     BS = 32 if x.layer.wide else 64
-    BT = 16 if x.work.few else BS
+    BT = 16 if x.rows.few else BS
     n_blocks = blocks(x.rows.n_keys, BS)
     n_splits = min(n_blocks, blocks(tiles.PROGRAMS, blocks(R, BT) * H))
     tops, sums = (x.work.lines.new_empty(n_splits, R, H) for _ in range(2))
@@ -306,7 +306,7 @@ def log_sum_exp(x: Block) -> None:
 
 def linear(x: Block) -> None:
     """token, partial, partial_lin and marks; alpha of the marked pairs."""
-    of = tiles.linear(x.work.few, x.layer.wide)
+    of = tiles.linear(x.rows.few, x.layer.wide)
     grid = (blocks(x.rows.R, of.BT), blocks(x.rows.n_keys, of.BS))
     options = {"BK": tile(x.layer.K), "BV": tile(x.layer.V), **of._asdict()}
     launch(linear_kernel, grid, x, **options)

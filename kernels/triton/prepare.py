@@ -321,7 +321,7 @@ def values(x: Layer) -> None:
 def lines(x: Block) -> None:
     """Signs in value space and their scale, breakpoints and candidates, of y."""
     R, H, D = x.rows.R, x.layer.H, x.layer.D
-    BT, num_warps = (16, 8) if x.work.few else (128, 16)
+    BT, num_warps = (16, 8) if x.rows.few else (128, 16)
     tiles = {"BT": BT, "BD": 64, "BV": tile(x.layer.V), "num_warps": num_warps, "num_stages": 2}
     launch(value_space_signs_kernel, (blocks(R, BT), H), x, **tiles)
     BD = tile(D)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..contract import LayerInputs
+from ..rows import on_device
 from . import room, tiles
 from .common import WORD
 from .launch import blocks
@@ -88,6 +89,7 @@ class Rows(NamedTuple):
     n_keys: int  # keys that some row sees
     n_slots: int  # edges that a row may have
     keep: float
+    few: bool  # rows are few beside their keys
 
     rows: Tensor  # [R] int64 positions
     q: Tensor  # [R, H, K]
@@ -105,9 +107,9 @@ class Rows(NamedTuple):
     unattributed: Tensor  # [R] bool
     linear: Tensor  # [R]
     total: Tensor  # [R]
-    source: Tensor  # [R, slots] int64
-    weight: Tensor  # [R, slots]
-    head_weight: Tensor  # [R, slots, H]
+    source: Tensor | None  # [R, slots] int64; None until a block has room for its edges
+    weight: Tensor | None  # [R, slots]
+    head_weight: Tensor | None  # [R, slots, H]
 
     stride_qr: int
     stride_qh: int
@@ -119,11 +121,21 @@ class Rows(NamedTuple):
         }
         return self._replace(**fields, R=len(fields["rows"]), n_keys=n_keys)
 
+    def with_room_for_edges(self) -> Rows:
+        """The rows with `n_slots` empty edges each, at most one for each key."""
+        R, H = self.head_total.shape
+        slots = min(self.n_slots, self.n_keys)
+        return self._replace(
+            n_slots=slots,
+            source=self.rows.new_zeros(R, slots),
+            weight=self.total.new_zeros(R, slots),
+            head_weight=self.total.new_zeros(R, slots, H),
+        )
+
 
 class Work(NamedTuple):
     """Room for the results that kernels pass on to each other, for a block of rows."""
 
-    few: bool  # rows are few beside their keys
     n_words: int
     BS: int  # keys of a tile of the linear pass
 
@@ -243,7 +255,8 @@ def prepared(inputs: LayerInputs, keep: float) -> tuple[Layer, Rows]:
         n_keys=S,
         n_slots=n_slots,
         keep=float(keep),
-        rows=inputs.rows.to(device, torch.int64, non_blocking=True),
+        few=tiles.is_few(R, S),
+        rows=on_device(inputs.rows, device),
         q=q,
         y=dense(read["y"]),
         resid_pre=dense(read["resid_pre"]),
@@ -258,9 +271,9 @@ def prepared(inputs: LayerInputs, keep: float) -> tuple[Layer, Rows]:
         unattributed=torch.empty(R, dtype=torch.bool, device=device),
         linear=floats(R),
         total=floats(R),
-        source=torch.zeros(R, n_slots, dtype=torch.int64, device=device),
-        weight=torch.zeros(R, n_slots, device=device),
-        head_weight=torch.zeros(R, n_slots, H, device=device),
+        source=None,
+        weight=None,
+        head_weight=None,
         stride_qr=_stride(q, 0) // unit_k,
         stride_qh=_stride(q, 1) // unit_k,
     )
@@ -271,14 +284,12 @@ def block(layer: Layer, rows: Rows) -> Block:
     """The rows as one block, with room for their work."""
     R, H, n_keys = rows.R, layer.H, rows.n_keys
     n_words = blocks(n_keys, WORD.value)
-    few = tiles.is_few(R, n_keys)
-    BS = tiles.linear(few, layer.wide).BS
+    BS = tiles.linear(rows.few, layer.wide).BS
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=rows.rows.device)
 
     work = Work(
-        few=few,
         n_words=n_words,
         BS=BS,
         g=empty(R, H, layer.HALVES, layer.V, dtype=layer.g_dtype),

@@ -43,13 +43,14 @@ class Heavy(NamedTuple):
 
     BT: int  # rows
     BP: int  # pairs
+    BD: int  # coordinates
     num_warps: int
     num_stages: int
 
 
-HEAVY_FEW = Heavy(16, 16, 4, 2)
-HEAVY_FLOAT32 = Heavy(64, 64, 8, 2)
-HEAVY = Heavy(64, 128, 8, 2)
+HEAVY_FEW = Heavy(16, 16, 64, 4, 2)
+HEAVY_FLOAT32 = Heavy(64, 64, 64, 8, 2)
+HEAVY = Heavy(32, 128, 64, 8, 2)  # with 64 rows, Triton 3.6 spills at V = 128 on sm_90
 
 
 class Light(NamedTuple):
@@ -57,13 +58,16 @@ class Light(NamedTuple):
 
     BP: int  # pairs
     num_warps: int
+    num_stages: int
 
 
-LIGHT = Light(16, 4)
+LIGHT = Light(16, 4, 3)
 
 
 def is_few(n_rows: int, n_keys: int) -> bool:
-    """True if rows are few beside their keys."""
+    """True if rows are few beside their keys: all rows that are scored, so that results do not
+    depend on how many a block has room for.
+    """
     return n_rows <= FEW_ROWS and n_keys >= 4 * n_rows
 
 

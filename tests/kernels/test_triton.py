@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import ast
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from kernel_grid import DEVICE, TRITON, Case, inputs_of, log_sum_exp, on_device
+from kernel_grid import (
+    DEVICE,
+    TRITON,
+    Case,
+    assert_bits_equal,
+    inputs_of,
+    log_sum_exp,
+    on_device,
+)
 from oracle import assert_graph_agrees, importances
 from paths import ROOT
 from tiny import account, tiny_model, tiny_text
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ifr_fast import Tracer
 from ifr_fast.kernels import breakpoints, reference
@@ -115,6 +126,93 @@ def test_blocks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     TRITON.check(Case((37, 45, 2, 1, 8, 8, 33), frozenset({"row_scale", "value_gate", "ffn"})))
 
 
+@pytest.mark.parametrize("keep", [0.0, 0.003])
+@pytest.mark.usefixtures("poisoned")
+def test_edges_of_a_block_are_packed_where_all_could_take_too_much(
+    keep: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, slots = Case((37, 45, 2, 1, 8, 8, 33), frozenset({"ffn"})), []
+    whole = TRITON.of(inputs_of(case), keep)
+    monkeypatch.setattr(room, "EDGE_BYTES", 1)
+    monkeypatch.setattr(room, "WORK_BYTES", 1)
+    own = records.Rows.with_room_for_edges
+
+    def watched(rows: records.Rows) -> records.Rows:
+        slots.append((rows.R, rows.n_keys))
+        return own(rows)
+
+    monkeypatch.setattr(records.Rows, "with_room_for_edges", watched)
+    TRITON.check(case, keep=keep)
+    assert [n for n, _ in slots] == [16, 16, 5], "room for a block's edges at a time"
+    scores = kernel.score_attention(on_device(inputs_of(case)), keep)
+    assert (scores.edges.weight > keep).all(), "no padding is kept"
+    assert_bits_equal(TRITON.of(inputs_of(case), keep), whole)
+
+
+def test_room_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's blocks of rows take a power of two of bytes, a quarter of what is free at most."""
+    held = {"memory_reserved": 5 << 30, "memory_allocated": 4 << 30}
+    for name, n in held.items():
+        monkeypatch.setattr(torch.cuda, name, lambda _, n=n: n)
+    for free, expected in ((1, 2), (30, 4), (31, 8), (50, 8), (500, 16)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free << 30, 80 << 30))
+        assert room.block_bytes(torch.device("cuda")) == expected << 30
+    assert room.block_bytes(torch.device("cpu")) == room.WORK_BYTES
+    H, S, slots = 32, 8192, 25
+    rows = room.block_rows(H, S, 4 << 30, slots)
+    assert rows % room.ROWS == 0
+    assert rows * (9 * H * S + slots * (12 + 4 * H)) <= 4 << 30
+
+
+def test_rows_that_are_many_stay_so_in_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The room for a block of rows changes no bit of the results."""
+    case = Case((300, 300, 2, 1, 8, 8, 33))
+    whole = TRITON.of(inputs_of(case), dtype=torch.bfloat16)
+    monkeypatch.setattr(room, "WORK_BYTES", 1)
+    assert_bits_equal(TRITON.of(inputs_of(case), dtype=torch.bfloat16), whole)
+
+
+def test_launches_are_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second GPU stands in: tensors without data, and the device that a launch would be on."""
+    current = [0]
+
+    @contextmanager
+    def device_of(x: Tensor) -> Iterator[None]:
+        before, current[0] = current[0], x.get_device()
+        yield
+        current[0] = before
+
+    launched: list[int] = []
+
+    def noted(_: Any, grid: tuple[int, ...], given: Any, **tiles: Any) -> None:
+        tensors = [x for record in given for x in record if isinstance(x, Tensor)]
+        assert {str(x.device) for x in tensors} == {"cuda:1"}
+        launched.append(current[0])
+
+    for module in (prepare, reach, linear, lists, correct, proximity, compact):
+        monkeypatch.setattr(module, "launch", noted)
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(tiles, "INTERPRETED", True)
+    monkeypatch.setattr(records, "_aligned", lambda x: x)
+    # Tensors without data have no rows to read, and cannot be indexed where torch has no GPU.
+    monkeypatch.setattr(records.Rows, "cut", lambda rows, *_: rows)
+    monkeypatch.setattr(records, "on_device", lambda x, device: x.to(device))
+    monkeypatch.setattr(kernel, "_row_blocks", lambda *_: [(slice(0, 40), 64)])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        inputs = make_inputs(40, 64, 4, 2, 8, 8, 32, flags=frozenset({"ffn"})).to(torch.bfloat16)
+        moved = {
+            name: torch.empty(x.shape, dtype=x.dtype, device="cuda:1")
+            for name, x in inputs._asdict().items()
+            if isinstance(x, Tensor) and name != "rows"
+        }
+        moved["W_O"] = moved["W_O"].new_empty(4, 32, 8).transpose(1, 2)
+        kernel.score_attention(inputs._replace(**moved), 0.04)
+        kernel.score_ffn(moved["y"], moved["resid_pre"])
+    assert len(launched) > 15
+    assert set(launched) == {1}
+    assert current == [0]
+
+
 def test_refuses_what_it_cannot_read() -> None:
     inputs = on_device(make_inputs(2, 3, 2, 1, 4, 4, 9))
     with pytest.raises(ValueError, match=r"y: .*float64"):
@@ -129,7 +227,7 @@ def test_refuses_what_it_cannot_read() -> None:
 def prepared(inputs: LayerInputs, dtype: torch.dtype) -> Block:
     """The kernels' records for all rows at once, with room for results (all NaN)."""
     layer, rows = records.prepared(on_device(inputs, dtype), 0.0)
-    return records.block(layer, rows)
+    return records.block(layer, rows.with_room_for_edges())
 
 
 def on_cpu(record: Any) -> Any:
@@ -422,7 +520,7 @@ def test_records_have_no_name_twice() -> None:
     assert len(names) == len(set(names))
 
 
-def test_launches_pick_parameters_by_name() -> None:
+def test_launches_pick_parameters_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     class Sizes(NamedTuple):
         R: int
         floor: float
@@ -445,6 +543,17 @@ def test_launches_pick_parameters_by_name() -> None:
     for BT in (16, 32):
         launch.launch(Kernel(), (1, 2), given, num_warps=4, BT=BT)
     launch.launch(Kernel(), (0, 2), given, num_warps=4, BT=16)
+
+    @contextmanager
+    def around(name: str) -> Iterator[None]:
+        seen.append(f"before {name}")
+        yield
+        seen.append(f"after {name}")
+
+    monkeypatch.setattr(launch, "around", around)
+    launch.launch(Kernel(), (1, 2), given, num_warps=4, BT=64)
+    assert [seen.pop(i) for i in (2, -1)] == ["before fn", "after fn"]
+    seen.pop()
     assert seen == [((1, 2), ("y", 0.5, 3, BT), {"num_warps": 4}) for BT in (16, 32)]
 
 
