@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .breakpoints import ROUND_UP, breakpoints, column_norms, signs, value_space_signs
 from .contract import AttentionScores, EdgeList, FFNScores, LayerInputs, visible
+from .precision import exact_products
 from .rows import attention_pattern, block_of, by_kv_head
 
 BLOCK_ROWS = 128  # in a row block, at most
@@ -37,6 +38,7 @@ with warnings.catch_warnings():
     torch.sparse_csr_tensor([0, 0], [], torch.empty(0), (1, 1))
 
 
+@exact_products()
 def score_attention(inputs: LayerInputs, keep: float) -> AttentionScores:
     """Importances of all parts of the rows' nodes (contract.py); edges with weight > `keep`.
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..kernels.contract import AttentionScores
+from ..kernels.precision import exact_products
 from ..model.attention import AttentionCall
 from ..model.block import Block
 from ..model.decoder import Decoder
@@ -237,6 +238,7 @@ class Decoding:
         with (
             self._decoder.attention_through(self._decoder.model, answer),
             all_evaluating(self._modules),
+            exact_products(),
         ):
             chain = Chain(len(self._layers))
             with ExitStack() as hooks:  # all are removed after an interrupt too

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,19 +34,32 @@ AttentionHandler = Callable[[AttentionCall], Tensor]  # -> [B, T, H, V]
 
 def attend(call: AttentionCall, window: int | None) -> Tensor:
     """The attention output [B, T, H, V], by torch's fused kernel wherever it applies."""
-    if call.softcap is None and call.sinks is None and call.alibi_slopes is None:
-        kv_heads, heads = call.k.shape[1], call.q.shape[1]
-        if window is None:
-            z = nn.functional.scaled_dot_product_attention(
-                call.q,
-                call.k,
-                call.v,
-                is_causal=True,
-                scale=call.scale,
-                enable_gqa=heads != kv_heads,
-            )
-            return z.transpose(1, 2)
+    plain = call.softcap is None and call.sinks is None and call.alibi_slopes is None
+    if window is None and plain:
+        return fused(call.q, call.k, call.v, call.scale, is_causal=True).transpose(1, 2)
     return attend_rows(call, call.q, torch.arange(call.q.shape[2]), window)
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor, scale: float, **options: Any) -> Tensor:
+    """Attention [B, H, R, V] by torch's fused kernels; options: `attn_mask` or `is_causal`."""
+    H, H_kv = q.shape[1], k.shape[1]
+    attention = functools.partial(nn.functional.scaled_dot_product_attention, scale=scale)
+    if H_kv != H and _by_group(q):
+        group = H // H_kv
+        of_group = []
+        for i in range(H_kv):
+            shared_k, shared_v = (x[:, i : i + 1].expand(-1, group, -1, -1) for x in (k, v))
+            own = q[:, i * group : (i + 1) * group]
+            of_group.append(attention(own, shared_k, shared_v, **options))
+        return torch.cat(of_group, 1)
+    return attention(q, k, v, enable_gqa=H_kv != H, **options)
+
+
+def _by_group(q: Tensor) -> bool:
+    """True if torch's one fused kernel for this dtype takes no grouped queries, so that it would
+    hold all scores [B, H, R, S] instead.
+    """
+    return q.is_cuda and q.dtype == torch.float32
 
 
 def may_sum(d_key: int, d_value: int) -> bool:
@@ -62,7 +76,8 @@ def _sums_well(x: Tensor) -> bool:
 
 def attend_and_sum(call: AttentionCall, window: int | None) -> tuple[Tensor, Tensor | None]:
     """`attend`, and the scores' log-sum-exp [B, T, H] (natural log) where it costs nothing, else
-    None. It comes from torch's flash kernel, if torch would choose that here. It has no gradient.
+    None. It comes from torch's flash kernel or cuDNN's, if torch would choose that here. It has no
+    gradient.
     """
     q, k, v = call.q, call.k, call.v
     plain = call.softcap is None and call.sinks is None and call.alibi_slopes is None
@@ -77,6 +92,11 @@ def attend_and_sum(call: AttentionCall, window: int | None) -> tuple[Tensor, Ten
                 flash = torch.ops.aten._scaled_dot_product_flash_attention
             z, log_sum_exp, *_ = flash(q, k, v, 0.0, True, scale=call.scale)
             return z.transpose(1, 2), log_sum_exp.transpose(1, 2)
+        if choice == SDPBackend.CUDNN_ATTENTION.value:
+            cudnn = torch.ops.aten._scaled_dot_product_cudnn_attention
+            z, log_sum_exp, *_ = cudnn(q, k, v, None, True, 0.0, True, scale=call.scale)
+            # [B, H, T] or, by version, [B, H, T, 1]
+            return z.transpose(1, 2), log_sum_exp.view(q.shape[:3]).transpose(1, 2)
     return attend(call, window), None
 
 
@@ -97,14 +117,8 @@ def attend_rows(call: AttentionCall, q: Tensor, rows: Tensor, window: int | None
         k, v = (x[:, :, begin : int(block[-1]) + 1] for x in (call.k, call.v))
         block = block.to(q.device)
         if call.softcap is None and call.sinks is None and call.alibi_slopes is None:
-            z = nn.functional.scaled_dot_product_attention(
-                q[:, :, i : i + step],
-                k,
-                v,
-                attn_mask=call.mask.visible(block, keys),
-                scale=call.scale,
-                enable_gqa=heads != kv_heads,
-            )
+            mask = call.mask.visible(block, keys)
+            z = fused(q[:, :, i : i + step], k, v, call.scale, attn_mask=mask)
             out.append(z.transpose(1, 2))
             continue
         # Heads that share keys become more rows of one head, so keys are not repeated.

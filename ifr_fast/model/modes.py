@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..kernels.precision import exact_products
 from .block import HALF, Block
 from .hooks import LayerCall, map_tensors
 from .interface import exclusively
@@ -53,10 +54,10 @@ def overriding_layers(
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within, this thread holds the model, which is in eval mode; each module's own flag is
-    restored after.
+    """Within, this thread holds the model, which is in eval mode, and products are exact; each
+    module's own flag is restored after.
     """
-    with exclusively(model), all_evaluating(model.modules()):
+    with exclusively(model), all_evaluating(model.modules()), exact_products():
         yield
 
 

@@ -8,6 +8,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor, nn
 
+from ..kernels.rows import on_device
 from .attention import AttentionCall, AttentionHandler, attend_rows
 from .block import Block, fit_rows
 from .hooks import LayerCall, StopForward, hooked, on_input
@@ -39,7 +40,7 @@ def replay_rows(
         attended.append(attend_rows(past, call.q, rows, window))
         return attended[0]
 
-    hidden = resid_pre[rows.to(resid_pre.device)].to(block.W_O.device)
+    hidden = resid_pre[on_device(rows, resid_pre.device)].to(block.W_O.device)
     found = stopped_at(block.module, layer_call.at(rows), hidden, answer, block.on_mid)
     mid = found.reshape(hidden.shape)
     return (
@@ -71,7 +72,7 @@ def gate_rows(block: Block, layer_call: LayerCall, resid_pre: Tensor, rows: Tens
     """
     assert block.gate_site is not None
     H, V, _ = block.W_O.shape
-    hidden = resid_pre[rows.to(resid_pre.device)].to(block.W_O.device)
+    hidden = resid_pre[on_device(rows, resid_pre.device)].to(block.W_O.device)
     shape = torch.Size((len(rows), H, V))
     return gates_at(block.module, block.gate_site, layer_call.at(rows), hidden, shape)
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.contract import LayerInputs
+from ..kernels.rows import on_device
 from ..model.attention import AttentionCall
 from ..model.block import Block
 from ..model.replay import gate_rows, replay_rows, row_scales
@@ -40,12 +41,10 @@ def layer_inputs(
     """
     block, recorded = recording.decoder.blocks[layer], recording.layers[layer]
     everything = len(rows) == len(recording)
-    on_device = rows.to(recorded.resid_pre.device)
-
     device = block.W_O.device  # recorded tensors may lie elsewhere
 
     def take(x: Tensor) -> Tensor:
-        return (x if everything else x[on_device]).to(device)
+        return (x if everything else x[on_device(rows, x.device)]).to(device)
 
     k, v = recorded.k.to(device), recorded.v.to(device)
     z = log_sum_exp = None
@@ -72,7 +71,7 @@ def layer_inputs(
         value_gate = gate_rows(block, recorded.call, recorded.resid_pre, rows)
     resid_pre = take(recorded.resid_pre)
     following = recording.resid_post(layer)
-    resid_post = (following if everything else following[rows.to(following.device)]).to(device)
+    resid_post = take(following)
     row_scale = None
     if block.row_scaled:
         assert z is not None

@@ -20,10 +20,10 @@ from contextlib import suppress
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from ..model.attention import AttentionCall, attend_rows
+from ..model.attention import AttentionCall, attend_rows, fused
 from ..model.block import Block
 from ..model.decoder import Decoder
 from ..model.hooks import LayerCall, StopForward, hooked
@@ -286,15 +286,7 @@ def attend(call: AttentionCall, begin: int, window: int | None, bands: Bands) ->
         if window is None and call.q.is_cuda
         else bands.of(call.q, window, n_before)
     )
-    z = nn.functional.scaled_dot_product_attention(
-        call.q,
-        k,
-        v,
-        attn_mask=mask,
-        scale=call.scale,
-        enable_gqa=call.q.shape[1] != k.shape[1],
-    )
-    return z.transpose(1, 2)
+    return fused(call.q, k, v, call.scale, attn_mask=mask).transpose(1, 2)
 
 
 def _read_out(

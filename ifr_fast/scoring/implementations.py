@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from importlib.metadata import version
 from typing import Protocol
 
 import torch
@@ -56,7 +57,7 @@ def what_is_missing(impl: str, device: torch.device, dtype: torch.dtype) -> str 
         case "triton" if importlib.util.find_spec("triton") is None:
             return "the package triton is not installed"
         case "triton" if os.environ.get("TRITON_INTERPRET") == "1":
-            return None  # the interpreter takes tensors on any device
+            return _interpreter_lacks()  # it takes tensors on any device
         case "triton" if device.type != "cuda":
             return f"the model is on {device}, and TRITON_INTERPRET=1 is not set"
         case "triton" if torch.version.hip is None and (
@@ -66,6 +67,19 @@ def what_is_missing(impl: str, device: torch.device, dtype: torch.dtype) -> str 
             return f"it needs compute capability 8.0 or newer, and {device} has {major}.{minor}"
         case _:
             return None
+
+
+def _interpreter_lacks() -> str | None:
+    """The reason why Triton's interpreter cannot run; None if it can."""
+    triton, numpy = (
+        tuple(int(n) for n in version(name).split(".")[:2]) for name in ("triton", "numpy")
+    )
+    if triton < (3, 7) and numpy >= (2, 4):
+        return (
+            f"the interpreter of triton {version('triton')} does not run with numpy "
+            f"{version('numpy')}; it takes numpy<2.4, or triton>=3.7"
+        )
+    return None
 
 
 def explain_impl(impl: str, device: torch.device) -> str:

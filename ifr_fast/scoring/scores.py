@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..graph.tables import LayerTable
 from ..kernels.contract import EdgeList
+from ..kernels.rows import on_device
 
 
 class TokenEdges(NamedTuple):
@@ -58,7 +59,7 @@ class LayerScores:
             return None if x is None else x.to(device)
 
         return LayerTable(
-            move(self.rows),
+            on_device(self.rows, device),
             move(self.residual),
             move(self.ffn),
             move(self.ffn_residual),
@@ -71,7 +72,7 @@ class LayerScores:
     def token_edges(self) -> TokenEdges:
         """Token edges with weight above `keep`."""
         edges = self.edges
-        target = self.rows.to(edges.row.device)[edges.row]
+        target = on_device(self.rows, edges.row.device)[edges.row]
         kept = (edges.weight > self.keep).nonzero().squeeze(1)
         order = kept[_lexicographic(target[kept], edges.source[kept])]
         return TokenEdges(target[order], edges.source[order], edges.weight[order].float())
@@ -80,7 +81,7 @@ class LayerScores:
     def head_edges(self) -> HeadEdges:
         """Single heads' edges with weight above `keep`; all lie within `token_edges`."""
         edges = self.edges
-        target = self.rows.to(edges.row.device)[edges.row]
+        target = on_device(self.rows, edges.row.device)[edges.row]
         order = _lexicographic(target, edges.source)
         index, head = (edges.head_weight[order] > self.keep).nonzero(as_tuple=True)
         index = order[index]

@@ -16,9 +16,10 @@ For a block of rows, a kernel or two a step:
 
 The host reads nothing back, and no size depends on computed values: a line's list has room for all
 of its keys, and edges come in as many slots a row as can exceed `keep`. (Where these would take
-more than room.EDGE_BYTES, each block's edges are packed, and the host waits for their number.) Lists, 8 bytes a pair and
-its marks, live for a block of rows, and are touched only where pairs are listed. No sum depends on
-the order in which programs run: results are the same bit for bit.
+more than room.EDGE_BYTES, each block's edges are packed, and the host waits for their number.)
+Lists, 8 bytes a pair and its marks, live for a block of rows, and are touched only where pairs are
+listed. No sum depends on the order in which programs run, or on the room for a block of rows:
+results are the same bit for bit.
 
 T and S are runtime values. Kernels are compiled for H, H_kv, K, V, D, the dtype, the optional
 inputs given, and for rows that are many or few beside the keys; few rows (a frontier) take narrower
@@ -128,7 +129,7 @@ def _row_blocks(inputs: LayerInputs, n_slots: int) -> Iterator[tuple[slice, int]
         return
     n_keys = int(rows[-1]) + 1
     n_bytes = room.WORK_BYTES
-    if R > room.block_rows(H, n_keys, n_bytes, n_slots):
+    if room.block_rows(H, n_keys, n_bytes, n_slots) < R:
         n_bytes = room.block_bytes(device)
     size = room.block_rows(H, n_keys, n_bytes, n_slots)
     for start in range(0, R, size):

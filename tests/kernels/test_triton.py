@@ -28,6 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ifr_fast import Tracer
 from ifr_fast.kernels import breakpoints, reference
 from ifr_fast.kernels.contract import LayerInputs, visible
+from ifr_fast.kernels.rows import on_device as on_device_of_rows
 
 pytest.importorskip("triton")
 
@@ -147,6 +148,24 @@ def test_edges_of_a_block_are_packed_where_all_could_take_too_much(
     scores = kernel.score_attention(on_device(inputs_of(case)), keep)
     assert (scores.edges.weight > keep).all(), "no padding is kept"
     assert_bits_equal(TRITON.of(inputs_of(case), keep), whole)
+
+
+def test_rows_on_a_gpu_are_had_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Pinned:
+        def __init__(self, rows: Tensor) -> None:
+            self.rows = rows
+
+        def to(self, device: torch.device, *, non_blocking: bool) -> Any:
+            return device, self.rows, non_blocking
+
+    gpu = torch.device("cuda:1")
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: Pinned(x))
+    own = torch.arange
+    monkeypatch.setattr(torch, "arange", lambda *args, device: (device, own(*args)))
+    device, rows = on_device_of_rows(own(5, 9), gpu)
+    assert (device, rows.tolist()) == (gpu, [5, 6, 7, 8])
+    device, rows, non_blocking = on_device_of_rows(torch.tensor([3, 5, 8]), gpu)
+    assert (device, rows.tolist(), non_blocking) == (gpu, [3, 5, 8], True)
 
 
 def test_room_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

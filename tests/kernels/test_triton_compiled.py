@@ -168,3 +168,23 @@ def test_not_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_interpreted_on_cpu_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert implementations.choose_impl("triton", CPU, torch.float32) == "triton"
+
+
+@pytest.mark.parametrize(
+    ("triton", "numpy", "runs"),
+    [("3.6.0", "2.4.0", False), ("3.4.0", "2.5.2", False), ("3.6.0", "2.3.5", True),
+     ("3.7.0", "2.4.6", True), ("3.10.0", "3.0.1", True)],
+)  # fmt: skip
+def test_not_interpreted_where_the_interpreter_fails(
+    triton: str, numpy: str, runs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    versions = {"triton": triton, "numpy": numpy}
+    monkeypatch.setattr(implementations, "version", versions.__getitem__)
+    found = implementations.what_is_missing("triton", CPU, torch.float32)
+    if runs:
+        assert found is None
+    else:
+        message = f"interpreter of triton {triton} does not run with numpy {numpy}; it takes numpy<"
+        assert found is not None
+        assert message in found

@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend
 
+from ifr_fast.model import attention
 from ifr_fast.model.attention import AttentionCall, attend, attend_and_sum
 from ifr_fast.model.masks import causal_mask
 
@@ -37,6 +40,50 @@ def test_log_sum_exp_is_that_of_the_scores(H: int, H_kv: int, dtype: torch.dtype
     torch.testing.assert_close(
         found.double(), scores.logsumexp(-1).transpose(1, 2), rtol=0, atol=tolerance
     )
+
+
+@pytest.mark.parametrize("column", [True, False])
+def test_log_sum_exp_of_cudnn(column: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The flash kernel stands in for cuDNN's, whose sums may have one more dimension."""
+    call = call_of(6, 2, 16, 16, torch.float32)
+    expected = attend_and_sum(call, None)
+
+    def cudnn(
+        q: Tensor, k: Tensor, v: Tensor, bias: None, summed: bool, dropout: float, causal: bool,
+        *, scale: float,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        assert summed
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        z, sums, *rest = flash(q, k, v, dropout, causal, scale=scale)
+        return z, sums[..., None] if column else sums, *rest
+
+    choice = SDPBackend.CUDNN_ATTENTION.value
+    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *_, **__: choice)
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention", cudnn)
+    for got, of_flash in zip(attend_and_sum(call, None), expected, strict=True):
+        assert got is not None
+        assert of_flash is not None
+        assert torch.equal(got, of_flash)
+
+
+@pytest.mark.parametrize("options", [{"is_causal": True}, {}], ids=str)
+def test_grouped_queries_in_float32_on_a_gpu(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A group at a time, as no fused kernel of torch takes grouped queries there."""
+    call = call_of(6, 2, 16, 24, torch.float32)
+    expected = attention.fused(call.q, call.k, call.v, call.scale, **options)
+    own, heads = torch.nn.functional.scaled_dot_product_attention, []
+
+    def watched(q: Tensor, k: Tensor, *rest: Any, **options: Any) -> Tensor:
+        heads.append((q.shape[1], k.shape[1], k.stride(1)))
+        return own(q, k, *rest, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    monkeypatch.setattr(attention, "_by_group", lambda _: True)
+    got = attention.fused(call.q, call.k, call.v, call.scale, **options)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+    assert heads == [(3, 3, 0)] * 2, "keys are shared, not copied"
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ifr_fast import RouteGraph, Tracer
+from ifr_fast.kernels.precision import exact_products
 
 
 def state(model: PreTrainedModel) -> Any:
@@ -143,3 +144,46 @@ def test_grad_modes_make_no_difference(family: str) -> None:
                 assert not graph.edges.weight.requires_grad
                 assert_same_bits(graph, expected.setdefault(mode, graph))
                 assert torch.equal(routes[-1].edges.source, graph.edges.source)
+
+
+@pytest.mark.parametrize("newer", [False, True], ids=["older interface", "newer interface"])
+def test_products_are_exact_where_the_process_allows_less(newer: bool) -> None:
+    """TF32, or bfloat16 on a CPU: parts would not add up. The setting is the process's again after,
+    and between the passes.
+    """
+    matmul = torch.backends.cuda.matmul
+    if newer and not hasattr(matmul, "fp32_precision"):
+        pytest.skip("expected: this torch has one interface")
+    before = torch.get_float32_matmul_precision()
+    of_cuda = getattr(matmul, "fp32_precision", None)
+    seen: list[Any] = []
+
+    def precision() -> Any:
+        return matmul.fp32_precision if newer else torch.get_float32_matmul_precision()
+
+    try:
+        if newer:
+            matmul.fp32_precision = "tf32"
+        else:
+            torch.set_float32_matmul_precision("high")
+        allowed = precision()
+        model = tiny_model("llama")
+        layer = model.model.layers[0]
+        layer.register_forward_pre_hook(lambda *_: seen.append(precision()))
+        tracer = Tracer(model, impl="eager")
+        opened = len(seen)
+        recording = tracer.record(tiny_text(9))
+        assert precision() == allowed
+        with exact_products(), exact_products():
+            tracer.trace(recording)
+        list(tracer.generate(tiny_text(9), max_new_tokens=2))
+        assert 0 < opened < len(seen)
+        assert set(seen) == {"ieee" if newer else "highest"}
+        assert precision() == allowed
+    finally:
+        if newer:
+            matmul.fp32_precision = of_cuda
+        else:
+            torch.set_float32_matmul_precision(before)
+            if of_cuda is not None:
+                matmul.fp32_precision = of_cuda
