@@ -289,8 +289,14 @@ def restarting(decoder: Decoder) -> Iterator[None]:
 def observe(decoder: Decoder, texts: Sequence[Sequence[int] | Tensor]) -> Observed:
     """Runs the model on a batch of texts, padded to the longest, and keeps its activations.
 
-    Where the model takes no batches, there must be one text.
+    Where the model takes no batches, there must be one text. Raises UnsupportedArchitectureError
+    where layers share keys and values: a run that is restarted would read those of the prompt.
     """
+    if decoder.value_layers is not None:
+        raise UnsupportedArchitectureError(
+            f"model: {type(decoder.model).__name__} shares keys and values between layers, and "
+            "its runs cannot be restarted at a layer, as patching does"
+        )
     token_ids, lengths = padded(texts)
     _check_batch(decoder, len(token_ids))
     layers: list[WatchedLayer] = []

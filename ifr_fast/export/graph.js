@@ -79,7 +79,9 @@ graph.edges.layer.forEach((layer, i) => {
     weight: graph.edges.weight[i],
     heads: kind === "attention" ? headsOf.get(`${layer},${target},${source}`) ?? [] : [],
     above: (2 * layer + (intoPost ? 2 : 1)) * T + target,
-    below: (2 * layer + (intoPost && !parallel ? 1 : 0)) * T + source,
+    below: kind === "attention"
+      ? 2 * graph.value_layers[layer] * T + source
+      : (2 * layer + (intoPost && !parallel ? 1 : 0)) * T + source,
   });
 });
 const span = graph.span ?? { positions: [graph.position], weights: [1], predictions: [graph.predictions] };

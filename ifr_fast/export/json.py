@@ -48,6 +48,7 @@ def described(graph: GraphData) -> dict[str, Any]:
         "n_layers": graph.n_layers,
         "n_heads": graph.n_heads,
         "parallel": graph.parallel.tolist(),
+        "value_layers": graph.source_layers,
         "predictions": [prediction._asdict() for prediction in graph.predictions],
     }
 

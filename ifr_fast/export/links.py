@@ -1,6 +1,7 @@
 """Nodes and links of a RouteGraph, for all formats.
 
-`resid_pre` of a layer is the `post` node of the layer below, or an `embed` node at layer 0. An FFN
+`resid_pre` of a layer is the `post` node of the layer below, or an `embed` node at layer 0. A layer
+that shares keys and values reads the `resid_pre` of the layer that made them. An FFN
 edge becomes two links, into the `ffn` node with weight 1 and out of it with the edge's weight, so
 that the product of the weights along a path does not change.
 """
@@ -34,7 +35,7 @@ class Link(NamedTuple):
 
 def links_of(graph: GraphData) -> list[Link]:
     """All links, in the order of the graph's edges."""
-    parallel = graph.parallel.tolist()
+    parallel, read = graph.parallel.tolist(), graph.source_layers
     heads: defaultdict[tuple[int, int, int], dict[int, float]] = defaultdict(dict)
     for layer, head, target, source, weight in rows(graph.head_edges):
         heads[layer, target, source][head] = weight
@@ -46,7 +47,8 @@ def links_of(graph: GraphData) -> list[Link]:
         one_step = parallel[layer]
         into_post = one_step or kind in (EdgeKind.FFN, EdgeKind.RESIDUAL_POST)
         above = post if into_post else mid
-        below = mid if into_post and not one_step else _pre(layer, source)
+        pre = read[layer] if kind == EdgeKind.ATTENTION else layer
+        below = mid if into_post and not one_step else _pre(pre, source)
         if kind == EdgeKind.FFN:
             ffn = Node(layer, NodeKind.FFN, target)
             found.append(Link(below, ffn, kind, layer, 1.0, None))

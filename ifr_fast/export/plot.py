@@ -111,12 +111,13 @@ def _place(graph: GraphData) -> _Place:
 
 
 def _lines(graph: GraphData, place: _Place) -> list[_Line]:
-    lines = []
+    lines, read = [], graph.source_layers
     table = zip(*(column.tolist() for column in graph.edges), strict=True)
     for layer, kind, target, source, weight in table:
         parallel = place.parallel[layer]
         into_post = parallel or kind in (EdgeKind.FFN, EdgeKind.RESIDUAL_POST)
-        start = place.mid(layer, source) if into_post and not parallel else place.pre(layer, source)
+        pre = read[layer] if kind == EdgeKind.ATTENTION else layer
+        start = place.mid(layer, source) if into_post and not parallel else place.pre(pre, source)
         end = place.pre(layer + 1, target) if into_post else place.mid(layer, target)
         (x0, y0), (x1, y1) = start, end
         if kind in (EdgeKind.RESIDUAL_MID, EdgeKind.RESIDUAL_POST):
@@ -178,7 +179,8 @@ def _draw_nodes(axes: Axes, graph: GraphData, place: _Place) -> None:
         into_post = place.parallel[layer] or kind in (EdgeKind.FFN, EdgeKind.RESIDUAL_POST)
         marks.add(place.pre(layer + 1, target) if into_post else place.mid(layer, target))
         if place.parallel[layer] or not into_post:
-            marks.add(place.pre(layer, source))
+            pre = graph.source_layers[layer] if kind == EdgeKind.ATTENTION else layer
+            marks.add(place.pre(pre, source))
     xs, ys = zip(*sorted(marks), strict=True)
     axes.scatter(xs, ys, s=1.6, color=_INK, linewidths=0, zorder=5)
     flagged = [

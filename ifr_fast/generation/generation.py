@@ -115,6 +115,7 @@ class Generation:
         """The graph of the prediction made at the end of the text so far."""
         decoder, end = self._decoder, len(self.token_ids)
         reached, closures, nodes = {end - 1}, {}, self._nodes
+        waiting: dict[int, set[int]] = {}  # positions of lower layers that attention above reads
         found: list[int] = []
         with ExitStack() as stack:
             recording: Recording | None = None
@@ -134,6 +135,10 @@ class Generation:
                 here = [at[t] for t in reached]
                 found += here
                 reached = set().union(*[nodes.below[i] for i in here])
+                read = decoder.blocks[layer].value_layer
+                at_source = waiting.setdefault(layer if read is None else read, set())
+                at_source.update(*[nodes.read[i] for i in here])
+                reached |= waiting.pop(layer, set())
         if closures:
             check_closure(closures)
         at_all = np.array(found)
@@ -146,6 +151,7 @@ class Generation:
             n_heads=decoder.n_heads,
             parallel=[block.parallel for block in decoder.blocks],
             predictions=predictions,
+            value_layers=decoder.value_layers,
         )
         return in_order(
             torch.from_numpy(nodes.edges.of(at_all)).T,

@@ -69,6 +69,7 @@ class Nodes:
         self._threshold, self._granularity = threshold, granularity
         self.at: list[dict[int, int]] = [{} for _ in range(n_layers)]  # position -> node
         self.below: list[list[int]] = []  # positions that each node reaches one layer below
+        self.read: list[list[int]] = []  # positions that its attention reads
         self._flagged: dict[int, list[Node]] = {}
         self.edges = Lists()  # an EdgeTable's columns
         self.heads = Lists()  # a HeadEdgeTable's columns
@@ -101,13 +102,13 @@ class Nodes:
         self.edges.extend(
             _rows(layer_of[node], kind, position_of[node], source, weight), _ends(node, n)
         )
-        leads = (kind == EdgeKind.ATTENTION) | (kind == EdgeKind.RESIDUAL_MID)
-        if table.ffn_residual is None:
-            leads[:] = True
-        below, begin = source[leads].tolist(), 0
-        for end in _ends(node[leads], n).tolist():
-            self.below.append(below[begin:end])
-            begin = end
+        read = kind == EdgeKind.ATTENTION
+        below = ~read if table.ffn_residual is None else kind == EdgeKind.RESIDUAL_MID
+        for lists, chosen in ((self.read, read), (self.below, below)):
+            positions_of, begin = source[chosen].tolist(), 0
+            for end in _ends(node[chosen], n).tolist():
+                lists.append(positions_of[begin:end])
+                begin = end
 
         entry, head = grown.head_kept.nonzero()
         entry, head = (x[attention.target[entry].argsort(kind="stable")] for x in (entry, head))
@@ -139,6 +140,8 @@ def _ends(node: Ints, n: int) -> Ints:
 
 def _arrays(x: Any) -> Any:
     """A table with numpy arrays in place of tensors; floating tensors become float32."""
+    if isinstance(x, int):
+        return x
     if isinstance(x, Tensor):
         return (x.float() if x.is_floating_point() else x).cpu().numpy()
     return x if x is None else type(x)._make(map(_arrays, x))

@@ -24,6 +24,7 @@ def check_graph(graph: GraphData) -> None:
     if graph.span is not None:
         _check_span(graph.span, graph)
     _check_tensor("parallel", graph.parallel, torch.bool, L)
+    check_value_layers(graph.value_layers, L)
     for name, table in (("edges", graph.edges), ("head_edges", graph.head_edges)):
         n = len(table[0]) if table[0].ndim else 0
         for column, x in table._asdict().items():
@@ -67,6 +68,17 @@ def _check_span(span: Span, graph: GraphData) -> None:
     check_predictions("span", predictions, len(positions))
     if positions[-1] != graph.position or predictions[-1] != graph.predictions:
         raise ValueError("span: its last position is not the graph's")
+
+
+def check_value_layers(value_layers: list[int] | None, n_layers: int) -> None:
+    """Checks that each layer reads values of its own, or of a lower layer that has its own."""
+    if value_layers is None:
+        return
+    if not isinstance(value_layers, list) or len(value_layers) != n_layers:
+        raise ValueError(f"value_layers: expected a list of {n_layers} layers")
+    for i, of in enumerate(value_layers):
+        if value_layers[_check_int("value_layers", of, 0, i + 1)] != of:
+            raise ValueError(f"value_layers: layer {of} has no values of its own")
 
 
 def check_tables(layers: list[LayerTable], n_tokens: int) -> None:

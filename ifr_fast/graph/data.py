@@ -9,7 +9,8 @@ theirs by the span's weights.
 In a sequential block an edge leads
 
     post <- mid   RESIDUAL_POST, and FFN, whose block reads `mid` at the same position
-    mid  <- pre   RESIDUAL_MID at the same position, ATTENTION from any visible one
+    mid  <- pre   RESIDUAL_MID at the same position, ATTENTION from any visible one, and in a layer
+                  that shares keys and values from the pre of the layer that made them
 
 and in a parallel block all of RESIDUAL_POST, FFN and ATTENTION lead from pre straight into post.
 A path's weight is the product of its edges'. Tables are equal-length 1-D tensors.
@@ -61,6 +62,9 @@ class GraphData:
     unattributed: list[Node]  # nodes whose parts all have proximity 0 and got 1/n each
     parallel: Tensor  # [L] bool: blocks with attention and FFN side by side
     span: Span | None = None  # for several positions; `position` and `predictions` are its last
+    # [L] the layer from whose resid_pre the values that a layer's attention reads were made: a
+    # lower one where keys and values are shared between layers. None: each layer's own.
+    value_layers: list[int] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "token_ids", plain_tensor(self.token_ids))
@@ -93,7 +97,13 @@ class GraphData:
             parallel=self.parallel.tolist(),
             predictions=self.predictions,
             span=self.span,
+            value_layers=self.value_layers,
         )
+
+    @property
+    def source_layers(self) -> list[int]:
+        """[L] the layer whose resid_pre the sources of a layer's attention edges are."""
+        return self.value_layers or list(range(self.n_layers))
 
     @property
     def starts(self) -> dict[int, float]:
@@ -209,4 +219,5 @@ class GraphData:
             EdgeList(target, source, edges.weight[attention], head_weight),
             flags(NodeKind.POST if parallel else NodeKind.MID),
             None if parallel else flags(NodeKind.POST),
+            None if self.source_layers[layer] == layer else self.source_layers[layer],
         )

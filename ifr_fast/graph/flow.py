@@ -2,8 +2,9 @@
 
 A node's weight is the sum, over all paths, of the product of their edges' weights (docs/design.md,
 section 2). A layer maps the weights of its `post` nodes to those of its `mid` nodes and of its
-`resid_pre`, which is the `post` of the layer below. The flows down and up are the same linear maps,
-transposed.
+`resid_pre`, which is the `post` of the layer below. Attention's sources are the `resid_pre` of the
+same layer, or of a lower one whose keys and values it shares. The flows down and up are the same
+linear maps, transposed.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ class LayerFlow:
     weight: Tensor  # [E] attention edges, summed over heads
     head_sum: Tensor  # [N, H] weights of a target's heads, summed over sources
     head_count: Tensor  # [N, H] number of a head's edges that exceed the threshold by themselves
+    value_layer: int | None = None  # whose resid_pre attention's sources are; None: this layer's
 
     @staticmethod
     def of(
@@ -90,6 +92,7 @@ class LayerFlow:
             weight=weight,
             head_sum=none.index_add(0, row, head_weight),
             head_count=none.index_add(0, row, single),
+            value_layer=table.value_layer,
         )
 
     def connected(self) -> LayerFlow:
@@ -104,16 +107,19 @@ class LayerFlow:
         return _scaled(flow, self.to_mid)
 
     def from_mid(self, flow: Tensor) -> Tensor:
-        """Down from mid to resid_pre: [N] or [N, P]."""
-        own = _scaled(flow, self.to_pre)
+        """Down from mid to resid_pre at the same position: [N] or [N, P]."""
+        return _scaled(flow, self.to_pre)
+
+    def to_sources(self, flow: Tensor, pre: Tensor) -> Tensor:
+        """Down from mid along attention edges, added to what `pre` holds: [N] or [N, P]."""
         if flow.ndim == 1:
             carried = flow[self.target] * self.weight.to(flow.dtype)
-            return own.index_add_(0, self.source, carried)
-        return torch.addmm(own, self._matrix.to(flow.dtype), flow)
+            return pre.index_add(0, self.source, carried)
+        return torch.addmm(pre, self._matrix.to(flow.dtype), flow)
 
-    def into_mid(self, flow: Tensor) -> Tensor:
-        """Up from resid_pre [N] to mid."""
-        carried = flow[self.source] * self.weight.to(flow.dtype)
+    def into_mid(self, flow: Tensor, sources: Tensor) -> Tensor:
+        """Up from resid_pre [N] to mid; sources [N]: the weights of attention's sources."""
+        carried = sources[self.source] * self.weight.to(flow.dtype)
         return _scaled(flow, self.to_pre).index_add_(0, self.target, carried)
 
     def into_post(self, flow: Tensor) -> Tensor:
@@ -140,10 +146,18 @@ def flow_down(
     Yields, for each layer from the top, its number and the weights at its posts, its mids and its
     resid_pre. saturated: weights are cut at 1, for layers that are `connected`.
     """
+    waiting: dict[int, Tensor] = {}  # weights of the resid_pre of lower layers, by their numbers
     for number in reversed(range(len(layers))):
         layer = layers[number]
         mid = layer.from_post(flow)
         pre = layer.from_mid(mid)
+        if layer.value_layer is None:
+            pre = layer.to_sources(mid, pre)
+        else:
+            lower = waiting.get(layer.value_layer, torch.zeros_like(pre))
+            waiting[layer.value_layer] = layer.to_sources(mid, lower)
+        if number in waiting:
+            pre = pre + waiting.pop(number)
         if saturated:
             pre = pre.clamp_(max=1)
         yield number, flow, mid, pre
@@ -158,8 +172,11 @@ def flow_up(
     Yields, for each layer from the bottom, the weights at its mids and at its posts. In a parallel
     block the two are the same. saturated: as in `flow_down`.
     """
+    entered = []  # the weights of each layer's resid_pre
     for layer in layers:
-        mid = layer.into_mid(flow)
+        entered.append(flow)
+        sources = flow if layer.value_layer is None else entered[layer.value_layer]
+        mid = layer.into_mid(flow, sources)
         if saturated:
             mid = mid.clamp_(max=1)
         flow = layer.into_post(mid)

@@ -1,4 +1,4 @@
-"""One layer of a graph, grown from the nodes reached above it."""
+"""A graph is grown from the top down, a layer's step each, from the nodes reached above it."""
 
 from __future__ import annotations
 
@@ -33,27 +33,44 @@ class Grown(NamedTuple):
     unattributed: list[tuple[bool, Tensor, Tensor]]  # whether `mid` (else `post`), [R], bool [R]
 
 
-def grow_layer(
-    layer: int,
-    table: LayerTable,
-    reached: Tensor,
-    threshold: float,
-    granularity: Granularity,
-) -> tuple[Grown, Tensor]:
-    """One step down: the edges into the `reached` [T] bool posts of a layer.
+class Frontier:
+    """The posts of a layer that a graph has reached, from the last layer down."""
 
-    Returns them, and flags of the positions whose `resid_pre` they reach, [T] bool. The device is
-    not synchronized: sizes depend on shapes alone.
-    """
-    grown = edges_into(layer, table, reached[table.rows], threshold, granularity)
-    *own, attention = grown.steps
-    leads_to_pre = torch.zeros(len(reached), dtype=torch.int32, device=table.rows.device)
-    leads_to_pre.index_add_(0, attention.source, attention.kept.int())
-    passes = own[-1].kept
-    if table.ffn_residual is None:
-        passes = passes | own[0].kept
-    leads_to_pre.index_add_(0, table.rows, passes.int())
-    return grown, leads_to_pre > 0
+    def __init__(self, reached: Tensor) -> None:
+        self.reached = reached  # [T] bool
+        # The resid_pre of lower layers that attention above has read, by their numbers.
+        self._waiting: dict[int, Tensor] = {}
+
+    @property
+    def is_done(self) -> bool:
+        """True if no layer below is reached; a device synchronization."""
+        return not self._waiting and not bool(self.reached.any())
+
+    def descend(
+        self, layer: int, table: LayerTable, threshold: float, granularity: Granularity
+    ) -> Grown:
+        """One step down: the edges into the posts of a layer that are reached. From then on the
+        posts of the layer below are.
+
+        The device is not synchronized: sizes depend on shapes alone.
+        """
+        grown = edges_into(layer, table, self.reached[table.rows], threshold, granularity)
+        *own, attention = grown.steps
+        none = torch.zeros(len(self.reached), dtype=torch.int32, device=table.rows.device)
+        read = none.index_add(0, attention.source, attention.kept.int()) > 0
+        passes = own[-1].kept
+        if table.ffn_residual is None:
+            passes = passes | own[0].kept
+        self.reached = none.index_add(0, table.rows, passes.int()) > 0
+        at = layer if table.value_layer is None else table.value_layer
+        self._waiting[at] = read | self._waiting.get(at, torch.zeros_like(read))
+        self.skip(layer)
+        return grown
+
+    def skip(self, layer: int) -> None:
+        """One step down from a layer of which nothing is reached, but perhaps its resid_pre."""
+        if layer in self._waiting:
+            self.reached = self.reached | self._waiting.pop(layer)
 
 
 def edges_into(

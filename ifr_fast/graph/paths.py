@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -10,22 +12,34 @@ from .data import GraphData
 from .tables import EdgeKind, Hop, Route, Step, WeightedPath
 
 
+class _Edges(NamedTuple):
+    """The edges of one step down, from keys to keys. Key j + T * (m + 1) is position j of layer m's
+    resid_pre, for a path that leaves the layers above m out; key j is one of the layer at hand.
+    """
+
+    target: Tensor  # [E] int64
+    source: Tensor  # [E] int64
+    weight: Tensor  # [E] float64
+
+
 def top_paths(graph: GraphData, k: int) -> list[WeightedPath]:
     """The k heaviest paths from the prediction to an embedding, heaviest first."""
-    tables = [s for layer in reversed(range(graph.n_layers)) for s in graph.steps(layer)]
-    weights = [table.weight.double() for table in tables]
-    found = _best_paths(
-        [(t.target, t.source, w) for t, w in zip(tables, weights, strict=True)],
-        graph.starts,
-        k,
-    )
+    steps, tables = [], []
+    for layer in reversed(range(graph.n_layers)):
+        of_layer = graph.steps(layer)
+        for table in of_layer:
+            steps.append(table)
+            read = table.kind == EdgeKind.ATTENTION
+            edges = _Edges(table.target, table.source, table.weight.double())
+            tables.append(_with_jumps(graph, layer, edges, read, last=table is of_layer[-1]))
     paths = []
-    for weight, chosen in found:
-        steps = []
-        for table, i in zip(tables, chosen, strict=True):
-            layer, kind, target, source = (int(column[i]) for column in table[:4])
-            steps.append(Step(layer, EdgeKind(kind), target, source, float(table.weight[i])))
-        paths.append(WeightedPath(weight, steps))
+    for weight, chosen in _best_paths(tables, graph.starts, k):
+        taken = []
+        for table, i in zip(steps, chosen, strict=True):
+            if i < len(table.layer):  # beyond are nodes that wait for a lower layer
+                layer, kind, target, source = (int(column[i]) for column in table[:4])
+                taken.append(Step(layer, EdgeKind(kind), target, source, float(table.weight[i])))
+        paths.append(WeightedPath(weight, taken))
     return paths
 
 
@@ -40,20 +54,44 @@ def top_routes(graph: GraphData, k: int) -> list[Route]:
             through = torch.zeros_like(through)
             through.index_add_(0, steps[0].target, steps[0].weight.double())
         edges = steps[-1]
-        pair, inverse = torch.unique(edges.target * T + edges.source, return_inverse=True)
+        # Where attention reads a lower layer, it is not one edge with the residual.
+        apart = (edges.kind == EdgeKind.ATTENTION) & (graph.source_layers[layer] != layer)
+        pair = (edges.target * T + edges.source) * 2 + apart
+        pair, inverse = torch.unique(pair, return_inverse=True)
         summed = torch.zeros(len(pair), dtype=torch.float64)
         summed.index_add_(0, inverse, edges.weight.double())
-        target = pair // T
-        tables.append((target, pair % T, summed * through[target]))
+        target, source, apart = pair // 2 // T, pair // 2 % T, pair % 2 == 1
+        of_layer = _Edges(target, source, summed * through[target])
+        tables.append(_with_jumps(graph, layer, of_layer, apart, last=True))
     routes = []
     for weight, chosen in _best_paths(tables, graph.starts, k):
-        hops, source = [], 0
+        hops, source = [], graph.position
         for depth, i in enumerate(chosen):
-            reader, source = int(tables[depth][0][i]), int(tables[depth][1][i])
-            if reader != source:
+            reader, read = int(tables[depth].target[i]) % T, int(tables[depth].source[i])
+            source = read % T
+            # A hop within a position counts where it leaves layers out.
+            if reader != source or (read >= T and int(tables[depth].target[i]) < T):
                 hops.append(_hop(graph, graph.n_layers - 1 - depth, reader, source))
         routes.append(Route(weight, source, hops))
     return routes
+
+
+def _with_jumps(graph: GraphData, layer: int, edges: _Edges, read: Tensor, *, last: bool) -> _Edges:
+    """The edges of a step, those that are `read` [E] leading to the layer whose values they are,
+    followed by edges of weight 1 that let nodes of lower layers wait. last: the step down from mid.
+    """
+    if graph.value_layers is None:
+        return edges
+    T, at = len(graph.tokens), graph.source_layers[layer]
+    target, source, weight = edges
+    if at != layer:
+        source = torch.where(read, source + T * (at + 1), source)
+    waiting = torch.arange(T, T * (layer + 2))
+    landed = torch.where(waiting >= T * (layer + 1), waiting % T, waiting) if last else waiting
+    ones = torch.ones(len(waiting), dtype=weight.dtype)
+    return _Edges(
+        torch.cat([target, waiting]), torch.cat([source, landed]), torch.cat([weight, ones])
+    )
 
 
 def _hop(graph: GraphData, layer: int, target: int, source: int) -> Hop:
@@ -66,13 +104,12 @@ def _hop(graph: GraphData, layer: int, target: int, source: int) -> Hop:
 
 
 def _best_paths(
-    tables: list[tuple[Tensor, Tensor, Tensor]], starts: dict[int, float], k: int
+    tables: list[_Edges], starts: dict[int, float], k: int
 ) -> list[tuple[float, list[int]]]:
     """The k heaviest chains of one edge a table, from any of `starts`, which have weights of their
     own: (product, edge index a table).
 
-    tables: (target [E], source [E], weight [E] float64), top-down. After each table, every node
-    holds its k heaviest chains; all nodes at once.
+    tables: top-down. After each table, every node holds its k heaviest chains; all nodes at once.
     """
     k = as_index("k", k)
     if k < 1:

@@ -1,4 +1,4 @@
-"""One layer's table, as tensors by name: the form in which files keep it."""
+"""One layer's table, as tensors by name: the form in which files keep it, `value_layer` apart."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ def named_tensors(table: LayerTable, prefix: str = "", edges: str = "") -> dict[
     prefix: of all names; edges: of the names of the edges' columns, after it.
     """
     columns = {edges + name: x for name, x in table.edges._asdict().items()}
-    own = {name: x for name, x in table._asdict().items() if name != "edges" and x is not None}
+    others = table._asdict() | {"edges": None, "value_layer": None}
+    own = {name: x for name, x in others.items() if x is not None}
     return {prefix + name: x for name, x in (own | columns).items()}
 
 

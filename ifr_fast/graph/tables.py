@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntEnum, StrEnum
 from typing import Literal, NamedTuple
 
@@ -87,6 +88,7 @@ class GraphHeader(NamedTuple):
     parallel: list[bool]  # [L]
     predictions: list[Prediction]  # those of `position`
     span: Span | None = None
+    value_layers: list[int] | None = None  # as in `GraphData`
 
     @staticmethod
     def of(
@@ -99,6 +101,7 @@ class GraphHeader(NamedTuple):
         granularity: Granularity,
         n_heads: int,
         parallel: list[bool],
+        value_layers: list[int] | None = None,
     ) -> GraphHeader:
         """The header of the graph of one position or of several.
 
@@ -116,6 +119,7 @@ class GraphHeader(NamedTuple):
             parallel,
             predictions[-1],
             span,
+            value_layers,
         )
 
     @property
@@ -169,6 +173,7 @@ class LayerTable(NamedTuple):
     edges: EdgeList
     unattributed: Tensor  # [R] bool
     ffn_unattributed: Tensor | None  # [R] bool
+    value_layer: int | None = None  # whose resid_pre attention's sources are; None: this layer's
 
     def at_most_one(self) -> LayerTable:
         """The table of a file, without what rounding adds to 1 in the weights of older versions."""
@@ -177,6 +182,13 @@ class LayerTable(NamedTuple):
         of_residual = None if self.ffn_residual is None else self.ffn_residual.clamp(max=1)
         residual, ffn = self.residual.clamp(max=1), self.ffn.clamp(max=1)
         return self._replace(residual=residual, ffn=ffn, ffn_residual=of_residual, edges=edges)
+
+
+def value_layers(tables: Sequence[LayerTable]) -> list[int] | None:
+    """The `GraphData.value_layers` of a model's layers, bottom first."""
+    if all(table.value_layer is None for table in tables):
+        return None
+    return [i if table.value_layer is None else table.value_layer for i, table in enumerate(tables)]
 
 
 class NodeImportance(NamedTuple):

@@ -32,6 +32,7 @@ class Block(NamedTuple):
     width: int  # numbers per row in the widest tensor that its submodules return
     n_outputs: int | None  # length of the tuple that it returns; None where it returns a tensor
     ffn_site: nn.Module | None  # the module whose output, perhaps scaled, the FFN adds
+    value_layer: int | None = None  # whose keys and values attention reads; None: its own
 
     @property
     def parallel(self) -> bool:

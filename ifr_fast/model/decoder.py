@@ -62,6 +62,14 @@ class Decoder:
         return self.blocks[0].W_O.shape[2]
 
     @property
+    def value_layers(self) -> list[int] | None:
+        """[L] the layer whose keys and values a layer reads; None: each reads its own."""
+        read = [block.value_layer for block in self.blocks]
+        if not any(of is not None for of in read):
+            return None
+        return [i if of is None else of for i, of in enumerate(read)]
+
+    @property
     def device(self) -> torch.device:
         """The device that takes token ids and returns scores."""
         device: torch.device = self.model.get_input_embeddings().weight.device
@@ -128,12 +136,14 @@ class Decoder:
         """
         states: list[Tensor] = []
         ids = token_ids.to(self.device)
+        # A number would let some models leave rows out of their last layers.
+        last = torch.tensor([ids.shape[1] - 1], device=ids.device)
         with hooked(on_output(self._states, states.append)):
             self.model(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 use_cache=False,
-                **({"logits_to_keep": 1} if self._keeps_logits else {}),
+                **({"logits_to_keep": last} if self._keeps_logits else {}),
             )
         return states[0]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from threading import get_ident
@@ -19,6 +20,8 @@ def map_tensors(x: Any, change: Callable[[Tensor], Tensor]) -> Any:
         return type(x)(map_tensors(item, change) for item in x)
     if isinstance(x, dict):
         return {key: map_tensors(value, change) for key, value in x.items()}
+    if isinstance(x, UserDict):  # keys and values that layers share
+        return type(x)({key: map_tensors(value, change) for key, value in x.items()})
     return x
 
 
@@ -61,7 +64,14 @@ class LayerCall(NamedTuple):
         )
 
     def __call__(self, layer: nn.Module, hidden: Tensor) -> Tensor:
-        """Runs the layer on `hidden` [1, n_rows, D]; returns its output [1, n_rows, D]."""
+        """Runs the layer on `hidden` [1, n_rows, D]; returns its output [1, n_rows, D]. What the
+        layer puts into containers among its arguments is dropped.
+        """
+        copied = LayerCall(*map_tensors(tuple(self), lambda x: x))
+        return copied.in_place(layer, hidden)
+
+    def in_place(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+        """Runs the layer, which may change containers among its arguments."""
         if "hidden_states" in self.kwargs:
             return hidden_output(layer(*self.args, **{**self.kwargs, "hidden_states": hidden}))
         return hidden_output(layer(hidden, *self.args, **self.kwargs))

@@ -251,7 +251,8 @@ def _open_blocks(decoder: Decoder) -> tuple[AttentionThrough, list[Block]]:
             )
             if plain.dtype in HALF:
                 _check_attention(probe, streams[i][0], attended[i])
-            blocks.append(_open_block(i, probe, decoder.max_length or _FAR))
+            read = _value_layer(i, [call for call, _ in calls], probe)
+            blocks.append(_open_block(i, probe, decoder.max_length or _FAR, read))
     heads = [block.W_O.shape[0] for block in blocks]
     if len(set(heads)) > 1:
         raise UnsupportedArchitectureError(
@@ -369,7 +370,7 @@ def _described(layer: nn.Module) -> str:
     return ", ".join(type(child).__name__ for child in layer.children())
 
 
-def _open_block(index: int, probe: Probe, n_far: int) -> Block:
+def _open_block(index: int, probe: Probe, n_far: int, value_layer: int | None) -> Block:
     dtype = probe.resid_pre.dtype
     with packed_as_plain(probe) as plain, in_float32(probe.module, dtype, plain) as exact:
         narrow_dtype = None if exact else dtype
@@ -393,9 +394,11 @@ def _open_block(index: int, probe: Probe, n_far: int) -> Block:
         parts.width,
         probe.n_outputs,
         parts.ffn_site,
+        value_layer,
     )
     _check_rows(probe, block, parts.resid_mid)
-    _check_values(probe)
+    if value_layer is None:
+        _check_values(probe)
     return block
 
 
@@ -408,6 +411,18 @@ def _check_rows(probe: Probe, block: Block, resid_mid: Tensor) -> None:
         error = relative_error(got, expected)
         if error > rounding_tolerance(probe.resid_pre.dtype):
             refuse(probe, f"a replay of single rows gives others (relative error {error:.1e})")
+
+
+def _value_layer(index: int, calls: list[AttentionCall], probe: Probe) -> int | None:
+    """The layer whose keys and values a layer reads in place of its own: those of both are the same
+    numbers, and do not depend on the stream that this layer reads. None where it has its own.
+    """
+    own = calls[index]
+    for i, call in enumerate(calls[:index]):
+        if bool(same_bits(call.k, own.k) & same_bits(call.v, own.v)):
+            other = _values(probe, probe.resid_pre.flip(0) + 1)
+            return i if bool(same_bits(other, own.v[0].transpose(0, 1))) else None
+    return None
 
 
 def _check_values(probe: Probe) -> None:

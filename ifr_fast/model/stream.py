@@ -35,6 +35,39 @@ def check_n_keys(call: AttentionCall, n_tokens: int) -> None:
         )
 
 
+class SharedValues:
+    """The keys and values that layers share, in one forward pass."""
+
+    def __init__(self, value_layers: list[int] | None) -> None:
+        self._value_layers = value_layers
+        self._kept: dict[int, AttentionCall] = {}  # of the layers that others read from
+        self._flags: dict[int, Tensor] = {}
+
+    def of(self, layer: int, call: AttentionCall) -> AttentionCall:
+        """The call with the very tensors of the layer whose keys and values it reads."""
+        if self._value_layers is None:
+            return call
+        read = self._value_layers[layer]
+        if read == layer:
+            self._kept[layer] = call
+            return call
+        source = self._kept[read]
+        self._flags[layer] = same_bits(source.k, call.k) & same_bits(source.v, call.v)
+        return call._replace(k=source.k, v=source.v)
+
+    def verify(self) -> None:
+        """Raises UnsupportedArchitectureError where a layer read other keys or values than those of
+        its source; a device synchronization where layers share any.
+        """
+        for layer, same in self._flags.items():
+            if not bool(same):
+                assert self._value_layers is not None
+                raise UnsupportedArchitectureError(
+                    f"model: layer {layer} reads other keys or values than those of layer "
+                    f"{self._value_layers[layer]}, which it shared when the model was opened"
+                )
+
+
 class Chain:
     """The residual stream between layers: each has to be entered with what the one before left.
 

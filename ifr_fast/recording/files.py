@@ -16,10 +16,7 @@ from .mapped_file import MappedFile
 from .model_check import check_recording
 from .recording import LayerRecording, Recording, RecordingMode
 
-_OF_LAYER = (
-    *("resid", "k", "v", "q", "mid", "z"),
-    *("log_sum_exp", "checked_mid", "alibi_slopes"),
-)
+_OF_LAYER = ("resid", "q", "mid", "z", "log_sum_exp", "checked_mid", "alibi_slopes")
 
 
 class CheckedLayers(Sequence[LayerRecording]):
@@ -27,8 +24,12 @@ class CheckedLayers(Sequence[LayerRecording]):
     is first used; FormatError is raised where they differ.
     """
 
-    def __init__(self, file: MappedFile, layers: list[LayerRecording]) -> None:
+    def __init__(
+        self, file: MappedFile, layers: list[LayerRecording], value_layers: list[int] | None
+    ) -> None:
+        """value_layers: as `Decoder.value_layers`."""
         self._file, self._layers = file, layers
+        self._read = value_layers or list(range(len(layers)))
         self._unchecked = set(range(len(layers)))
 
     def __len__(self) -> int:
@@ -44,7 +45,9 @@ class CheckedLayers(Sequence[LayerRecording]):
         found = self._layers[index]
         i = index % len(self)
         if i in self._unchecked:
-            names = [f"{name}.{i}" for name in _OF_LAYER if f"{name}.{i}" in self._file.tensors]
+            read = self._read[i]
+            names = [f"k.{read}", f"v.{read}", *(f"{name}.{i}" for name in _OF_LAYER)]
+            names = [name for name in names if name in self._file.tensors]
             self._file.check(names)
             self._unchecked.discard(i)
         return found
@@ -84,7 +87,7 @@ def load(path: str | os.PathLike[str], decoder: Decoder) -> Recording:
         except FormatError:
             file.check(file.tensors)  # a damaged file is refused as such
             raise
-        recording.layers = CheckedLayers(file, list(recording.layers))
+        recording.layers = CheckedLayers(file, list(recording.layers), decoder.value_layers)
         return recording
     except (KeyError, ValueError, IndexError, TypeError) as error:
         raise FormatError(f"{path}: not a whole recording ({error!r})") from error
@@ -99,11 +102,12 @@ def recording_of(
         zip(decoder.blocks, around.facts, around.calls, strict=True)
     ):
         window = fields["windows"][i]
+        made_by = i if block.value_layer is None else block.value_layer
         layers.append(
             LayerRecording(
                 resid_pre=tensors[f"resid.{i}"],
-                k=tensors[f"k.{i}"],
-                v=tensors[f"v.{i}"],
+                k=tensors[f"k.{made_by}"],
+                v=tensors[f"v.{made_by}"],
                 scale=facts.scale,
                 window=window,
                 softcap=facts.softcap,

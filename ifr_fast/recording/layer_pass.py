@@ -29,7 +29,7 @@ from ..model.hooks import LayerCall, map_tensors, on_layer_call, on_output
 from ..model.masks import LazyMask
 from ..model.modes import evaluating
 from ..model.opening import check_hooks
-from ..model.stream import Chain, check_n_keys, on_end
+from ..model.stream import Chain, SharedValues, check_n_keys, on_end
 
 
 def pad(texts: Sequence[Tensor]) -> Tensor:
@@ -136,6 +136,7 @@ class WatchedPass:
         self._masks = Masks(max(lengths))
         self._chain = Chain(decoder.n_layers)
         self._now: WatchedLayer | None = None
+        self._shared = SharedValues(decoder.value_layers)
         self._final: Tensor | None = None
         self._paused = False
 
@@ -167,6 +168,7 @@ class WatchedPass:
         device synchronization.
         """
         final, B = self.resid_final, len(self._lengths)
+        self._shared.verify()
         of_text = [torch.isfinite(final[b, :n]).all() for b, n in enumerate(self._lengths)]
         masks, chain = self._masks.flags(), self._chain.flags()
         flags = [flag.to(final.device) for flag in (*of_text, *masks, *chain)]
@@ -226,6 +228,7 @@ class WatchedPass:
         check_n_keys(call, self._masks.n_tokens)
         window = window_of(layer.block, call.mask, self._masks.n_tokens)
         self._masks.see(call.mask, window)
+        call = self._shared.of(layer.block.layer, call)
         if self._sums:
             z, layer.log_sum_exp = attend_and_sum(call, window)
         else:

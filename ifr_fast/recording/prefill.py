@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -43,10 +43,10 @@ def chunk_rows(device: torch.device) -> int:
 
 
 def is_chunkable(decoder: Decoder) -> bool:
-    """True if a text can be recorded in chunks: attention outside of transformers' interface
-    builds masks of its own from all rows.
+    """True if a text can be recorded in chunks. Attention outside of transformers' interface builds
+    masks of its own from all rows, and a layer that shares keys and values gets them of all rows.
     """
-    return decoder.attention_through is attention_through
+    return decoder.attention_through is attention_through and decoder.value_layers is None
 
 
 class LayerFacts(NamedTuple):
@@ -75,8 +75,13 @@ def frame(decoder: Decoder, token_ids: Tensor) -> Frame:
     calls: list[LayerCall] = []
     embeddings: list[Tensor] = []
 
-    def skip(_: Block, hidden: Tensor, call: LayerCall) -> Tensor:
+    shared = set(decoder.value_layers or ())
+
+    def skip(block: Block, hidden: Tensor, call: LayerCall) -> Tensor:
         calls.append(call)
+        if block.layer in shared:  # the layers that share its keys and values find some
+            with overriding(_stop), suppress(StopForward):
+                call.in_place(block.module, hidden)
         if not embeddings:
             embeddings.append(hidden[0])
         if len(calls) == decoder.n_layers:
@@ -94,6 +99,10 @@ def frame(decoder: Decoder, token_ids: Tensor) -> Frame:
         with decoder.overriding_layers(lambda _, hidden, __: hidden):
             states, logits = decoder.forward(token_ids[:1])
     return Frame(embeddings[0], calls, facts, Spec.of(states[0]), Spec.of(logits))
+
+
+def _stop(_: AttentionCall) -> NoReturn:
+    raise StopForward
 
 
 def _facts(block: Block, call: LayerCall, hidden: Tensor) -> LayerFacts:

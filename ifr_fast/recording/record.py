@@ -49,6 +49,9 @@ def record_together(
             call = layer.attention
             empty = call.q.new_empty(0)
             layer.attention = call._replace(q=empty, k=_own(call.k), v=_own(call.v))
+        if layer.block.value_layer is not None:
+            made_by = layers[layer.block.value_layer].attention
+            layer.attention = layer.attention._replace(k=made_by.k, v=made_by.v)
         if not (full and layer.block.row_scaled):
             del layer.z
 

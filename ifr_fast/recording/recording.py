@@ -118,11 +118,13 @@ def _tensors(recording: Recording) -> dict[str, Tensor]:
         "logits": recording.logits,
         f"resid.{len(recording.layers)}": recording.resid_final,
     }
-    for i, layer in enumerate(recording.layers):
+    for i, (layer, block) in enumerate(
+        zip(recording.layers, recording.decoder.blocks, strict=True)
+    ):
+        if block.value_layer is None:
+            found |= {f"k.{i}": layer.k, f"v.{i}": layer.v}
         found |= {
             f"resid.{i}": layer.resid_pre,
-            f"k.{i}": layer.k,
-            f"v.{i}": layer.v,
             f"q.{i}": layer.q,
             f"mid.{i}": layer.resid_mid,
             f"z.{i}": layer.z,

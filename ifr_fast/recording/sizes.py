@@ -20,7 +20,7 @@ _SCORED = 2048  # bytes of a row's scores: totals of heads, and edges
 class LayerSizes(NamedTuple):
     """Numbers per token that are recorded for one layer."""
 
-    k: int
+    k: int  # 0 where it shares a lower layer's
     v: int
     q: int
     z: int  # attention output; 0 unless the block is row-scaled
@@ -46,10 +46,12 @@ class Sizes(NamedTuple):
 
         def of_block(block: Block) -> LayerSizes:
             H, V, _ = block.W_O.shape
+            shares = block.value_layer is not None
             z = H * V if block.row_scaled else 0
             H_kv, K = block.kv_heads, block.d_key
             sums = H if may_sum(K, V) else 0
-            return LayerSizes(H_kv * K, H_kv * V, H * K, z, H, sums)
+            k, v = (0, 0) if shares else (H_kv * K, H_kv * V)
+            return LayerSizes(k, v, H * K, z, H, sums)
 
         return Sizes(
             tuple(map(of_block, decoder.blocks)),

@@ -14,12 +14,19 @@ from torch import Tensor
 
 from ..arguments import as_index, check_threshold, index_within
 from ..errors import FormatError
-from ..graph.checks import check_predictions, check_tables, check_text
+from ..graph.checks import check_predictions, check_tables, check_text, check_value_layers
 from ..graph.flow import LayerFlow, component_importances, head_frequencies
-from ..graph.growth import grow_layer
+from ..graph.growth import Frontier
 from ..graph.reach import Reach, reach_in_layers
 from ..graph.table_files import named_tensors, take_table
-from ..graph.tables import Granularity, GraphHeader, LayerTable, Prediction, plain_tensor
+from ..graph.tables import (
+    Granularity,
+    GraphHeader,
+    LayerTable,
+    Prediction,
+    plain_tensor,
+    value_layers,
+)
 from ..recording.predictions import KnownPredictions
 from ..storage.tensors import Format, load_tensors, save_tensors
 from .route_graph import RouteGraph, assemble
@@ -84,12 +91,11 @@ class Routes:
         position %= T
         reached = torch.zeros(T, dtype=torch.bool, device=self.layers[0].rows.device)
         reached[position] = True
-        grown = []
-        for layer in reversed(range(self.n_layers)):
-            step, reached = grow_layer(
-                layer, self.layers[layer], reached, self.threshold, self.granularity
-            )
-            grown.append(step)
+        frontier = Frontier(reached)
+        grown = [
+            frontier.descend(layer, self.layers[layer], self.threshold, self.granularity)
+            for layer in reversed(range(self.n_layers))
+        ]
         header = GraphHeader(
             tokens=self.tokens,
             token_ids=self.token_ids,
@@ -99,6 +105,7 @@ class Routes:
             n_heads=self.n_heads,
             parallel=self._parallel,
             predictions=self.predict([position])[0],
+            value_layers=self._value_layers,
         )
         return assemble(grown, header)
 
@@ -130,6 +137,10 @@ class Routes:
     def _parallel(self) -> list[bool]:
         return [table.ffn_residual is None for table in self.layers]
 
+    @property
+    def _value_layers(self) -> list[int] | None:
+        return value_layers(self.layers)
+
     @cached_property
     def _flows(self) -> list[LayerFlow]:
         return [LayerFlow.of(table, self.threshold, self.granularity) for table in self.layers]
@@ -157,6 +168,8 @@ class Routes:
             "parallel": self._parallel,
             "predictions": self.predict(list(range(len(self)))),
         }
+        if self._value_layers is not None:
+            fields["value_layers"] = self._value_layers
         save_tensors(path, self._FORMAT, tensors, fields)
 
     @classmethod
@@ -165,10 +178,15 @@ class Routes:
         tensors, fields = load_tensors(path, cls._FORMAT)
         try:
             rows = torch.arange(len(fields["tokens"]))
+            parallel = fields.pop("parallel")
+            read = fields.pop("value_layers", None)
+            check_value_layers(read, len(parallel))
             layers = [
-                take_table(tensors, parallel=parallel, prefix=f"{i}.", rows=rows)
-                for i, parallel in enumerate(fields.pop("parallel"))
+                take_table(tensors, parallel=flag, prefix=f"{i}.", rows=rows)
+                for i, flag in enumerate(parallel)
             ]
+            for i, of in enumerate(read or ()):
+                layers[i] = layers[i]._replace(value_layer=None if of == i else of)
             predictions = [[Prediction(*p) for p in of] for of in fields.pop("predictions")]
             routes = cls(
                 token_ids=tensors.pop("token_ids"),

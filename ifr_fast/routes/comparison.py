@@ -192,9 +192,11 @@ def compare(
     """
     if not isinstance(second, GraphData):
         raise ValueError(f"other: expected a RouteGraph, got {type(second).__name__}")
-    shapes = [(g.n_layers, g.n_heads, g.parallel.tolist()) for g in (first, second)]
+    shapes = [
+        (g.n_layers, g.n_heads, g.parallel.tolist(), g.source_layers) for g in (first, second)
+    ]
     if shapes[0] != shapes[1]:
-        (l0, h0, _), (l1, h1, _) = shapes
+        (l0, h0, *_), (l1, h1, *_) = shapes
         raise ValueError(
             "other: expected a graph of a model with the same layers and heads, got "
             f"{l1} layers of {h1} heads beside {l0} of {h0}"

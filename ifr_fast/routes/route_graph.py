@@ -16,7 +16,7 @@ from ..arguments import check_threshold, index_within
 from ..errors import FormatError
 from ..graph.checks import check_graph
 from ..graph.data import GraphData
-from ..graph.growth import Grown, grow_layer, packed_columns, sorted_columns
+from ..graph.growth import Frontier, Grown, packed_columns, sorted_columns
 from ..graph.paths import top_paths, top_routes
 from ..graph.reach import Reach, reach_in_graph, reached_in_graph
 from ..graph.tables import (
@@ -84,6 +84,7 @@ def in_order(
             unattributed=sorted(unattributed),
             parallel=torch.tensor(header.parallel),
             span=header.span,
+            value_layers=header.value_layers,
         )
 
 
@@ -119,9 +120,12 @@ class RouteGraph(GraphData):
 
         layer, kind, _, source_of, _ = self.edges
         into_post = (kind == EdgeKind.FFN) | (kind == EdgeKind.RESIDUAL_POST)
-        edges = kept(layer, source_of, into_post)
+        read = torch.tensor(self.source_layers)
+        edges = kept(
+            torch.where(kind == EdgeKind.ATTENTION, read[layer], layer), source_of, into_post
+        )
         layer, _, _, source_of, _ = self.head_edges
-        heads = kept(layer, source_of, torch.zeros_like(layer, dtype=torch.bool))
+        heads = kept(read[layer], source_of, torch.zeros_like(layer, dtype=torch.bool))
         of_kind = {NodeKind.MID: mid, NodeKind.POST: post}
         return dataclasses.replace(
             self,
@@ -151,14 +155,13 @@ class RouteGraph(GraphData):
                 f"threshold: this graph holds edges above {self.threshold:g} only, "
                 f"got {threshold:g}; trace again for a lower one"
             )
-        grown = []
-        T = len(self.tokens)
-        reached = torch.zeros(T, dtype=torch.bool)
+        reached = torch.zeros(len(self.tokens), dtype=torch.bool)
         reached[list(self.starts)] = True
-        for layer in reversed(range(self.n_layers)):
-            table = self.layer_table(layer)
-            step, reached = grow_layer(layer, table, reached, threshold, self.granularity)
-            grown.append(step)
+        frontier = Frontier(reached)
+        grown = [
+            frontier.descend(layer, self.layer_table(layer), threshold, self.granularity)
+            for layer in reversed(range(self.n_layers))
+        ]
         return assemble(grown, self.header._replace(threshold=threshold))
 
     def top_paths(self, k: int = 10) -> list[WeightedPath]:
@@ -283,6 +286,8 @@ class RouteGraph(GraphData):
             "unattributed": self.unattributed,
             "span": self.span,
         }
+        if self.value_layers is not None:
+            fields["value_layers"] = self.value_layers
         save_tensors(path, self._FORMAT, tensors, fields)
 
     @classmethod

@@ -39,6 +39,7 @@ def trace_recording(
         granularity=granularity,
         n_heads=decoder.n_heads,
         parallel=[block.parallel for block in decoder.blocks],
+        value_layers=decoder.value_layers,
     )
 
     def score(layer: int, rows: Tensor) -> LayerScores:

@@ -78,7 +78,8 @@ class Checkpoint:
                     )
             on_device = {name: x.to(device) for name, x in tensors.items()}
             parallel = "ffn_residual" not in tensors
-            return take_table(on_device, parallel=parallel, edges=_EDGES).at_most_one()
+            table = take_table(on_device, parallel=parallel, edges=_EDGES).at_most_one()
+            return table._replace(value_layer=self.recording.decoder.blocks[layer].value_layer)
         except KeyError as error:
             raise FormatError(f"{path}: not a whole {FORMAT.name} file ({error})") from error
 

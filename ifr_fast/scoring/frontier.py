@@ -9,7 +9,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from ..graph.growth import Grown, grow_layer
+from ..graph.growth import Frontier, Grown
 from ..graph.tables import Granularity, LayerTable
 from ..progress import progress
 from ..recording.plan import LONG
@@ -33,15 +33,18 @@ def grow(
     score: scores a layer at rows [R], with its edges above `threshold`.
     """
     grown, closures = [], {}
+    frontier = Frontier(reached)
     for layer in reversed(range(n_layers)):
-        rows = reached.cpu().nonzero().squeeze(1)  # one device synchronization a layer
+        rows = frontier.reached.cpu().nonzero().squeeze(1)  # one device synchronization a layer
         if len(rows) == 0:
-            break
+            if frontier.is_done:
+                break
+            frontier.skip(layer)
+            continue
         scores = score(layer, rows)
         closures[layer] = scores.closure
         table = scores.table(reached.device)
-        step, reached = grow_layer(layer, table, reached, threshold, granularity)
-        grown.append(step)
+        grown.append(frontier.descend(layer, table, threshold, granularity))
     check_closure(closures)
     return grown
 

@@ -77,6 +77,7 @@ def score_rows(
         ffn_unattributed,
         scores.edges,
         closure_of(inputs, scores.linear, block.bias),
+        block.value_layer,
     )
 
 

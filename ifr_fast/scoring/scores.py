@@ -51,6 +51,7 @@ class LayerScores:
     ffn_unattributed: Tensor | None  # [R] bool: those of `post` are 0; None in parallel blocks
     edges: EdgeList  # the kernel's list, perhaps padded with weights of 0
     closure: Tensor  # [R] errors of the sums of parts, at most 1 if they close (scoring/closure.py)
+    value_layer: int | None = None  # whose resid_pre the edges' sources are; None: this layer's
 
     def table(self, device: torch.device) -> LayerTable:
         """The table that a graph grows from, on its device."""
@@ -66,6 +67,7 @@ class LayerScores:
             EdgeList(*map(move, self.edges)),
             move(self.unattributed),
             move(self.ffn_unattributed),
+            self.value_layer,
         )
 
     @cached_property
@@ -122,4 +124,5 @@ def joined(blocks: list[LayerScores], rows: Tensor) -> LayerScores:
             cat(b.edges.head_weight for b in blocks),
         ),
         closure=torch.cat([b.closure for b in blocks]),
+        value_layer=blocks[0].value_layer,
     )

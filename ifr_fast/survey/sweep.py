@@ -55,6 +55,7 @@ class Swept(NamedTuple):
     lengths: list[int]  # rows of each document: one less than its tokens
     n_rows: int  # T
     parallel: list[bool]  # [L]
+    value_layers: list[int]  # [L] the layer whose resid_pre the sources of attention's edges are
     residual: Tensor  # [L, B * T] float32
     ffn: Tensor  # [L, B * T] float32
     ffn_residual: Tensor  # [L, B * T] float32
@@ -98,6 +99,7 @@ def sweep(decoder: Decoder, documents: list[Tensor], keep: float, kernel: Kernel
         lengths=lengths,
         n_rows=T,
         parallel=[block.parallel for block in decoder.blocks],
+        value_layers=decoder.value_layers or list(range(decoder.n_layers)),
         residual=torch.stack(layers.residual),
         ffn=torch.stack(layers.ffn),
         ffn_residual=torch.stack(layers.ffn_residual),

@@ -66,6 +66,7 @@ def _layer_flow(swept: Swept, layer: int, threshold: float) -> LayerFlow:
         edges=EdgeList(target, source, weight, head_weight),
         unattributed=none,
         ffn_unattributed=None if parallel else none,
+        value_layer=None if swept.value_layers[layer] == layer else swept.value_layers[layer],
     )
     return LayerFlow.of(table, threshold, "token")
 
@@ -84,6 +85,7 @@ def membership(swept: Swept, thresholds: Sequence[float]) -> list[Membership]:
     heads = np.zeros((L, B * H, K, W), np.uint64)
     ffns = np.zeros((L, B, K, W), np.uint64)
     moved = np.zeros((L, B, K, W), np.uint64)
+    read: dict[int, Array] = {}  # nodes of lower layers' resid_pre that attention reads
     bounds = torch.tensor(thresholds, dtype=torch.float32)
 
     def kept(x: Tensor) -> Array:
@@ -108,7 +110,13 @@ def membership(swept: Swept, thresholds: Sequence[float]) -> list[Membership]:
         elsewhere = into != out_of
         _merge(moved[layer], into[elsewhere] // T, carried[elsewhere])
         reach &= passes
-        _merge(reach, out_of, carried)
+        source_layer = swept.value_layers[layer]
+        into_sources = (
+            reach if source_layer == layer else read.setdefault(source_layer, np.zeros_like(reach))
+        )
+        _merge(into_sources, out_of, carried)
+        if layer in read:
+            reach |= read.pop(layer)
 
     of_head = _unpacked(heads, T).reshape(L, B, H, K, T).transpose(3, 1, 4, 0, 2)
     of_ffn = _unpacked(ffns, T).transpose(2, 1, 3, 0)

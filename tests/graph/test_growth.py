@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 
 from ifr_fast import RouteGraph, Routes, Tracer
 from ifr_fast.graph.flow import thresholded
-from ifr_fast.graph.growth import grow_layer, packed_columns
+from ifr_fast.graph.growth import Frontier, packed_columns
 from ifr_fast.graph.tables import EdgeKind, Granularity, LayerTable
 from ifr_fast.kernels.contract import EdgeList
 
@@ -86,13 +86,11 @@ def test_a_graph_is_grown_without_a_look_at_values(granularity: Granularity) -> 
             ffn_unattributed=torch.zeros(T, dtype=torch.bool),
         )
         tables = [table, table._replace(ffn_residual=None, ffn_unattributed=None)]
-        reached, grown = torch.zeros(T, dtype=torch.bool), []
-        for layer, of in enumerate(tables):
-            step, reached = grow_layer(layer, of, reached, 0.04, granularity)
-            grown.append(step)
+        frontier = Frontier(torch.zeros(T, dtype=torch.bool))
+        grown = [frontier.descend(i, of, 0.04, granularity) for i, of in enumerate(tables)]
         assert [len(x) for x in packed_columns(grown)] == [6, 6, 4]
         routes = Routes(["a"] * T, torch.arange(T), 0.04, granularity, tables, lambda p: [], 0.04)
         assert routes.head_importance().shape == (T, 2, H)
         assert routes.head_frequency().shape == (2, H)
         with pytest.raises(DynamicOutputShapeException):
-            reached.nonzero()
+            frontier.reached.nonzero()
