@@ -44,7 +44,9 @@ def top_paths(graph: GraphData, k: int) -> list[WeightedPath]:
 
 
 def top_routes(graph: GraphData, k: int) -> list[Route]:
-    """The k heaviest routes: paths taken together that change position at the same edges."""
+    """The k heaviest routes: paths taken together that change position at the same edges. An edge
+    to a lower layer, whose keys and values are shared, counts among these at its own position too.
+    """
     T = len(graph.tokens)
     tables = []
     for layer in reversed(range(graph.n_layers)):

@@ -175,7 +175,8 @@ class RouteGraph(GraphData):
         """The k heaviest routes: paths taken together that change position at the same edges.
 
         Residual, FFN and self-attention edges leave the position as it is; a route's weight is
-        the sum over all ways through them, times the weight of its prediction in a span.
+        the sum over all ways through them, times the weight of its prediction in a span. Where a
+        layer reads the values of a lower one, self-attention is a hop of its own.
         """
         return top_routes(self, k)
 

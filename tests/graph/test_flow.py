@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from graphs import any_routes, random_table
+from graphs import any_routes, random_table, share_values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from listed_paths import listed_importances
@@ -60,13 +60,17 @@ def flows(draw: st.DrawFn) -> list[LayerFlow]:
     generator = torch.Generator().manual_seed(draw(st.integers(0, 10_000)))
     options = draw(thresholds), draw(st.sampled_from(["token", "head"]))
     tables = [random_table(draw, T, H, generator, torch.float64) for _ in range(L)]
+    tables = share_values(draw, tables)
     return [LayerFlow.of(table, *options, torch.float64) for table in tables]
 
 
 @settings(deadline=None, max_examples=50)
 @given(flows(), st.integers(0, 99), st.integers(1, 3))
 def test_flows_down_and_up_are_adjoint(layers: list[LayerFlow], seed: int, P: int) -> None:
-    """<up(x), y> = <x, down(y)> at every node, for one flow y and for P at once."""
+    """<up(x), y> = <x, down(y)> at every node, for one flow y and for P at once. Where attention
+    reads a lower layer, flow passes the nodes between by: then at the ends.
+    """
+    all_own = all(layer.value_layer is None for layer in layers)
     generator = torch.Generator().manual_seed(seed)
     N = len(layers[0].ffn)
     x = torch.rand(N, generator=generator, dtype=torch.float64)
@@ -77,9 +81,11 @@ def test_flows_down_and_up_are_adjoint(layers: list[LayerFlow], seed: int, P: in
     for number, post, mid, pre in flow_down(layers, y):
         numbers.append(number)
         below = rising[number - 1][1] if number else x
-        torch.testing.assert_close(rising[number][1] @ post, inner, **EXACT)
-        torch.testing.assert_close(rising[number][0] @ mid, inner, **EXACT)
-        torch.testing.assert_close(below @ pre, inner, **EXACT)
+        if all_own:
+            torch.testing.assert_close(rising[number][1] @ post, inner, **EXACT)
+            torch.testing.assert_close(rising[number][0] @ mid, inner, **EXACT)
+        if all_own or number == 0:
+            torch.testing.assert_close(below @ pre, inner, **EXACT)
     assert numbers == list(reversed(range(len(layers))))
     alone = [list(flow_down(layers, column)) for column in y.T]
     for step, together in enumerate(flow_down(layers, y)):
@@ -101,8 +107,10 @@ def joined(tables: list[LayerTable]) -> LayerTable:
     ]
     together = EdgeList(*(torch.cat(columns) for columns in zip(*edges, strict=True)))
     rows = torch.arange(len(tables) * T)
-    of_all = {name: cat(name) for name in LayerTable._fields if name not in ("rows", "edges")}
-    return LayerTable(rows=rows, edges=together, **of_all)
+    apart = ("rows", "edges", "value_layer")
+    of_all = {name: cat(name) for name in LayerTable._fields if name not in apart}
+    read = tables[0].value_layer
+    return LayerTable(rows=rows, edges=together, value_layer=read, **of_all)
 
 
 @settings(deadline=None, max_examples=40)

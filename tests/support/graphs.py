@@ -12,7 +12,7 @@ from ifr_fast import RouteGraph, Routes, Tracer
 from ifr_fast.graph.tables import Granularity, LayerTable, Prediction
 from ifr_fast.kernels.contract import EdgeList
 
-FAMILIES = ["llama", "gpt_neox", "mistral"]  # sequential, parallel, windowed
+FAMILIES = ["llama", "gpt_neox", "mistral", "gemma4_shared"]  # sequential, parallel, windowed
 GRANULARITIES = ["token", "head"]
 
 
@@ -67,17 +67,29 @@ def random_table(
     )
 
 
+def share_values(draw: st.DrawFn, tables: list[LayerTable]) -> list[LayerTable]:
+    """The tables, some of whose attention reads the values of a lower layer."""
+    own, found = [], []
+    for i, table in enumerate(tables):
+        read = draw(st.sampled_from([None, None, *own]))
+        if read is None:
+            own.append(i)
+        found.append(table._replace(value_layer=read))
+    return found
+
+
 @st.composite
 def any_routes(draw: st.DrawFn) -> Routes:
     """Routes whose weights are sixteenths, so that some meet a threshold exactly."""
     T, L, H = draw(st.integers(1, 4)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 10_000)))
+    tables = [random_table(draw, T, H, generator) for _ in range(L)]
     return Routes(
         tokens=[f"<{t}>" for t in range(T)],
         token_ids=torch.arange(T),
         threshold=0.0,
         granularity=draw(st.sampled_from(GRANULARITIES)),
-        layers=[random_table(draw, T, H, generator) for _ in range(L)],
+        layers=share_values(draw, tables),
         predict=lambda positions: [[Prediction("x", t, 0.5)] for t in positions],
         scored_threshold=0.0,
     )

@@ -44,7 +44,8 @@ def walk(graph: RouteGraph) -> Iterator[tuple[float, list[Step], PathNode]]:
         layer, kind, _ = node
         to_mid = layer >= 0 and kind == "post" and not parallel[layer]
         for step in into[node]:
-            below = (layer, "mid", step.source) if to_mid else (layer - 1, "post", step.source)
+            pre = graph.source_layers[layer] if step.kind == EdgeKind.ATTENTION else layer
+            below = (layer, "mid", step.source) if to_mid else (pre - 1, "post", step.source)
             yield from down(below, weight * step.weight, [*steps, step])
 
     yield from down((graph.n_layers - 1, "post", graph.position), 1.0, [])
