@@ -108,7 +108,7 @@ def test_contributions_match_the_oracle(family: Case, impl: str) -> None:
                 dense[target, source] = weight.double()
                 assert_within(dense[scores.rows], expected.heads.sum(0)[scores.rows])
                 count += 1
-            assert count == len(layers) == 3
+            assert count == len(layers) == tracer.decoder.n_layers >= 3
 
 
 def assert_routes_agree(

@@ -25,7 +25,7 @@ from ifr_fast.recording.prefill import is_chunkable
 from ifr_fast.scoring.layer import score_layer
 
 T = 17  # four chunks, two windows and a bit
-INSIDE = sorted(name for name, family in FAMILIES.items() if family.values is None)
+INSIDE = sorted(name for name, of in FAMILIES.items() if of.values is None and of.made_by is None)
 
 
 @pytest.mark.usefixtures("chunks", "poisoned")
@@ -175,8 +175,9 @@ def test_complete_files_are_read_and_not_made_again(
         llama.record(text, mode="full", path=path)
 
 
-def test_attention_outside_the_interface_is_recorded_into_a_file(tmp_path: Path) -> None:
-    tracer = tiny_tracer("bloom")
+@pytest.mark.parametrize("family", ["bloom", "gemma4_shared"])
+def test_what_has_no_chunks_is_recorded_into_a_file(family: str, tmp_path: Path) -> None:
+    tracer = tiny_tracer(family)
     assert not is_chunkable(tracer.decoder)
     recording = tracer.record(tiny_text(9), path=tmp_path / "recording")
     assert recording.mode == "lean"

@@ -5,6 +5,7 @@ From a model's own account of itself (tiny.account): every part is formed, no pa
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ class LayerImportance(NamedTuple):
     ffn: Tensor  # [T]
     ffn_residual: Tensor | None  # [T]
     heads: Tensor  # [H, T, T]
+    made_by: int | None = None  # the layer whose resid_pre attention's sources are; None: this one
 
 
 def importances(layer: LayerAccount) -> LayerImportance:
@@ -50,10 +52,10 @@ def importances(layer: LayerAccount) -> LayerImportance:
     parts = [residual, ffn] if parallel else [residual]
     shares, heads = _shares(parts, heads)
     if parallel:
-        return LayerImportance(shares[0], shares[1], None, heads)
+        return LayerImportance(shares[0], shares[1], None, heads, layer.made_by)
     passed = proximity(layer.resid_mid, layer.resid_post)
     both, _ = _shares([passed, ffn], heads[:0])
-    return LayerImportance(shares[0], both[1], both[0], heads)
+    return LayerImportance(shares[0], both[1], both[0], heads, layer.made_by)
 
 
 def _shares(parts: list[Tensor], heads: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -100,7 +102,7 @@ def assert_graph_agrees(
             return True
         return False
 
-    reached = {graph.position}
+    reached, waiting = {graph.position}, defaultdict[int, set[int]](set)
     for i in reversed(range(graph.n_layers)):
         layer, below = layers[i], set()
         for t in sorted(reached):
@@ -133,8 +135,8 @@ def assert_graph_agrees(
                 weights = nearest = of_heads.sum(0).tolist()
             for j, (weight, near) in enumerate(zip(weights, nearest, strict=True)):
                 if follows((i, EdgeKind.ATTENTION, t, j), weight, near):
-                    below.add(j)
+                    waiting[i if layer.made_by is None else layer.made_by].add(j)
                     assert abs(got_heads[i, t, j] - weight) < tolerance
-        reached = below
+        reached = below | waiting[i]
     if ties == 0:
         assert checked == set(got)

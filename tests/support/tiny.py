@@ -86,6 +86,7 @@ class Family(NamedTuple):
     out: str = "o_proj"  # the output projection
     values: str | None = None  # the projection to v, of attention outside the interface
     split: Callable[[Tensor], Tensor] | None = None  # its output [T, *] -> v [T, H, V]
+    made_by: tuple[int, ...] | None = None  # of each layer's keys and values, where some are shared
 
 
 FAMILIES = {
@@ -176,6 +177,7 @@ FAMILIES = {
             pad_token_id=0,
         ),
         mid="pre_feedforward_layernorm",
+        made_by=(0, 1, 2, 1, 1),
     ),
     "phi": Family(
         "Phi",
@@ -621,6 +623,7 @@ class LayerAccount(NamedTuple):
     W_O: Tensor  # [H, V, D]
     gate: Tensor | None  # [T, H, V] factor of the attention output
     after: Tensor | None  # [T, D] factor of the output projection's output, by a norm or a number
+    made_by: int | None = None  # the layer from whose resid_pre v was made; None: this one
 
 
 def account(model: PreTrainedModel, token_ids: Tensor) -> list[LayerAccount]:
@@ -713,6 +716,7 @@ def account(model: PreTrainedModel, token_ids: Tensor) -> list[LayerAccount]:
                 ),
                 _quotient(seen["gated", i].view(z.shape), z),
                 _quotient(attended, seen["out", i]),
+                None if family.made_by is None else family.made_by[i],
             )
         )
     return accounts

@@ -54,9 +54,10 @@ def expected(layers: list[LayerImportance]) -> Expected:
     dense = [layer.heads.numpy() for layer in layers]
     for p in range(T):
         for k, tau in enumerate(THRESHOLDS):
-            flow = {p: 1.0}
+            flow, waiting = {p: 1.0}, np.zeros((L, T))
             for i in reversed(range(L)):
                 layer, below = layers[i], np.zeros(T)
+                source_layer = i if layer.made_by is None else layer.made_by
                 for t, reaching in flow.items():
                     ffn, residual = float(layer.ffn[t]), float(layer.residual[t])
                     ffn *= ffn > tau
@@ -76,13 +77,13 @@ def expected(layers: list[LayerImportance]) -> Expected:
                     of_heads = dense[i][:, t, : t + 1]  # [H, sources]
                     edges = of_heads.sum(0)
                     kept = edges > tau
-                    below[: t + 1] += through * edges * kept
+                    waiting[source_layer, : t + 1] += through * edges * kept
                     head_in[k][p, i] |= ((of_heads > tau) & kept).any(1)
                     if k == 0:
                         head_importance[p, i] += through * (of_heads * kept).sum(1)
                     if kept[:t].any():
                         depth[k][p] = i
-                flow = {j: x for j, x in enumerate(below.tolist()) if x}
+                flow = {j: x for j, x in enumerate((below + waiting[i]).tolist()) if x}
     return Expected(head_importance, ffn_importance, head_in, ffn_in, depth)
 
 
