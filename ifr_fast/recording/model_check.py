@@ -45,8 +45,9 @@ def check_recording(path: str | os.PathLike[str], recording: Recording, embeddin
                 _compare(path, name, found["resid_mid"][known], layer.checked_mid[: len(known)])
             if layer.q is not None:
                 _compare(path, name, found["q"], layer.q)
-            _compare(path, name, found["k"], layer.k)
-            _compare(path, name, found["v"], layer.v)
+            if block.value_layer is None:
+                _compare(path, name, found["k"], layer.k)
+                _compare(path, name, found["v"], layer.v)
             _compare(path, name, found["resid_post"], recording.resid_post(i))
     at = [recording.position]
     _compare(path, "the head", decoder.head(recording.states[at]), recording.logits[None])

@@ -75,13 +75,8 @@ def frame(decoder: Decoder, token_ids: Tensor) -> Frame:
     calls: list[LayerCall] = []
     embeddings: list[Tensor] = []
 
-    shared = set(decoder.value_layers or ())
-
-    def skip(block: Block, hidden: Tensor, call: LayerCall) -> Tensor:
+    def skip(_: Block, hidden: Tensor, call: LayerCall) -> Tensor:
         calls.append(call)
-        if block.layer in shared:  # the layers that share its keys and values find some
-            with overriding(_stop), suppress(StopForward):
-                call.in_place(block.module, hidden)
         if not embeddings:
             embeddings.append(hidden[0])
         if len(calls) == decoder.n_layers:
@@ -92,6 +87,9 @@ def frame(decoder: Decoder, token_ids: Tensor) -> Frame:
     with decoder.replaying():
         with decoder.overriding_layers(skip), suppress(StopForward):
             decoder.forward(token_ids)
+        for layer in set(decoder.value_layers or ()):  # layers that share its keys find some
+            with overriding(_stop), suppress(StopForward):
+                calls[layer].in_place(decoder.blocks[layer].module, embeddings[0][None])
         facts = [
             _facts(block, call, embeddings[0])
             for block, call in zip(decoder.blocks, calls, strict=True)

@@ -157,3 +157,24 @@ def test_the_last_layer_may_leave_anything_in_the_padding() -> None:
 def test_rows_that_are_checked() -> None:
     assert kept_rows(9, -1).tolist() == [4, 8]
     assert kept_rows(9, 2).tolist() == [2, 4, 8]
+
+
+def test_keys_that_are_shared_no_longer_are_refused() -> None:
+    """A layer reads other values than its source's, in texts beyond the probe's length."""
+    model = tiny_model("gemma4_shared")
+    attention = model.model.layers[4].self_attn
+    own = attention.forward
+
+    def changed(*args: Any, shared_kv_states: Any, **kwargs: Any) -> Any:
+        k, v = shared_kv_states["full_attention"]
+        if v.shape[2] > 12:
+            shared_kv_states = {"full_attention": (k, v.roll(1, 2))}
+        return own(*args, shared_kv_states=shared_kv_states, **kwargs)
+
+    attention.forward = changed
+    tracer = Tracer(model)
+    assert tracer.decoder.value_layers == [0, 1, 2, 1, 1]
+    tracer.trace(tiny_text(12), threshold=0.1)
+    for act in (tracer.trace, tracer.trace_all, tracer.record):
+        with pytest.raises(UnsupportedArchitectureError, match="layer 4 reads other keys or values"):
+            act(tiny_text(13))
