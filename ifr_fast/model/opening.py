@@ -23,7 +23,7 @@ A model that fails any of these is refused: a wrong graph is worse than none.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -36,7 +36,6 @@ from .attention import AttentionCall, attend
 from .block import HALF, Block, error_of_runs, relative_error, rounding_tolerance
 from .decoder import Decoder
 from .hooks import (
-    StopForward,
     hook_keys,
     hooked,
     in_this_thread,
@@ -47,7 +46,6 @@ from .hooks import (
 from .interface import (
     AttentionThrough,
     attention_through,
-    overriding,
     uses_interface,
 )
 from .modes import evaluating, in_float32
@@ -55,6 +53,7 @@ from .probing import Probe, decompose, probe_rows, refuse
 from .quantized import check_packed, packed_as_plain
 from .replay import replay_rows, stopped_at
 from .stream import Chain, check_embeddings, check_n_keys, same_bits
+from .values import check_values, value_layer
 
 _PROBE_LENGTH = 11  # a prime, so that it collides with no other dimension
 _FAR = 1 << 17  # context assumed where a model states none; a wider window counts as none
@@ -251,7 +250,7 @@ def _open_blocks(decoder: Decoder) -> tuple[AttentionThrough, list[Block]]:
             )
             if plain.dtype in HALF:
                 _check_attention(probe, streams[i][0], attended[i])
-            read = _value_layer(i, [call for call, _ in calls], probe)
+            read = value_layer(i, [call for call, _ in calls], probe)
             blocks.append(_open_block(i, probe, decoder.max_length or _FAR, read))
     heads = [block.W_O.shape[0] for block in blocks]
     if len(set(heads)) > 1:
@@ -370,7 +369,8 @@ def _described(layer: nn.Module) -> str:
     return ", ".join(type(child).__name__ for child in layer.children())
 
 
-def _open_block(index: int, probe: Probe, n_far: int, value_layer: int | None) -> Block:
+def _open_block(index: int, probe: Probe, n_far: int, read: int | None) -> Block:
+    """read: the layer whose keys and values it reads; None: its own."""
     dtype = probe.resid_pre.dtype
     with packed_as_plain(probe) as plain, in_float32(probe.module, dtype, plain) as exact:
         narrow_dtype = None if exact else dtype
@@ -394,11 +394,11 @@ def _open_block(index: int, probe: Probe, n_far: int, value_layer: int | None) -
         parts.width,
         probe.n_outputs,
         parts.ffn_site,
-        value_layer,
+        read,
     )
     _check_rows(probe, block, parts.resid_mid)
-    if value_layer is None:
-        _check_values(probe)
+    if read is None:
+        check_values(probe)
     return block
 
 
@@ -411,59 +411,3 @@ def _check_rows(probe: Probe, block: Block, resid_mid: Tensor) -> None:
         error = relative_error(got, expected)
         if error > rounding_tolerance(probe.resid_pre.dtype):
             refuse(probe, f"a replay of single rows gives others (relative error {error:.1e})")
-
-
-def _value_layer(index: int, calls: list[AttentionCall], probe: Probe) -> int | None:
-    """The layer whose keys and values a layer reads in place of its own: those of both are the same
-    numbers, and do not depend on the stream that this layer reads. None where it has its own.
-    """
-    own = calls[index]
-    for i, call in enumerate(calls[:index]):
-        if bool(same_bits(call.k, own.k) & same_bits(call.v, own.v)):
-            other = _values(probe, probe.resid_pre.flip(0) + 1)
-            return i if bool(same_bits(other, own.v[0].transpose(0, 1))) else None
-    return None
-
-
-def _check_values(probe: Probe) -> None:
-    """Refuses a layer whose values are not made of the stream that it reads, each of its position's
-    row alone: an edge would name a position, or a layer, from which they do not come. With the rows
-    of the stream in another order, and noise in place of some, the values of the others have to be
-    the same in that order.
-    """
-    stream, T = probe.resid_pre, len(probe.resid_pre)
-    generator = torch.Generator().manual_seed(0)
-    order = torch.randperm(T, generator=generator)
-    expected = _values(probe, stream).flatten(1)
-    for noisy in torch.randperm(T, generator=generator).split(max(1, T // 2)):
-        mixed = stream[order]
-        mixed[noisy] = torch.randn(mixed[noisy].shape, generator=generator).to(mixed) * mixed[noisy]
-        kept = torch.ones(T, dtype=torch.bool)
-        kept[noisy] = False
-        error = 0.0
-        if bool(kept.any()):
-            found = _values(probe, mixed).flatten(1)
-            error = relative_error(found[kept], expected[order][kept])
-        if error > rounding_tolerance(stream.dtype):
-            refuse(
-                probe,
-                "its values hold what other positions or other layers hold, so the source of what "
-                f"attention reads is not known (relative error {error:.1e})",
-            )
-    recorded = probe.call.v[0].transpose(0, 1).flatten(1)
-    error = relative_error(expected, recorded)
-    if error > rounding_tolerance(stream.dtype):
-        refuse(probe, f"a replay gives other values (relative error {error:.1e})")
-
-
-def _values(probe: Probe, stream: Tensor) -> Tensor:
-    """The values [T, H_kv, V] of the layer where it reads `stream` [T, D]."""
-    found: list[Tensor] = []
-
-    def stop(call: AttentionCall) -> Tensor:
-        found.append(call.v)
-        raise StopForward
-
-    with suppress(StopForward), overriding(stop):
-        probe.layer_call(probe.module, stream[None])
-    return found[0][0].transpose(0, 1)

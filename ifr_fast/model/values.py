@@ -1,0 +1,73 @@
+"""From where the values that a layer's attention reads were made: its own stream, row by row, or the
+stream of a lower layer that it shares keys and values with.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import torch
+from torch import Tensor
+
+from .attention import AttentionCall
+from .block import relative_error, rounding_tolerance
+from .hooks import StopForward
+from .interface import overriding
+from .probing import Probe, refuse
+from .stream import same_bits
+
+
+def value_layer(index: int, calls: list[AttentionCall], probe: Probe) -> int | None:
+    """The layer whose keys and values a layer reads in place of its own: those of both are the same
+    numbers, and do not depend on the stream that this layer reads. None where it has its own.
+    """
+    own = calls[index]
+    for i, call in enumerate(calls[:index]):
+        if bool(same_bits(call.k, own.k) & same_bits(call.v, own.v)):
+            other = _values(probe, probe.resid_pre.flip(0) + 1)
+            return i if bool(same_bits(other, own.v[0].transpose(0, 1))) else None
+    return None
+
+
+def check_values(probe: Probe) -> None:
+    """Refuses a layer whose values are not made of the stream that it reads, each of its position's
+    row alone: an edge would name a position, or a layer, from which they do not come. With the rows
+    of the stream in another order, and noise in place of some, the values of the others have to be
+    the same in that order.
+    """
+    stream, T = probe.resid_pre, len(probe.resid_pre)
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(T, generator=generator)
+    expected = _values(probe, stream).flatten(1)
+    for noisy in torch.randperm(T, generator=generator).split(max(1, T // 2)):
+        mixed = stream[order]
+        mixed[noisy] = torch.randn(mixed[noisy].shape, generator=generator).to(mixed) * mixed[noisy]
+        kept = torch.ones(T, dtype=torch.bool)
+        kept[noisy] = False
+        error = 0.0
+        if bool(kept.any()):
+            found = _values(probe, mixed).flatten(1)
+            error = relative_error(found[kept], expected[order][kept])
+        if error > rounding_tolerance(stream.dtype):
+            refuse(
+                probe,
+                "its values hold what other positions or other layers hold, so the source of what "
+                f"attention reads is not known (relative error {error:.1e})",
+            )
+    recorded = probe.call.v[0].transpose(0, 1).flatten(1)
+    error = relative_error(expected, recorded)
+    if error > rounding_tolerance(stream.dtype):
+        refuse(probe, f"a replay gives other values (relative error {error:.1e})")
+
+
+def _values(probe: Probe, stream: Tensor) -> Tensor:
+    """The values [T, H_kv, V] of the layer where it reads `stream` [T, D]."""
+    found: list[Tensor] = []
+
+    def stop(call: AttentionCall) -> Tensor:
+        found.append(call.v)
+        raise StopForward
+
+    with suppress(StopForward), overriding(stop):
+        probe.layer_call(probe.module, stream[None])
+    return found[0][0].transpose(0, 1)
