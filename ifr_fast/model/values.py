@@ -1,5 +1,5 @@
-"""From where the values that a layer's attention reads were made: its own stream, row by row, or the
-stream of a lower layer that it shares keys and values with.
+"""The stream that the values of a layer's attention were made from: its own, row by row, or that of
+a lower layer that it shares keys and values with.
 """
 
 from __future__ import annotations
