@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import os
 import sys
 from typing import Annotated
 
@@ -19,6 +17,7 @@ from .circuits import circuits
 from .doctor import doctor
 from .generate import generate
 from .plan import plan
+from .streams import checked_streams
 from .survey import report, survey
 from .trace import trace
 
@@ -33,30 +32,21 @@ for command in (trace, generate, bench, plan, survey, report, circuits, doctor):
     app.command()(command)
 
 
-def main() -> None:
-    """Runs the command.
-
-    Wrong input, or something that this machine lacks, ends it with one line and exit code 2. A
-    reader that closes the pipe ends it quietly with exit code 1.
+def run() -> None:
+    """Runs the command. A wrong argument, or something that this machine lacks, is printed as one
+    line, and the exit code is 2.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
-    try:
+    with checked_streams():
         try:
-            app()
-        finally:
-            if sys.stdout is not None:
+            try:
+                app()
+            finally:
                 sys.stdout.flush()
-    except BrokenPipeError:
-        # The interpreter flushes standard output once more when it exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except (IfrError, ValueError, OSError) as error:
-        Console(stderr=True, highlight=False).print(
-            Text.assemble(("error: ", "bold red"), printable(str(error))), soft_wrap=True
-        )
-        sys.exit(2)
+        except (IfrError, ValueError, OSError) as error:
+            Console(stderr=True, highlight=False).print(
+                Text.assemble(("error: ", "bold red"), printable(str(error))), soft_wrap=True
+            )
+            sys.exit(2)
 
 
 def _print_version(wanted: bool) -> None:
