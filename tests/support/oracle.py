@@ -36,8 +36,7 @@ class LayerImportance(NamedTuple):
 def importances(layer: LayerAccount) -> LayerImportance:
     """Importances of all parts of all nodes of a layer (paper section 2.2)."""
     H, T, _ = layer.pattern.shape
-    parallel = layer.resid_mid is None
-    y = layer.resid_post if parallel else layer.resid_mid
+    y = layer.resid_post if layer.resid_mid is None else layer.resid_mid
     u = torch.einsum("jhv,hvd->hjd", layer.v, layer.W_O)  # [H, T, D]
     heads = torch.zeros(H, T, T, dtype=torch.float64)
     for t in range(T):
@@ -47,15 +46,25 @@ def importances(layer: LayerAccount) -> LayerImportance:
         if layer.after is not None:
             parts = parts * layer.after[t]
         heads[:, t, : t + 1] = proximity(parts, y[t])
-    residual = proximity(layer.resid_pre, y)
-    ffn = proximity(layer.ffn, layer.resid_post)
-    parts = [residual, ffn] if parallel else [residual]
-    shares, heads = _shares(parts, heads)
+    states = (layer.resid_pre, layer.resid_mid, layer.resid_post, layer.ffn)
+    return shared(*states, heads)._replace(made_by=layer.made_by)
+
+
+def shared(
+    resid_pre: Tensor, resid_mid: Tensor | None, resid_post: Tensor, ffn: Tensor, heads: Tensor
+) -> LayerImportance:
+    """Importances of a layer's parts: its states and its FFN's output, all [T, D], and the
+    proximities of its heads' parts [H, T, T]. resid_mid: None in a parallel block.
+    """
+    parallel = resid_mid is None
+    y = resid_post if parallel else resid_mid
+    residual = proximity(resid_pre, y)
+    of_ffn = proximity(ffn, resid_post)
+    shares, heads = _shares([residual, of_ffn] if parallel else [residual], heads)
     if parallel:
-        return LayerImportance(shares[0], shares[1], None, heads, layer.made_by)
-    passed = proximity(layer.resid_mid, layer.resid_post)
-    both, _ = _shares([passed, ffn], heads[:0])
-    return LayerImportance(shares[0], both[1], both[0], heads, layer.made_by)
+        return LayerImportance(shares[0], shares[1], None, heads)
+    both, _ = _shares([proximity(resid_mid, resid_post), of_ffn], heads[:0])
+    return LayerImportance(shares[0], both[1], both[0], heads)
 
 
 def _shares(parts: list[Tensor], heads: Tensor) -> tuple[list[Tensor], Tensor]:

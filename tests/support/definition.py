@@ -1,0 +1,318 @@
+"""Importances of a text by their definition, in float64, from a model's own eager run.
+
+Nothing here goes through ifr_fast, and nothing is known of a family. A softmax attention is a
+product of a lower triangular matrix of weights and values; each part is a derivative of the layer's
+own code from that product to where it meets the residual stream, with the statistics of norms held.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from oracle import LayerImportance, proximity, shared
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+
+_PRODUCTS = {"matmul", "__matmul__", "bmm"}
+# Statistics of norms come of these and are held: they have no derivative.
+_STATISTICS = {"rsqrt", "rsqrt_", "sqrt", "norm", "vector_norm", "var", "std"}
+
+
+class NoAccountError(Exception):
+    """The model's own run is not one that the definition can be applied to."""
+
+
+class _Attention(NamedTuple):
+    module: nn.Module  # the innermost one that computes it
+    pattern: Tensor  # [H, T, T]
+    v: Tensor  # [T, H, V]
+
+
+class _Found(Exception):  # noqa: N818 - control flow
+    pass
+
+
+class _Watch(TorchFunctionMode):
+    """Sees every product of attention weights and values; `answer` may give another result.
+
+    Code that asks for float32 gets float64.
+    """
+
+    def __init__(self, n_tokens: int, running: list[nn.Module]) -> None:
+        super().__init__()
+        self._n_tokens, self._running = n_tokens, running
+        self.seen: list[_Attention] = []
+        self.answer: Callable[[Tensor], Tensor] | None = None
+        self.answered = False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name = func.__name__
+        if name == "float":
+            return args[0].double()
+        args = tuple(torch.float64 if x is torch.float32 else x for x in args)
+        kwargs = {k: torch.float64 if x is torch.float32 else x for k, x in (kwargs or {}).items()}
+        if name in _PRODUCTS and self._attends(*args[:2]):
+            out = func(*args, **kwargs)
+            if self.answer is not None:
+                self.answered = True
+                return self.answer(out)
+            T, (pattern, v) = self._n_tokens, args
+            v = v.expand(*pattern.shape[:-2], *v.shape[-2:]).reshape(-1, T, v.shape[-1])
+            of = _Attention(self._running[-1], pattern.reshape(-1, T, T), v.transpose(0, 1))
+            self.seen.append(of)
+            return out
+        if self.answer is not None:
+            if name == "layer_norm":
+                return self._layer_norm(*args, **kwargs)
+            if name == "rms_norm":
+                return self._rms_norm(*args, **kwargs)
+            if name in _STATISTICS or (name in ("pow", "__pow__") and _below_one(args[1])):
+                return _held(func(*args, **kwargs))
+        return func(*args, **kwargs)
+
+    def _attends(self, pattern: Tensor, v: Tensor) -> bool:
+        T = self._n_tokens
+        if v.ndim != pattern.ndim or pattern.shape[-2:] != (T, T) or v.shape[-2] != T:
+            return False
+        weights = _held(pattern)
+        above = weights.masked_select(torch.ones(T, T, dtype=torch.bool).triu(1))
+        rows_are_weights = (weights >= 0).all() and (weights.sum(-1) < 1 + 1e-9).all()
+        return bool((above == 0).all() and rows_are_weights)
+
+    def _layer_norm(
+        self, x: Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
+    ) -> Tensor:
+        x = self._rms_norm(x - x.mean(-1, keepdim=True), shape, weight, eps)
+        return x if bias is None else x + bias
+
+    def _rms_norm(self, x: Tensor, _: Any, weight: Any = None, eps: float | None = None) -> Tensor:
+        eps = torch.finfo(x.dtype).eps if eps is None else eps
+        x = x * _held(torch.rsqrt(x.square().mean(-1, keepdim=True) + eps))
+        return x if weight is None else x * weight
+
+
+def _below_one(power: Any) -> bool:
+    return not isinstance(power, Tensor) and power < 1
+
+
+def _held(x: Tensor) -> Tensor:
+    """x without its derivative."""
+    return forward_ad.unpack_dual(x).primal
+
+
+class _Layer:
+    """One layer of the run: its call, its input and its output."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.args: tuple[Any, ...] = ()
+        self.kwargs: dict[str, Any] = {}
+        self.calls = 0
+        self.resid_pre = self.resid_post = torch.empty(0)
+
+    def before(self, _: nn.Module, args: Any, kwargs: Any) -> None:
+        self.args, self.kwargs, self.calls = args, kwargs, self.calls + 1
+        self.resid_pre = _stream(args, kwargs).clone()
+
+    def after(self, _: nn.Module, __: Any, out: Any) -> None:
+        self.resid_post = (out if isinstance(out, Tensor) else out[0]).clone()
+
+    def run(self, stream: Tensor) -> Tensor:
+        if self.args:
+            out = self.module(stream, *self.args[1:], **self.kwargs)
+        else:
+            out = self.module(**{**self.kwargs, "hidden_states": stream})
+        return out if isinstance(out, Tensor) else out[0]
+
+
+def _stream(args: Any, kwargs: Any) -> Any:
+    return args[0] if args else kwargs.get("hidden_states")
+
+
+def importances_by_definition(model: PreTrainedModel, token_ids: Tensor) -> list[LayerImportance]:
+    """Dense importances of every layer, bottom first. Raises NoAccountError where the run is not
+    one softmax attention a layer whose parts add up.
+    """
+    model = copy.deepcopy(model).double().eval()
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            # The setter would refuse this for attention outside the interface.
+            module.config._attn_implementation = "eager"
+            module.config._experts_implementation = "eager"  # grouped products lack float64
+    running: list[nn.Module] = []
+    handles = []
+    for module in model.modules():
+        handles.append(module.register_forward_pre_hook(lambda m, _: running.append(m)))
+        handles.append(module.register_forward_hook(lambda *_: leave(running), always_call=True))
+    watch = _Watch(len(token_ids), running)
+    try:
+        with torch.no_grad():
+            layers = _run(model, token_ids, watch)
+            if len(watch.seen) != len(layers):
+                raise NoAccountError(f"{len(watch.seen)} attentions in {len(layers)} layers")
+            return [
+                _importances(layer, of, watch) for layer, of in zip(layers, watch.seen, strict=True)
+            ]
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def leave(running: list[nn.Module]) -> None:
+    running.pop()
+
+
+def _run(model: PreTrainedModel, token_ids: Tensor, watch: _Watch) -> list[_Layer]:
+    """Runs the model; its layers, which are the modules that stand in a list and attend."""
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 0]
+    candidates = {m: _Layer(m) for of in lists for m in of}
+    with contextmanager(_hooked)(candidates.values()), watch:
+        model(
+            input_ids=token_ids[None],
+            attention_mask=torch.ones_like(token_ids)[None],
+            use_cache=False,
+        )
+    if not watch.seen:
+        raise NoAccountError("no attention")
+    for of in lists:
+        inside = [set(m.modules()) for m in of]
+        if all(any(a.module in modules for modules in inside) for a in watch.seen):
+            if any(candidates[m].calls != 1 for m in of):
+                raise NoAccountError("a layer is not called once")
+            return [candidates[m] for m in of]
+    raise NoAccountError("attention stands in no list of layers")
+
+
+def _hooked(layers: Any) -> Iterator[None]:
+    handles = []
+    for layer in layers:
+        handles.append(layer.module.register_forward_pre_hook(layer.before, with_kwargs=True))
+        handles.append(layer.module.register_forward_hook(layer.after))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _importances(layer: _Layer, of: _Attention, watch: _Watch) -> LayerImportance:
+    (H, T, _), V = of.pattern.shape, of.v.shape[-1]
+    pre, post = layer.resid_pre[0], layer.resid_post[0]
+    site = _mid_site(layer, watch)
+    mid = post
+    W = torch.empty(H, V, *pre.shape, dtype=torch.float64)  # what a head's output adds, by row
+    for h in range(H):
+        for i in range(V):
+            unit = torch.zeros(H, T, V, dtype=torch.float64)
+            unit[h, :, i] = 1
+            states, W[h, i] = _moved(layer, site, watch, unit)
+            mid = mid if site is None else states
+    attended = torch.einsum("htj,jhv,hvtd->td", of.pattern, of.v, W)
+    ffn = _without(layer, of.module) - pre if site is None else post - mid
+    bias = mid - pre - attended - (ffn if site is None else 0)
+    if float((bias - bias[0]).norm()) > 1e-7 * float(mid.norm()):
+        raise NoAccountError("the parts do not add up")
+    parts = torch.einsum("htj,jhv,hvtd->htjd", of.pattern, of.v, W)
+    return shared(pre, None if site is None else mid, post, ffn, proximity(parts, mid[:, None]))
+
+
+def _mid_site(layer: _Layer, watch: _Watch) -> nn.Module | None:
+    """The first module that reads the residual stream and attention, added; None if none does."""
+    x = layer.resid_pre
+    d = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype)
+    none, moved, plain = (
+        _read(layer, watch, answer, stream)
+        for answer, stream in ((torch.zeros_like, x), (torch.zeros_like, x + d), (_same, x))
+    )
+    for (module, at_none), (_, at_moved), (_, at) in zip(none, moved, plain, strict=True):
+        if bool(((at_moved - at_none - d).abs() < 1e-9).all()) and not torch.equal(at, at_none):
+            return module
+    return None
+
+
+def _read(
+    layer: _Layer, watch: _Watch, answer: Callable[[Tensor], Tensor], stream: Tensor
+) -> list[tuple[nn.Module, Tensor]]:
+    """What the layer's modules read behind attention that is as wide as the stream."""
+    found: list[tuple[nn.Module, Tensor]] = []
+
+    def keep(module: nn.Module, args: Any, kwargs: Any) -> None:
+        x = _stream(args, kwargs)
+        if watch.answered and isinstance(x, Tensor) and x.numel() == stream.numel():
+            found.append((module, x.reshape(stream.shape).clone()))
+
+    inside = [m for m in layer.module.modules() if m is not layer.module]
+    handles = [m.register_forward_pre_hook(keep, with_kwargs=True) for m in inside]
+    try:
+        _answered(layer, watch, answer, stream)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _same(out: Tensor) -> Tensor:
+    return out
+
+
+def _answered(
+    layer: _Layer, watch: _Watch, answer: Callable[[Tensor], Tensor], stream: Tensor
+) -> Tensor:
+    watch.answer, watch.answered = answer, False
+    try:
+        with watch:
+            return layer.run(stream)
+    finally:
+        watch.answer = None
+
+
+def _moved(
+    layer: _Layer, site: nn.Module | None, watch: _Watch, tangent: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What `site` reads, or the layer's output if None, and its derivative along a change of the
+    attention's output [H, T, V]; both [T, D].
+    """
+    found: list[Tensor] = []
+
+    def stop(_: nn.Module, args: Any, kwargs: Any) -> None:
+        if watch.answered:
+            found.append(_stream(args, kwargs))
+            raise _Found
+
+    def along(out: Tensor) -> Tensor:
+        return forward_ad.make_dual(out, tangent.view(out.shape))
+
+    handle = None if site is None else site.register_forward_pre_hook(stop, with_kwargs=True)
+    with forward_ad.dual_level():
+        try:
+            found.append(_answered(layer, watch, along, layer.resid_pre))
+        except _Found:
+            pass
+        finally:
+            if handle is not None:
+                handle.remove()
+        states, moved = forward_ad.unpack_dual(found[0].reshape(layer.resid_pre.shape)[0])
+        return states, torch.zeros_like(states) if moved is None else moved
+
+
+def _without(layer: _Layer, attention: nn.Module) -> Tensor:
+    """The layer's output [T, D] without what its attention module returns."""
+
+    def drop(_: nn.Module, __: Any, out: Any) -> Any:
+        if isinstance(out, Tensor):
+            return torch.zeros_like(out)
+        return (torch.zeros_like(out[0]), *out[1:])
+
+    handle = attention.register_forward_hook(drop)
+    try:
+        return layer.run(layer.resid_pre)[0]
+    finally:
+        handle.remove()
