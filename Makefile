@@ -21,10 +21,15 @@ survey-demo: $(STAMP)
 	$(BIN)/ifr-fast survey $(SURVEY)/inputs/*.jsonl --label-by pos --out $(SURVEY)/survey --resume
 	$(BIN)/ifr-fast report $(SURVEY)/survey --contrast ioi:third
 
-# This target runs the tests of the Triton kernels on the device.
+# These targets try out and measure the Triton kernels on a GPU (docs/gpu.md). A machine without a
+# network runs bench/device_check.py by itself.
+GPU_SEEN = $(BIN)/python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "torch sees no GPU here: install its build for yours into $(VENV)")'
+DEVICE_CHECK = $(BIN)/python bench/device_check.py --budget 3600 --patience 4
+
 test-gpu: $(STAMP)
-	$(BIN)/python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "torch sees no GPU here: install its build for yours into $(VENV)")'
-	$(BIN)/pytest tests/kernels -k triton $(PYTEST_ARGS)
+	$(GPU_SEEN)
+	$(DEVICE_CHECK) --out out/test-gpu --steps versions compile correctness tests
+	$(BIN)/pytest tests/kernels -k "triton and not test_triton.py" $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -41,7 +46,9 @@ bench: $(STAMP)
 
 bench-gpu: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
-	$(BIN)/python bench/gpu.py $(BENCH_ARGS)
+	$(GPU_SEEN)
+	$(BIN)/python bench/device_check.py --make-weights out/smollm2.safetensors
+	$(DEVICE_CHECK) --part all --weights out/smollm2.safetensors $(BENCH_ARGS)
 
 # Both variables pin the isolated build of the kernel: pip 25.3 and later reads the second.
 $(STAMP): export PIP_CONSTRAINT := $(CURDIR)/constraints.txt

@@ -257,9 +257,23 @@ def random_tracer(D: int, H: int, H_kv: int, V: int, share: float, ids: Tensor) 
         initializer_range=D**-0.5,
         attn_implementation="sdpa",
     )
-    model = LlamaForCausalLM(config).eval()
-    with torch.inference_mode():
-        model.model.embed_tokens.weight.mul_(D**0.5)
+    return Tracer(random_llama(config, share, ids), None, impl="cpu")
+
+
+def random_llama(
+    config: LlamaConfig,
+    share: float,
+    ids: Tensor,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> LlamaForCausalLM:
+    """A model with random weights, as the module says; ids: the text that attention's share is
+    measured on. The configuration's initializer_range is D^-1/2.
+    """
+    with torch.device(device or "cpu"):
+        model: LlamaForCausalLM = LlamaForCausalLM(config).to(dtype).eval()
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(config.hidden_size**0.5)
         seen: list[float] = []
         for layer in model.model.layers:
             attention = layer.self_attn
@@ -281,7 +295,7 @@ def random_tracer(D: int, H: int, H_kv: int, V: int, share: float, ids: Tensor) 
             before, moved = seen
             # The share is moved / sqrt(before^2 + moved^2), as both are nearly independent.
             layer.self_attn.o_proj.weight.mul_(share / (1 - share**2) ** 0.5 * before / moved)
-    return Tracer(model, None, impl="cpu")
+    return model
 
 
 def frontier_rows(tracer: Tracer, token_ids: Tensor, positions: list[int]) -> list[list[int]]:

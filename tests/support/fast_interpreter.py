@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -10,6 +11,13 @@ import pytest
 
 @pytest.fixture(scope="session", autouse=True)
 def patched_once_a_launch() -> Iterator[None]:
+    """`patched`, for all tests."""
+    with patched():
+        yield
+
+
+@contextmanager
+def patched() -> Iterator[None]:
     """Triton's interpreter patches triton.language at every call of a device function, a third of
     its time. Once a launch and module is enough.
     """
