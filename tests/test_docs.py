@@ -6,7 +6,7 @@ import pytest
 from paths import DOCS
 
 RUN = ["drilling-down.md", "usage.md"]
-LINKED = [*RUN, "models.md", "performance.md", "design.md"]
+LINKED = [*RUN, "models.md", "performance.md", "design.md", "gpu.md"]
 
 
 @pytest.mark.default_model
