@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import IfrError
+from ..kernels.breakpoints import signs
 from ..kernels.contract import LayerInputs
 
 
@@ -41,8 +42,7 @@ def closure_errors(
     norm = torch.linalg.vector_norm
     granted = 8 * eps * (norm(y, dim=-1) + norm(resid_pre, dim=-1))
     granted += max(8 * eps, 1e-3) * norm(moved, dim=-1)
-    # s . moved, with s = +1 where y >= 0, else -1
-    gap = linear.to(wide) - torch.where(y >= 0, moved, -moved).sum(-1)
+    gap = linear.to(wide) - torch.linalg.vecdot(signs(y), moved)
     return gap.abs() / granted.clamp(min=1e-30)
 
 
