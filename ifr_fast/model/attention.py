@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 
+from ..errors import UnsupportedArchitectureError
 from .masks import LazyMask
 
 _BLOCK_ELEMENTS = 1 << 21  # limit on [H, R, S] when attention is computed in row blocks
@@ -33,7 +34,15 @@ AttentionHandler = Callable[[AttentionCall], Tensor]  # -> [B, T, H, V]
 
 
 def attend(call: AttentionCall, window: int | None) -> Tensor:
-    """The attention output [B, T, H, V], by torch's fused kernel wherever it applies."""
+    """The attention output [B, T, H, V], by torch's fused kernel wherever it applies.
+
+    Raises UnsupportedArchitectureError where the mask is a tensor that is not causal or sliding.
+    """
+    if call.mask.given and not bool(call.mask.is_causal(call.q.shape[2], window)):
+        raise UnsupportedArchitectureError(
+            f"model: {type(call.module).__name__} chooses the keys that a row reads: at "
+            f"{call.q.shape[2]} tokens, neither all past ones nor those of one sliding window"
+        )
     plain = call.softcap is None and call.sinks is None and call.alibi_slopes is None
     if window is None and plain:
         return fused(call.q, call.k, call.v, call.scale, is_causal=True).transpose(1, 2)

@@ -20,6 +20,18 @@ from .interface import AttentionThrough, attention_through, exclusively
 from .modes import evaluating, overriding_layers
 
 
+def _embeddings(model: PreTrainedModel) -> Tensor:
+    """The table of input embeddings [vocab, D], within whatever wraps it; perhaps offloaded."""
+    module = model.get_input_embeddings()
+    tables = [x.weight for x in module.modules() if isinstance(x, nn.Embedding)]
+    table = tables[0] if tables else getattr(module, "weight", None)
+    if not isinstance(table, Tensor):
+        raise UnsupportedArchitectureError(
+            f"model: its input embeddings, {type(module).__name__}, have no table of tokens"
+        )
+    return table
+
+
 class Decoder:
     """A causal language model, opened for recording and replay by `opening.open_decoder`."""
 
@@ -32,11 +44,13 @@ class Decoder:
         takes = inspect.signature(model.forward).parameters
         self._keeps_logits = "logits_to_keep" in takes
         self._takes_positions = "position_ids" in takes
-        self.vocab_size = int(model.get_input_embeddings().num_embeddings)
+        self.vocab_size = len(_embeddings(model))
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self.max_length: int | None = context if isinstance(context, int) else None
+        # XLNet states -1: it has no end.
+        self.max_length = context if isinstance(context, int) and context > 0 else None
         self.steps_checked = False  # whether decode steps were found to equal a whole pass
         self.attention_through: AttentionThrough = attention_through
+        self.makes_masks = False  # whether its attention gets masks that it made of the text
         self.blocks: list[Block] = []  # bottom first, once the model is opened
         self.final_site: nn.Module | None = None  # reads the last layer's output; None: the head
         self.checked_hooks: list[tuple[str, int]] = []  # `hook_keys` when the model was opened
@@ -72,7 +86,7 @@ class Decoder:
     @property
     def device(self) -> torch.device:
         """The device that takes token ids and returns scores."""
-        device: torch.device = self.model.get_input_embeddings().weight.device
+        device = _embeddings(self.model).device
         if device.type != "meta":
             return device
         # Offloaded weights are loaded onto the device that uses them.
@@ -85,8 +99,11 @@ class Decoder:
 
     def rotary_regime(self, n_tokens: int) -> list[int]:
         """The properties of a text's length that its rotary frequencies depend on. The keys of two
-        texts that begin alike are the same only where these are equal for both lengths.
+        texts that begin alike are the same only where these are equal for both lengths. A model
+        that makes masks itself may choose keys at one length and not at another.
         """
+        if self.makes_masks and self.attention_through is attention_through:
+            return [n_tokens]
         config = self.model.config.get_text_config()
         parameters = getattr(config, "rope_parameters", None) or {}
         of_each = list(parameters.values())

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections import UserDict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from threading import get_ident
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from .masks import LazyMask
 
 
 def map_tensors(x: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -46,10 +49,16 @@ class LayerCall(NamedTuple):
         """A copy of the call for some rows: every tensor with a row dimension is cut to them.
 
         The rank decides which dimension that is, if its size is the number of rows: dim 0 of 1,
-        dim 1 of 2 and 3, dim 2 of 4.
+        dim 1 of 2 and 3, dim 2 of 4. A mask that all heads share, [B, 1, T, T], is cut to what the
+        rows have among themselves.
         """
 
         def cut(x: Tensor) -> Tensor:
+            if isinstance(x, LazyMask):
+                return x.among(rows) if x.shape[2:] == (self.n_rows, self.n_rows) else x
+            if x.ndim == 4 and x.shape[1:] == (1, self.n_rows, self.n_rows):
+                at = rows.to(x.device)
+                return x.index_select(2, at).index_select(3, at)
             dim = {1: 0, 2: 1, 3: 1, 4: 2}.get(x.ndim)
             if dim is not None and x.shape[dim] == self.n_rows:
                 return x.index_select(dim, rows.to(x.device))
@@ -86,6 +95,10 @@ class StopForward(Exception):  # noqa: N818 - control flow, not an error
     """A hook raises this to end a forward pass early."""
 
 
+# The hooks of ours that run within each other: what they compute is no part of a forward pass.
+running_hooks: ContextVar[int] = ContextVar("ifr_fast_running_hooks", default=0)
+
+
 def in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
     """`hook` for calls from the thread that made it; calls from other threads do nothing.
 
@@ -94,7 +107,13 @@ def in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
     owner = get_ident()
 
     def called(*args: Any, **kwargs: Any) -> Any:
-        return hook(*args, **kwargs) if get_ident() == owner else None
+        if get_ident() != owner:
+            return None
+        token = running_hooks.set(running_hooks.get() + 1)
+        try:
+            return hook(*args, **kwargs)
+        finally:
+            running_hooks.reset(token)
 
     return marked(called)
 

@@ -21,8 +21,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..errors import UnsupportedArchitectureError
+from ..errors import IfrError, UnsupportedArchitectureError
 from .attention import AttentionCall, AttentionHandler
+from .given_masks import chosen, reads_tensor, with_own_mask
 from .hooks import marked
 from .masks import LazyMask
 
@@ -54,33 +55,45 @@ def overridden_attention(call: AttentionCall) -> Tensor:
 
 def _attention(
     module: nn.Module,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: LazyMask | None,
-    scaling: float | None = None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | Tensor | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Any]:
     if _handler.get() is None:
         options = {"scaling": scaling, "softcap": softcap, "s_aux": s_aux}
-        options = {key: value for key, value in options.items() if value is not None}
-        return _attention_of(module)(module, q, k, v, mask, **options, **kwargs)
-    name = type(module).__name__
+        options = {name: value for name, value in options.items() if value is not None}
+        own = _attention_of(module)
+        return own(module, query, key, value, attention_mask, **options, **kwargs)
+    name, mask = type(module).__name__, attention_mask
+    indices = kwargs.pop("indices", None)
     unknown = {key for key, value in kwargs.items() if value is not None} - _HARMLESS
     if unknown:
         raise UnsupportedArchitectureError(
             f"model: {name} passes {', '.join(sorted(unknown))} to its attention function, "
             "whose effect on the weights is not known"
         )
-    if not isinstance(mask, LazyMask):
+    if mask is None:
         raise UnsupportedArchitectureError(
-            f"model: {name} got {type(mask).__name__} as its mask instead of one from the mask "
-            "interface"
+            f"model: {name} got None as its mask instead of one from the mask interface"
         )
-    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-    return overridden_attention(AttentionCall(module, q, k, v, mask, scale, softcap, s_aux)), None
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
+    elif isinstance(scaling, Tensor) and scaling.numel() > 1:
+        if scaling.shape[-1] != 1:
+            raise UnsupportedArchitectureError(
+                f"model: {name} scales its scores by a tensor that differs between keys"
+            )
+        query, scaling = query * scaling.to(query.dtype), 1.0
+    if indices is not None:
+        mask = chosen(mask, indices)
+    return overridden_attention(
+        with_own_mask(module, query, key, value, mask, float(scaling), softcap, s_aux)
+    ), None
 
 
 def _attention_of(module: nn.Module) -> Callable[..., tuple[Tensor, Any]]:
@@ -95,6 +108,8 @@ def _attention_of(module: nn.Module) -> Callable[..., tuple[Tensor, Any]]:
 def _mask(
     *,
     mask_function: Callable[..., Tensor],
+    q_length: int,
+    kv_length: int,
     device: torch.device | str = "cpu",
     config: Any = None,
     **kwargs: Any,
@@ -104,8 +119,16 @@ def _mask(
         if name not in ALL_MASK_ATTENTION_FUNCTIONS:  # its attention takes the mask as it came
             return kwargs.get("attention_mask")
         own = ALL_MASK_ATTENTION_FUNCTIONS[name]
-        return own(mask_function=mask_function, device=device, config=config, **kwargs)
-    return LazyMask(mask_function, torch.device(device))
+        kwargs |= {"q_length": q_length, "kv_length": kv_length, "device": device}
+        return own(mask_function=mask_function, config=config, **kwargs)
+    name = _replaced.get(id(config), "sdpa")
+    return LazyMask(
+        mask_function,
+        torch.device(device),
+        kv_length if reads_tensor(mask_function) else None,
+        (q_length, kv_length),
+        kwargs.get("dtype", torch.bool) if name == "eager" else torch.bool,
+    )
 
 
 AttentionInterface.register(_NAME, _attention)
@@ -122,27 +145,32 @@ def uses_interface(model: PreTrainedModel) -> bool:
 def attention_through(model: PreTrainedModel, handler: AttentionHandler) -> Iterator[None]:
     """Inside the context, `handler` computes the output of every attention module of `model`."""
     with exclusively(model), overriding(handler):
-        before = model.config._attn_implementation
-        _note_own(model)
+        own = _own_attention(model)
         try:
             _set_attention(model, _NAME)
             yield
         finally:
-            _set_attention(model, before)
+            for config, name in own:  # a config passes it on to those within, which follow
+                config._attn_implementation = name
 
 
-def _note_own(model: PreTrainedModel) -> None:
-    """Notes the attention function of each config of a model before ours replaces it."""
+def _own_attention(model: PreTrainedModel) -> list[tuple[Any, str]]:
+    """Each config of a model, outer ones first, and its attention function; noted where it is not
+    ours, which replaces it.
+    """
     configs = [model.config]
     if not _single.get(model):
-        configs += [x.config for x in model.modules() if isinstance(x, PreTrainedModel)]
         configs += [getattr(model.config, name) for name in model.config.sub_configs]
+        configs += [x.config for x in model.modules() if isinstance(x, PreTrainedModel)]
+    found = []
     for config in configs:
         own = getattr(config, "_attn_implementation", None)
+        found.append((config, own))
         if own not in (None, _NAME):
             if id(config) not in _replaced:
                 weakref.finalize(config, _replaced.pop, id(config), None)
             _replaced[id(config)] = own
+    return [(config, own) for config, own in found if own is not None]
 
 
 _single: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
@@ -173,18 +201,56 @@ def exclusively(model: nn.Module) -> Iterator[None]:
     Other threads that watch it wait, and so does a forward pass that a user starts in one. A pass
     that had begun before goes on with the model's own attention, unseen by our hooks. For the rest
     of such a pass, modules are in eval mode, and half-precision layers that are being opened hold
-    float32 weights.
+    float32 weights. What torch.compile compiled runs as it was written, since hooks and attention
+    are no part of compiled code. Raises IfrError where autocast is active.
     """
+    check_autocast(model)
     with _locks_lock:
         lock = _locks.setdefault(model, RLock())
     with lock, ExitStack() as stack:
         if model not in _held:
             _held.add(model)
             stack.callback(_held.discard, model)
+            stack.enter_context(_uncompiled())
             for module in {model, getattr(model, "base_model", model)}:
                 handle = module.register_forward_pre_hook(_waiting(lock), prepend=True)
                 stack.callback(handle.remove)
         yield
+
+
+def check_autocast(model: nn.Module) -> None:
+    """Raises IfrError where autocast rounds what `model` and the kernels compute."""
+    device = next((x.device.type for x in model.parameters()), "cpu")
+    if device != "meta" and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        raise IfrError(
+            f"model: torch.autocast is active and rounds products to {dtype}, those of the kernels "
+            "too; leave it, or load the model in that torch_dtype"
+        )
+
+
+_forced = 0  # threads that keep compiled code from running
+_stance: list[AbstractContextManager[None]] = []
+
+
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Within, compiled modules run as they were written. The setting is all threads' together."""
+    global _forced
+    if "torch._dynamo" not in sys.modules:  # nothing has been compiled, and the import is slow
+        yield
+        return
+    with _locks_lock:
+        if _forced == 0:
+            _stance.append(torch.compiler.set_stance("force_eager"))
+        _forced += 1
+    try:
+        yield
+    finally:
+        with _locks_lock:
+            _forced -= 1
+            if _forced == 0:
+                _stance.pop().__exit__(None, None, None)
 
 
 def _waiting(lock: RLock) -> Callable[..., None]:

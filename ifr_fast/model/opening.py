@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..errors import UnsupportedArchitectureError
+from ..errors import IfrError, UnsupportedArchitectureError
 from . import own_attention
 from .attention import AttentionCall, attend
 from .block import HALF, Block, error_of_runs, relative_error, rounding_tolerance
@@ -39,7 +39,6 @@ from .hooks import (
     hook_keys,
     hooked,
     in_this_thread,
-    on_input,
     on_layer_call,
     on_output,
 )
@@ -52,7 +51,7 @@ from .modes import evaluating, in_float32
 from .probing import Probe, decompose, probe_rows, refuse
 from .quantized import check_packed, packed_as_plain
 from .replay import replay_rows, stopped_at
-from .stream import Chain, check_embeddings, check_n_keys, same_bits
+from .stream import StreamOutside, check_embeddings, check_n_keys
 from .values import check_values, value_layer
 
 _PROBE_LENGTH = 11  # a prime, so that it collides with no other dimension
@@ -75,11 +74,12 @@ def open_decoder(model: nn.Module) -> Decoder:
             f"model: {type(model).__name__} is not a decoder with a language-model head; "
             "ifr_fast explains causal language models"
         )
+    _check_loaded(model)
     decoder = Decoder(model)
     with _probing(model):
+        _open(decoder)
         if given is not model:
             _check_wrapper(given, decoder)
-        _open(decoder)
     return decoder
 
 
@@ -133,15 +133,26 @@ def _unwrapped(model: Any) -> nn.Module:
             return model
 
 
+def _check_loaded(model: nn.Module) -> None:
+    """Refuses a model without weights. Those that accelerate offloads are fetched by its hooks."""
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        return
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise IfrError(
+                f"model: parameter {name} is on the meta device, which holds no weights; load the "
+                "model with from_pretrained"
+            )
+
+
 def _check_wrapper(wrapper: nn.Module, decoder: Decoder) -> None:
     """Refuses a wrapper that does more than its model alone, as soft prompts do."""
     token_ids = probe_tokens(decoder)
     with evaluating(wrapper):
         whole = wrapper(input_ids=token_ids.to(decoder.device)[None], use_cache=False).logits[0]
     _, logits = decoder.forward(token_ids)
-    if len(whole) != len(token_ids) or relative_error(whole[-1], logits) > rounding_tolerance(
-        logits.dtype
-    ):
+    tolerance = rounding_tolerance(decoder.dtype)
+    if len(whole) != len(token_ids) or relative_error(whole[-1], logits) > tolerance:
         raise UnsupportedArchitectureError(
             f"model: {type(wrapper).__name__} does more than the model that it wraps, by a soft "
             "prompt perhaps; only the wrapped model can be explained"
@@ -170,6 +181,7 @@ def _open_blocks(decoder: Decoder) -> tuple[AttentionThrough, list[Block]]:
                 "causal decoders"
             )
         check_n_keys(call, n_tokens)
+        decoder.makes_masks |= call.mask.given
         window = call.mask.window(n_tokens)
         if not call.mask.is_causal(n_tokens, window):
             raise UnsupportedArchitectureError(
@@ -203,7 +215,7 @@ def _open_blocks(decoder: Decoder) -> tuple[AttentionThrough, list[Block]]:
         handles.append(
             on_output(attention, lambda x, i=i: attended.update({i: x.clone()}))  # type: ignore[misc]
         )
-    outside = _StreamOutside(model, layers)
+    outside = StreamOutside(model, layers)
     with hooked(*handles, *outside.handles):
         plain, logits = decoder.forward(token_ids)
     _check_finite(model, [plain, logits, *(x for c, z in calls for x in (c.q, c.k, c.v, z))])
@@ -222,8 +234,10 @@ def _open_blocks(decoder: Decoder) -> tuple[AttentionThrough, list[Block]]:
         handles.append(layer.register_forward_hook(raw))
     with through(model, watch), hooked(*handles):
         watched, _ = decoder.forward(token_ids)
-    error = error_of_runs(watched, plain)
-    if error > rounding_tolerance(plain.dtype):
+    # A head in float32 may read the rounded states of half-precision layers.
+    dtype = max((of["pre"].dtype for of in seen.values()), key=lambda x: torch.finfo(x).eps)
+    error = error_of_runs(watched.to(dtype), plain.to(dtype))
+    if error > rounding_tolerance(dtype):
         raise UnsupportedArchitectureError(
             f"model: {type(model).__name__} gives other states when its attention is watched "
             f"(relative error {error:.1e})"
@@ -248,7 +262,7 @@ def _open_blocks(decoder: Decoder) -> tuple[AttentionThrough, list[Block]]:
                 seen[i]["post"],
                 len(seen[i]["raw"]) if isinstance(seen[i]["raw"], tuple) else None,
             )
-            if plain.dtype in HALF:
+            if pre.dtype in HALF:
                 _check_attention(probe, streams[i][0], attended[i])
             read = value_layer(i, [call for call, _ in calls], probe)
             blocks.append(_open_block(i, probe, decoder.max_length or _FAR, read))
@@ -259,50 +273,6 @@ def _open_blocks(decoder: Decoder) -> tuple[AttentionThrough, list[Block]]:
         )
     decoder.final_site = outside.reader(plain)
     return through, blocks
-
-
-class _StreamOutside:
-    """The residual stream between layers and behind the last, in one forward pass."""
-
-    def __init__(self, model: PreTrainedModel, layers: list[tuple[str, nn.Module]]) -> None:
-        self._chain, self._readers = Chain(len(layers)), list[nn.Module]()
-        self._left: Tensor | None = None  # the last layer's output
-        inside = {module for _, layer in layers for module in layer.modules()}
-        self.handles = []
-        for i, (name, layer) in enumerate(layers):
-            where = f"layer {name}"
-            self.handles += [
-                on_layer_call(layer, lambda x, _, where=where: self._chain.enter(where, x)),  # type: ignore[misc]
-                on_output(layer, self._chain.leave if i + 1 < len(layers) else self._end),
-            ]
-        for module in model.modules():
-            if module not in inside:
-                self.handles.append(on_input(module, lambda x, m=module: self._read(m, x)))  # type: ignore[misc]
-
-    def _end(self, x: Tensor) -> None:
-        self._left = x.clone()
-
-    def _read(self, module: nn.Module, x: Tensor) -> None:
-        if self._left is not None and bool(same_bits(x, self._left)):
-            self._readers.append(module)
-
-    def check(self) -> None:
-        """Raises UnsupportedArchitectureError where the stream is changed between layers."""
-        self._chain.verify()
-
-    def reader(self, states: Tensor) -> nn.Module | None:
-        """The module that reads the last layer's output as it is; None if the head does, whose
-        input is `states` [T, D]. Raises UnsupportedArchitectureError if it is changed before.
-        """
-        if self._readers:
-            return self._readers[0]
-        assert self._left is not None
-        if bool(same_bits(states, self._left.view_as(states))):
-            return None
-        raise UnsupportedArchitectureError(
-            "model: no module reads what its last layer returned; the residual stream is changed "
-            "before the final norm"
-        )
 
 
 def _check_attention(probe: Probe, stream: Tensor, attended: Tensor) -> None:

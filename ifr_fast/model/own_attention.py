@@ -20,10 +20,10 @@ from transformers import PreTrainedModel
 
 from ..errors import UnsupportedArchitectureError
 from .attention import AttentionCall, AttentionHandler
-from .hooks import in_this_thread, map_tensors
+from .hooks import in_this_thread, map_tensors, running_hooks
 from .interface import exclusively, overridden_attention, overriding
-from .masks import LazyMask
-from .stand_ins import _CHANGES, _COMMUTE, _HIDDEN, _RESHAPES, _Meaning, _Scores
+from .masks import HIDDEN, LazyMask
+from .stand_ins import _CHANGES, _COMMUTE, _RESHAPES, _Meaning, _Scores
 
 _PRODUCTS = {"matmul", "__matmul__", "bmm"}
 _METADATA = {"__get__", "size", "dim"}
@@ -34,13 +34,14 @@ class _Watch(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._running: list[nn.Module] = []  # modules whose forward is running, innermost last
+        # Modules whose forward is running, innermost last, and the hooks of ours around each.
+        self._running: list[tuple[nn.Module, int]] = []
 
     def enter(self, module: nn.Module, _: Any) -> None:
         """The pre-hook of every module."""
         if not self._running:
             self.__enter__()
-        self._running.append(module)
+        self._running.append((module, running_hooks.get() - 1))  # this is a hook, too
 
     def leave(self, *_: Any) -> None:
         """The hook of every module, called after errors too."""
@@ -63,6 +64,8 @@ class _Watch(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = func.__name__
+        if running_hooks.get() != self._running[-1][1]:  # a hook of ours computes something
+            return func(*args, **kwargs)
         if not _holds_scores((*args, *kwargs.values())):
             if name in _PRODUCTS:
                 return _product(func, *args, **kwargs)
@@ -85,7 +88,7 @@ class _Watch(TorchFunctionMode):
 
     def _attended(self, weights: _Scores, v: Tensor) -> Tensor | None:
         """weights @ v [..., T, V] by the handler; None if the product is not attention."""
-        meaning, module = weights.meaning, self._running[-1]
+        meaning, (module, _) = weights.meaning, self._running[-1]
         with torch._C.DisableTorchFunctionSubclass():
             shape = weights.shape
         if v.ndim < 3 or v.shape[-2] != shape[-1]:
@@ -99,7 +102,7 @@ class _Watch(TorchFunctionMode):
                 q.to(wide),
                 k.to(wide).expand(-1, kv_heads, -1, -1),
                 values.to(wide).expand(-1, kv_heads, -1, -1),
-                _mask(meaning, shape[-1]),
+                _mask(meaning, shape),
                 meaning.scale,
                 None,
                 None,
@@ -240,26 +243,18 @@ def _by_head(x: Tensor) -> Tensor:
     return x.reshape(1, -1, *x.shape[-2:])
 
 
-def _mask(meaning: _Meaning, n_keys: int) -> LazyMask:
-    """The mask of keys that are not hidden, taken from the first head."""
-    visible, hidden = meaning.visible, meaning.hidden  # the closure must not keep q and k alive
-    biases = tuple(bias for _, bias in meaning.biases)
-
-    def function(_: Any, __: Any, rows: Tensor, keys: Tensor) -> Tensor:
-        def at(x: Tensor) -> Tensor:
-            x = x[(0,) * (x.ndim - 2)]
-            return x[rows.clamp(max=x.shape[0] - 1), keys.clamp(max=x.shape[1] - 1)]
-
-        found = keys < n_keys
-        for condition in visible:
-            found = found & at(condition)
-        for condition in hidden:
-            found = found & ~at(condition)
-        for bias in biases:
-            found = found & (at(bias) > _HIDDEN)
-        return found
-
-    return LazyMask(function, meaning.q.device, n_keys)
+def _mask(meaning: _Meaning, shape: torch.Size) -> LazyMask:
+    """The mask of the keys that are not hidden from scores of `shape` [..., T, S]."""
+    seen = torch.ones(shape[-2:], dtype=torch.bool, device=meaning.q.device)
+    biases = (bias > HIDDEN for _, bias in meaning.biases)
+    try:
+        for visible in (*meaning.visible, *(~x for x in meaning.hidden), *biases):
+            # A module may keep one mask for texts of any length, and a layer run on some rows alone
+            # has masks for others: the values of such a mask are not read.
+            seen = seen & visible
+    except RuntimeError:
+        seen = torch.zeros_like(seen)
+    return LazyMask.of_tensor(seen)
 
 
 def _slopes(meaning: _Meaning, n_keys: int, module: nn.Module) -> Tensor | None:

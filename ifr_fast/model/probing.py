@@ -257,27 +257,36 @@ def _probe_output_map(
 
 
 def _gate_site(probe: Probe) -> nn.Module | None:
-    """The first submodule of the attention module that reads its output for all heads at once."""
-    found: list[nn.Module] = []
-    called = False
+    """The first submodule of the attention module that reads its output for all heads at once.
 
-    def answer(_: AttentionCall) -> Tensor:
-        nonlocal called
-        called = True
-        return probe.z[None]
+    A submodule that makes a gate may be called after attention too. It reads the same numbers
+    whatever attention gives.
+    """
 
-    def keep_input(module: nn.Module, x: Tensor) -> None:
-        if called and x.numel() == probe.z.numel() and x.shape[-1] == probe.z[0].numel():
-            found.append(module)
+    def inputs(z: Tensor) -> list[tuple[nn.Module, Tensor]]:
+        found: list[tuple[nn.Module, Tensor]] = []
+        called = False
 
-    handles = [
-        on_input(module, lambda x, m=module: keep_input(m, x))  # type: ignore[misc]
-        for module in probe.attention.modules()
-        if module is not probe.attention
-    ]
-    with overriding(answer), hooked(*handles):
-        probe.layer_call(probe.module, probe.resid_pre[None])
-    return found[0] if found else None
+        def answer(_: AttentionCall) -> Tensor:
+            nonlocal called
+            called = True
+            return z[None]
+
+        def keep_input(module: nn.Module, x: Tensor) -> None:
+            if called and x.numel() == z.numel() and x.shape[-1] == z[0].numel():
+                found.append((module, x.clone()))
+
+        handles = [
+            on_input(module, lambda x, m=module: keep_input(m, x))  # type: ignore[misc]
+            for module in probe.attention.modules()
+            if module is not probe.attention
+        ]
+        with overriding(answer), hooked(*handles):
+            probe.layer_call(probe.module, probe.resid_pre[None])
+        return found
+
+    pairs = zip(inputs(probe.z), inputs(torch.zeros_like(probe.z)), strict=True)
+    return next((module for (module, x), (_, y) in pairs if not torch.equal(x, y)), None)
 
 
 def _ffn_site(probe: Probe, run: _Run, before: Tensor) -> nn.Module | None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-_HIDDEN = -3e4  # a bias or fill below it hides a key; float16's lowest value is twice that
+from .masks import HIDDEN
 
 
 class _Meaning(NamedTuple):
@@ -94,6 +94,8 @@ def _cast(x: _Scores, *dtype: torch.dtype) -> _Meaning | None:
 def _reshaped(x: _Scores, *shape: Any) -> _Meaning | None:
     if not isinstance(shape[0], int):
         (shape,) = shape
+    if len(shape) < 3:
+        return None
     kept = all(size in (-1, n) for size, n in zip(shape[-2:], x.shape[-2:], strict=True))
     return x.meaning if kept else None
 
@@ -101,8 +103,8 @@ def _reshaped(x: _Scores, *shape: Any) -> _Meaning | None:
 def _hides(value: Any) -> bool:
     """True if a score filled with `value` gets no weight."""
     if isinstance(value, Tensor):
-        return value.ndim == 0 and float(value) <= _HIDDEN
-    return float(value) <= _HIDDEN
+        return value.ndim == 0 and float(value) <= HIDDEN
+    return float(value) <= HIDDEN
 
 
 _CHANGES: dict[str, Callable[..., _Meaning | None]] = {

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..errors import UnsupportedArchitectureError
 from .attention import AttentionCall
 from .decoder import Decoder
-from .hooks import LayerCall, StopForward, hooked, on_input, on_layer_call
+from .hooks import LayerCall, StopForward, hooked, on_input, on_layer_call, on_output
 
 _PROBE_LENGTH = 12
 
@@ -23,6 +24,14 @@ def same_bits(x: Tensor, y: Tensor) -> Tensor:
     whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
     x, y = x.contiguous(), y.to(x.device).contiguous()
     return (x.view(whole) == y.view(whole)).all()
+
+
+def unchanged(left: Tensor, entered: Tensor) -> Tensor:
+    """0-d bool: true if what was entered is what was left, perhaps in a wider dtype, which holds
+    the same numbers.
+    """
+    wider = torch.promote_types(left.dtype, entered.dtype)
+    return same_bits(left.to(wider) if wider == entered.dtype else left, entered)
 
 
 def check_n_keys(call: AttentionCall, n_tokens: int) -> None:
@@ -88,7 +97,7 @@ class Chain:
     def enter(self, where: str, resid_pre: Tensor) -> None:
         """Takes the input of the next layer, described by `where`."""
         if self._left is not None:
-            self._flags.append((where, same_bits(self._left, resid_pre)))
+            self._flags.append((where, unchanged(self._left, resid_pre)))
             self._left = None
 
     def end(self, x: Tensor) -> None:
@@ -116,6 +125,50 @@ class Chain:
                     f"model: {where} is not entered with the residual stream that the layer before "
                     "it left: a hook or the model itself changes it in between"
                 )
+
+
+class StreamOutside:
+    """The residual stream between layers and behind the last, in one forward pass."""
+
+    def __init__(self, model: PreTrainedModel, layers: list[tuple[str, nn.Module]]) -> None:
+        self._chain, self._readers = Chain(len(layers)), list[nn.Module]()
+        self._left: Tensor | None = None  # the last layer's output
+        inside = {module for _, layer in layers for module in layer.modules()}
+        self.handles = []
+        for i, (name, layer) in enumerate(layers):
+            where = f"layer {name}"
+            self.handles += [
+                on_layer_call(layer, lambda x, _, where=where: self._chain.enter(where, x)),  # type: ignore[misc]
+                on_output(layer, self._chain.leave if i + 1 < len(layers) else self._end),
+            ]
+        for module in model.modules():
+            if module not in inside:
+                self.handles.append(on_input(module, lambda x, m=module: self._read(m, x)))  # type: ignore[misc]
+
+    def _end(self, x: Tensor) -> None:
+        self._left = x.clone()
+
+    def _read(self, module: nn.Module, x: Tensor) -> None:
+        if self._left is not None and bool(unchanged(self._left, x)):
+            self._readers.append(module)
+
+    def check(self) -> None:
+        """Raises UnsupportedArchitectureError where the stream is changed between layers."""
+        self._chain.verify()
+
+    def reader(self, states: Tensor) -> nn.Module | None:
+        """The module that reads the last layer's output as it is; None if the head does, whose
+        input is `states` [T, D]. Raises UnsupportedArchitectureError if it is changed before.
+        """
+        if self._readers:
+            return self._readers[0]
+        assert self._left is not None
+        if bool(unchanged(self._left.view_as(states), states)):
+            return None
+        raise UnsupportedArchitectureError(
+            "model: no module reads what its last layer returned; the residual stream is changed "
+            "before the final norm"
+        )
 
 
 def on_end(decoder: Decoder, chain: Chain) -> torch.utils.hooks.RemovableHandle:

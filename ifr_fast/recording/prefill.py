@@ -44,9 +44,11 @@ def chunk_rows(device: torch.device) -> int:
 
 def is_chunkable(decoder: Decoder) -> bool:
     """True if a text can be recorded in chunks. Attention outside of transformers' interface builds
-    masks of its own from all rows, and a layer that shares keys and values gets them of all rows.
+    masks of its own from all rows, and so may one within it; a layer that shares keys and values
+    gets them of all rows.
     """
-    return decoder.attention_through is attention_through and decoder.value_layers is None
+    shared = decoder.value_layers is not None
+    return decoder.attention_through is attention_through and not shared and not decoder.makes_masks
 
 
 class LayerFacts(NamedTuple):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..model.decoder import Decoder
 from ..model.hooks import LayerCall
+from ..model.interface import check_autocast
 from ..model.masks import LazyMask
 from . import mapped_file
 
@@ -77,7 +78,10 @@ class Recording:
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
-        """Within, layers can be replayed where the recording needs it."""
+        """Within, layers can be replayed where the recording needs it. Raises IfrError where
+        autocast is active: it would round the scores too.
+        """
+        check_autocast(self.decoder.model)
         with self.decoder.replaying() if self.is_replayed else nullcontext():
             yield
 

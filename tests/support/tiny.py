@@ -55,6 +55,19 @@ _DEEPSEEK_EXPERTS = {
     "moe_intermediate_size": 20,
     "first_k_dense_replace": 1,
 }
+_LATENT = {
+    "intermediate_size": 52,
+    "num_key_value_heads": 6,
+    "q_lora_rank": 12,
+    "kv_lora_rank": 10,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 6,
+    "v_head_dim": 8,
+    "index_head_dim": 8,
+    "index_n_heads": 2,
+    "index_topk": 32,
+    "pad_token_id": 0,
+}
 _ALTERNATING = {
     "sliding_window": WINDOW,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
@@ -425,6 +438,43 @@ FAMILIES = {
             **_DEEPSEEK_EXPERTS,
         ),
     ),
+    "deepseek_v32": Family(
+        "DeepSeek-V3.2, up to its index_topk tokens",
+        "latent attention, a choice of keys that chooses all",
+        _config("DeepseekV32", **_LATENT, **_DEEPSEEK_EXPERTS),
+    ),
+    "glm_moe_dsa": Family(
+        "GLM-MoE-DSA, up to its index_topk tokens",
+        "latent attention, a choice of keys that chooses all",
+        _config("GlmMoeDsa", **_LATENT, **_DEEPSEEK_EXPERTS),
+    ),
+    "afmoe": Family(
+        "AFMoE",
+        "output gates, norms before and after, alternating windows, mixture of experts",
+        _config(
+            "Afmoe",
+            num_key_value_heads=2,
+            head_dim=6,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=20,
+            num_dense_layers=1,
+            **_ALTERNATING,
+        ),
+        mid="pre_mlp_layernorm",
+    ),
+    "laguna": Family(
+        "Laguna",
+        "gates that are made after attention, mixture of experts",
+        _config(
+            "Laguna",
+            num_key_value_heads=2,
+            head_dim=6,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=20,
+        ),
+    ),
     "glm4_moe": Family(
         "GLM-4-MoE",
         "mixture of experts",
@@ -568,6 +618,18 @@ REFUSALS = {
             num_local_experts=4,
             layer_types=["full_attention"] * 3,
         ),
+        r"layers\.0 .*no place was found where its residual stream and attention meet",
+    ),
+    "deepseek_v32-sparse": Refusal(
+        "DeepSeek-V3.2 and GLM-MoE-DSA, beyond their index_topk tokens",
+        "each row reads keys of its own choice",
+        _config("DeepseekV32", **{**_LATENT, "index_topk": 8}, **_DEEPSEEK_EXPERTS),
+        "DeepseekV32Attention reads keys other than all past ones",
+    ),
+    "doge": Refusal(
+        "Doge",
+        "weights on the residual stream: its residual connection is no identity",
+        _config("Doge", num_key_value_heads=2),
         r"layers\.0 .*no place was found where its residual stream and attention meet",
     ),
     "gemma3n": Refusal(
