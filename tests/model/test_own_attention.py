@@ -9,13 +9,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from opened import tiny_tracer
+from opened import tiny_importances, tiny_tracer
+from same_graph import assert_within
 from tiny import FAMILIES, tiny_text
 from torch import Tensor, nn
 
 from ifr_fast import UnsupportedArchitectureError
 from ifr_fast.model.attention import AttentionCall, attend_rows
 from ifr_fast.model.own_attention import attention_through
+from ifr_fast.survey.sweep import sweep
 
 H, T, K, V = 3, 7, 4, 5
 LOWEST = torch.finfo(torch.float32).min
@@ -215,3 +217,15 @@ def test_no_product_is_touched_outside_of_the_forward(family: str) -> None:
         assert type(q @ k.mT) is Tensor
     assert lean.layers[0].q is None
     assert lean.nbytes < tracer.record(tiny_text(9), mode="full").nbytes
+
+
+@pytest.mark.parametrize("impl", ["eager", "reference"])
+@pytest.mark.parametrize("family", [name for name, f in FAMILIES.items() if f.values is not None])
+def test_layers_are_scored_while_the_forward_pass_is_at_them(family: str, impl: str) -> None:
+    """Products of the kernel are no attention of the model."""
+    tracer, text = tiny_tracer(family, impl=impl), tiny_text(12)
+    swept = sweep(tracer.decoder, [text], 0.02, tracer.kernel)
+    layers = tiny_importances(family, 12)
+    for i, layer in enumerate(layers):
+        assert_within(swept.residual[i], layer.residual[:-1])
+        assert_within(swept.ffn[i], layer.ffn[:-1])
