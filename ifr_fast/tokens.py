@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+
+from .arguments import check_unicode, holds_integers, shown
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
@@ -119,10 +121,8 @@ def encode(
     ids = _ids(text, tokenizer, add_special_tokens)
     if ids.ndim == 2 and len(ids) == 1:
         ids = ids[0]
-    if ids.ndim != 1 or ids.dtype.is_floating_point or ids.dtype == torch.bool:
-        raise ValueError(
-            f"text: expected token ids of shape [T], got {tuple(ids.shape)} {ids.dtype}"
-        )
+    if ids.ndim != 1 or not holds_integers(ids):
+        raise ValueError(f"text: expected token ids of shape [T], got {shown(ids)}")
     if len(ids) == 0:
         raise ValueError("text: is empty; expected at least one token")
     return ids.detach().to("cpu", torch.int64)
@@ -143,15 +143,15 @@ def _ids(
     if isinstance(text, str):
         if not text:  # a tokenizer may add a special token
             raise ValueError("text: is empty; expected at least one token")
-        ids = _need(tokenizer)(text, **special)["input_ids"]
+        ids = _need(tokenizer)(check_unicode("text", text), **special)["input_ids"]
         _warn_of_two(ids, tokenizer)
         return torch.tensor(ids, dtype=torch.int64)
     if isinstance(text, Mapping):
         if "messages" in text:
             return _conversation(text, _need(tokenizer))
         return _from_tokenizer(text)
-    if isinstance(text, bytes) or not isinstance(text, Iterable):
-        raise ValueError(f"text: expected a string, token ids or messages, got {text!r}")
+    if isinstance(text, bytes | Set) or not isinstance(text, Iterable):
+        raise ValueError(f"text: expected a string, token ids or messages, got {shown(text)}")
     items: list[Any] = list(text)
     if items and all(isinstance(item, Mapping) for item in items):
         return _chat(items, None, False, _need(tokenizer))
@@ -168,6 +168,16 @@ def _ids(
     if any(abs(i) >= 1 << 63 for i in listed):
         raise ValueError("text: token ids must be from 0 to the size of the vocabulary")
     return torch.tensor(listed, dtype=torch.int64)
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Raises ValueError for what encodes no text and decodes no tokens."""
+    if tokenizer is not None and not (
+        callable(tokenizer)
+        and hasattr(tokenizer, "decode")
+        and hasattr(tokenizer, "convert_ids_to_tokens")
+    ):
+        raise ValueError(f"tokenizer: expected a transformers tokenizer, got {shown(tokenizer)}")
 
 
 def _need(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
@@ -251,6 +261,9 @@ def _chat(
 def _content(i: int, message: Mapping[str, Any]) -> str:
     """The text of message `i`; empty for a call of tools without any."""
     role, content = message.get("role"), message.get("content")
+    for text in (role, content):
+        if isinstance(text, str):
+            check_unicode(f"text: message {i}", text)
     if isinstance(role, str) and isinstance(content, str):
         return content
     if isinstance(role, str) and content is None and message.get("tool_calls"):
@@ -264,7 +277,7 @@ def _content(i: int, message: Mapping[str, Any]) -> str:
                 f"text: message {i} has a part of type {kind!r}; expected parts "
                 '{"type": "text", "text": ...} alone'
             )
-    return "".join(part["text"] for part in content)
+    return "".join(check_unicode(f"text: message {i}", part["text"]) for part in content)
 
 
 def token_strings(ids: Tensor, tokenizer: PreTrainedTokenizerBase | None) -> list[str]:

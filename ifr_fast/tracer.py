@@ -22,7 +22,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .arguments import Position, check_count, check_options, index_within, indices, spanned
+from .arguments import (
+    Position,
+    check_count,
+    check_fraction,
+    check_options,
+    index_within,
+    indices,
+    spanned,
+)
 from .drilldown.lens import (
     NodeLens,
     PartChoice,
@@ -49,7 +57,7 @@ from .routes.tracing import trace_all_positions, trace_recording
 from .scoring.implementations import choose_impl, load_kernel
 from .scoring.layer import score_layers
 from .scoring.scores import LayerScores
-from .tokens import Batch, Text, is_batch
+from .tokens import Batch, Text
 
 if TYPE_CHECKING:
     from transformers import LogitsProcessorList
@@ -138,7 +146,7 @@ class Tracer:
         Raises MemoryBudgetError where it would not fit, and FormatError where the file holds
         something else.
         """
-        if is_batch(text):
+        if self._recorder.is_batch(text, batch_size):
             if path is not None:
                 raise ValueError("path: expected a single text, got several")
             own = self._recorder.own
@@ -228,7 +236,7 @@ class Tracer:
             options = (threshold, granularity, self.kernel, self.tokenizer)
             return trace_recording(recording, starts, *options)
 
-        if is_batch(text):
+        if self._recorder.is_batch(text, batch_size):
             return self._recorder.each(text, one, batch_size, position, add_special_tokens)
         return one(self._recorder.record_at(text, position, position_weights, add_special_tokens))
 
@@ -275,7 +283,7 @@ class Tracer:
             options = (threshold, granularity, self.kernel, self.tokenizer, checkpoint)
             return trace_all_positions(recording, *options)
 
-        if is_batch(text):
+        if self._recorder.is_batch(text, batch_size):
             if checkpoint is not None:
                 raise ValueError("checkpoint: expected a single text, got several")
             return self._recorder.each(text, one, batch_size, -1, add_special_tokens)
@@ -313,14 +321,7 @@ class Tracer:
 
         threshold = check_options(threshold, granularity)
         check_count("max_new_tokens", max_new_tokens)
-        choose = chooser(
-            do_sample=do_sample,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            logits_processor=logits_processor,
-            generator=generator,
-        )
+        choose = chooser(do_sample, temperature, top_k, top_p, logits_processor, generator)
         text = self._recorder.encoded(prompt, add_special_tokens)
         stop = stop_tokens(self.model, eos_token_id)
         options = (choose, stop, max_new_tokens, threshold, granularity)
@@ -339,8 +340,7 @@ class Tracer:
 
         Edges above `keep` are listed; totals count all of them. Default: every row and layer.
         """
-        if not 0 <= keep <= 1:
-            raise ValueError(f"keep: expected a number from 0 to 1, got {keep}")
+        keep = check_fraction("keep", keep)
         wanted = indices("layers", layers, self.decoder.n_layers)
         recording = self._recorder.record(text, add_special_tokens=add_special_tokens)
         chosen = torch.tensor(indices("rows", rows, len(recording)))
@@ -395,7 +395,7 @@ class Tracer:
         nodes: one `Node` or (layer, kind, position), negative from the end, or several, which give
         a list. An `ffn` node is the FFN's output.
         """
-        check_count("k", k)
+        k = check_count("k", k)
         given, single = listed_nodes(nodes)
         recording = self._recorder.record(text, add_special_tokens=add_special_tokens)
         wanted = [node_within(node, self.decoder.n_layers, len(recording)) for node in given]
@@ -421,7 +421,7 @@ class Tracer:
         The final norm is held at what it was there, so that the logits of all parts add up.
         Raises UnsupportedArchitectureError for a neuron where the FFN has no basis of neurons.
         """
-        check_count("k", k)
+        k = check_count("k", k)
         chosen = PartChoice.of(self.decoder, layer, head, source, neuron)
         recording = self._recorder.record(text, add_special_tokens=add_special_tokens)
         at = index_within("position", position, len(recording))

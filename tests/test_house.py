@@ -14,8 +14,8 @@ PACKAGE, KERNELS = ROOT / "ifr_fast", ROOT / "kernels"
 
 # Bottom first: a module imports from the rows below its own, and from its own package.
 ROWS = [
-    {"_version", "errors", "kernels", "progress"},
-    {"arguments", "storage", "tokens"},
+    {"_version", "arguments", "errors", "kernels", "progress"},
+    {"storage", "tokens"},
     {"characters", "model"},
     {"graph"},
     {"export", "recording"},

@@ -65,7 +65,7 @@ def test_granularities_are_two(llama: Tracer, granularity: Any) -> None:
         ([1, None], "expected .* token ids"),
         (torch.tensor([1.0, 2.0]), "expected token ids"),
         (torch.tensor([True, False]), "expected token ids"),
-        (torch.tensor([[1, 2], [3, 4]]), r"shape \[T\], got \(2, 2\)"),
+        (torch.tensor([[1, 2], [3, 4]]), r"shape \[T\], got .* \[2, 2\]"),
         (torch.tensor(3), "expected token ids"),
         ([VOCAB], f"from 0 to {VOCAB - 1}"),
         ([3, -1], f"from 0 to {VOCAB - 1}"),

@@ -29,7 +29,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..arguments import check_threshold
+from ..arguments import check_fraction
 from ..errors import FormatError
 from ..model.attention import AttentionCall, attend_rows
 from ..model.decoder import Decoder
@@ -206,7 +206,7 @@ def survival(
     """
     if mode not in ("keep", "remove"):
         raise ValueError(f"mode: expected 'keep' or 'remove', got {mode!r}")
-    at = sorted(check_threshold(threshold) for threshold in thresholds)
+    at = sorted(check_fraction("threshold", threshold) for threshold in thresholds)
     if not at:
         raise ValueError("thresholds: is empty; expected at least one")
     if draws < 1:

@@ -57,9 +57,9 @@ def generate(
         raise ValueError(f"--temperature: expected a number from 0 up, got {temperature}")
     if not 0 <= seed < 1 << 64:
         raise ValueError(f"--seed: expected 0 to {(1 << 64) - 1}, got {seed}")
-    from ..arguments import check_threshold
+    from ..arguments import check_fraction
 
-    check_threshold(threshold)
+    check_fraction("threshold", threshold)
     tracer = options.open_tracer(model, impl, subfolder=subfolder)
     import torch
 

@@ -71,12 +71,12 @@ def trace(
         _check_recording(recording, written.paths)
     if top_paths < 1:
         raise ValueError(f"--top-paths: expected at least 1, got {top_paths}")
-    from ..arguments import check_threshold
+    from ..arguments import check_fraction
     from ..recording.memory import parse_bytes
 
     if max_memory is not None:
         parse_bytes(max_memory, "--max-memory")
-    check_threshold(threshold)
+    check_fraction("threshold", threshold)
     written.check_packages()
     positions = _parse_position(position)
     tracer = options.open_tracer(model, impl, max_memory, subfolder)

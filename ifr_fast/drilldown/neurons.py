@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..arguments import check_count
+from ..arguments import check_choice, check_count
 from ..graph.tables import NodeKind, plain_tensor
 from ..kernels.contract import LayerInputs, visible
 from ..recording.recording import Recording
@@ -43,7 +43,7 @@ class NeuronScores:
 
     def top(self, k: int = 10) -> list[list[Neuron]]:
         """The k most important neurons of each row, most important first."""
-        check_count("k", k)
+        k = check_count("k", k)
         found = []
         order = self.importance.argsort(dim=-1, descending=True, stable=True)[:, :k]
         for chosen, activation, importance in zip(
@@ -56,9 +56,7 @@ class NeuronScores:
 
 def check_neuron_kind(kind: NodeKind | str) -> NodeKind:
     """The kind of node that neurons are parts of. Raises ValueError unless `post` or `ffn`."""
-    if kind not in (NodeKind.POST, NodeKind.FFN):
-        raise ValueError(f"kind: expected 'post' or 'ffn', got {kind!r}")
-    return NodeKind(kind)
+    return NodeKind(check_choice("kind", kind, (NodeKind.POST, NodeKind.FFN)))
 
 
 @torch.inference_mode()

@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .._version import __version__
-from ..arguments import as_index
+from ..arguments import check_count, check_unicode
 from ..characters import joined
 from ..errors import FormatError, IfrError
 from ..graph.tables import Node, NodeKind
@@ -113,11 +113,9 @@ def _text(document: dict[str, Any]) -> str:
 
 
 def _document(graph: GraphData, slug: str | None, scan: str, max_links: int) -> dict[str, Any]:
-    if as_index("max_links", max_links) < 1:
-        raise ValueError(f"max_links: expected at least 1, got {max_links}")
+    max_links = check_count("max_links", max_links)
     for argument, name in (("slug", "" if slug is None else slug), ("scan", scan)):
-        if not isinstance(name, str):
-            raise ValueError(f"{argument}: expected a string, got {name!r}")
+        check_unicode(argument, name)
     prompt = joined(graph.tokens)
     links, flow = _strongest(graph, max_links)
     nodes = list(dict.fromkeys(link.source for link in links))

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..arguments import check_choice
 from ..errors import needing
 from ..graph.tables import EdgeKind
 from ..storage.files import whole_file
@@ -100,13 +101,13 @@ def to_parquet(graph: GraphData, path: str | os.PathLike[str], table: TableName)
 
 
 def _columns(graph: GraphData, table: TableName) -> dict[str, _Column]:
-    match table:
+    match check_choice("table", table, TABLES):
         case "edges":
             layer, kind, target, source, weight = graph.edges
             return _of_edges(graph, layer, kind, target, source, weight, None)
         case "parts":
             return _of_parts(graph)
-        case "tokens":
+        case _:
             T = len(graph.tokens)
             return {
                 "position": _Column(np.arange(T, dtype=np.int32)),
@@ -114,8 +115,6 @@ def _columns(graph: GraphData, table: TableName) -> dict[str, _Column]:
                 "token_id": _Column(graph.token_ids.numpy()),
                 "importance": _Column(graph.token_importance().numpy()),
             }
-        case _:
-            raise ValueError(f"table: expected one of {', '.join(TABLES)}, got {table!r}")
 
 
 def _of_parts(graph: GraphData) -> dict[str, _Column]:

@@ -14,11 +14,12 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from ..arguments import as_index, check_count, check_flag, check_number, listed, shown
+
 ChooseToken = Callable[[Tensor, Tensor], int]  # token ids [T], logits [vocab] -> the next
 
 
 def chooser(
-    *,
     do_sample: bool,
     temperature: float,
     top_k: int | None,
@@ -29,21 +30,26 @@ def chooser(
     """The function that chooses the next token, in transformers' terms and order. Raises ValueError
     for options that do not fit together.
     """
+    do_sample = check_flag("do_sample", do_sample)
+    temperature = check_number("temperature", temperature, "a number above 0", above=0)
+    if top_k is not None:
+        top_k = check_count("top_k", top_k)
+    if top_p is not None:
+        top_p = check_number("top_p", top_p, "a number above 0, at most 1", above=0, high=1)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ValueError(f"generator: expected a torch.Generator, got {shown(generator)}")
+    given = [] if logits_processor is None else listed("logits_processor", logits_processor)
+    if not all(callable(x) for x in given):
+        raise ValueError(f"logits_processor: expected functions, got {shown(given)}")
     if not do_sample and (temperature != 1 or top_k is not None or top_p is not None):
         raise ValueError("do_sample: temperature, top_k and top_p need do_sample=True")
-    if not temperature > 0:
-        raise ValueError(f"temperature: expected a number above 0, got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k: expected at least 1, got {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p: expected a number above 0, at most 1, got {top_p}")
-    processors = LogitsProcessorList(logits_processor or [])
+    processors = LogitsProcessorList(given)
     if temperature != 1:
-        processors.append(TemperatureLogitsWarper(float(temperature)))
+        processors.append(TemperatureLogitsWarper(temperature))
     if top_k is not None:
         processors.append(TopKLogitsWarper(top_k))
     if top_p is not None and top_p < 1:
-        processors.append(TopPLogitsWarper(float(top_p)))
+        processors.append(TopPLogitsWarper(top_p))
 
     def choose(token_ids: Tensor, logits: Tensor) -> int:
         scores = processors(token_ids[None].to(logits.device), logits[None].float())[0]
@@ -58,10 +64,13 @@ def chooser(
 
 
 def stop_tokens(model: Any, given: int | Iterable[int] | None) -> set[int]:
-    """The ids that end a generation: those given, or the model's own."""
+    """The ids that end a generation: those given, or the model's own. Raises ValueError for ids
+    that are no ints.
+    """
     if given is None:
         config = getattr(model, "generation_config", None)
         given = getattr(config, "eos_token_id", None)
     if given is None:
         return set()
-    return set(given) if isinstance(given, Iterable) else {int(given)}
+    several = listed("eos_token_id", given) if isinstance(given, Iterable) else [given]
+    return {as_index("eos_token_id", i) for i in several}

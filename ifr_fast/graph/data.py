@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import index_within
 from ..kernels.contract import EdgeList
 from .flow import LayerFlow, flow_down
 from .tables import (
@@ -143,6 +144,7 @@ class GraphData:
 
     def steps(self, layer: int) -> list[EdgeTable]:
         """A layer's edges in the order in which a path takes them: one step, or post then mid."""
+        layer = index_within("layer", layer, self.n_layers)
         edges = self._layer_edges[layer]
         if self.parallel[layer]:
             return [edges]

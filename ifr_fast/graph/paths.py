@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..arguments import as_index
+from ..arguments import check_count
 from .data import GraphData
 from .tables import EdgeKind, Hop, Route, Step, WeightedPath
 
@@ -113,9 +113,7 @@ def _best_paths(
 
     tables: top-down. After each table, every node holds its k heaviest chains; all nodes at once.
     """
-    k = as_index("k", k)
-    if k < 1:
-        raise ValueError(f"k: expected at least 1, got {k}")
+    k = check_count("k", k)
     node = torch.tensor(list(starts))
     weight = torch.tensor(list(starts.values()), dtype=torch.float64)
     trail: list[tuple[Tensor, Tensor]] = []

@@ -8,6 +8,7 @@ from typing import Any, overload
 
 from torch import Tensor
 
+from ..arguments import check_path
 from ..errors import FormatError
 from ..model.decoder import Decoder
 from ..model.masks import causal_mask
@@ -67,7 +68,7 @@ def load(path: str | os.PathLike[str], decoder: Decoder) -> Recording:
 
     Raises FormatError for a file that is truncated, foreign, unfinished, or of another model.
     """
-    file = mapped_file.open_file(path)
+    file = mapped_file.open_file(check_path("path", path))
     check_fingerprint(file, decoder.fingerprint())
     if file.done < file.total:
         raise FormatError(

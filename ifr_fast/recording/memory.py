@@ -8,6 +8,9 @@ from math import isfinite
 import psutil
 import torch
 
+from ..arguments import check_count, shown
+
+_MOST_BYTES = 1 << 62
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
@@ -33,14 +36,20 @@ def parse_bytes(text: str | int, name: str = "max_memory") -> int:
 
     Units are powers of 1000, or of 1024 with an i. Raises ValueError for any other text.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", str(text).lower())
+    wrong = f"{name}: expected a size such as 8GB or 500MB, got {shown(text)}"
+    if not isinstance(text, str):
+        try:
+            return check_count(name, text, most=_MOST_BYTES)
+        except ValueError:
+            raise ValueError(wrong) from None
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text.lower())
     if found is None or (found[3] and not found[2]):
-        raise ValueError(f"{name}: expected a size such as 8GB or 500MB, got {text!r}")
+        raise ValueError(wrong)
     unit = _UNITS[found[2]]
     if found[3]:
         unit = 1024 ** (len(str(unit)) // 3)
     size = float(found[1]) * unit
     n = int(size) if isfinite(size) else 0
-    if n < 1:
-        raise ValueError(f"{name}: expected a size such as 8GB or 500MB, got {text!r}")
+    if not 1 <= n <= _MOST_BYTES:
+        raise ValueError(wrong)
     return n

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ..arguments import index_within, listed, shown
 from ..characters import next_tokens
 from ..graph.tables import Prediction
 from .recording import Recording
@@ -51,7 +52,8 @@ class Predictor:
     @torch.inference_mode()
     def __call__(self, positions: list[int]) -> list[list[Prediction]]:
         """The likeliest tokens after each of `positions`, most probable first."""
-        found = []
+        T, found = len(self._token_ids), []
+        positions = [index_within("positions", t, T) for t in listed("positions", positions)]
         for begin in range(0, len(positions), _HEAD_ROWS):
             some = positions[begin : begin + _HEAD_ROWS]
             before = [self._token_ids[: t + 1] for t in some]
@@ -73,7 +75,9 @@ class KnownPredictions:
 
     def __call__(self, positions: list[int]) -> list[list[Prediction]]:
         """The likeliest tokens after each of `positions`, most probable first."""
-        return [self._of_each[t] for t in positions]
+        T = len(self._of_each)
+        given = listed("positions", positions)
+        return [self._of_each[index_within("positions", t, T)] for t in given]
 
 
 def likeliest(
@@ -85,6 +89,8 @@ def likeliest(
 
     before: for each row, the ids [T] of the text that its tokens would follow, if known.
     """
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or not logits.is_floating_point():
+        raise ValueError(f"logits: expected floats [R, vocab], got {shown(logits)}")
     return most_probable(logits.float().softmax(-1), tokenizer, before)
 
 

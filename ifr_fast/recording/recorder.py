@@ -7,16 +7,23 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..arguments import Position, check_count, spanned
+from ..arguments import (
+    Position,
+    check_choice,
+    check_count,
+    check_flag,
+    check_path,
+    spanned,
+)
 from ..characters import text_tokens
 from ..model.decoder import Decoder
-from ..tokens import Batch, Text, as_texts, encode
+from ..tokens import Batch, Text, as_texts, check_tokenizer, encode, is_batch
 from .batches import batches
 from .chunked import record_in_chunks, record_to_file
 from .memory import parse_bytes
@@ -26,6 +33,9 @@ from .record import record, record_together
 from .recording import Recording, RecordingMode
 from .sizes import Sizes
 from .speed import Speed, measure_speed
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 Result = TypeVar("Result")
 
@@ -42,10 +52,13 @@ class Recorder:
         tokenizer: PreTrainedTokenizerBase | None,
         max_memory: int | None,
     ) -> None:
+        check_tokenizer(tokenizer)
         self.decoder, self.tokenizer, self.max_memory = decoder, tokenizer, max_memory
 
     def encode(self, text: Text, add_special_tokens: bool | None) -> Tensor:
         """Token ids [T] of a text, on the CPU. Raises ValueError for a text that does not fit."""
+        if add_special_tokens is not None:
+            check_flag("add_special_tokens", add_special_tokens)
         token_ids = encode(text, self.tokenizer, add_special_tokens)
         limit, vocab = self.decoder.max_length, self.decoder.vocab_size
         if limit is not None and len(token_ids) > limit:
@@ -109,6 +122,8 @@ class Recorder:
     ) -> Recording:
         """One forward pass over `token_ids` [T] whose logits are those at `position`."""
         mode = check_mode(mode)
+        if path is not None:
+            path = check_path("path", path)
         if path is not None and mode == RecordingMode.FULL:
             raise ValueError("path: only lean recordings are made in a file; save a full one")
         strings = text_tokens(token_ids, self.tokenizer)
@@ -123,6 +138,14 @@ class Recorder:
             decoder, token_ids, strings, position, place=place[plan.place], path=path
         )
 
+    def is_batch(self, text: Any, batch_size: int | None) -> TypeIs[Batch]:
+        """True for several texts (`tokens.is_batch`). Raises ValueError for a `batch_size` that is
+        invalid, whether it is used or not.
+        """
+        if batch_size is not None:
+            check_count("batch_size", batch_size)
+        return is_batch(text)
+
     def each(
         self,
         batch: Batch,
@@ -136,8 +159,6 @@ class Recorder:
 
         position: one at which `use` will look, of each text.
         """
-        if batch_size is not None:
-            check_count("batch_size", batch_size)
         texts = []
         for i, text in enumerate(as_texts(batch)):
             try:
@@ -171,10 +192,11 @@ class Recorder:
         max_memory: int | str | None = None,
     ) -> Plan:
         """The plan for a text of `n_tokens`, with the time to expect, as `Tracer.plan` says."""
+        n_tokens = check_count("n_tokens", n_tokens)
         plan = self._plan(
             n_tokens,
             mode=check_mode(mode),
-            path=path,
+            path=None if path is None else check_path("path", path),
             max_memory=None if max_memory is None else parse_bytes(max_memory),
         )
         return replace(plan, seconds=self._speed.seconds(self.decoder, n_tokens))
@@ -210,6 +232,6 @@ class Recorder:
 
 def check_mode(mode: RecordingMode | str | None) -> RecordingMode | None:
     """The mode as a RecordingMode. Raises ValueError for any other string."""
-    if mode is not None and mode not in list(RecordingMode):
-        raise ValueError(f"mode: expected 'full' or 'lean', got {mode!r}")
-    return None if mode is None else RecordingMode(mode)
+    if mode is None:
+        return None
+    return RecordingMode(check_choice("mode", mode, list(RecordingMode)))

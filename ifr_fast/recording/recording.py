@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..arguments import check_path
 from ..model.decoder import Decoder
 from ..model.hooks import LayerCall
 from ..model.interface import check_autocast
@@ -93,7 +94,7 @@ class Recording:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Saves it as safetensors, for `Tracer.load_recording` with the same model."""
-        mapped_file.write(path, _tensors(self), _fields(self))
+        mapped_file.write(check_path("path", path), _tensors(self), _fields(self))
 
     @property
     def nbytes(self) -> int:

@@ -12,7 +12,7 @@ from typing import Any, SupportsIndex
 import torch
 from torch import Tensor
 
-from ..arguments import as_index, check_threshold, index_within
+from ..arguments import as_index, check_fraction, check_path, index_within
 from ..errors import FormatError
 from ..graph.checks import check_predictions, check_tables, check_text, check_value_layers
 from ..graph.flow import LayerFlow, component_importances, head_frequencies
@@ -74,7 +74,7 @@ class Routes:
 
     def at(self, threshold: float) -> Routes:
         """These routes at another threshold, not below the one that they were scored with."""
-        threshold = check_threshold(threshold)
+        threshold = check_fraction("threshold", threshold)
         if threshold < self.scored_threshold:
             raise ValueError(
                 f"threshold: these routes were scored with {self.scored_threshold:g}, "
@@ -170,12 +170,12 @@ class Routes:
         }
         if self._value_layers is not None:
             fields["value_layers"] = self._value_layers
-        save_tensors(path, self._FORMAT, tensors, fields)
+        save_tensors(check_path("path", path), self._FORMAT, tensors, fields)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Routes:
         """The routes that `save` saved. Raises FormatError for a truncated or foreign file."""
-        tensors, fields = load_tensors(path, cls._FORMAT)
+        tensors, fields = load_tensors(check_path("path", path), cls._FORMAT)
         try:
             rows = torch.arange(len(fields["tokens"]))
             parallel = fields.pop("parallel")
@@ -197,7 +197,7 @@ class Routes:
             if tensors:
                 raise ValueError(f"parallel: tells nothing of {min(tensors)}")
             check_text(routes.tokens, routes.token_ids, routes.threshold, routes.granularity)
-            if not check_threshold(routes.scored_threshold) <= routes.threshold:
+            if not check_fraction("threshold", routes.scored_threshold) <= routes.threshold:
                 raise ValueError("threshold: is below the one scored with")
             check_tables(layers, len(routes))
             check_predictions("predictions", predictions, len(routes))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from ..arguments import as_index
+from ..arguments import as_index, check_count, listed, shown
 from ..errors import needing
 from ..graph.data import GraphData
 from ..graph.tables import EdgeKind, EdgeTable, HeadEdgeTable
@@ -114,8 +114,7 @@ class GraphDifference:
 
     def top_changes(self, k: int = 10) -> list[Change]:
         """The k edges whose weights differ most, the largest difference first."""
-        if as_index("k", k) < 1:
-            raise ValueError(f"k: expected at least 1, got {k}")
+        k = check_count("k", k)
         size = (self.edges.second - self.edges.first).abs()
         found = []
         for i in size.argsort(descending=True, stable=True)[:k].tolist():
@@ -202,12 +201,23 @@ def compare(
             f"{l1} layers of {h1} heads beside {l0} of {h0}"
             + (" and other kinds of blocks" if (l0, h0) == (l1, h1) else "")
         )
-    pairs = _matched(first.tokens, second.tokens) if positions is None else list(positions)
+    pairs = _matched(first.tokens, second.tokens) if positions is None else _pairs(positions)
     columns = _columns(pairs, len(first.tokens), len(second.tokens))
     places = [_places(columns, i) for i in range(2)]
     edges = _joined([first.edges, second.edges], places)
     heads = _joined([first.head_edges, second.head_edges], places)
     return GraphDifference(first, second, columns, EdgeDifferences(*edges), HeadDifferences(*heads))
+
+
+def _pairs(positions: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The pairs that a caller gives, as ints."""
+    pairs = []
+    for pair in listed("positions", positions):
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise ValueError(f"positions: expected pairs of positions, got {shown(pair)}")
+        i, j = (as_index("positions", x) for x in pair)
+        pairs.append((i, j))
+    return pairs
 
 
 def _matched(first: list[str], second: list[str]) -> list[tuple[int, int]]:

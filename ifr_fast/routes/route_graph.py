@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, SupportsIndex
 import torch
 from torch import Tensor
 
-from ..arguments import check_threshold, index_within
+from ..arguments import check_fraction, check_path, index_within
 from ..errors import FormatError
 from ..graph.checks import check_graph
 from ..graph.data import GraphData
@@ -149,7 +149,7 @@ class RouteGraph(GraphData):
 
     def prune(self, threshold: float) -> RouteGraph:
         """The graph of the same prediction at a threshold of at least the present one."""
-        threshold = check_threshold(threshold)
+        threshold = check_fraction("threshold", threshold)
         if threshold < self.threshold:
             raise ValueError(
                 f"threshold: this graph holds edges above {self.threshold:g} only, "
@@ -232,7 +232,7 @@ class RouteGraph(GraphData):
         """
         from ..export.neuronpedia import save_neuronpedia
 
-        return save_neuronpedia(self, Path(folder), slug, scan, max_links)
+        return save_neuronpedia(self, check_path("folder", folder), slug, scan, max_links)
 
     def to_pandas(self, table: TableName = "edges") -> pd.DataFrame:
         """The graph's edges, one row each; or its "parts", one row a head; or its "tokens"
@@ -252,7 +252,7 @@ class RouteGraph(GraphData):
         """Writes one of these tables to a Parquet file; "parts" holds the whole graph."""
         from ..export.tables import to_parquet
 
-        to_parquet(self, path, table)
+        to_parquet(self, check_path("path", path), table)
 
     def to_html(self) -> str:
         """A standalone page that draws the graph; needs no network."""
@@ -289,12 +289,12 @@ class RouteGraph(GraphData):
         }
         if self.value_layers is not None:
             fields["value_layers"] = self.value_layers
-        save_tensors(path, self._FORMAT, tensors, fields)
+        save_tensors(check_path("path", path), self._FORMAT, tensors, fields)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RouteGraph:
         """The graph that `save` saved. Raises FormatError for a truncated or foreign file."""
-        tensors, fields = load_tensors(path, cls._FORMAT)
+        tensors, fields = load_tensors(check_path("path", path), cls._FORMAT)
         try:
             edges = EdgeTable(*(tensors.pop(f"edges.{name}") for name in EdgeTable._fields))
             heads = HeadEdgeTable(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import check_path
 from ..errors import FormatError, IfrError
 from ..graph.table_files import named_tensors, take_table
 from ..graph.tables import LayerTable
@@ -33,6 +34,7 @@ class Checkpoint:
     @staticmethod
     def of(folder: str | os.PathLike[str], recording: Recording, threshold: float) -> Checkpoint:
         """Makes the folder if need be."""
+        folder = check_path("checkpoint", folder)
         try:
             os.makedirs(folder, exist_ok=True)
         except OSError as error:
@@ -42,7 +44,7 @@ class Checkpoint:
             "text": hashlib.sha256(recording.token_ids.numpy().tobytes()).hexdigest(),
             "threshold": threshold,
         }
-        return Checkpoint(Path(folder), fields, recording)
+        return Checkpoint(folder, fields, recording)
 
     def _path(self, layer: int) -> Path:
         return self.folder / f"layer-{layer:03}.safetensors"

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..arguments import check_choice
 from ..kernels.contract import AttentionScores, FFNScores, LayerInputs
 
 IMPLEMENTATIONS = ("auto", "reference", "eager", "cpu", "triton")
@@ -28,10 +29,8 @@ def choose_impl(impl: str, device: torch.device, dtype: torch.dtype) -> str:
 
     An explicit choice never falls back: it raises `ValueError`, which states what is missing.
     """
-    if impl == "auto":
-        impl = os.environ.get("IFR_FAST_IMPL") or "auto"
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl: expected one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+    if check_choice("impl", impl, IMPLEMENTATIONS) == "auto":
+        impl = check_choice("impl", os.environ.get("IFR_FAST_IMPL") or "auto", IMPLEMENTATIONS)
     if impl == "auto":
         best = "cpu" if device.type == "cpu" else "triton"
         return "eager" if what_is_missing(best, device, dtype) else best

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerBase
 
 from .._version import __version__
-from ..arguments import as_index, check_threshold
+from ..arguments import as_index, check_fraction
 from ..errors import FormatError, IfrError
 from ..model.pretrained import load_tokenizer
 from ..tracer import Tracer
@@ -228,7 +228,7 @@ class _Run:
 
 
 def _thresholds(given: Sequence[float]) -> tuple[float, ...]:
-    levels = tuple(check_threshold(x) for x in given)
+    levels = tuple(check_fraction("thresholds", x) for x in given)
     if not levels or list(levels) != sorted(set(levels)):
         raise ValueError(f"thresholds: expected numbers, ascending, got {list(given)}")
     return levels
