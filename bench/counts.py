@@ -34,7 +34,7 @@ from unittest import mock
 import torch
 from rich.console import Console
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from ifr_fast import Tracer
 from ifr_fast.benchmark import THRESHOLD, first_tokens, machine, prose
@@ -271,7 +271,7 @@ def random_llama(
     measured on. The configuration's initializer_range is D^-1/2.
     """
     with torch.device(device or "cpu"):
-        model: LlamaForCausalLM = LlamaForCausalLM(config).to(dtype).eval()
+        model: LlamaForCausalLM = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     with torch.no_grad():
         model.model.embed_tokens.weight.mul_(config.hidden_size**0.5)
         seen: list[float] = []

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import glob
 import importlib
 import json
 import os
@@ -122,6 +123,8 @@ def environment(stand_in: bool) -> dict[str, str]:
     """Variables of a step."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     found = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+    tools = ["/usr/local/cuda/bin", *glob.glob("/opt/nvidia/nsight-compute/*")]
+    found["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), *tools])
     found |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "HF_HUB_OFFLINE": "1"}
     if stand_in:
         found |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}

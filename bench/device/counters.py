@@ -11,7 +11,7 @@ from device.common import Check
 
 KERNELS = ("linear_kernel", "lists_kernel", "light_kernel", "heavy_kernel", "fold_kernel")
 METRICS = {
-    "gpu__time_duration.sum": "us",
+    "gpu__time_duration.sum": "ns",
     "sm__throughput.avg.pct_of_peak_sustained_elapsed": "processor",
     "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active": "matrix",
     "lts__throughput.avg.pct_of_peak_sustained_elapsed": "cache",

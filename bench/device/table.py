@@ -119,7 +119,7 @@ def _peer(x: Line) -> str:
 
 
 def _profile(x: Line) -> str:
-    names = ("processor", "matrix", "cache", "memory", "warps", "registers")
+    names = ("ns", "processor", "matrix", "cache", "memory", "warps", "registers")
     return f"{x['kernel']}: " + ", ".join(f"{name} {x.get(name)}" for name in names)
 
 

@@ -21,7 +21,7 @@ from device.layer import some_rows
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from ifr_fast import Tracer
 from ifr_fast.recording.layer_inputs import layer_inputs
@@ -59,7 +59,8 @@ def load(path: Path, device: torch.device) -> tuple[PreTrainedModel, Tensor]:
     ids = tensors.pop("token_ids")
     drop = ("dtype", "torch_dtype", "architectures", "transformers_version", "model_type")
     config = {name: value for name, value in config.items() if name not in drop}
-    model = LlamaForCausalLM(LlamaConfig(**config, attn_implementation="sdpa")).to(torch.bfloat16)
+    of_text = LlamaConfig(**config, attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_config(of_text, dtype=torch.bfloat16)
     model.load_state_dict(tensors)
     return model.to(device).eval(), ids
 

@@ -6,13 +6,20 @@ import json
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import device_check
 import pytest
+import torch
+from device import counters
+from device.common import TINY, Check
 from device.table import LIMIT, table
 from device_check import STEPS, Step, read
+from gpu_model.shapes import TARGETS
 from paths import ROOT
+
+from ifr_fast.kernels.triton import launch
 
 
 def python(code: str) -> tuple[str, ...]:
@@ -121,3 +128,62 @@ def test_a_stand_in_runs_a_step(
         "software", "card", "attention", "attention", "done", "cannot run",
     ]  # fmt: skip
     assert "memcheck: cannot run, 0 s: compute-sanitizer" in capsys.readouterr().out
+
+
+class Event:
+    """A GPU's event: the time goes on by a millisecond with each."""
+
+    now = 0.0
+
+    def __init__(self, *, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        Event.now += 1
+        self.at = Event.now
+
+    def elapsed_time(self, end: Event) -> float:
+        return end.at - self.at
+
+    def synchronize(self) -> None:
+        pass
+
+
+def test_times_by_events(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of a job, and of each kernel, whose launches are added up."""
+    slept: list[int] = []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", slept.append)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    gpu, target = torch.device("cuda"), TARGETS["H100"]
+    check = Check(gpu, TINY, target, False, [], None, tmp_path, "kernels")
+
+    def job() -> None:
+        for name, n in (("linear_kernel", 1), ("light_kernel", 2), ("light_kernel", 3)):
+            assert launch.around is not None
+            with launch.around(name):
+                Event.now += n
+
+    assert check.of_kernels(job, 3) == {"linear_kernel": 2.0, "light_kernel": 7.0}
+    assert launch.around is None
+    assert len(slept) == 4
+    monkeypatch.setattr(Event, "now", 0.0)
+    assert check.milliseconds(lambda: setattr(Event, "now", Event.now + 4)) == 5.0
+
+
+def test_counters_of_ncu_are_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    names = ["ID", "Kernel Name", *counters.METRICS]
+    units = ["", "", "ns", *["%"] * 5, "register/thread"]
+    values = ["0", "linear_kernel", "1843200", "61.5", "20", "70.1", "30", "12.4", "249"]
+    rows = [names, units, values]
+    table = "\n".join(",".join(f'"{x}"' for x in row) for row in rows)
+    said = f"==PROF== Connected\n{table}\n==PROF== Disconnected"
+    done = SimpleNamespace(stdout=said, stderr="", returncode=0)
+    monkeypatch.setattr(counters.subprocess, "run", lambda *_, **__: done)
+    cpu, target = torch.device("cpu"), TARGETS["H100"]
+    counters.run(Check(cpu, TINY, target, True, [], None, tmp_path, "counters"))
+    (line,) = read(tmp_path)
+    assert (line["kernel"], line["ns"], line["registers"]) == ("linear_kernel", "1843200", "249")
+    done.stdout = "==ERROR== no permission"
+    with pytest.raises(SystemExit, match="ncu named no kernel"):
+        counters.run(Check(cpu, TINY, target, True, [], None, tmp_path, "counters"))
