@@ -56,10 +56,18 @@ class LazyMask(Tensor):
         it where any of its values differs. The tensor is not held.
         """
         T, S = seen.shape[-2:]
-        window = seen.reshape(-1, T, S)[0, -1].sum()
-        mask = causal_mask(window, seen.device)
         rows = torch.arange(T, device=seen.device)
-        mask._fits = (seen == mask.visible(rows, rows)).all() if T == S else seen.new_zeros(())
+        causal = causal_mask(seen.reshape(-1, T, S)[0, -1].sum(), seen.device)
+        fits, reads_later = seen.new_zeros(()), seen.new_zeros(())
+        if T == S:
+            fits = (seen == causal.visible(rows, rows)).all()
+            reads_later = seen.triu(1).any()
+
+        def function(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return causal._function(b, h, q, k) | reads_later
+
+        mask = LazyMask(function, seen.device)
+        mask._fits = fits
         mask.n_rows, mask.given = S, True
         return mask
 

@@ -69,3 +69,5 @@ def test_of_tensor_says_which_mask_a_tensor_is() -> None:
         assert mask.window(9) == window
         assert bool(mask.is_causal(9, window)) == fits
         assert not bool(mask.is_causal(9, 7))
+        of_later = bool(mask.visible(torch.tensor([0]), torch.tensor([1])))
+        assert of_later == (seen.shape[-2] == 9 and bool(seen[..., 0, 1].any()))

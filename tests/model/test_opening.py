@@ -19,6 +19,8 @@ from transformers import (
     BertLMHeadModel,
     BertModel,
     OPTConfig,
+    RoFormerConfig,
+    RoFormerForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -67,6 +69,9 @@ def test_encoders_are_refused() -> None:
     torch.manual_seed(0)
     config = BertConfig(**SHAPE, intermediate_size=40)
     assert_refused(BertLMHeadModel(config), "reads later positions")
+    config = RoFormerConfig(**SHAPE, intermediate_size=40)  # its attention is its own
+    assert_refused(RoFormerForCausalLM(config), "RoFormerSelfAttention reads later positions")
+    config = BertConfig(**SHAPE, intermediate_size=40)
     assert_refused(BertModel(config), "BertModel", "causal language model")
 
 
