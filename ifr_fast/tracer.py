@@ -89,7 +89,7 @@ class Tracer:
         self.impl = choose_impl(impl, self.decoder.device, self.decoder.dtype)
         self.model = model
         self.tokenizer = tokenizer
-        self.kernel = load_kernel(self.impl)
+        self.kernel = load_kernel(self.impl, bounded=self.max_memory is not None)
         self._recorder = Recorder(self.decoder, tokenizer, self.max_memory)
 
     @classmethod

@@ -9,14 +9,13 @@ from .contract import LayerInputs
 
 
 def on_device(rows: Tensor, device: torch.device) -> Tensor:
-    """Ascending positions [R], int64, from the CPU. The host does not wait for the device: a
-    stretch is made there, other rows are copied from pinned memory.
+    """Positions [R], int64, from the CPU. The host does not wait for the device: a stretch is made
+    there, other positions are copied from pinned memory.
     """
     if device.type != "cuda" or len(rows) == 0 or rows.device.type != "cpu":
         return rows.to(device, torch.int64)
-    first, last = int(rows[0]), int(rows[-1])
-    if last - first == len(rows) - 1:
-        return torch.arange(first, last + 1, device=device)
+    if bool((rows.diff() == 1).all()):
+        return torch.arange(int(rows[0]), int(rows[0]) + len(rows), device=device)
     return rows.to(torch.int64).pin_memory().to(device, non_blocking=True)
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..kernels.rows import on_device
 from .masks import LazyMask
 
 
@@ -57,11 +58,11 @@ class LayerCall(NamedTuple):
             if isinstance(x, LazyMask):
                 return x.among(rows) if x.shape[2:] == (self.n_rows, self.n_rows) else x
             if x.ndim == 4 and x.shape[1:] == (1, self.n_rows, self.n_rows):
-                at = rows.to(x.device)
+                at = on_device(rows, x.device)
                 return x.index_select(2, at).index_select(3, at)
             dim = {1: 0, 2: 1, 3: 1, 4: 2}.get(x.ndim)
             if dim is not None and x.shape[dim] == self.n_rows:
-                return x.index_select(dim, rows.to(x.device))
+                return x.index_select(dim, on_device(rows, x.device))
             return x
 
         return LayerCall(len(rows), map_tensors(self.args, cut), map_tensors(self.kwargs, cut))

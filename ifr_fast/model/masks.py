@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from ..kernels.rows import on_device
+
 HIDDEN = -3e4  # a bias below it hides a key; float16's lowest value is twice that
 _COMPARED = 64  # rows of a mask whose every key is looked at
 _METADATA = {"size", "dim", "numel", "stride", "is_floating_point", "is_contiguous", "__len__"}
@@ -158,7 +160,7 @@ class LazyMask(Tensor):
 
     def _at(self, rows: Tensor, keys: Tensor) -> Tensor:
         zero = torch.zeros((), dtype=torch.long, device=self._reads_from)
-        rows, keys = rows.to(self._reads_from), keys.to(self._reads_from)
+        rows, keys = (on_device(x, self._reads_from) for x in (rows, keys))
         if self.n_rows is None:
             return self._function(zero, zero, rows, keys)
         end = self.n_rows - 1  # a tensor has no values behind it

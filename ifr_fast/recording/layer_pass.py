@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..errors import IfrError, UnsupportedArchitectureError
+from ..kernels.rows import on_device
 from ..model.attention import AttentionCall, attend, attend_and_sum
 from ..model.block import Block
 from ..model.decoder import Decoder
@@ -215,7 +216,7 @@ class WatchedPass:
 
     def _note_mid(self, x: Tensor) -> None:
         layer = self._layer
-        rows = None if self._mid_rows is None else self._mid_rows.to(x.device)
+        rows = None if self._mid_rows is None else on_device(self._mid_rows, x.device)
 
         def noted(y: Tensor) -> Tensor:
             return y if rows is None else y.flatten(0, 1)[rows]

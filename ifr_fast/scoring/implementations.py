@@ -97,8 +97,10 @@ def explain_impl(impl: str, device: torch.device) -> str:
     return f"{chosen}, {why}" + (f" ({'; '.join(others)})" if others else "")
 
 
-def load_kernel(impl: str) -> Kernel:
-    """The kernel module of an implementation, imported on demand."""
+def load_kernel(impl: str, *, bounded: bool = False) -> Kernel:
+    """The kernel module of an implementation, imported on demand. bounded: the one whose work takes
+    no more memory where more is free, as `Tracer.plan` counts it.
+    """
     match impl:
         case "reference":
             from ..kernels import reference
@@ -115,6 +117,6 @@ def load_kernel(impl: str) -> Kernel:
         case "triton":
             from ..kernels.triton import kernel as triton
 
-            return triton
+            return triton.Bounded() if bounded else triton
         case _:
             raise ValueError(f"impl: no kernel {impl!r}")

@@ -39,10 +39,11 @@ from . import compact, correct, linear, lists, prepare, proximity, reach, room
 from .records import Block, FFNRows, Rows, block, dense, prepared, readable
 
 
-def score_attention(inputs: LayerInputs, keep: float) -> AttentionScores:
+def score_attention(inputs: LayerInputs, keep: float, *, bounded: bool = False) -> AttentionScores:
     """Importances of all parts of the rows' nodes (contract.py); edges with weight > `keep`.
 
-    Edges come in 1/keep slots a row, padded. Raises ValueError where the kernels cannot read a
+    Edges come in 1/keep slots a row, padded. bounded: work takes room.WORK_BYTES, even where more
+    is free. Raises ValueError where the kernels cannot read a
     tensor: for its dtype, or for its device.
     """
     with torch.cuda.device_of(inputs.q):  # Triton launches on the current device
@@ -55,7 +56,7 @@ def score_attention(inputs: LayerInputs, keep: float) -> AttentionScores:
         if not packed:
             rows = rows.with_room_for_edges()
         found = []
-        for chosen, n_keys in _row_blocks(inputs, rows.n_slots if packed else 0):
+        for chosen, n_keys in _row_blocks(inputs, rows.n_slots if packed else 0, bounded):
             some = rows.cut(chosen, n_keys)
             if packed:
                 some = some.with_room_for_edges()
@@ -89,6 +90,17 @@ def score_ffn(resid_mid: Tensor, resid_post: Tensor) -> FFNScores:
     return scores
 
 
+class Bounded:
+    """The same functions, for a limited memory."""
+
+    @staticmethod
+    def score_attention(inputs: LayerInputs, keep: float) -> AttentionScores:
+        """`score_attention`, whose work takes room.WORK_BYTES."""
+        return score_attention(inputs, keep, bounded=True)
+
+    score_ffn = staticmethod(score_ffn)
+
+
 def _score_block(x: Block) -> None:
     """All steps for a block of rows, into its rows of the results."""
     prepare.lines(x)
@@ -119,7 +131,7 @@ def _edges(rows: Rows, first: int, *, packed: bool = False) -> EdgeList:
     return EdgeList(row, *of_pairs)
 
 
-def _row_blocks(inputs: LayerInputs, n_slots: int) -> Iterator[tuple[slice, int]]:
+def _row_blocks(inputs: LayerInputs, n_slots: int, bounded: bool) -> Iterator[tuple[slice, int]]:
     """Slices of the rows that the room suffices for, and how many keys each sees. n_slots: edges
     of a row that a block has room for.
     """
@@ -129,7 +141,7 @@ def _row_blocks(inputs: LayerInputs, n_slots: int) -> Iterator[tuple[slice, int]
         return
     n_keys = int(rows[-1]) + 1
     n_bytes = room.WORK_BYTES
-    if room.block_rows(H, n_keys, n_bytes, n_slots) < R:
+    if not bounded and room.block_rows(H, n_keys, n_bytes, n_slots) < R:
         n_bytes = room.block_bytes(device)
     size = room.block_rows(H, n_keys, n_bytes, n_slots)
     for start in range(0, R, size):

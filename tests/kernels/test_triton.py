@@ -29,6 +29,7 @@ from ifr_fast import Tracer
 from ifr_fast.kernels import breakpoints, reference
 from ifr_fast.kernels.contract import LayerInputs, visible
 from ifr_fast.kernels.rows import on_device as on_device_of_rows
+from ifr_fast.scoring.implementations import load_kernel
 
 pytest.importorskip("triton")
 
@@ -164,8 +165,9 @@ def test_rows_on_a_gpu_are_had_without_waiting(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch, "arange", lambda *args, device: (device, own(*args)))
     device, rows = on_device_of_rows(own(5, 9), gpu)
     assert (device, rows.tolist()) == (gpu, [5, 6, 7, 8])
-    device, rows, non_blocking = on_device_of_rows(torch.tensor([3, 5, 8]), gpu)
-    assert (device, rows.tolist(), non_blocking) == (gpu, [3, 5, 8], True)
+    for others in ([3, 5, 8], [3, 5, 4, 6]):
+        device, rows, non_blocking = on_device_of_rows(torch.tensor(others), gpu)
+        assert (device, rows.tolist(), non_blocking) == (gpu, others, True)
 
 
 def test_room_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,6 +183,28 @@ def test_room_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = room.block_rows(H, S, 4 << 30, slots)
     assert rows % room.ROWS == 0
     assert rows * (9 * H * S + slots * (12 + 4 * H)) <= 4 << 30
+
+
+def test_work_is_bounded_where_memory_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks take more where it is free, but not beside a `max_memory`."""
+    monkeypatch.setattr(room, "WORK_BYTES", 1)
+    monkeypatch.setattr(room, "block_bytes", lambda _: 1 << 20)
+    sizes: list[int] = []
+    own = kernel.block
+
+    def watched(layer: records.Layer, rows: records.Rows) -> Block:
+        sizes.append(rows.R)
+        return own(layer, rows)
+
+    monkeypatch.setattr(kernel, "block", watched)
+    given = on_device(inputs_of(Case((37, 45, 2, 1, 8, 8, 33))), torch.float32)
+    for bounded, expected in ((False, [37]), (True, [16, 16, 5])):
+        load_kernel("triton", bounded=bounded).score_attention(given, 0.1)
+        assert sizes == expected
+        sizes.clear()
+    tracer = Tracer(tiny_model("llama").to(DEVICE), impl="triton", max_memory="8GB")
+    tracer.trace_all(tiny_text(17))
+    assert sizes == [16, 1] * tracer.decoder.n_layers
 
 
 def test_rows_that_are_many_stay_so_in_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
