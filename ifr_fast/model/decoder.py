@@ -38,7 +38,8 @@ class Decoder:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         decoder = model.get_decoder()
-        if decoder is model:  # get_decoder found none by name
+        # It may have found none by name, or the head.
+        if decoder is model or not isinstance(decoder, PreTrainedModel):
             decoder = next((x for x in model.children() if isinstance(x, PreTrainedModel)), model)
         self._states: nn.Module = decoder  # the module whose output the head reads
         takes = inspect.signature(model.forward).parameters

@@ -26,6 +26,7 @@ from .masks import HIDDEN, LazyMask
 from .stand_ins import _CHANGES, _COMMUTE, _RESHAPES, _Meaning, _Scores
 
 _PRODUCTS = {"matmul", "__matmul__", "bmm"}
+_LOW = -9e3  # GPT's bias of a hidden key is -1e4
 _METADATA = {"__get__", "size", "dim"}
 
 
@@ -81,6 +82,8 @@ class _Watch(TorchFunctionMode):
             z = self._attended(args[0], args[1])
             if z is not None:
                 return z
+        if name == "type_as" and isinstance(args[0], _Scores):
+            return args[0].to(_bare(args[1]).dtype)
         changed = _changed(name, func, args, kwargs)
         if changed is not None:
             return changed
@@ -246,12 +249,17 @@ def _by_head(x: Tensor) -> Tensor:
 def _mask(meaning: _Meaning, shape: torch.Size) -> LazyMask:
     """The mask of the keys that are not hidden from scores of `shape` [..., T, S]."""
     seen = torch.ones(shape[-2:], dtype=torch.bool, device=meaning.q.device)
-    biases = (bias > HIDDEN for _, bias in meaning.biases)
+    biases = (factor * bias > HIDDEN for factor, bias in meaning.biases)
     try:
         for visible in (*meaning.visible, *(~x for x in meaning.hidden), *biases):
             # A module may keep one mask for texts of any length, and a layer run on some rows alone
             # has masks for others: the values of such a mask are not read.
             seen = seen & visible
+        for zero in meaning.zeroed:
+            # Such a score is the bias alone, beside which other scores are small.
+            seen = seen & ~(zero & (sum(c * bias for c, bias in meaning.biases) < _LOW))
+            if bool((seen & zero).any()):  # it has a weight, and is no product of q and k
+                return LazyMask.of_tensor(torch.zeros_like(seen))
     except RuntimeError:
         seen = torch.zeros_like(seen)
     return LazyMask.of_tensor(seen)

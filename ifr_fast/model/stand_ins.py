@@ -20,6 +20,7 @@ class _Meaning(NamedTuple):
     biases: tuple[tuple[float, Tensor], ...] = ()  # factor; tensor that broadcasts to [..., T, S]
     visible: tuple[Tensor, ...] = ()  # bool; each broadcasts to [..., T, S]
     hidden: tuple[Tensor, ...] = ()  # bool; each broadcasts to [..., T, S]
+    zeroed: tuple[Tensor, ...] = ()  # bool; where scores are 0 until a bias hides them
     softmaxed: bool = False
 
     def times(self, factor: float) -> _Meaning:
@@ -48,9 +49,18 @@ class _Scores(Tensor):
 
 
 def _times(x: _Scores, factor: Any) -> _Meaning | None:
-    if isinstance(factor, Tensor) or x.meaning.softmaxed:
+    if x.meaning.softmaxed:
         return None
-    return x.meaning.times(float(factor))
+    if not isinstance(factor, Tensor):
+        return x.meaning.times(float(factor))
+    zero = factor == 0
+    if factor.shape[-2:] != x.shape[-2:] or not bool((zero | (factor == 1)).all()):
+        return None
+    return x.meaning._replace(zeroed=(*x.meaning.zeroed, zero))
+
+
+def _at_least(x: _Scores, least: Any) -> _Meaning | None:
+    return x.meaning if _hides(least) and not x.meaning.softmaxed else None
 
 
 def _over(x: _Scores, divisor: Any) -> _Meaning | None:
@@ -112,6 +122,7 @@ _CHANGES: dict[str, Callable[..., _Meaning | None]] = {
     **dict.fromkeys(("div", "__truediv__", "__itruediv__", "div_"), _over),
     **dict.fromkeys(("add", "__add__", "__radd__", "__iadd__", "add_"), _plus),
     **dict.fromkeys(("masked_fill", "masked_fill_"), _filled),
+    **dict.fromkeys(("max", "maximum"), _at_least),
     **dict.fromkeys(("to", "float", "type"), _cast),
     **dict.fromkeys(("view", "reshape"), _reshaped),
     "where": _where,

@@ -153,6 +153,7 @@ def importances_by_definition(model: PreTrainedModel, token_ids: Tensor) -> list
         handles.append(module.register_forward_pre_hook(lambda m, _: running.append(m)))
         handles.append(module.register_forward_hook(lambda *_: leave(running), always_call=True))
     watch = _Watch(len(token_ids), running)
+    torch.set_default_dtype(torch.float64)
     try:
         with torch.no_grad():
             layers = _run(model, token_ids, watch)
@@ -162,6 +163,7 @@ def importances_by_definition(model: PreTrainedModel, token_ids: Tensor) -> list
                 _importances(layer, of, watch) for layer, of in zip(layers, watch.seen, strict=True)
             ]
     finally:
+        torch.set_default_dtype(torch.float32)
         for handle in handles:
             handle.remove()
 
