@@ -50,6 +50,7 @@ from .interface import (
 from .modes import evaluating, in_float32
 from .probing import Probe, decompose, probe_rows, refuse
 from .quantized import check_packed, packed_as_plain
+from .reasons import forward_errors_named, why_no_attention, why_not_one_each
 from .replay import replay_rows, stopped_at
 from .stream import StreamOutside, check_embeddings, check_n_keys
 from .values import check_values, value_layer
@@ -195,17 +196,18 @@ def _open_blocks(decoder: Decoder) -> tuple[AttentionThrough, list[Block]]:
     through: AttentionThrough
     for through in (attention_through, own_attention.attention_through):
         if through is not attention_through or uses_interface(model):
-            with through(model, watch):
+            with forward_errors_named(decoder, token_ids), through(model, watch):
                 decoder.forward(token_ids)
         if calls:
             break
     else:
+        why = why_no_attention(decoder, token_ids)
         raise UnsupportedArchitectureError(
-            f"model: {type(model).__name__} computes no softmax attention that could be seen, "
-            "neither through transformers' attention interface nor as softmax(q k^T) v"
+            f"model: {type(model).__name__} computes no softmax attention that could be seen: "
+            + (why or "neither through transformers' attention interface nor as softmax(q k^T) v")
         )
     attentions = [call.module for call, _ in calls]
-    layers = _layers(model, attentions)
+    layers = _layers(decoder, token_ids, attentions)
 
     streams: dict[int, Tensor] = {}
     attended: dict[int, Tensor] = {}
@@ -308,8 +310,11 @@ def _check_finite(model: PreTrainedModel, seen: list[Tensor]) -> None:
     )
 
 
-def _layers(model: PreTrainedModel, attentions: list[nn.Module]) -> list[tuple[str, nn.Module]]:
+def _layers(
+    decoder: Decoder, token_ids: Tensor, attentions: list[nn.Module]
+) -> list[tuple[str, nn.Module]]:
     """The decoder layer of each attention module: its ancestor in the ModuleList of layers."""
+    model = decoder.model
     names = {module: name for name, module in model.named_modules()}
     layers = []
     for attention in attentions:
@@ -325,18 +330,12 @@ def _layers(model: PreTrainedModel, attentions: list[nn.Module]) -> list[tuple[s
             )
     stack = list(model.get_submodule(layers[0][0].rpartition(".")[0]).children())
     if [layer for _, layer in layers] != stack:
-        seen = {layer for _, layer in layers}
-        unseen = [f"{names[layer]} ({_described(layer)})" for layer in stack if layer not in seen]
         raise UnsupportedArchitectureError(
             f"model: of {len(stack)} layers, {len(layers)} calls of softmax attention were seen; "
             "every layer must make exactly one"
-            + (f"; none came from {unseen[0]}, whose sources are not known" if unseen else "")
+            + why_not_one_each(decoder, token_ids, attentions, layers, stack)
         )
     return layers
-
-
-def _described(layer: nn.Module) -> str:
-    return ", ".join(type(child).__name__ for child in layer.children())
 
 
 def _open_block(index: int, probe: Probe, n_far: int, read: int | None) -> Block:
