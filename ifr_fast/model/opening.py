@@ -331,9 +331,7 @@ def _layers(
     stack = list(model.get_submodule(layers[0][0].rpartition(".")[0]).children())
     if [layer for _, layer in layers] != stack:
         raise UnsupportedArchitectureError(
-            f"model: of {len(stack)} layers, {len(layers)} calls of softmax attention were seen; "
-            "every layer must make exactly one"
-            + why_not_one_each(decoder, token_ids, attentions, layers, stack)
+            f"model: {why_not_one_each(decoder, token_ids, attentions, layers, stack)}"
         )
     return layers
 

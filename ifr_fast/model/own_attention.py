@@ -105,7 +105,7 @@ class _Watch(TorchFunctionMode):
                 q.to(wide),
                 k.to(wide).expand(-1, kv_heads, -1, -1),
                 values.to(wide).expand(-1, kv_heads, -1, -1),
-                _mask(meaning, shape),
+                _mask(meaning, shape, module),
                 meaning.scale,
                 None,
                 None,
@@ -246,8 +246,11 @@ def _by_head(x: Tensor) -> Tensor:
     return x.reshape(1, -1, *x.shape[-2:])
 
 
-def _mask(meaning: _Meaning, shape: torch.Size) -> LazyMask:
-    """The mask of the keys that are not hidden from scores of `shape` [..., T, S]."""
+def _mask(meaning: _Meaning, shape: torch.Size, module: nn.Module) -> LazyMask:
+    """The mask of the keys that are not hidden from scores of `shape` [..., T, S].
+
+    Raises UnsupportedArchitectureError where a score is 0, whatever q and k are.
+    """
     seen = torch.ones(shape[-2:], dtype=torch.bool, device=meaning.q.device)
     biases = (factor * bias > HIDDEN for factor, bias in meaning.biases)
     try:
@@ -258,8 +261,11 @@ def _mask(meaning: _Meaning, shape: torch.Size) -> LazyMask:
         for zero in meaning.zeroed:
             # Such a score is the bias alone, beside which other scores are small.
             seen = seen & ~(zero & (sum(c * bias for c, bias in meaning.biases) < _LOW))
-            if bool((seen & zero).any()):  # it has a weight, and is no product of q and k
-                return LazyMask.of_tensor(torch.zeros_like(seen))
+            if bool((seen & zero).any()):
+                raise UnsupportedArchitectureError(
+                    f"model: {type(module).__name__} multiplies some of its scores by 0 and does "
+                    "not hide them"
+                )
     except RuntimeError:
         seen = torch.zeros_like(seen)
     return LazyMask.of_tensor(seen)

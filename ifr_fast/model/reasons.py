@@ -121,29 +121,32 @@ def why_not_one_each(
     layers: list[tuple[str, nn.Module]],
     stack: list[nn.Module],
 ) -> str:
-    """The end of a message on a model whose layers do not make one call of attention each.
+    """Why the layers of a model do not make one call of attention each.
 
     layers: of each of `attentions`; stack: all layers that stand in the first one's list.
     """
     names = {module: name for name, module in decoder.model.named_modules()}
     seen = {layer for _, layer in layers}
+    counted = (
+        f"of {len(stack)} layers, {len(layers)} calls of softmax attention were seen; every layer "
+        "must make exactly one"
+    )
     for layer in stack:
         if layer not in seen:
             of = ", ".join(type(child).__name__ for child in layer.children())
-            why = why_unseen(decoder, token_ids, names[layer], layer)
-            why = why or f"none came from {names[layer]} ({of}), whose sources are not known"
-            return f"; {why}"
+            none = f"{counted}; none came from {names[layer]} ({of}), whose sources are not known"
+            return why_unseen(decoder, token_ids, names[layer], layer) or none
     name, layer = layers[0]
     calls: list[LayerCall] = []
     with hooked(on_layer_call(layer, lambda _, call: calls.append(call))):
         decoder.forward(token_ids)
     if len(calls) != 1:
-        return f"; layer {name} is run {len(calls)} times, one after another"
+        return f"layer {name} is run {len(calls)} times, one after another"
     own = [attention for attention, (_, of) in zip(attentions, layers, strict=True) if of is layer]
     if len(own) > 1:
         each = dict.fromkeys(named(names[module], module) for module in own)
-        return f"; layer {name} computes {len(own)}, in {' and '.join(each)}"
-    return ""
+        return f"layer {name} computes {len(own)} softmax attentions, in {' and '.join(each)}"
+    return counted
 
 
 def why_no_attention(decoder: Decoder, token_ids: Tensor) -> str | None:

@@ -59,8 +59,8 @@ def _times(x: _Scores, factor: Any) -> _Meaning | None:
     return x.meaning._replace(zeroed=(*x.meaning.zeroed, zero))
 
 
-def _at_least(x: _Scores, least: Any) -> _Meaning | None:
-    return x.meaning if _hides(least) and not x.meaning.softmaxed else None
+def _at_least(x: _Scores, least: Any = 0.0, **dim: Any) -> _Meaning | None:
+    return None if dim or x.meaning.softmaxed or not _hides(least) else x.meaning
 
 
 def _over(x: _Scores, divisor: Any) -> _Meaning | None:

@@ -75,6 +75,33 @@ def test_encoders_are_refused() -> None:
     assert_refused(BertModel(config), "BertModel", "causal language model")
 
 
+def test_what_a_model_raises_is_named() -> None:
+    def always(layer: nn.Module, x: Tensor, kwargs: Any) -> Tensor:
+        raise KeyError("codes")
+
+    def watched(layer: nn.Module, x: Tensor, kwargs: Any) -> Tensor:
+        if layer.self_attn.config._attn_implementation == "ifr_fast":
+            raise RuntimeError("not like this\nsecond line")
+        return x + attend(layer, x, kwargs)
+
+    assert_refused(llama_with(always), "cannot be run on token ids alone (KeyError: 'codes')")
+    said = "cannot be run while its attention is watched (RuntimeError: not like this)"
+    assert_refused(llama_with(watched), said)
+
+
+def test_layers_run_twice_and_layers_that_attend_twice_are_refused() -> None:
+    model = tiny_model("llama")
+    model.model.layers = nn.ModuleList([model.model.layers[0]] * 3)
+    assert_refused(model, "layer model.layers.0 is run 3 times")
+
+    def twice(layer: nn.Module, x: Tensor, kwargs: Any) -> Tensor:
+        return x + attend(layer, x, kwargs) + attend(layer, x / 2, kwargs)
+
+    model = llama_with(twice)
+    model.model.layers = model.model.layers[1:2]
+    assert_refused(model, "layer model.layers.0 computes 2 softmax attentions", "LlamaAttention")
+
+
 def test_encoder_decoders_are_refused() -> None:
     config = T5Config(vocab_size=VOCAB, d_model=24, d_kv=6, d_ff=40, num_layers=2, num_heads=4)
     assert_refused(T5ForConditionalGeneration(config), "T5ForConditionalGeneration", "decoder")

@@ -83,6 +83,16 @@ def _where(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores.float().softmax(-1) @ v
 
 
+def _floored(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.max(q @ k.mT + additive, torch.tensor(LOWEST))
+    return scores.float().softmax(-1).type_as(scores) @ v
+
+
+def _zeroed_and_hidden(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    seen = (~hidden).float()
+    return torch.softmax((q @ k.mT) * seen + -1e4 * (1 - seen), dim=-1) @ v
+
+
 def _biased_and_merged(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = (x[0] for x in (q, k, v))
     scores = alibi.baddbmm(batch1=q, batch2=k.transpose(1, 2), beta=2.0, alpha=0.5)
@@ -109,6 +119,8 @@ def _fused_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         _mask_first,
         _filled_in_place,
         _where,
+        _floored,
+        _zeroed_and_hidden,
         _biased_and_merged,
         _one_key_head,
         _fused,
@@ -188,6 +200,12 @@ def test_position_biases_that_are_not_linear_are_refused() -> None:
     bias = torch.randn(1, H, 1, T, generator=torch.Generator().manual_seed(0))
     with pytest.raises(UnsupportedArchitectureError, match="not linear in the distance"):
         watched(lambda q, k, v: torch.softmax(q @ k.mT + bias + additive, dim=-1) @ v)
+
+
+def test_scores_that_are_zeroed_and_not_hidden_are_refused() -> None:
+    seen = (~hidden).float()
+    with pytest.raises(UnsupportedArchitectureError, match="scores by 0 and does not hide them"):
+        watched(lambda q, k, v: torch.softmax((q @ k.mT) * seen + (seen - 1), -1) @ v)
 
 
 def test_a_forward_that_breaks_leaves_nothing_behind() -> None:

@@ -593,19 +593,19 @@ REFUSALS = {
             shared_expert_intermediate_size=24,
             **_EXPERTS,
         ),
-        r"3 layers, 1 calls.*model\.layers\.0 \(Qwen3NextGatedDeltaNet",
+        r"layer model\.layers\.0 mixes positions by linear_attn \(Qwen3NextGatedDeltaNet\)",
     ),
     "lfm2": Refusal(
         "LFM2, and other mixtures with convolutions",
         "a convolution reads other positions without weights",
         _config("Lfm2", num_key_value_heads=2, layer_types=["conv", "full_attention", "conv"]),
-        r"3 layers, 1 calls.*model\.layers\.0 \(Lfm2ShortConv",
+        r"layer model\.layers\.0 mixes positions by conv \(Lfm2ShortConv\)",
     ),
     "mamba": Refusal(
         "Mamba, and other state-space models",
         "a state has no weights by which its sources could be told apart",
         _config("Mamba", {}, vocab_size=VOCAB, hidden_size=36, num_hidden_layers=2),
-        "MambaForCausalLM computes no softmax attention",
+        r"no softmax attention .*layer backbone\.layers\.0 mixes positions by mixer \(MambaMixer",
     ),
     "minimax": Refusal(
         "MiniMax",
