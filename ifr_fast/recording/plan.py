@@ -51,7 +51,7 @@ class Plan:
     full_bytes: int  # lean_bytes, q, resid_mid, log-sum-exp
     kv_bytes: int  # keys and values, in lean and full recordings alike
     working_bytes: int  # activations of the forward pass, at most
-    scoring_bytes: int  # work space of the kernels, at most
+    scoring_bytes: int  # work space of the kernels; without `max_memory` they take more where free
     available_bytes: int | None  # memory free on the model's device now; None if unknown
     seconds: float | None = None  # time of recording, estimated from a layer; None: not measured
 
