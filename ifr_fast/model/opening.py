@@ -50,7 +50,13 @@ from .interface import (
 from .modes import evaluating, in_float32
 from .probing import Probe, decompose, probe_rows, refuse
 from .quantized import check_packed, packed_as_plain
-from .reasons import forward_errors_named, why_no_attention, why_not_one_each
+from .reasons import (
+    forward_errors_named,
+    why_no_attention,
+    why_no_parts,
+    why_not_one_each,
+    why_other_keys,
+)
 from .replay import replay_rows, stopped_at
 from .stream import StreamOutside, check_embeddings, check_n_keys
 from .values import check_values, value_layer
@@ -185,10 +191,8 @@ def _open_blocks(decoder: Decoder) -> tuple[AttentionThrough, list[Block]]:
         decoder.makes_masks |= call.mask.given
         window = call.mask.window(n_tokens)
         if not call.mask.is_causal(n_tokens, window):
-            raise UnsupportedArchitectureError(
-                f"model: {type(call.module).__name__} reads keys other than all past ones or "
-                "those of one sliding window"
-            )
+            why = why_other_keys(decoder, token_ids, call.module)
+            raise UnsupportedArchitectureError(f"model: {type(call.module).__name__} {why}")
         z = attend(call, window)
         calls.append((call, z))
         return z
@@ -251,7 +255,7 @@ def _open_blocks(decoder: Decoder) -> tuple[AttentionThrough, list[Block]]:
             if pre.shape[:-1] != (1, n_tokens):
                 raise UnsupportedArchitectureError(
                     f"model: layer {name} is not supported: it is called with states of shape "
-                    f"{tuple(pre.shape)}, which is not a residual stream of {n_tokens} tokens"
+                    f"{tuple(pre.shape)}, which is not one residual stream of {n_tokens} tokens"
                 )
             probe = Probe(
                 name,
@@ -342,7 +346,13 @@ def _open_block(index: int, probe: Probe, n_far: int, read: int | None) -> Block
     with packed_as_plain(probe) as plain, in_float32(probe.module, dtype, plain) as exact:
         narrow_dtype = None if exact else dtype
         wide = probe.rerun_in_float32() if dtype in HALF else probe
-        parts = decompose(index, wide._replace(narrow_dtype=narrow_dtype))
+        try:
+            parts = decompose(index, wide._replace(narrow_dtype=narrow_dtype))
+        except UnsupportedArchitectureError:
+            why = why_no_parts(wide)
+            if why is None:
+                raise
+            refuse(probe, why)
     narrow = parts.W_O.to(dtype)
     W_O = narrow if torch.equal(narrow.to(parts.W_O.dtype), parts.W_O) else parts.W_O
     block = Block(
