@@ -248,5 +248,6 @@ def test_an_ffn_that_reads_other_positions_is_refused(dtype: torch.dtype) -> Non
     model = tiny_model("llama", dtype=dtype)
     layer = model.model.layers[1]
     layer.mlp = Changed(layer.mlp, lambda x: 0.5 * x.roll(1, dims=1))
-    with pytest.raises(UnsupportedArchitectureError, match="beside attention reads other pos"):
+    message = r"besides attention, it mixes positions by mlp \(Changed\)"
+    with pytest.raises(UnsupportedArchitectureError, match=message):
         Tracer(model)
