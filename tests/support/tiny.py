@@ -556,7 +556,7 @@ REFUSALS = {
             word_embed_proj_dim=36,
             do_layer_norm_before=False,
         ),
-        r"layers\.0 .*residual addition",
+        r"layers\.0 .* final_layer_norm \(LayerNorm\), a norm of the whole stream, .*addition",
     ),
     "falcon-alibi": Refusal(
         "Falcon with ALiBi",
@@ -624,13 +624,13 @@ REFUSALS = {
         "DeepSeek-V3.2 and GLM-MoE-DSA, beyond their index_topk tokens",
         "each row reads keys of its own choice",
         _config("DeepseekV32", **{**_LATENT, "index_topk": 8}, **_DEEPSEEK_EXPERTS),
-        "DeepseekV32Attention reads keys other than all past ones",
+        r"Attention reads keys that it chooses from the text, by indexer \(DeepseekV32Indexer\)",
     ),
     "doge": Refusal(
         "Doge",
         "weights on the residual stream: its residual connection is no identity",
         _config("Doge", num_key_value_heads=2),
-        r"layers\.0 .*no place was found where its residual stream and attention meet",
+        r"layers\.0 .*its residual connection is no identity: it scales the stream",
     ),
     "gemma3n": Refusal(
         "Gemma 3n",
