@@ -239,7 +239,7 @@ def shape_of(tracer: Tracer) -> dict[str, int]:
     """D, H, H_kv and V of a model."""
     decoder, config = tracer.decoder, tracer.model.config
     H_kv = config.num_key_value_heads
-    return {"D": decoder.d_model, "H": decoder.n_heads, "H_kv": H_kv, "V": decoder.d_head}
+    return {"D": decoder.d_model, "H": decoder.n_heads, "H_kv": H_kv, "V": decoder.d_heads[0]}
 
 
 def random_tracer(D: int, H: int, H_kv: int, V: int, share: float, ids: Tensor) -> Tracer:

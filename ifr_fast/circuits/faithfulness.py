@@ -213,8 +213,8 @@ def survival(
         raise ValueError(f"draws: expected at least 1, got {draws}")
     decoder, folder = tracer.decoder, None if checkpoint is None else Path(checkpoint)
     digest = hashlib.sha256(decoder.fingerprint().encode())
-    for x in values or ():
-        digest.update(x.double().cpu().contiguous().numpy().tobytes())
+    if values is not None:
+        values.digest_into(digest)
     found = []
     with progress(f"{mode}-only", len(task)) as show:
         for i in range(len(task)):

@@ -1,7 +1,8 @@
 """Interventions: a model runs with some activations exchanged.
 
 1. `intervening` exchanges a head's output z = α v (before the output projection, [B, T, H, V]) when
-   the model calls its attention function, and an FFN's output when its module returns it.
+   the model calls its attention function, and an FFN's output when its module returns it. Where
+   an FFN is a sum of several modules' outputs, the last of them returns what makes the sum right.
    Everything downstream is the model's own computation.
 2. `observe` keeps the outputs of one run, to be put into another run: activation patching.
 3. `Observed.restart` begins a patched run at layer l and position t. Layers before l do not change,
@@ -20,8 +21,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import UnsupportedArchitectureError
 from ..model.attention import AttentionCall, attend, attend_rows
@@ -31,7 +33,7 @@ from ..model.hooks import LayerCall, change_output, hooked, on_layer_call, on_ou
 from ..model.interface import overriding
 from ..model.modes import evaluating
 from ..recording.batches import batches, can_batch
-from ..recording.layer_pass import WatchedLayer, WatchedPass, pad, window_of
+from ..recording.layer_pass import WatchedLayer, WatchedPass, of_texts, pad, window_of
 
 # (layer, output) -> the output that replaces it. Heads: z [B, T, H, V]; FFNs: [B, T, D].
 Edit = Callable[[int, Tensor], Tensor]
@@ -49,9 +51,9 @@ def intervening(
     are removed afterwards, after errors too.
 
     heads gets each layer's z [B, T, H, V], and ffn each FFN's output [B, T, D], before what a
-    block may scale it by. Batches of several texts are for models of transformers' interface.
-    Raises UnsupportedArchitectureError where `ffn` is given and a block's FFN is no module of its
-    own.
+    block may scale it by (of a sum: its last summand). Batches of several texts are for models of
+    transformers' interface. Raises UnsupportedArchitectureError where `ffn` is given and a block's
+    FFN is no sum of modules' outputs.
     """
     of_module = {block.attention: block for block in decoder.blocks}
     shape = torch.Size()  # of the residual stream in the layer that runs
@@ -68,14 +70,13 @@ def intervening(
     handles = []
     if ffn is not None:
         for block in decoder.blocks:
-            site, layer = _ffn_site(block), block.layer
 
-            def change(x: Tensor, layer: int = layer) -> Tensor:
+            def change(x: Tensor, layer: int = block.layer) -> Tensor:
                 changed = ffn(layer, x.view(shape)).to(x.dtype)
                 return changed.reshape(x.shape).clone()  # some blocks add to it in place
 
             handles.append(on_layer_call(block.module, keep_shape))
-            handles.append(change_output(site, change))
+            handles += _change_ffn(block, change)
     with (
         hooked(*handles),
         evaluating(decoder.model),
@@ -84,13 +85,35 @@ def intervening(
         yield
 
 
-def _ffn_site(block: Block) -> nn.Module:
-    if block.ffn_site is None:
+def _change_ffn(block: Block, change: Callable[[Tensor], Tensor]) -> list[RemovableHandle]:
+    """Hooks by which the FFN of each run of a block has the output that `change` makes of its own,
+    in units of the last branch's output.
+    """
+    if not block.branches:
         raise UnsupportedArchitectureError(
             f"model: layer {block.name} has no submodule whose output is its FFN's alone, so that "
             "nothing can be put in its place"
         )
-    return block.ffn_site
+    *first, last = block.branches
+    earlier: list[Tensor] = []
+
+    def keep(x: Tensor, factor: float) -> None:
+        earlier.append(x * (factor / last.factor))
+
+    def change_last(x: Tensor) -> Tensor:
+        if not first:
+            return change(x)
+        whole = x.clone()
+        for y in earlier:
+            whole += y.reshape(x.shape)
+        earlier.clear()
+        return x + (change(whole) - whole)  # rows that do not change keep every bit
+
+    handles = [
+        on_output(branch.site, lambda x, factor=branch.factor: keep(x, factor))  # type: ignore[misc]
+        for branch in first
+    ]
+    return [*handles, change_output(last.site, change_last)]
 
 
 def padded(texts: Sequence[Sequence[int] | Tensor]) -> tuple[Tensor, Tensor]:
@@ -154,10 +177,10 @@ class Observed:
     lengths: Tensor  # [B] int64
     resid_pre: list[Tensor]  # [B, T, D] of each layer
     z: list[Tensor]  # [B, T, H, V] output of the heads
-    ffn: list[Tensor]  # [B, T, D] output of the FFN's module
+    ffn: list[Tensor]  # [B, T, D] output of the FFN's module, or sum in units of its last one
     logits: Tensor  # [B, vocab] after each text's last token
     _keys: list[AttentionCall]  # k, v [B, H_kv, T, *], and how they are attended to
-    _calls: list[LayerCall]  # of one text
+    _calls: list[LayerCall]  # of all texts
 
     @property
     def n_texts(self) -> int:
@@ -243,10 +266,10 @@ class Observed:
                 x.view(len(texts), last - first, -1)[:, patched] = ffn[:, : end - begin]
                 return x
 
-            handles.append(change_output(_ffn_site(blocks[layer]), change))
+            handles += _change_ffn(blocks[layer], change)
         hidden = self.resid_pre[layer][texts, first:last]
         with overriding(lambda _: given), hooked(*handles):
-            call = self._calls[layer].at(torch.arange(first, last))
+            call = self._call(layer, texts, torch.arange(first, last))
             hidden = call(blocks[layer].module, hidden)
         if layer + 1 < len(blocks):
             if last < T:
@@ -271,7 +294,11 @@ class Observed:
             return attend_rows(whole, call.q, rows, window)
 
         with overriding(answer):
-            return self._calls[block.layer].at(rows)(block.module, hidden)
+            return self._call(block.layer, texts, rows)(block.module, hidden)
+
+    def _call(self, layer: int, texts: Tensor, rows: Tensor) -> LayerCall:
+        """The arguments of a layer at some rows of N variants."""
+        return of_texts(self._calls[layer].at(rows), texts, self.n_texts)
 
 
 @contextmanager
@@ -305,8 +332,9 @@ def observe(decoder: Decoder, texts: Sequence[Sequence[int] | Tensor]) -> Observ
     def attended(layer: WatchedLayer) -> None:
         layer.attention = layer.attention._replace(q=layer.attention.q[:, :, :0])
 
-    def keep_ffn(x: Tensor) -> None:
+    def keep_ffn(x: Tensor) -> Tensor:
         ffn.append(x.reshape(*token_ids.shape, -1).clone())  # some blocks add to it in place
+        return x
 
     watched = WatchedPass(
         decoder,
@@ -317,7 +345,7 @@ def observe(decoder: Decoder, texts: Sequence[Sequence[int] | Tensor]) -> Observ
     )
     with (
         watched.watching(),
-        hooked(*(on_output(_ffn_site(b), keep_ffn) for b in decoder.blocks)),
+        hooked(*(handle for b in decoder.blocks for handle in _change_ffn(b, keep_ffn))),
     ):
         states = _states(decoder, token_ids)
     logits = _logits(decoder, states, lengths)
@@ -329,7 +357,7 @@ def observe(decoder: Decoder, texts: Sequence[Sequence[int] | Tensor]) -> Observ
         ffn,
         logits,
         [layer.attention for layer in layers],
-        [layer.call_of(0) for layer in layers],
+        [layer.layer_call for layer in layers],
     )
 
 

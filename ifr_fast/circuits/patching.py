@@ -47,13 +47,18 @@ class Activations(NamedTuple):
     Position t takes row t, or the last row if there are fewer rows.
     """
 
-    heads: Tensor  # [L, rows, H, V]
+    heads: Sequence[Tensor]  # [rows, H, V] of each layer
     ffn: Tensor  # [L, rows, D]
 
     def at(self, layer: int, n_tokens: int) -> tuple[Tensor, Tensor]:
         """A layer's values for each of `n_tokens` positions: [T, H, V] and [T, D]."""
-        rows = torch.arange(n_tokens).clamp(max=self.heads.shape[1] - 1)
+        rows = torch.arange(n_tokens).clamp(max=self.ffn.shape[1] - 1)
         return self.heads[layer][rows], self.ffn[layer][rows]
+
+    def digest_into(self, digest: hashlib._Hash) -> None:
+        """Updates a digest with all values."""
+        for x in (*self.heads, self.ffn):
+            digest.update(x.double().cpu().contiguous().numpy().tobytes())
 
 
 @torch.inference_mode()
@@ -74,8 +79,9 @@ def mean_activations(
     T = max(lengths)
     if over == "texts" and min(lengths) < T:
         raise ValueError(f"over: expected texts of one length, got {min(lengths)} to {T}")
-    L, (H, V, D) = decoder.n_layers, decoder.blocks[0].W_O.shape
-    heads, ffn = (torch.zeros(L, T, n, dtype=torch.float64) for n in (H * V, D))
+    H, D = decoder.n_heads, decoder.d_model
+    heads = [torch.zeros(T, H * V, dtype=torch.float64) for V in decoder.d_heads]
+    ffn = [torch.zeros(T, D, dtype=torch.float64) for _ in decoder.blocks]
     count = torch.zeros(T, dtype=torch.float64)
     for together in text_batches(decoder, lengths):
         seen = observe(decoder, [texts[i] for i in together])
@@ -84,27 +90,26 @@ def mean_activations(
         for total, of_layers in ((heads, seen.z), (ffn, seen.ffn)):
             for layer, x in enumerate(of_layers):
                 summed = torch.einsum("btx,bt->tx", x.flatten(2).double().cpu(), own)
-                total[layer, : seen.n_tokens] += summed
+                total[layer][: seen.n_tokens] += summed
     groups = {"all": [T], "texts": [1] * T, "rest": [1, T - 1] if T > 1 else [1]}[over]
-    heads, ffn = (
-        torch.stack(
-            [
-                part.sum(1) / n.sum()
-                for part, n in zip(x.split(groups, dim=1), count.split(groups), strict=True)
-            ],
-            dim=1,
-        )
-        for x in (heads, ffn)
-    )
     like = decoder.blocks[0].bias
-    return Activations(heads.unflatten(-1, (H, V)).to(like), ffn.to(like))
+
+    def mean(total: Tensor) -> Tensor:
+        parts = zip(total.split(groups), count.split(groups), strict=True)
+        return torch.stack([part.sum(0) / n.sum() for part, n in parts]).to(like)
+
+    return Activations(
+        [mean(x).unflatten(-1, (H, -1)) for x in heads], torch.stack([mean(x) for x in ffn])
+    )
 
 
 def zero_activations(decoder: Decoder) -> Activations:
     """Zeros for every head's and FFN's output."""
-    L, (H, V, D) = decoder.n_layers, decoder.blocks[0].W_O.shape
-    like = decoder.blocks[0].bias
-    return Activations(like.new_zeros(L, 1, H, V), like.new_zeros(L, 1, D))
+    H, like = decoder.n_heads, decoder.blocks[0].bias
+    return Activations(
+        [like.new_zeros(1, H, V) for V in decoder.d_heads],
+        like.new_zeros(decoder.n_layers, 1, decoder.d_model),
+    )
 
 
 @torch.inference_mode()
@@ -374,6 +379,6 @@ def _identity(
     identity = [direction, positions, with_ffn, paired, task.texts, task.twins]
     identity += [[prompt.right, prompt.wrong] for prompt in task.prompts]
     digest.update(json.dumps(identity).encode())
-    for x in values or ():
-        digest.update(x.double().cpu().contiguous().numpy().tobytes())
+    if values is not None:
+        values.digest_into(digest)
     return digest.hexdigest()

@@ -149,15 +149,15 @@ def lenses(
 def promoted_tokens(
     recording: Recording,
     part: Tensor,
+    layer: int,
     position: int,
     k: int,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> PromotedTokens:
-    """The logits that `part` [D] of the stream at a position adds there."""
-    final = recording.resid_final[position].to(part.device)
-    logits = plain_tensor(
-        direct_logits(recording.decoder, part[None], final[None])[0].float().cpu()
-    )
+    """The logits that `part` [D], which a layer adds to the stream at a position, adds there."""
+    decoder, final = recording.decoder, recording.resid_final[position].to(part.device)
+    left = part * decoder.scale_from(layer)  # at the end of the stream
+    logits = plain_tensor(direct_logits(decoder, left[None], final[None])[0].float().cpu())
 
     def scores(top: Any) -> list[TokenScore]:
         strings = next_tokens(top.indices, recording.token_ids[: position + 1], tokenizer)

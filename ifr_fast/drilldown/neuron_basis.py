@@ -10,7 +10,9 @@ in its input, up to a number for each row (a norm after the FFN). A short probe 
    where norms are linear. It reproduces what the FFN added to each row. It includes the output's
    norm weight, multipliers and adapters.
 
-A mixture of experts has several down projections, so no single submodule fits: it is refused.
+Where a layer multiplies its output by a constant, that constant is taken off first
+(`Block.unscaled`). A mixture of experts has several down projections, so no single submodule fits:
+it is refused. So is an FFN that is the sum of several submodules.
 """
 
 from __future__ import annotations
@@ -156,14 +158,14 @@ class _Replay(NamedTuple):
         )
 
     def __call__(self, hooks: list[Any]) -> Tensor:
-        """The layer's output [R, D]."""
+        """The layer's output [R, D], unscaled."""
 
         def answer(call: AttentionCall) -> Tensor:
             past = self.past._replace(q=call.q)
             return attend_rows(past, call.q, self.rows, self.window)
 
         with overriding(answer), hooked(*hooks):
-            return self.call(self.block.module, self.hidden[None])[0]
+            return self.block.unscaled(self.call(self.block.module, self.hidden[None])[0])
 
 
 class _Candidate(NamedTuple):
@@ -175,6 +177,11 @@ class _Candidate(NamedTuple):
 
 def _find(probe: Recording, layer: int) -> NeuronBasis:
     block = probe.decoder.blocks[layer]
+    if len(block.branches) > 1:
+        raise UnsupportedArchitectureError(
+            f"model: the FFN of layer {block.name} is a sum of the outputs of "
+            f"{len(block.branches)} submodules, so it has no one basis of neurons"
+        )
     found = None
     # Forward-mode derivatives exist neither in inference mode nor for its tensors.
     with (
@@ -299,4 +306,5 @@ def _derivative(run: _Replay, candidate: _Candidate) -> Iterator[Tensor]:
             ):
                 made = run.call.at(rows)(run.block.module, run.hidden[rows][None])
             found = forward_ad.unpack_dual(made).tangent
-        yield x.new_zeros(len(rows), run.hidden.shape[1]) if found is None else found[0]
+        none = x.new_zeros(len(rows), run.hidden.shape[1])
+        yield none if found is None else run.block.unscaled(found[0])

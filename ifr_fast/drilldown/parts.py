@@ -90,7 +90,7 @@ class FFNRows(NamedTuple):
 
     before: Tensor  # [R, D] `resid_mid`; in a parallel block `resid_pre`
     added: Tensor  # [R, D]
-    post: Tensor  # [R, D]
+    post: Tensor  # [R, D] unscaled (`Block.unscaled`)
     inputs: LayerInputs
 
 

@@ -41,7 +41,7 @@ class NewRows(NamedTuple):
     resid_pre: Tensor  # [N, D]
     y: Tensor  # [N, D] resid_mid, or resid_post in parallel blocks
     ffn: Tensor | None  # [N, D], parallel blocks only
-    resid_post: Tensor | None  # [N, D], sequential blocks only
+    resid_post: Tensor | None  # [N, D] unscaled (`Block.unscaled`), sequential blocks only
     bias: Tensor  # [N, D]
     scores: AttentionScores
 
@@ -53,7 +53,7 @@ class _Layer:
     resid_pre: Tensor  # [1, D]
     z: Tensor  # [1, H, V]
     mid: Tensor  # [1, D]
-    resid_post: Tensor  # [1, D]
+    resid_post: Tensor  # [1, D] unscaled
     ffn: Tensor | None  # [1, D], parallel blocks only
 
     def __init__(self, block: Block, recorded: LayerRecording, room: int, open_: _Open) -> None:
@@ -118,7 +118,7 @@ class _Layer:
 
         def leave(x: Tensor) -> None:
             chain.leave(x)
-            self.resid_post = x[0]
+            self.resid_post = block.unscaled(x[0])
             if block.parallel and block.gate_site is None:
                 self.score(keep)
 

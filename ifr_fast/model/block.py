@@ -14,6 +14,13 @@ HALF = (torch.bfloat16, torch.float16)
 TOLERANCE = 1e-4  # relative error that rounding explains in float32
 
 
+class Branch(NamedTuple):
+    """A submodule whose output, times a constant, a layer adds to the stream after attention."""
+
+    site: nn.Module
+    factor: float
+
+
 class Block(NamedTuple):
     """One decoder layer and the places of its parts."""
 
@@ -31,7 +38,8 @@ class Block(NamedTuple):
     d_key: int
     width: int  # numbers per row in the widest tensor that its submodules return
     n_outputs: int | None  # length of the tuple that it returns; None where it returns a tensor
-    ffn_site: nn.Module | None  # the module whose output, perhaps scaled, the FFN adds
+    branches: tuple[Branch, ...]  # the sum that the FFN adds, in the order of their calls
+    stream_scale: float  # the constant that multiplies the stream when the layer is left
     value_layer: int | None = None  # whose keys and values attention reads; None: its own
 
     @property
@@ -42,6 +50,12 @@ class Block(NamedTuple):
     def crossed_window(self, n_tokens: int) -> int | None:
         """The window if a text of `n_tokens` is longer than it, else None."""
         return None if self.window is None or self.window >= n_tokens else self.window
+
+    def unscaled(self, resid_post: Tensor) -> Tensor:
+        """`resid_post` before the layer multiplied it by `stream_scale`: `resid_mid` plus what the
+        FFN adds. Importances are those of `resid_post`, since all parts have the same factor.
+        """
+        return resid_post if self.stream_scale == 1 else resid_post / self.stream_scale
 
     def on_mid(self, keep: Callable[[Tensor], None]) -> torch.utils.hooks.RemovableHandle:
         """Passes `resid_mid` to `keep`; in a parallel block, what attention adds to `resid_pre`."""

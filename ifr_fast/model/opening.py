@@ -13,9 +13,9 @@ each layer, on a short probe:
    It is taken at 0, where a norm after attention is linear. The number by which such a norm
    scales a row, and the gate that multiplies a row's values, are read off each row and held
    fixed.
-4. Closure: resid_pre + sum of parts + bias gives `resid_mid` back, the rest of `resid_post` is a
-   multiple of the output of one submodule (the FFN), and a replay on single rows gives what was
-   recorded.
+4. Closure: resid_pre + sum of parts + bias gives `resid_mid` back, `resid_post` is a multiple of
+   `resid_mid` plus multiples of the outputs of one to three submodules (the FFN) that read nothing
+   but `resid_mid`, and a replay on single rows gives what was recorded.
 
 A model that fails any of these is refused: a wrong graph is worse than none.
 """
@@ -370,7 +370,8 @@ def _open_block(index: int, probe: Probe, n_far: int, read: int | None) -> Block
         probe.call.k.shape[-1],
         parts.width,
         probe.n_outputs,
-        parts.ffn_site,
+        parts.branches,
+        parts.stream_scale,
         read,
     )
     _check_rows(probe, block, parts.resid_mid)

@@ -12,8 +12,17 @@ from torch.autograd import forward_ad
 
 from ..errors import UnsupportedArchitectureError
 from .attention import AttentionCall
-from .block import TOLERANCE, error_of_runs, fit_rows, relative_error, rounding_tolerance
-from .hooks import LayerCall, StopForward, change_input, hooked, on_input, on_output
+from .block import TOLERANCE, Branch, error_of_runs, fit_rows, relative_error, rounding_tolerance
+from .branches import BRANCHES, Sum, sums
+from .hooks import (
+    LayerCall,
+    StopForward,
+    change_input,
+    change_output,
+    hooked,
+    on_input,
+    on_output,
+)
 from .interface import overriding
 from .replay import gates_at
 
@@ -114,7 +123,8 @@ class _Parts(NamedTuple):
     row_scaled: bool = False
     gate_site: nn.Module | None = None
     width: int = 0
-    ffn_site: nn.Module | None = None
+    branches: tuple[Branch, ...] = ()
+    stream_scale: float = 1.0
 
 
 def decompose(index: int, probe: Probe) -> _Parts:
@@ -155,22 +165,50 @@ def decompose(index: int, probe: Probe) -> _Parts:
     else:
         attended, beside = resid_mid - x, resid_mid
     parts = _close(probe, _Parts(mid_site, resid_mid, middle, z), attended, beside)
-    ffn_site = _ffn_site(probe, whole, resid_mid)
+    added = _branches(probe, whole, resid_mid, mid_site is None)
 
     error = relative_error(whole.output, probe.resid_post)
     if error > probe.tolerance:
         refuse(probe, f"a replay does not give its output back (relative error {error:.1e})")
-    rows = probe_rows(len(x))
-    with overriding(lambda _: z[rows][None]):
-        alone = probe.layer_call.at(rows)(probe.module, x[rows][None])[0]
-    error = relative_error(alone, whole.output[rows])
+    _check_sources(probe, parts, whole, len(added.branches))
+    return parts._replace(
+        width=whole.width, branches=added.branches, stream_scale=added.stream_scale
+    )
+
+
+def _check_sources(probe: Probe, parts: _Parts, whole: _Run, n_branches: int) -> None:
+    """Refuses a layer whose output at a row depends on more than `resid_mid` of that row (in a
+    parallel block: than the stream and the attention output of that row).
+    """
+    rows, x, z = probe_rows(len(probe.resid_pre)), probe.resid_pre, probe.z
+
+    def error_of(hidden: Tensor, z: Tensor) -> float:
+        with overriding(lambda _: z[rows][None]):
+            alone = probe.layer_call.at(rows)(probe.module, hidden[rows][None])[0]
+        return relative_error(alone, whole.output[rows])
+
+    def check_rows() -> None:
+        error = error_of(x, z)
+        if error > probe.tolerance:
+            refuse(
+                probe,
+                "something in it beside attention reads other positions "
+                f"(relative error {error:.1e} of rows on their own)",
+            )
+
+    # Where modules compute in half precision, another rounding may choose other experts.
+    if parts.mid_site is None or (probe.narrow_dtype is not None and n_branches == 1):
+        check_rows()
+        return
+    # Another stream, without attention, gives the same resid_mid: the output has to be the same.
+    error = error_of(parts.resid_mid - parts.bias, torch.zeros_like(z))
     if error > probe.tolerance:
+        check_rows()
         refuse(
             probe,
-            "something in it beside attention reads other positions "
-            f"(relative error {error:.1e} of rows on their own)",
+            "what it adds after attention depends on more than the stream there: it reads the "
+            f"stream before attention, or attention itself (relative error {error:.1e})",
         )
-    return parts._replace(width=whole.width, ffn_site=ffn_site)
 
 
 def _close(probe: Probe, parts: _Parts, attended: Tensor, beside: Tensor) -> _Parts:
@@ -289,27 +327,42 @@ def _gate_site(probe: Probe) -> nn.Module | None:
     return next((module for (module, x), (_, y) in pairs if not torch.equal(x, y)), None)
 
 
-def _ffn_site(probe: Probe, run: _Run, before: Tensor) -> nn.Module | None:
-    """The FFN: the submodule whose output the rest of the layer's output is a multiple of.
-
-    If several pass that output on, the last one that is called only once; None if there is none.
+def _branches(probe: Probe, run: _Run, before: Tensor, parallel: bool) -> Sum:
+    """What the layer adds to `before` [T, D]: one submodule's output times a constant (if several
+    pass it on, that of the last one that is called only once), or else a sum of a few beside a
+    multiple of the stream. No branches if all that pass it on are called several times.
     """
     left = run.output - before
     calls = [module for module, _ in run.outputs]
     best = float("inf")
-    found: nn.Module | None = None
+    found: Branch | None = None
     for module, x in run.outputs:
         scale = (left * x).sum() / x.square().sum().clamp(min=1e-30)
         error = relative_error(scale * x, left, run.output)
         best = min(best, error)
         adds = bool(scale) or not bool(x.any())  # zero is a multiple of any output
         if error <= TOLERANCE and adds and calls.count(module) == 1:
-            found = module
+            found = Branch(module, float(scale))
     if best <= TOLERANCE:
-        return found
+        return Sum(() if found is None else (found,), 1.0)
+    for candidate in sums(run.output, before, run.outputs):
+        if not (parallel and candidate.stream_scale != 1) and _is_all(probe, candidate, before):
+            return candidate
     if run.emits_output:
         refuse(probe, "its output is the output of a submodule, not of a residual addition")
-    return refuse(probe, f"what its FFN adds is no submodule's output (relative error {best:.1e})")
+    return refuse(
+        probe,
+        "what its FFN adds is no submodule's output, nor a sum of at most "
+        f"{BRANCHES} (relative error {best:.1e})",
+    )
+
+
+def _is_all(probe: Probe, found: Sum, before: Tensor) -> bool:
+    """True if the layer gives a multiple of the stream alone where the branches give 0."""
+    handles = [change_output(branch.site, torch.zeros_like) for branch in found.branches]
+    with hooked(*handles):
+        output = _run(probe, probe.resid_pre, probe.z).output
+    return relative_error(output, found.stream_scale * before) <= TOLERANCE
 
 
 def probe_rows(n_tokens: int) -> Tensor:

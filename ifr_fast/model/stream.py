@@ -11,8 +11,16 @@ from transformers import PreTrainedModel
 
 from ..errors import UnsupportedArchitectureError
 from .attention import AttentionCall
+from .block import Block
 from .decoder import Decoder
-from .hooks import LayerCall, StopForward, hooked, on_input, on_layer_call, on_output
+from .hooks import (
+    LayerCall,
+    StopForward,
+    map_tensors,
+    on_input,
+    on_layer_call,
+    on_output,
+)
 
 _PROBE_LENGTH = 12
 
@@ -180,30 +188,50 @@ def on_end(decoder: Decoder, chain: Chain) -> torch.utils.hooks.RemovableHandle:
 
 def check_embeddings(decoder: Decoder) -> None:
     """Raises UnsupportedArchitectureError if the first layer is entered with rows that depend on
-    other tokens than their own.
+    other tokens than their own, or if a layer is called with other arguments that do.
     """
     T = min(_PROBE_LENGTH, decoder.max_length or _PROBE_LENGTH)
     token_ids = torch.arange(T) % decoder.vocab_size
-    expected = _entered(decoder, token_ids)
+    stream, given = _entered(decoder, token_ids)
     for kept in torch.arange(T).split(max(1, T // 3)):
         others = (token_ids + 1) % decoder.vocab_size
         others[kept] = token_ids[kept]
-        if not bool(same_bits(_entered(decoder, others)[kept], expected[kept])):
+        other_stream, other_given = _entered(decoder, others)
+        if not bool(same_bits(other_stream[kept], stream[kept])):
             raise UnsupportedArchitectureError(
                 f"model: {type(decoder.model).__name__} mixes the embeddings of several tokens "
                 "before its first layer; a position's embedding has to be its token's alone"
             )
+        pairs = zip(_rows_of(given, T, kept), _rows_of(other_given, T, kept), strict=True)
+        if not all(torch.equal(x, y) for x, y in pairs):
+            raise UnsupportedArchitectureError(
+                f"model: {type(decoder.model).__name__} calls a layer with an argument that mixes "
+                "several tokens; at a position it has to be made of that position's token alone"
+            )
 
 
-def _entered(decoder: Decoder, token_ids: Tensor) -> Tensor:
-    """The input [T, D] of the first layer."""
+def _entered(decoder: Decoder, token_ids: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The input [T, D] of the first layer, and the other tensors that layers are called with."""
     found: list[Tensor] = []
+    given: dict[int, Tensor] = {}
+    n_called = 0
 
-    def stop(hidden: Tensor, _: LayerCall) -> None:
-        found.append(hidden[0])
-        raise StopForward
+    def skip(_: Block, hidden: Tensor, call: LayerCall) -> Tensor:
+        nonlocal n_called
+        n_called += 1
+        if not found:
+            found.append(hidden[0])
+        map_tensors((call.args, call.kwargs), lambda x: given.setdefault(id(x), x))
+        if n_called == decoder.n_layers:
+            raise StopForward
+        return hidden
 
-    handle = on_layer_call(decoder.blocks[0].module, stop)
-    with hooked(handle), suppress(StopForward):
+    with decoder.overriding_layers(skip), suppress(StopForward):
         decoder.forward(token_ids)
-    return found[0]
+    return found[0], list(given.values())
+
+
+def _rows_of(given: list[Tensor], n_rows: int, rows: Tensor) -> list[Tensor]:
+    """The arguments of layers at some of `n_rows` rows."""
+    at: list[Tensor] = list(LayerCall(n_rows, tuple(given), {}).at(rows).args)
+    return at

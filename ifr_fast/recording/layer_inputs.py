@@ -36,7 +36,8 @@ def layer_inputs(
 ) -> tuple[LayerInputs, Tensor | None]:
     """The kernels' inputs for `rows` [R] (int64, CPU, ascending) of a layer.
 
-    If the block is sequential, `resid_post` [R, D] is returned too, so that its FFN can be scored.
+    If the block is sequential, `resid_post` [R, D] is returned too, so that its FFN can be scored:
+    before the layer multiplied it by a constant (`Block.unscaled`).
     If the recording `is_replayed`, call this within `Decoder.attention_through`.
     """
     block, recorded = recording.decoder.blocks[layer], recording.layers[layer]
@@ -94,7 +95,7 @@ def layer_inputs(
         log_sum_exp=log_sum_exp,
         ffn=resid_post - mid if block.parallel else None,
     )
-    return inputs, None if block.parallel else resid_post
+    return inputs, None if block.parallel else block.unscaled(resid_post)
 
 
 def block_rows(device: torch.device) -> int:

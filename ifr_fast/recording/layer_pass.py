@@ -110,7 +110,7 @@ class WatchedLayer:
 
     def call_of(self, b: int) -> LayerCall:
         """The layer's other arguments for text `b`."""
-        return of_text(self.layer_call, b, len(self.resid_pre))
+        return of_texts(self.layer_call, slice(b, b + 1), len(self.resid_pre))
 
 
 class WatchedPass:
@@ -240,12 +240,12 @@ class WatchedPass:
         return z
 
 
-def of_text(call: LayerCall, b: int, B: int) -> LayerCall:
-    """A layer's arguments for one of B texts: a batch dimension is the first of two or more."""
+def of_texts(call: LayerCall, texts: Tensor | slice, B: int) -> LayerCall:
+    """A layer's arguments for some of B texts: a batch dimension is the first of two or more."""
     if B == 1:
         return call
 
     def take(x: Tensor) -> Tensor:
-        return x[b : b + 1] if x.ndim >= 2 and x.shape[0] == B else x
+        return x[texts] if x.ndim >= 2 and x.shape[0] == B else x
 
     return LayerCall(call.n_rows, map_tensors(call.args, take), map_tensors(call.kwargs, take))

@@ -53,8 +53,8 @@ def score_rows(
     keep: float,
     kernel: Kernel,
 ) -> LayerScores:
-    """Scores the rows of a block. resid_post: [R, D], None in a parallel block. Raises ValueError
-    for a wrong shape in `inputs`.
+    """Scores the rows of a block. resid_post: [R, D] unscaled (`Block.unscaled`), None in a
+    parallel block. Raises ValueError for a wrong shape in `inputs`.
     """
     _check_shapes(inputs)
     scores = kernel.score_attention(inputs, keep)

@@ -206,7 +206,7 @@ def _inputs(layer: WatchedLayer, b: int, n: int) -> tuple[LayerInputs, Tensor | 
         log_sum_exp=None if layer.log_sum_exp is None else take(layer.log_sum_exp),
         ffn=resid_post - resid_mid if block.parallel else None,
     )
-    return inputs, None if block.parallel else resid_post
+    return inputs, None if block.parallel else block.unscaled(resid_post)
 
 
 def _known(x: Tensor | None) -> Tensor:

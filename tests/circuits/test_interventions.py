@@ -127,7 +127,7 @@ def test_patches_are_those_of_hooks_on_the_modules_themselves(family):
     model, decoder = opened(family)
     text, twin = tiny_text(12, seed=1), other(tiny_text(12, seed=1))
     seen, source = observe(decoder, [text]), observe(decoder, [twin])
-    V = decoder.d_head
+    V = decoder.d_heads[0]
     layer, t, head = 1, 7, 3
     taken: dict[str, Tensor] = {}
 
@@ -245,7 +245,7 @@ def test_ablation_by_position_touches_no_other():
     def edit(layer: int, z: Tensor) -> Tensor:
         z = z.clone()
         if layer == 1:
-            z[0, 6, 4] = values.heads[1, 1, 4]
+            z[0, 6, 4] = values.heads[1][1, 4]
         return z
 
     def edit_ffn(layer: int, x: Tensor) -> Tensor:
@@ -267,11 +267,11 @@ def test_means_are_the_means():
     rest = torch.cat([one.z[1][0, 1:] for one in alone]).mean(0)
     first = torch.stack([one.ffn[2][0, 0] for one in alone]).mean(0)
     over_all = mean_activations(decoder, texts, over="all")
-    torch.testing.assert_close(over_all.heads[1, 0], pooled)
+    torch.testing.assert_close(over_all.heads[1][0], pooled)
     apart = mean_activations(decoder, texts)
-    torch.testing.assert_close(apart.heads[1, 1], rest)
+    torch.testing.assert_close(apart.heads[1][1], rest)
     torch.testing.assert_close(apart.ffn[2, 0], first)
-    assert torch.equal(apart.at(1, 4)[0][2], apart.heads[1, 1])
+    assert torch.equal(apart.at(1, 4)[0][2], apart.heads[1][1])
     alike = [tiny_text(6, seed=n) for n in range(3)]
     by_position = mean_activations(decoder, alike, over="texts")
     expected = torch.stack([observe(decoder, [x]).z[0][0] for x in alike]).mean(0)

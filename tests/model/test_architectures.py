@@ -43,6 +43,8 @@ SPECIAL = [
     "falcon",
     "gemma2",
     "gemma3",
+    "gemma4",
+    "gemma4-moe",
     "glm4",
     "gpt_neo",
     "gpt_oss",

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from opened import tiny_tracer
 from oracle import assert_graph_agrees, importances
 from refusals import Parts, assert_refused, attend, feed, llama_with
-from same_graph import assert_same_bits
+from same_graph import assert_agree, assert_same_bits
 from tiny import CONFIGS, VOCAB, account, tiny_model, tiny_text
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GraniteConfig, PreTrainedModel
@@ -103,11 +104,6 @@ def _as_it_is(layer: nn.Module, x: Tensor, kwargs: Any) -> Tensor:
     return mid + feed(layer, mid)
 
 
-def _scaled_residual(layer: nn.Module, x: Tensor, kwargs: Any) -> Tensor:
-    mid = x + attend(layer, x, kwargs)
-    return 0.5 * mid + feed(layer, mid)
-
-
 def _scaled_first_residual(layer: nn.Module, x: Tensor, kwargs: Any) -> Tensor:
     mid = 0.5 * x + attend(layer, x, kwargs)
     return mid + feed(layer, mid)
@@ -116,11 +112,6 @@ def _scaled_first_residual(layer: nn.Module, x: Tensor, kwargs: Any) -> Tensor:
 def _adapter_of_x(layer: nn.Module, x: Tensor, kwargs: Any) -> Tensor:
     mid = x + attend(layer, x, kwargs)
     return mid + feed(layer, mid) + layer.extra(x)
-
-
-def _adapter_of_mid(layer: nn.Module, x: Tensor, kwargs: Any) -> Tensor:
-    mid = x + attend(layer, x, kwargs)
-    return mid + feed(layer, mid) + layer.extra(mid)
 
 
 def _adapter_before_mid(layer: nn.Module, x: Tensor, kwargs: Any) -> Tensor:
@@ -157,16 +148,34 @@ def _squashed_attention(layer: nn.Module, x: Tensor, kwargs: Any) -> Tensor:
     return mid + feed(layer, mid)
 
 
-def _two_ffns(layer: nn.Module, x: Tensor, kwargs: Any) -> Tensor:
-    mid = x + attend(layer, x, kwargs)
-    post = mid + feed(layer, mid)
-    return post + layer.extra(post)
-
-
 def _neighbour_mixed_in(layer: nn.Module, x: Tensor, kwargs: Any) -> Tensor:
     mid = x + attend(layer, x, kwargs)
     post = mid + feed(layer, mid)
     return post + 0.1 * torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
+
+
+def _neighbours_adapter(layer: nn.Module, x: Tensor, kwargs: Any) -> Tensor:
+    mid = x + attend(layer, x, kwargs)
+    before = torch.cat([torch.zeros_like(mid[:, :1]), mid[:, :-1]], dim=1)
+    return mid + feed(layer, mid) + layer.extra(before)
+
+
+def _attention_by_an_adapter(layer: nn.Module, x: Tensor, kwargs: Any) -> Tensor:
+    attention = attend(layer, x, kwargs)
+    mid = x + attention
+    return mid + feed(layer, mid) + layer.extra(attention)
+
+
+def _four_branches(layer: nn.Module, x: Tensor, kwargs: Any) -> Tensor:
+    mid = x + attend(layer, x, kwargs)
+    others = (layer.extra(mid) + layer.extra_2(mid) + layer.norm(mid)) * 0.3
+    return mid + feed(layer, mid) + others
+
+
+def _branch_or_stream(layer: nn.Module, x: Tensor, kwargs: Any) -> Tensor:
+    """0.5 * mid + the identity's output, or 1.5 * mid + the FFN's."""
+    mid = x + attend(layer, x, kwargs)
+    return 0.5 * mid + layer.identity(mid + feed(layer, mid))
 
 
 def test_a_layer_may_be_written_differently() -> None:
@@ -179,10 +188,8 @@ def test_a_layer_may_be_written_differently() -> None:
 @pytest.mark.parametrize(
     "parts",
     [
-        _scaled_residual,
         _scaled_first_residual,
         _adapter_of_x,
-        _adapter_of_mid,
         _adapter_before_mid,
         _norm_at_the_end,
         _norm_then_nothing,
@@ -190,15 +197,113 @@ def test_a_layer_may_be_written_differently() -> None:
         _attention_into_the_end,
         _attention_times_gate,
         _squashed_attention,
-        _two_ffns,
         _neighbour_mixed_in,
+        _neighbours_adapter,
+        _attention_by_an_adapter,
+        _four_branches,
+        _branch_or_stream,
     ],
 )
 def test_layers_with_other_parts_are_refused(parts: Parts) -> None:
     assert_refused(llama_with(parts), "layers.1")
 
 
-@pytest.mark.parametrize("where", ["attention", "block", "scaled"])
+@pytest.mark.parametrize(
+    ("parts", "why"),
+    [
+        (_adapter_of_x, "reads the stream before attention"),
+        (_attention_by_an_adapter, "reads the stream before attention, or attention itself"),
+        (_neighbours_adapter, "reads other positions"),
+        (_four_branches, "nor a sum of at most 3"),
+        (_norm_at_the_end, "its output is the output of a submodule"),
+    ],
+)
+def test_a_refused_branch_is_told_why(parts: Parts, why: str) -> None:
+    assert_refused(llama_with(parts), "layers.1", why)
+
+
+class Sum(NamedTuple):
+    """A layer that adds more than one branch to a multiple of the stream."""
+
+    parts: Parts
+    branches: list[str]  # names of the submodules, in the order of their calls
+    scale: float = 1.0
+
+
+def _scaled_residual(layer: nn.Module, x: Tensor, kwargs: Any) -> Tensor:
+    mid = x + attend(layer, x, kwargs)
+    return 0.55 * mid + feed(layer, mid)
+
+
+def _scaled_output(layer: nn.Module, x: Tensor, kwargs: Any) -> Tensor:
+    return _as_it_is(layer, x, kwargs) * -1.7
+
+
+def _adapter_of_mid(layer: nn.Module, x: Tensor, kwargs: Any) -> Tensor:
+    mid = x + attend(layer, x, kwargs)
+    return mid + layer.extra(mid) + 0.4 * feed(layer, mid)
+
+
+def _two_ffns(layer: nn.Module, x: Tensor, kwargs: Any) -> Tensor:
+    mid = x + attend(layer, x, kwargs)
+    post = layer.identity(mid + feed(layer, mid))  # holds the stream, and is no branch
+    return (post + layer.extra(post)) * 0.07
+
+
+def _three_branches(layer: nn.Module, x: Tensor, kwargs: Any) -> Tensor:
+    mid = x + attend(layer, x, kwargs)
+    post = mid + feed(layer, mid)
+    post = post + 0.3 * layer.extra(post.tanh())
+    return (post + layer.norm(layer.extra_2(post)) * 2) * 1.3
+
+
+SUMS = {
+    "scaled residual": Sum(_scaled_residual, ["mlp"], 0.55),
+    "scaled output": Sum(_scaled_output, ["mlp"], -1.7),
+    "adapter": Sum(_adapter_of_mid, ["extra", "mlp"]),
+    "two FFNs, scaled": Sum(_two_ffns, ["mlp", "extra"], 0.07),
+    "three branches, scaled": Sum(_three_branches, ["mlp", "extra", "norm"], 1.3),
+}
+
+
+@EVERY
+@pytest.mark.parametrize("name", SUMS)
+def test_all_that_is_added_after_attention_is_one_part(name: str, dtype: torch.dtype) -> None:
+    of = SUMS[name]
+    model = llama_with(of.parts)
+    layer = model.model.layers[1]
+    layer.layer_scalar = of.scale  # for the oracle
+    tracer = Tracer(copy.deepcopy(model).to(dtype).eval())
+    block = tracer.decoder.blocks[1]
+    sites = [block.module.get_submodule(branch) for branch in of.branches]
+    assert [branch.site for branch in block.branches] == sites
+    assert block.stream_scale == pytest.approx(of.scale, rel=1e-6)
+    assert [other.stream_scale for other in tracer.decoder.blocks[::2]] == [1, 1]
+    if dtype != torch.float32:
+        return
+    text = tiny_text(9)
+    layers = [importances(layer) for layer in account(model, text)]
+    for granularity in ("token", "head"):
+        graph = tracer.trace(text, threshold=0.02, granularity=granularity)
+        assert_graph_agrees(graph, layers)
+    for scores in tracer.contributions(text, keep=0.0):
+        assert_agree(scores, layers[scores.layer])
+
+
+def test_an_argument_of_a_layer_that_mixes_tokens_is_refused() -> None:
+    """Gemma 4's layers read an embedding of the row's token, which no other token may change."""
+    model = tiny_model("gemma4")
+    own = model.model.project_per_layer_inputs
+
+    def mixed(*args: Any) -> Tensor:
+        x = own(*args)
+        return x + 0.1 * x.roll(1, dims=1)
+
+    model.model.project_per_layer_inputs = mixed
+    assert_refused(model, "calls a layer with an argument that mixes several tokens")
+
+
+@pytest.mark.parametrize("where", ["attention", "scaled"])
 def test_parallel_layers_with_other_parts_are_refused(where: str) -> None:
     """The output of an adapter that reads x is no bias of the attention module."""
     model = tiny_model("gpt_neox")
@@ -212,11 +317,27 @@ def test_parallel_layers_with_other_parts_are_refused(where: str) -> None:
         output = own(hidden_states, *args, **kwargs)
         if where == "attention":
             return output[0] + layer.extra(hidden_states), *output[1:]
-        added = layer.extra(hidden_states) if where == "block" else -0.5 * hidden_states
-        return output + added
+        return output - 0.5 * hidden_states
 
     module.forward = forward
     assert_refused(model, "layers.1")
+
+
+def test_a_parallel_layer_may_have_several_branches() -> None:
+    model = tiny_model("gpt_neox")
+    layer = model.gpt_neox.layers[1]
+    torch.manual_seed(1)
+    layer.extra = nn.Linear(36, 36)
+
+    class Layer(type(layer)):
+        def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return super().forward(hidden_states, *args, **kwargs) + self.extra(hidden_states)
+
+    layer.__class__ = Layer
+    text = tiny_text(9)
+    layers = [importances(layer) for layer in account(model, text)]
+    for scores in Tracer(model).contributions(text, keep=0.0):
+        assert_agree(scores, layers[scores.layer])
 
 
 class Changed(nn.Module):

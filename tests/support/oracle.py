@@ -36,7 +36,7 @@ class LayerImportance(NamedTuple):
 def importances(layer: LayerAccount) -> LayerImportance:
     """Importances of all parts of all nodes of a layer (paper section 2.2)."""
     H, T, _ = layer.pattern.shape
-    y = layer.resid_post if layer.resid_mid is None else layer.resid_mid
+    y = layer.unscaled if layer.resid_mid is None else layer.resid_mid
     u = torch.einsum("jhv,hvd->hjd", layer.v, layer.W_O)  # [H, T, D]
     heads = torch.zeros(H, T, T, dtype=torch.float64)
     for t in range(T):
@@ -46,7 +46,7 @@ def importances(layer: LayerAccount) -> LayerImportance:
         if layer.after is not None:
             parts = parts * layer.after[t]
         heads[:, t, : t + 1] = proximity(parts, y[t])
-    states = (layer.resid_pre, layer.resid_mid, layer.resid_post, layer.ffn)
+    states = (layer.resid_pre, layer.resid_mid, layer.unscaled, layer.ffn)
     return shared(*states, heads)._replace(made_by=layer.made_by)
 
 

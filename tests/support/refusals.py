@@ -1,4 +1,4 @@
-"""Tiny Llamas with one layer that computes something else, and their refusal."""
+"""Tiny Llamas with one layer that computes something else, and the refusal of models."""
 
 from __future__ import annotations
 
@@ -41,9 +41,11 @@ def llama_with(parts: Parts) -> PreTrainedModel:
     torch.manual_seed(1)
     layer.extra = nn.Linear(36, 36)
     layer.norm = nn.LayerNorm(36)
+    layer.extra_2, layer.identity = nn.Linear(36, 36), nn.Identity()
 
-    def forward(hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        return parts(layer, hidden_states, kwargs)
+    class Layer(type(layer)):
+        def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+            return parts(self, hidden_states, kwargs)
 
-    layer.forward = forward
+    layer.__class__ = Layer
     return model

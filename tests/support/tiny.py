@@ -72,6 +72,12 @@ _ALTERNATING = {
     "sliding_window": WINDOW,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
 }
+_GEMMA4 = {
+    "intermediate_size": 52,
+    "head_dim": 8,
+    "global_head_dim": 12,
+    "sliding_window": WINDOW,
+}
 _FALCON = {
     "vocab_size": VOCAB,
     "hidden_size": 36,
@@ -171,6 +177,38 @@ FAMILIES = {
         "Gemma 3",
         "norms before and after, norms of q and k, alternating windows",
         _config("Gemma3Text", num_key_value_heads=2, head_dim=10, **_ALTERNATING),
+        mid="pre_feedforward_layernorm",
+    ),
+    "gemma4": Family(
+        "Gemma 4",
+        "wider heads in layers without a window, per-layer embeddings, layer scalars",
+        _config(
+            "Gemma4Text",
+            num_key_value_heads=2,
+            hidden_size_per_layer_input=10,
+            vocab_size_per_layer_input=VOCAB,
+            layer_types=["full_attention", "sliding_attention", "full_attention"],
+            **_GEMMA4,
+        ),
+        mid="pre_feedforward_layernorm",
+    ),
+    "gemma4-moe": Family(
+        "Gemma 4 with experts",
+        "experts beside a dense FFN, values that share the keys' projection, fewer KV heads in "
+        "layers without a window",
+        _config(
+            "Gemma4Text",
+            num_key_value_heads=3,
+            num_global_key_value_heads=2,
+            attention_k_eq_v=True,
+            hidden_size_per_layer_input=0,
+            enable_moe_block=True,
+            num_experts=4,
+            top_k_experts=2,
+            moe_intermediate_size=20,
+            layer_types=["sliding_attention", "full_attention", "full_attention"],
+            **_GEMMA4,
+        ),
         mid="pre_feedforward_layernorm",
     ),
     "gemma4_shared": Family(
@@ -663,6 +701,9 @@ def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -
                 parameter.mul_(2 if re.search("q_|k_|qkv|query|c_attn", name) else 1)
             else:
                 parameter.add_(0.2 * torch.randn_like(parameter))
+        for name, buffer in model.named_buffers():
+            if name.endswith("layer_scalar"):
+                buffer.copy_(0.5 + torch.rand(()))
     model.tiny_family = family
     if dtype != torch.float32:  # grouped products lack float64 and narrow rows
         model.config._experts_implementation = "eager"
@@ -680,13 +721,19 @@ class LayerAccount(NamedTuple):
     resid_pre: Tensor  # [T, D]
     resid_mid: Tensor | None  # [T, D]; None in a parallel block
     resid_post: Tensor  # [T, D]
-    ffn: Tensor  # [T, D]
+    ffn: Tensor  # [T, D] all that is added to resid_mid; resid_post = scale * (resid_mid + ffn)
     pattern: Tensor  # [H, T, T]
     v: Tensor  # [T, H, V], repeated to all heads
     W_O: Tensor  # [H, V, D]
     gate: Tensor | None  # [T, H, V] factor of the attention output
     after: Tensor | None  # [T, D] factor of the output projection's output, by a norm or a number
+    scale: float = 1.0  # factor of the whole stream
     made_by: int | None = None  # the layer from whose resid_pre v was made; None: this one
+
+    @property
+    def unscaled(self) -> Tensor:
+        """[T, D]: resid_post before its factor."""
+        return self.resid_post / self.scale
 
 
 def account(model: PreTrainedModel, token_ids: Tensor) -> list[LayerAccount]:
@@ -765,13 +812,14 @@ def account(model: PreTrainedModel, token_ids: Tensor) -> list[LayerAccount]:
         pre, post = seen["pre", i], seen["post", i]
         mid = seen.get(("mid", i))
         attended = seen["attention", i] if mid is None else mid - pre
+        scale = float(getattr(layers[i], "layer_scalar", 1.0))
         z = torch.einsum("htj,jhv->thv", pattern, v)
         accounts.append(
             LayerAccount(
                 pre,
                 mid,
                 post,
-                post - (pre + attended if mid is None else mid),
+                post / scale - (pre + attended if mid is None else mid),
                 pattern,
                 v,
                 _out_map(attentions[i].get_submodule(family.out), H * v.shape[-1]).view(
@@ -779,6 +827,7 @@ def account(model: PreTrainedModel, token_ids: Tensor) -> list[LayerAccount]:
                 ),
                 _quotient(seen["gated", i].view(z.shape), z),
                 _quotient(attended, seen["out", i]),
+                scale,
                 None if family.made_by is None else family.made_by[i],
             )
         )

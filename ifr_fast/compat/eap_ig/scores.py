@@ -128,6 +128,9 @@ def _scores(graph: Graph, recording: Recording, positions: bool) -> Tensor:
                 total[:before, column + 3 * H] += shares
                 parts[:, done + H] = node.ffn
                 done += H + 1
+                scale = decoder.blocks[layer].stream_scale
+                if scale != 1:  # the layer multiplies all that the stream holds
+                    parts[:, :done] *= scale
             total[:, -1] += _shares(parts, recording.resid_final[rows].to(device, wide))
     return total / T
 
