@@ -236,7 +236,7 @@ def span_scores(layers: list[LayerAccount], weights: Tensor) -> Tensor:
     return scores
 
 
-FAMILIES = ["llama-bias", "gemma2", "gpt_neox", "mistral", "gpt_oss", "qwen3_next"]
+FAMILIES = ["llama-bias", "gemma2", "gemma4", "gpt_neox", "mistral", "gpt_oss", "qwen3_next"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

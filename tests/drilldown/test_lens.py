@@ -94,15 +94,15 @@ def test_promoted_by_heads_and_blocks(any_case: Case) -> None:
         assert_close(block.logits, oracle.direct(oracle.layers[LAYER].ffn[position], position))
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "phi"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi", "gemma4"])
 def test_what_all_parts_add_is_the_logits(family: str) -> None:
     """All heads, blocks and the embedding together give the logits without the biases' share."""
     tracer, oracle, text = case(family)
     recording = tracer.record(text)
-    total = oracle.direct(oracle.layers[0].resid_pre[T - 1], T - 1)
+    total = oracle.direct(oracle.layers[0].resid_pre[T - 1], T - 1, 0)
     for layer, block in enumerate(tracer.decoder.blocks):
         total += tracer.promoted_tokens(recording, layer=layer).logits
-        total += oracle.direct(block.bias.double(), T - 1)
+        total += oracle.direct(block.bias.double(), T - 1, layer)
         for head in range(tracer.decoder.n_heads):
             total += tracer.promoted_tokens(recording, layer=layer, head=head).logits
     bias = oracle.norm.bias if isinstance(oracle.norm, nn.LayerNorm) else torch.zeros(1)

@@ -8,12 +8,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from model_oracle import LAYER, Case, Oracle, T, assert_close, case
+from model_oracle import LAYER, NAMES, Case, Oracle, T, assert_close, case
+from opened import tiny_tracer
 from oracle import proximity
+from refusals import attend, feed, llama_with
 from tiny import tiny_model, tiny_text
-from torch import Tensor
+from torch import Tensor, nn
 
-from ifr_fast import Tracer
+from ifr_fast import Tracer, UnsupportedArchitectureError
 from ifr_fast.drilldown import neurons
 from ifr_fast.graph.tables import NodeKind
 from ifr_fast.kernels import neurons as neuron_kernel
@@ -24,7 +26,7 @@ from ifr_fast.recording.recording import RecordingMode
 def shares_of_neurons(oracle: Oracle, layer: int, kind: NodeKind) -> list[Tensor]:
     """Importances of neurons [T, F]; in `post` also the stream's, and attention's if parallel."""
     of, parts = oracle.layers[layer], oracle.neurons(layer)
-    y = of.ffn if kind == NodeKind.FFN else of.resid_post
+    y = of.ffn if kind == NodeKind.FFN else of.unscaled
     neurons = torch.stack([proximity(p, row) for p, row in zip(parts, y, strict=True)])
     found = [neurons]
     if kind == NodeKind.POST:
@@ -59,6 +61,29 @@ def test_neurons(neuron_case: Case, kind: str, monkeypatch: pytest.MonkeyPatch) 
             total = sum(x if x.ndim == 1 else x.sum(-1) for x in got)
             assert_close(total, torch.ones(3, dtype=torch.float64))
             assert not scores.unattributed.any()
+
+
+@pytest.mark.parametrize("kind", ["post", "ffn"])
+def test_neurons_of_a_layer_that_scales_the_stream(kind: str) -> None:
+    def scaled(layer: nn.Module, x: Tensor, kwargs: Any) -> Tensor:
+        mid = x + attend(layer, x, kwargs)
+        return (mid + feed(layer, mid)) * layer.layer_scalar
+
+    model, text = llama_with(scaled), tiny_text(T)
+    model.model.layers[LAYER].layer_scalar = 0.3
+    tracer, oracle = Tracer(model), Oracle(model, NAMES["llama"], text)
+    expected = shares_of_neurons(oracle, LAYER, NodeKind(kind))
+    scores = tracer.neurons(text, layer=LAYER, position=slice(None), kind=kind)
+    assert_close(scores.importance, expected[0])
+    found = tracer.promoted_tokens(text, layer=LAYER, position=6, neuron=17)
+    assert_close(found.part, oracle.neurons(LAYER)[6, 17])
+    assert_close(found.logits, oracle.direct(found.part.double(), 6))
+
+
+def test_an_ffn_that_is_a_sum_has_no_basis_of_neurons() -> None:
+    tracer, text = tiny_tracer("gemma4"), tiny_text(T)
+    with pytest.raises(UnsupportedArchitectureError, match=r"layers\.1 is a sum .* 2 submodules"):
+        tracer.neurons(text, layer=LAYER)
 
 
 def test_the_most_important_neurons_come_first() -> None:

@@ -39,6 +39,7 @@ NAMES = {
     "gemma2": Names(
         "model.layers", "mlp.down_proj", "model.norm", "lm_head", "post_feedforward_layernorm"
     ),
+    "gemma4": Names("model.layers", "", "model.norm", "lm_head"),
     "opt": Names("model.decoder.layers", "fc2", "model.decoder.final_layer_norm", "lm_head"),
     "granite": Names("model.layers", "mlp.down_proj", "model.norm", "lm_head"),
     "qwen3_next": Names("model.layers", "", "model.norm", "lm_head"),
@@ -94,8 +95,12 @@ class Oracle:
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     @torch.no_grad()
-    def direct(self, part: Tensor, position: int) -> Tensor:
-        """The logits that `part` adds at a position, with the norm held, by the norms' formulas."""
+    def direct(self, part: Tensor, position: int, layer: int = LAYER) -> Tensor:
+        """The logits that `part`, which `layer` adds to the stream, adds at a position, with the
+        norm held, by the norms' formulas.
+        """
+        for following in self.layers[layer:]:
+            part = part * following.scale
         x, weight = self.final[position], self.norm.weight
         eps = next(
             getattr(self.norm, name)

@@ -99,7 +99,7 @@ def test_scores_of_two_layers_by_hand() -> None:
 
 
 PARALLEL = {"phi", "gptj"}
-FAMILIES = ["llama", "gpt2", "gemma2", "phi", "bloom", "opt", "qwen3_next", "gptj"]
+FAMILIES = ["llama", "gpt2", "gemma2", "gemma4", "phi", "bloom", "opt", "qwen3_next", "gptj"]
 
 
 def tokens_part(model: Any, text: Tensor, resid_pre: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ def expected_scores(model: Any, text: Tensor, positions: bool = False) -> dict[s
         parts += list(heads if layer.after is None else heads * layer.after)
         if layer.resid_mid is not None:
             read(f"m{i}", layer.resid_mid)
-        parts.append(layer.ffn)
+        parts = [part * layer.scale for part in (*parts, layer.ffn)]
     read("logits", layers[-1].resid_post)
     return found
 

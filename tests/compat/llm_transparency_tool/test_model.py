@@ -47,7 +47,9 @@ def test_wrong_arguments_are_named(call: Any, names: str) -> None:
 
 
 @pytest.mark.parametrize("parity", [False, True])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "gemma2", "granite", "gpt_neox"])
+@pytest.mark.parametrize(
+    "family", ["llama", "gpt2", "qwen2", "gemma2", "gemma4", "granite", "gpt_neox"]
+)
 def test_methods_agree_with_the_model(family: str, parity: bool) -> None:
     token_ids = tiny_text(20)
     if family == "gpt_neox" and parity:
