@@ -224,8 +224,8 @@ FAMILIES = {
             sliding_window=WINDOW,
             layer_types=["sliding_attention", "full_attention"] * 2 + ["full_attention"],
             num_kv_shared_layers=2,
-            hidden_size_per_layer_input=0,
-            output_router_logits=True,  # transformers 5.23 fails without, and no such input
+            hidden_size_per_layer_input=10,
+            vocab_size_per_layer_input=VOCAB,
             pad_token_id=0,
         ),
         mid="pre_feedforward_layernorm",
