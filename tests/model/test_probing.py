@@ -215,7 +215,7 @@ def test_layers_with_other_parts_are_refused(parts: Parts) -> None:
         (_attention_by_an_adapter, "reads the stream before attention, or attention itself"),
         (_neighbours_adapter, "reads other positions"),
         (_four_branches, "nor a sum of at most 3"),
-        (_norm_at_the_end, "its output is the output of a submodule"),
+        (_norm_at_the_end, "a norm of the whole stream"),
     ],
 )
 def test_a_refused_branch_is_told_why(parts: Parts, why: str) -> None:
