@@ -60,7 +60,9 @@ def check_fingerprint(file: MappedFile, model: str) -> None:
     """
     path = file.path
     if file.is_checked and file.fields.get("model") != model:
-        raise FormatError(f"{path}: was recorded from another model, or with other weights")
+        raise FormatError(
+            f"{path}: was recorded from another model, or with other weights, settings or hooks"
+        )
 
 
 def load(path: str | os.PathLike[str], decoder: Decoder) -> Recording:

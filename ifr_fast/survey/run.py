@@ -328,7 +328,7 @@ def _check_same(directory: Path, begun: dict[str, Any], fields: dict[str, Any]) 
         if begun.get(name) != value:
             match name:
                 case "model":
-                    what = "of another model, or with other weights"
+                    what = "of another model, or with other weights or settings"
                 case "sources":
                     what = "from other inputs, or they changed their size"
                 case _:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from opened import tiny_tracer
 from peft import LoraConfig, get_peft_model
 from tiny import FAMILIES, tiny_model, tiny_text
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.models.llama import modeling_llama
 
 from ifr_fast import Tracer
 from ifr_fast.model.fingerprint import fingerprint
@@ -74,6 +81,144 @@ def test_a_hook_on_all_modules_is_seen() -> None:
     finally:
         handle.remove()
     assert fingerprint(model) == before
+
+
+class Gate(nn.Module):
+    """An activation with a factor that torch does not list."""
+
+    def __init__(self, factor: Any) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sigmoid() * self.factor
+
+
+class Slotted:
+    __slots__ = ("factor",)
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
+class Leaky:
+    slope = 0.1
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.slope * x
+
+
+class Steep(Leaky):
+    slope = 0.2
+
+
+@dataclasses.dataclass
+class Options:
+    factor: float
+
+
+def linear(weight: float) -> nn.Module:
+    layer = nn.Linear(1, 1, bias=False)
+    put(layer.weight, (0, 0), weight)
+    return layer
+
+
+def act(x: Any) -> Callable[[Any], None]:
+    """Puts an activation into a layer, as a plain attribute where it is no module."""
+
+    def edit(model: Any) -> None:
+        mlp = model.model.layers[1].mlp
+        del mlp.act_fn
+        mlp.act_fn = x
+
+    return edit
+
+
+def on(place: str, name: str, value: Any) -> Callable[[Any], None]:
+    return lambda model: setattr(model.get_submodule(place), name, value)
+
+
+def parametrized(factor: float) -> Callable[[Any], None]:
+    def edit(model: Any) -> None:
+        layer = model.model.layers[1].mlp.up_proj
+        nn.utils.parametrize.register_parametrization(layer, "weight", Gate(torch.tensor(factor)))
+
+    return edit
+
+
+ATTENTION = "model.layers.1.self_attn"
+# Pairs of edits that differ in one setting.
+SETTINGS: dict[str, list[Callable[[Any], None]]] = {
+    "a lambda": [act(lambda x: x * 1.0), act(lambda x: x * 2.0)],
+    "a partial": [act(functools.partial(torch.mul, other=f)) for f in (1.0, 2.0)],
+    "an object with slots": [act(Slotted(1.0)), act(Slotted(2.0))],
+    "a setting of a class": [act(Leaky()), act(Steep())],
+    "a tensor that is no buffer": [act(Gate(torch.tensor(f))) for f in (1.0, 2.0)],
+    "an array": [act(Gate(np.array([f]))) for f in (1.0, 2.0)],
+    "a number of numpy": [act(Gate(np.float32(f))) for f in (1.0, 2.0)],
+    "tensors in a list": [act(Gate([torch.tensor(f)])) for f in (1.0, 2.0)],
+    "a module in a list": [act(Gate([linear(f)])) for f in (1.0, 2.0)],
+    "a data class": [act(Gate(Options(f))) for f in (1.0, 2.0)],
+    "a parametrization": [parametrized(1.0), parametrized(2.0)],
+    "an integer": [on("model.rotary_emb", "attention_scaling", f) for f in (1, 2)],
+    "a switch": [on(ATTENTION, "is_causal", f) for f in (True, False)],
+    "no float any more": [on(ATTENTION, "scaling", torch.tensor(f)) for f in (1.0, 2.0)],
+    "a layer's own configuration": [
+        on(ATTENTION, "config", tiny_model("llama").config.__class__(rope_theta=f))
+        for f in (1.0, 2.0)
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_settings_are_told_apart(kind: str) -> None:
+    found = []
+    for edit in (*SETTINGS[kind], *SETTINGS[kind]):
+        model = tiny_model("llama")
+        edit(model)
+        found.append(fingerprint(model))
+    assert found[:2] == found[2:]
+    assert len(set(found)) == 2
+
+
+def test_what_stands_in_place_of_a_library_s_code_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    own = modeling_llama.LlamaMLP.forward, modeling_llama.apply_rotary_pos_emb
+
+    @functools.wraps(own[0])
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return 2 * own[0](self, x)
+
+    def turned(*args: Any) -> Any:
+        return own[1](*args)
+
+    found = {fingerprint(model)}
+    for place, name, x in (
+        (modeling_llama.LlamaMLP, "forward", forward),
+        (modeling_llama, "apply_rotary_pos_emb", turned),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(place, name, x)
+            found.add(fingerprint(model))
+    assert len(found) == 3
+    assert fingerprint(model) in found
+
+
+def test_saving_and_moving_change_nothing(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    del model.tiny_family  # which is not saved
+    before = fingerprint(model)
+    model.save_pretrained(tmp_path)
+    model.config.use_cache = False
+    assert fingerprint(model) == before
+    for options in ({}, {"dtype": torch.float32}, {"attn_implementation": "eager"}):
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, **options)
+        assert fingerprint(loaded) == before
+    assert fingerprint(pickle.loads(pickle.dumps(model))) == before
+    assert fingerprint(cpu_offload(copy.deepcopy(model))) == before
 
 
 class Steering:
@@ -216,8 +361,6 @@ def test_processes_agree() -> None:
 
 
 def test_offloaded_weights_count() -> None:
-    from accelerate import cpu_offload
-
     offloaded = cpu_offload(tiny_model("llama"))
     assert any(x.is_meta for x in offloaded.parameters())
     found = Tracer(offloaded).decoder.fingerprint()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -116,26 +117,22 @@ def test_an_adapter_s_results_are_not_mixed_with_its_base_s(tmp_path: Path) -> N
             base.trace_all(TEXT, threshold=0.1, checkpoint=tmp_path / "tables")
 
 
-class Hidden:
-    """Keeps its number where no fingerprint finds it."""
-
-    __slots__ = ("strength",)
-
-    def __init__(self) -> None:
-        self.strength = 0.0
-
-    def __call__(self, _: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
-        return output * (1 + self.strength)
+def hidden(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
+    """Reads its number where no fingerprint finds it."""
+    return output * (1 + float(os.environ["STRENGTH"]))
 
 
-def test_a_hook_that_changes_unseen_is_found_by_its_results(tmp_path: Path) -> None:
-    model, hook = tiny_model("llama"), Hidden()
-    model.model.layers[1].mlp.register_forward_hook(hook)
+def test_a_hook_that_changes_unseen_is_found_by_its_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STRENGTH", "0")
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.register_forward_hook(hidden)
     tracer = Tracer(model)
     tracer.record(TEXT, path=tmp_path / "recording")
     tracer.trace_all(TEXT, threshold=0.1, checkpoint=tmp_path / "tables")
     before = tracer.decoder.fingerprint()
-    hook.strength = 0.5
+    monkeypatch.setenv("STRENGTH", "0.5")
     assert tracer.decoder.fingerprint() == before
     with pytest.raises(FormatError, match=r"layer .*1 now gives other values"):
         tracer.load_recording(tmp_path / "recording")
