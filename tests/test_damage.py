@@ -248,6 +248,13 @@ def test_swapped_bytes_are_noticed(kind: str, tmp_path: Path) -> None:
             KINDS[kind].read(path)
 
 
+def test_the_patches_of_another_layer_are_refused(tmp_path: Path) -> None:
+    folder = make_patches(tmp_path)
+    shutil.copy(folder / "0-1.safetensors", folder / "0-2.safetensors")
+    with pytest.raises(FormatError, match=r"0-2.safetensors: belongs to another layer"):
+        read_patches(folder)
+
+
 def test_a_duplicated_part_stops_a_survey(tmp_path: Path) -> None:
     texts = records(6)
     options: dict[str, Any] = {"model": tracer(), **SMALL}

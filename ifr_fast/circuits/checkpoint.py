@@ -33,20 +33,26 @@ class SweepFolder(NamedTuple):
     def _path(self, batch: int, layer: int) -> Path:
         return self.folder / f"{batch}-{layer}.safetensors"
 
-    def load(self, batch: int, layer: int) -> LayerPatches | None:
-        """The saved result, or None. Raises FormatError if it belongs to other settings."""
+    def load(self, batch: int, layer: int, texts: list[int]) -> LayerPatches | None:
+        """The saved result for `texts`, those of a batch, or None.
+
+        Raises FormatError if it belongs to other settings, another layer or other texts.
+        """
         path = self._path(batch, layer)
         if not path.exists():
             return None
         tensors, fields = load_tensors(path, FORMAT)
         if fields.get("identity") != self.identity:
             raise FormatError(f"{path}: belongs to another model, task or kind of patching")
+        if (fields.get("layer"), fields.get("texts")) != (layer, texts):
+            raise FormatError(f"{path}: belongs to another layer or other texts; delete it")
         return LayerPatches(
             tensors["heads"], tensors["ffn"], **{name: fields[name] for name in _COUNTED}
         )
 
-    def save(self, batch: int, layer: int, part: LayerPatches) -> None:
+    def save(self, batch: int, layer: int, texts: list[int], part: LayerPatches) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        fields = {"identity": self.identity, **{name: getattr(part, name) for name in _COUNTED}}
+        fields = {"identity": self.identity, "layer": layer, "texts": texts}
+        fields |= {name: getattr(part, name) for name in _COUNTED}
         tensors = {"heads": part.heads, "ffn": part.ffn}
         save_tensors(self._path(batch, layer), FORMAT, tensors, fields)

@@ -269,14 +269,14 @@ def _sweep(
             own = (against if direction == "denoise" else prompt)[batch]
             sign = 1 if direction == "denoise" else -1
             for i, layer in enumerate(chosen):
-                part = None if kept is None else kept.load(b, layer)
+                part = None if kept is None else kept.load(b, layer, batch)
                 if part is None:
                     new = _values(base, source, values, layer)
                     part = _patch_layer(
                         base, layer, new, first, positions, with_ffn, paired, measure
                     )
                     if kept is not None:
-                        kept.save(b, layer, part)
+                        kept.save(b, layer, batch, part)
                 n = part.heads.shape[-1]
                 heads[batch, i, :, :n] = sign * (part.heads - own[:, None, None])
                 if with_ffn:
