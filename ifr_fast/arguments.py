@@ -8,7 +8,7 @@ import os
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from numbers import Real
 from pathlib import Path
-from typing import Any, SupportsIndex, TypeAlias, cast
+from typing import Any, SupportsIndex, TypeAlias, TypeVar, cast
 
 import numpy as np
 import torch
@@ -16,8 +16,10 @@ from torch import Tensor
 
 # One position, negative from the end, or several.
 Position: TypeAlias = "SupportsIndex | slice | Iterable[SupportsIndex]"
+Kind = TypeVar("Kind")
 # No count is larger: it would not fit into the integers that the libraries below count with.
 MOST = (1 << 31) - 1
+MOST_SEED = (1 << 64) - 1  # of torch's generators
 
 
 def check_options(threshold: float, granularity: str) -> float:
@@ -157,7 +159,7 @@ def check_fraction(name: str, value: float) -> float:
     return check_number(name, value, "a number from 0 to 1", low=0, high=1)
 
 
-def check_seed(name: str, value: SupportsIndex, most: int = (1 << 64) - 1) -> int:
+def check_seed(name: str, value: SupportsIndex, most: int = MOST_SEED) -> int:
     """A random seed as an int. Raises ValueError unless it is from 0 to `most`."""
     seed = as_index(name, value)
     if not 0 <= seed <= most:
@@ -170,6 +172,14 @@ def check_flag(name: str, value: bool) -> bool:
     if not isinstance(value, bool | np.bool_):
         raise ValueError(f"{name}: expected True or False, got {shown(value)}")
     return bool(value)
+
+
+def check_instance(name: str, value: Kind, *kinds: type[Kind]) -> Kind:
+    """An object of one of some classes. Raises ValueError for any other."""
+    if not isinstance(value, kinds):
+        names = " or ".join(kind.__name__ for kind in kinds)
+        raise ValueError(f"{name}: expected a {names}, got {shown(value)}")
+    return value
 
 
 def check_choice(name: str, value: str, choices: Collection[str]) -> str:
@@ -199,15 +209,13 @@ def check_unicode(name: str, text: str) -> str:
 
 
 def check_path(name: str, path: str | os.PathLike[str]) -> Path:
-    """A path. Raises ValueError for what no file can be called."""
+    """A path. Raises ValueError for what no file can be called, and for names that are not UTF-8:
+    the readers and writers of tensors refuse them.
+    """
     if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
         raise ValueError(f"{name}: expected a path, got {shown(path)}")
     given = os.fspath(path)
-    try:
-        encoded = os.fsencode(given)
-    except UnicodeEncodeError:
-        encoded = b""
-    if not encoded or b"\0" in encoded:
+    if not given or "\0" in check_unicode(name, given):
         raise ValueError(f"{name}: expected a path, got {shown(given)}")
     return Path(given)
 

@@ -28,6 +28,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ._version import __version__
+from .arguments import check_count, check_fraction, holds_integers, shown
 from .model.modes import evaluating
 from .recording.recording import Recording
 from .tracer import Tracer
@@ -136,8 +137,10 @@ def measure(
 
     Memory is measured in the first recording and the first scoring, before the timing.
     """
-    if repeat < 1:
-        raise ValueError(f"repeat: expected at least 1, got {repeat}")
+    repeat = check_count("repeat", repeat)
+    threshold = check_fraction("threshold", threshold)
+    if not isinstance(token_ids, Tensor) or token_ids.ndim != 1 or not holds_integers(token_ids):
+        raise ValueError(f"token_ids: expected token ids [T], got {shown(token_ids)}")
     device = tracer.decoder.device
     of_recording = memory_use(lambda: tracer.record(token_ids), device)
     recording = of_recording.result

@@ -25,6 +25,17 @@ class FormatError(IfrError):
     """A file is truncated, foreign, or of another format version."""
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's error says, in one line; its type where it says nothing, or where
+    what it says needs it.
+    """
+    lines = str(error).strip().splitlines()
+    name = type(error).__name__
+    if isinstance(error, OSError | ValueError) and lines:
+        return lines[0]
+    return f"{name}: {' '.join(line.strip() for line in lines[:2])}" if lines else name
+
+
 _MODULE = {"scikit-learn": "sklearn"}  # by package, where the names differ
 
 

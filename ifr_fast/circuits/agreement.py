@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..arguments import check_count, check_seed
 from ..errors import needing
 
 LEVEL = 0.95  # confidence level of all intervals
@@ -95,8 +96,7 @@ def precision_at(scores: Tensor, positive: Tensor, k: int) -> float:
 
     Where scores tie for the last places, each of them counts with the share that is taken.
     """
-    if not 1 <= k <= len(scores):
-        raise ValueError(f"k: expected 1 to {len(scores)}, got {k}")
+    k = check_count("k", k, most=len(scores))
     return float(_precision_at(scores, positive, k))
 
 
@@ -116,7 +116,7 @@ def bootstrap(
     statistic: takes the prompts' indices in many draws [draws, n] and returns a number for each
     draw [draws]. Draws where it is not defined (NaN) are left out.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(check_seed("seed", seed))
     drawn = statistic(torch.randint(n, (draws, n), generator=generator)).double()
     drawn = drawn[~drawn.isnan()]
     value = float(statistic(torch.arange(n)[None])[0])

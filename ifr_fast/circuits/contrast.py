@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..arguments import Position
+from ..arguments import Position, check_choice, listed, shown
 from ..graph.flow import exceeds
 from ..graph.tables import EdgeKind, Granularity
 from ..routes.route_graph import RouteGraph
@@ -50,8 +50,10 @@ def components(graphs: Sequence[RouteGraph], measure: Measure = "importance") ->
     measure: "importance" is the weight of the paths through a component. "frequency" is 1 where the
     component is in the graph, that is, has an edge above the threshold by itself, and else 0.
     """
-    if measure not in ("importance", "frequency"):
-        raise ValueError(f"measure: expected 'importance' or 'frequency', got {measure!r}")
+    check_choice("measure", measure, ("importance", "frequency"))
+    graphs = listed("graphs", graphs)
+    if not all(isinstance(graph, RouteGraph) for graph in graphs):
+        raise ValueError(f"graphs: expected RouteGraphs, got {shown(graphs)}")
     if not graphs:
         raise ValueError("graphs: is empty; expected at least one")
     if measure == "frequency":
@@ -113,7 +115,10 @@ def contrastive(
             granularity=granularity,
             batch_size=batch_size,
         )
+        if not isinstance(graphs, list):
+            raise ValueError("texts: expected several texts, got a single one")
         return components(graphs, measure)
 
+    check_choice("measure", measure, ("importance", "frequency"))
     other = position if against_position is None else against_position
     return found(texts, position) - found(texts if against is None else against, other)

@@ -29,7 +29,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..arguments import check_fraction
+from ..arguments import check_choice, check_count, check_fraction, check_seed, listed
 from ..errors import FormatError
 from ..model.attention import AttentionCall, attend_rows
 from ..model.decoder import Decoder
@@ -204,13 +204,12 @@ def survival(
     position over the prompt's own references (`Prompt.references`). checkpoint: a folder that keeps
     the result of each prompt, so that prompts can be added later. Graphs have granularity "head".
     """
-    if mode not in ("keep", "remove"):
-        raise ValueError(f"mode: expected 'keep' or 'remove', got {mode!r}")
-    at = sorted(check_fraction("threshold", threshold) for threshold in thresholds)
+    check_choice("mode", mode, ("keep", "remove"))
+    check_seed("seed", seed)
+    at = sorted(check_fraction("thresholds", x) for x in listed("thresholds", thresholds))
     if not at:
         raise ValueError("thresholds: is empty; expected at least one")
-    if draws < 1:
-        raise ValueError(f"draws: expected at least 1, got {draws}")
+    draws = check_count("draws", draws)
     decoder, folder = tracer.decoder, None if checkpoint is None else Path(checkpoint)
     digest = hashlib.sha256(decoder.fingerprint().encode())
     if values is not None:

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.hooks import RemovableHandle
 
+from ..arguments import listed
 from ..errors import UnsupportedArchitectureError
 from ..model.attention import AttentionCall, attend, attend_rows
 from ..model.block import Block
@@ -34,6 +35,7 @@ from ..model.interface import overriding
 from ..model.modes import evaluating
 from ..recording.batches import batches, can_batch
 from ..recording.layer_pass import WatchedLayer, WatchedPass, of_texts, pad, window_of
+from ..tokens import encode
 
 # (layer, output) -> the output that replaces it. Heads: z [B, T, H, V]; FFNs: [B, T, D].
 Edit = Callable[[int, Tensor], Tensor]
@@ -116,6 +118,24 @@ def _change_ffn(block: Block, change: Callable[[Tensor], Tensor]) -> list[Remova
     return [*handles, change_output(last.site, change_last)]
 
 
+def check_texts(decoder: Decoder, texts: Sequence[Sequence[int] | Tensor]) -> list[Tensor]:
+    """Token ids [T] of each text. Raises ValueError where there are none, or one has ids that the
+    model lacks.
+    """
+    found = []
+    for i, text in enumerate(listed("texts", texts)):
+        try:
+            ids = encode(text, None, None)
+        except ValueError as error:
+            raise ValueError(f"texts: text {i}: {str(error).removeprefix('text: ')}") from error
+        if int(ids.min()) < 0 or int(ids.max()) >= decoder.vocab_size:
+            raise ValueError(f"texts: token ids must be from 0 to {decoder.vocab_size - 1}")
+        found.append(ids)
+    if not found:
+        raise ValueError("texts: is empty; expected at least one")
+    return found
+
+
 def padded(texts: Sequence[Sequence[int] | Tensor]) -> tuple[Tensor, Tensor]:
     """Texts of token ids as [B, T], each filled up with its last token, and their lengths [B]."""
     rows = [torch.as_tensor(text, dtype=torch.int64) for text in texts]
@@ -134,7 +154,7 @@ def run(
 
     Where the model takes no batches, there must be one text.
     """
-    token_ids, lengths = padded(texts)
+    token_ids, lengths = padded(check_texts(decoder, texts))
     _check_batch(decoder, len(token_ids))
     with intervening(decoder, heads=heads, ffn=ffn):
         states = _states(decoder, token_ids)
@@ -324,7 +344,7 @@ def observe(decoder: Decoder, texts: Sequence[Sequence[int] | Tensor]) -> Observ
             f"model: {type(decoder.model).__name__} shares keys and values between layers, and "
             "its runs cannot be restarted at a layer, as patching does"
         )
-    token_ids, lengths = padded(texts)
+    token_ids, lengths = padded(check_texts(decoder, texts))
     _check_batch(decoder, len(token_ids))
     layers: list[WatchedLayer] = []
     ffn: list[Tensor] = []

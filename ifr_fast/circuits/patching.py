@@ -28,11 +28,12 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ..arguments import check_choice
 from ..model.decoder import Decoder
 from ..progress import progress
 from ..recording.batches import can_batch
 from .checkpoint import LayerPatches, SweepFolder
-from .interventions import Observed, observe, restarting, run, text_batches
+from .interventions import Observed, check_texts, observe, restarting, run, text_batches
 from .tasks import Task
 
 Direction = Literal["denoise", "noise"]
@@ -71,11 +72,9 @@ def mean_activations(
     models keep an attention sink there, with activations much larger than all others). "all" takes
     the mean over all positions. "texts" takes a mean at each position, over texts of equal length.
     """
-    if over not in ("rest", "all", "texts"):
-        raise ValueError(f"over: expected 'rest', 'all' or 'texts', got {over!r}")
-    if not texts:
-        raise ValueError("texts: is empty; expected at least one")
-    lengths = [len(text) for text in texts]
+    check_choice("over", over, ("rest", "all", "texts"))
+    given = check_texts(decoder, texts)
+    lengths = [len(text) for text in given]
     T = max(lengths)
     if over == "texts" and min(lengths) < T:
         raise ValueError(f"over: expected texts of one length, got {min(lengths)} to {T}")
@@ -84,7 +83,7 @@ def mean_activations(
     ffn = [torch.zeros(T, D, dtype=torch.float64) for _ in decoder.blocks]
     count = torch.zeros(T, dtype=torch.float64)
     for together in text_batches(decoder, lengths):
-        seen = observe(decoder, [texts[i] for i in together])
+        seen = observe(decoder, [given[i] for i in together])
         own = (torch.arange(seen.n_tokens) < seen.lengths[:, None]).double()  # [B, T]
         count[: seen.n_tokens] += own.sum(0)
         for total, of_layers in ((heads, seen.z), (ffn, seen.ffn)):

@@ -31,6 +31,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ..arguments import check_choice, check_count, check_seed
+
 
 def _words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
@@ -158,8 +160,7 @@ def ioi(
     second subject by the indirect object. Raises ValueError if fewer than six names are single
     tokens.
     """
-    if twin not in ("abc", "swap"):
-        raise ValueError(f"twin: expected 'abc' or 'swap', got {twin!r}")
+    check_choice("twin", twin, ("abc", "swap"))
     single = [name for name in dict.fromkeys(names) if _is_single(tokenizer, name)]
     if len(single) < 6:
         raise ValueError(
@@ -250,9 +251,8 @@ TASKS: dict[str, Callable[..., Task]] = {"ioi": ioi, "greater-than": greater_tha
 
 def _drawn(draw: Callable[[random.Random], Prompt | None], n: int, seed: int) -> list[Prompt]:
     """The first n different prompts that `draw` returns."""
-    if n < 1:
-        raise ValueError(f"n_prompts: expected at least 1, got {n}")
-    rng = random.Random(seed)
+    n = check_count("n_prompts", n)
+    rng = random.Random(check_seed("seed", seed))
 
     def attempts() -> Iterator[Prompt]:
         seen = set()

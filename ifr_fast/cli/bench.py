@@ -41,8 +41,9 @@ def bench(
 ) -> None:
     """Measure the cost of attribution on this machine, relative to the model's forward pass."""
     sizes = _lengths(lengths)
-    if repeat < 1:
-        raise ValueError(f"--repeat: expected at least 1, got {repeat}")
+    from ..arguments import check_count
+
+    check_count("--repeat", repeat)
     text = None if file is None else files.read_file("--file", file)
     outputs = files.check_outputs({"--json": json_path})
     tracer = options.open_tracer(model, impl, subfolder=subfolder)
@@ -75,7 +76,10 @@ def bench(
 def _lengths(given: str) -> list[int]:
     """Parses '128,512': numbers of tokens, ascending, each once."""
     parts = [part.strip() for part in given.split(",")]
-    if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
+    # Ten digits are more than any text has tokens.
+    if not all(part.isascii() and part.isdigit() and 0 < len(part) <= 10 for part in parts) or not (
+        all(map(int, parts))
+    ):
         raise ValueError(f"--lengths: expected numbers of tokens, as in 128,512, got {given!r}")
     return sorted({int(part) for part in parts})
 

@@ -58,7 +58,6 @@ def circuits(
     With the default model on two cores this takes about an hour, and a tenth of that with
     --prompts 5. After an interruption, run the same command again to resume.
     """
-    from ..arguments import check_fraction
     from ..circuits.report import Settings, make_report
 
     settings = Settings(
@@ -74,7 +73,6 @@ def circuits(
         input_prompts=input_prompts,
     )
     settings.check()
-    check_fraction("threshold", threshold)
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out: {out} is a file; expected a folder to write")
     tracer = options.open_tracer(model, impl, subfolder=subfolder)

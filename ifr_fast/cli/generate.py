@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -51,14 +50,12 @@ def generate(
     """Continue a text, and print each new token with the tokens that it came from."""
     prompt = files.read_text(text, file, chat, continue_final_message, no_special_tokens)
     outputs = files.check_outputs({"--json": json_path})
-    if sources < 1:
-        raise ValueError(f"--sources: expected at least 1, got {sources}")
-    if not (temperature >= 0 and math.isfinite(temperature)):
-        raise ValueError(f"--temperature: expected a number from 0 up, got {temperature}")
-    if not 0 <= seed < 1 << 64:
-        raise ValueError(f"--seed: expected 0 to {(1 << 64) - 1}, got {seed}")
-    from ..arguments import check_fraction
+    from ..arguments import check_count, check_fraction, check_number, check_seed
 
+    check_count("--sources", sources)
+    check_count("--max-new-tokens", max_new_tokens)
+    check_number("--temperature", temperature, "a number from 0 up", low=0)
+    check_seed("--seed", seed)
     check_fraction("threshold", threshold)
     tracer = options.open_tracer(model, impl, subfolder=subfolder)
     import torch

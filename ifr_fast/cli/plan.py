@@ -29,8 +29,10 @@ def plan(
     dtype: Annotated[str, typer.Option(help="With --config: dtype of the weights.")] = "bfloat16",
 ) -> None:
     """Print the memory and time that a text takes; fail if it does not fit."""
+    from ..arguments import check_choice, check_count
     from ..recording.memory import parse_bytes
 
+    check_count("tokens", tokens)
     console = Console(highlight=False, soft_wrap=True)
     if max_memory is not None:
         parse_bytes(max_memory, "--max-memory")
@@ -48,18 +50,17 @@ def plan(
     import torch
     from transformers import AutoConfig
 
+    from ..errors import first_line
     from ..recording.paper_plan import plan_for
 
-    if dtype not in _DTYPES:
-        raise ValueError(f"--dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}")
+    check_choice("--dtype", dtype, _DTYPES)
     if not config.exists():
         raise ValueError(f"--config: no file or directory {str(config)!r}")
     room = None if device_memory is None else parse_bytes(device_memory, "--device-memory")
     try:
         read = AutoConfig.from_pretrained(config)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"--config: {config} cannot be read: {reason}") from error
+    except Exception as error:  # a configuration raises whatever it meets
+        raise ValueError(f"--config: {config} cannot be read: {first_line(error)}") from error
     found = plan_for(read, tokens, device_memory=room, dtype=getattr(torch, dtype))
     console.print(str(found))
     if room is not None:

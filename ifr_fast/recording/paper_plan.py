@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from ..errors import UnsupportedArchitectureError
+from ..arguments import check_count
+from ..errors import UnsupportedArchitectureError, first_line
 from ..model.attention import AttentionCall, may_sum
 from ..model.hooks import LayerCall, StopForward
 from ..model.interface import attention_through, uses_interface
@@ -44,8 +45,12 @@ def plan_for(
 
     Raises UnsupportedArchitectureError if its attention cannot be seen without weights.
     """
-    with torch.device("meta"), torch.no_grad():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    n_tokens = check_count("n_tokens", n_tokens)
+    try:
+        with torch.device("meta"), torch.no_grad():
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    except Exception as error:  # a configuration raises whatever it meets
+        raise ValueError(f"config: no model can be made of it: {first_line(error)}") from error
     layers: list[LayerSizes] = []
     text_config = model.config.get_text_config()
     D = text_config.hidden_size

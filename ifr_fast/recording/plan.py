@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..arguments import check_count
 from ..errors import MemoryBudgetError
 from . import prefill
 from .memory import available_memory, describe_bytes
@@ -109,8 +110,7 @@ def make_plan(
     `mode` and `place` restrict the choice. Raises MemoryBudgetError if nothing fits; the error
     states the need of the last choice tried.
     """
-    if n_tokens < 1:
-        raise ValueError(f"n_tokens: expected at least 1, got {n_tokens}")
+    n_tokens = check_count("n_tokens", n_tokens)
     rows = prefill.chunk_rows(sizes.device)
     host = room.device if sizes.device.type == "cpu" else room.host
     refused: tuple[str, int, int] | None = None

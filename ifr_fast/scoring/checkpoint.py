@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..arguments import check_path
 from ..errors import FormatError, IfrError
+from ..graph.checks import check_layer
 from ..graph.table_files import named_tensors, take_table
 from ..graph.tables import LayerTable
 from ..model.block import error_of_runs, rounding_tolerance
@@ -79,10 +80,11 @@ class Checkpoint:
                         "expected an empty folder"
                     )
             on_device = {name: x.to(device) for name, x in tensors.items()}
-            parallel = "ffn_residual" not in tensors
-            table = take_table(on_device, parallel=parallel, edges=_EDGES).at_most_one()
-            return table._replace(value_layer=self.recording.decoder.blocks[layer].value_layer)
-        except KeyError as error:
+            block = self.recording.decoder.blocks[layer]
+            table = take_table(on_device, parallel=block.parallel, edges=_EDGES).at_most_one()
+            check_layer(table, len(self.recording), len(block.W_O))
+            return table._replace(value_layer=block.value_layer)
+        except (KeyError, ValueError, IndexError, RuntimeError) as error:
             raise FormatError(f"{path}: not a whole {FORMAT.name} file ({error})") from error
 
     def save(self, layer: int, table: LayerTable) -> None:

@@ -287,6 +287,8 @@ def _named(inputs: Any, corpus: str | None = None) -> list[Source]:
         return [inputs]
     if isinstance(inputs, str | os.PathLike):
         given = os.fspath(inputs)
+        if not given:
+            raise ValueError("inputs: expected the path of a file or a folder, got ''")
         return [Source.parse(given) if corpus is None else Source(given, corpus)]
     if isinstance(inputs, Mapping):
         return [source for name, of in inputs.items() for source in _named(of, str(name))]

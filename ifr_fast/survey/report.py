@@ -24,6 +24,7 @@ import pyarrow as pa
 from pyarrow import csv
 
 from .._version import __version__
+from ..arguments import check_fraction, check_path, check_seed
 from ..errors import IfrError
 from ..export.labels import visible
 from ..export.spreadsheets import cell
@@ -81,8 +82,11 @@ def report(
     Raises FormatError for a directory that holds no survey, and ValueError for a label,
     threshold or corpus that this survey does not have.
     """
-    survey = survey if isinstance(survey, Survey) else Survey.open(survey)
-    folder = survey.path / "report" if out is None else Path(out)
+    check_seed("seed", seed)
+    if threshold is not None:
+        check_fraction("threshold", threshold)
+    survey = survey if isinstance(survey, Survey) else Survey.open(check_path("survey", survey))
+    folder = survey.path / "report" if out is None else check_path("out", out)
     if label is not None and label not in survey.labels:
         there = ", ".join(survey.labels) or "none"
         raise ValueError(f"label: the survey has no label {label!r}; it has {there}")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 import transformers
@@ -16,7 +16,16 @@ from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerBase
 
 from .._version import __version__
-from ..arguments import as_index, check_fraction
+from ..arguments import (
+    check_choice,
+    check_count,
+    check_flag,
+    check_fraction,
+    check_instance,
+    check_path,
+    check_unicode,
+    listed,
+)
 from ..errors import FormatError, IfrError
 from ..model.pretrained import load_tokenizer
 from ..tracer import Tracer
@@ -89,8 +98,7 @@ def survey(
     survey, and IfrError if the survey cannot continue; written parts stay, and `resume` continues
     from them.
     """
-    if engine not in ("local", "ray"):
-        raise ValueError(f"engine: expected 'local' or 'ray', got {engine!r}")
+    check_choice("engine", engine, ("local", "ray"))
     reading = _reading(text_field, split, label_by)
     levels = _thresholds(thresholds)
     for name, number in (
@@ -99,11 +107,15 @@ def survey(
         ("window_tokens", window_tokens),
         ("workers", workers),
     ):
-        if number is not None and as_index(name, number) < 1:
-            raise ValueError(f"{name}: expected at least 1, got {number}")
+        if number is not None or name == "window_tokens":
+            check_count(name, cast(int, number))
+    if model_options is not None:
+        check_instance("model_options", model_options, dict)
+    for name, flag in (("resume", resume), ("strict", strict)):
+        check_flag(name, flag)
     if workers is not None and engine != "ray":
         raise ValueError("workers: goes with engine='ray'")
-    directory = Path(out)
+    directory = check_path("out", out)
     sources = _outside(expand(inputs), directory)
     with ExitStack() as stack:
         begun = _begin(directory, resume, stack)
@@ -228,22 +240,24 @@ class _Run:
 
 
 def _thresholds(given: Sequence[float]) -> tuple[float, ...]:
-    levels = tuple(check_fraction("thresholds", x) for x in given)
+    levels = tuple(check_fraction("thresholds", x) for x in listed("thresholds", given))
     if not levels or list(levels) != sorted(set(levels)):
         raise ValueError(f"thresholds: expected numbers, ascending, got {list(given)}")
     return levels
 
 
 def _reading(text_field: str, split: Split, label_by: Sequence[str] | Mapping[str, str]) -> Reading:
-    if split not in SPLITS:
-        raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
+    check_unicode("text_field", text_field)
+    check_choice("split", split, SPLITS)
     if isinstance(label_by, str):
         label_by = [label_by]
     if not isinstance(label_by, Mapping):
-        pairs = [given.partition("=") for given in label_by]
+        names = [check_unicode("label_by", given) for given in listed("label_by", label_by)]
+        pairs = [given.partition("=") for given in names]
         label_by = {name: of if equals else name for name, equals, of in pairs}
     for name in label_by:
-        if not name.isidentifier():
+        check_unicode("label_by", label_by[name])
+        if not check_unicode("label_by", name).isidentifier():
             raise ValueError(f"label_by: expected names that are valid identifiers, got {name!r}")
     return Reading(text_field, split, dict(label_by))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ from transformers import BertConfig, BertLMHeadModel
         (["a" * 97], ["97 tokens", "96"]),
         (["abc", "--impl", "nonsense"], ["impl", "eager", "'nonsense'"]),
         (["abc", "--top-paths", "0"], ["--top-paths: expected at least 1, got 0"]),
+        (["abc", "--top-paths", "9" * 21], ["--top-paths: expected at most 2147483647"]),
+        (["caf\udce9"], ["text: character 3", "not UTF-8"]),
+        (["abc", "--recording", "\udce9"], ["path: character 0", "not UTF-8"]),
         (["abc", "--file", "x"], ["text: give one of"]),
         (["abc", "--chat", "x"], ["text: give one of"]),
         (["-", "--file", "x"], ["text: give one of"]),
@@ -72,6 +76,8 @@ def test_standard_input_that_is_empty_or_broken(trace: Any, tmp_path: Path) -> N
         (b'[{"role": "user", "content": 3}]', "role and content"),
         (b'[{"role": "user", "content": "a"}, {}]', "role and content"),
         (b"[" * 100_000, "not JSON"),
+        (b'[{"role": "user", "content": "\\ud800"}]', "text: message 0: character 0"),
+        (b'[{"role": "\\ud800", "content": "a"}]', "text: message 0: character 0"),
     ],
     ids=lambda x: repr(x)[:30],
 )
@@ -120,6 +126,29 @@ def test_models_that_cannot_be_opened(ifr: Any, tmp_path: Path) -> None:
         ran = ifr("trace", "--model", path, "abc", "--json", tmp_path / "out.json")
         assert_one_error(ran, "model: ", *words)
         assert not (tmp_path / "out.json").exists()
+
+
+CONFIGS: dict[str, Any] = {
+    "null": None,
+    "negative": {"hidden_size": -1},
+    "headless": {"num_attention_heads": 0},
+    "strings": {"hidden_size": "x"},
+    "uneven": {"num_key_value_heads": 5},
+    "huge": {"hidden_size": 6 << 40},
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configurations_of_no_model(ifr: Any, tiny_dir: Path, tmp_path: Path, name: str) -> None:
+    """One line for a model's directory and for a plan, whatever transformers makes of it."""
+    model = tmp_path / name
+    shutil.copytree(tiny_dir, model)
+    config = json.loads((model / "config.json").read_text())
+    change = CONFIGS[name]
+    (model / "config.json").write_text(json.dumps(None if change is None else config | change))
+    assert_one_error(ifr("trace", "--model", model, "abc"), "model: ", "cannot be loaded: ")
+    if name not in ("uneven", "huge"):  # these are models, of which a plan can be made
+        assert_one_error(ifr("plan", "8", "--config", model), "config: ")
 
 
 def test_an_encoder_without_a_language_model_head(ifr: Any, tmp_path: Path) -> None:

@@ -86,3 +86,35 @@ def test_circuits_refuses_bad_options_and_makes_no_folder(
     (tmp_path / "file").touch()
     assert_one_error(ifr("circuits", *options), *words)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["plan", "0"], "tokens: expected at least 1, got 0"),
+        (["plan", "9" * 30], "tokens: expected at most 2147483647"),
+        (["plan", "8", "--config", "no"], "--config: no file or directory 'no'"),
+        (["plan", "8", "--max-memory", "1e9"], "--max-memory: expected a size"),
+        (["bench", "-n", "9" * 30], "--lengths: expected numbers of tokens"),
+        (["bench", "-n", "0"], "--lengths: expected numbers of tokens"),
+        (["bench", "--repeat", "9" * 30], "--repeat: expected at most 2147483647"),
+        (["survey", "x", "--out", "o", "--max-tokens", "9" * 30], "max_tokens: expected at most"),
+        (["survey", "x", "--out", "o", "--thresholds", "nan"], "thresholds: expected a number"),
+        (["survey", "", "--out", "o"], "inputs: expected the path"),
+        (["report", "no", "--seed", "-1"], "seed: expected 0 to 18446744073709551615, got -1"),
+        (["report", "no", "--threshold", "nan"], "threshold: expected a number from 0 to 1"),
+        (["circuits", "--out", "o", "--seed", "-1"], "seed: expected 0 to"),
+        (["circuits", "--out", "o", "-n", "9" * 30], "n_prompts: expected at most"),
+        (["circuits", "--out", "o", "--keep-threshold", "nan"], "thresholds: expected a number"),
+        (["circuits", "--out", "o", "--task", "x"], "task: expected 'ioi' or 'greater-than'"),
+    ],
+    ids=lambda x: " ".join(x)[:40] if isinstance(x, list) else "",
+)
+def test_numbers_out_of_range(
+    ifr: Any, args: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are refused before a model is opened: none of these commands could open one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("IFR_FAST_CACHE", "/dev/null/cache")
+    assert_one_error(ifr(*args), words)
+    assert list(tmp_path.iterdir()) == []

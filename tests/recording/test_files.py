@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -126,3 +127,48 @@ def test_a_full_disk_is_one_clear_error(
         with pytest.raises(IfrError, match=r"recording: cannot be written \(No space left"):
             act()
         assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("mode", "change", "words"),
+    [
+        ("full", lambda r: {"resid_mid": r.layers[1].resid_mid.T}, "mid.1: expected floats"),
+        ("full", lambda r: {"q": r.layers[1].q.transpose(0, 1)}, "q.1: expected floats"),
+        ("lean", lambda r: {"k": r.layers[1].k.transpose(0, 1)}, "k.1: expected"),
+        ("lean", lambda r: {"v": torch.cat([r.layers[1].v] * 2)}, "v.1: expected floats"),
+        ("lean", lambda r: {"resid_pre": r.layers[1].resid_pre.T}, "resid.1: expected floats"),
+        ("lean", lambda r: {"checked_mid": r.layers[1].checked_mid[1:]}, "checked_mid.1: expected"),
+        ("lean", lambda _: {"window": -3}, "windows: expected at least 1 or none"),
+    ],
+)
+def test_layers_of_wrong_shapes_are_refused(
+    mode: str, change: Any, words: str, llama: Tracer, tmp_path: Path
+) -> None:
+    """Such a file agrees with its checksums."""
+    recording = llama.record(tiny_text(T), mode=mode)
+    layer = recording.layers[1]
+    for name, x in change(recording).items():
+        setattr(layer, name, x.contiguous() if isinstance(x, torch.Tensor) else x)
+    recording.save(tmp_path / "recording")
+    with pytest.raises(FormatError, match=words):
+        llama.load_recording(tmp_path / "recording")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"checked_rows": torch.tensor([0, T])}, "checked_mid.0|checked_rows: expected 0 to 16"),
+        ({"position": T}, "position: expected 0 to 16, got 17"),
+        ({"tokens": ["x"]}, "tokens: expected 17 strings"),
+        ({"token_ids": torch.zeros(1, T, dtype=torch.int64)}, "token ids"),
+        ({"resid_final": torch.zeros(T)}, "resid.3: expected floats"),
+        ({"logits": torch.zeros(3)}, "logits: expected floats"),
+    ],
+)
+def test_recordings_of_wrong_shapes_are_refused(
+    change: dict[str, Any], words: str, llama: Tracer, tmp_path: Path
+) -> None:
+    recording = dataclasses.replace(llama.record(tiny_text(T), mode="lean"), **change)
+    recording.save(tmp_path / "recording")
+    with pytest.raises(FormatError, match=words):
+        llama.load_recording(tmp_path / "recording")

@@ -63,22 +63,31 @@ def bad_values() -> dict[str, Any]:
     }
 
 
+# Names that a message may use, for what is within an argument.
+_OTHER_NAMES = {"prompt": ["text"], "sentences": ["text"], "model": ["cfg"]}
+
+
 def parameters(function: Callable[..., Any]) -> list[str]:
     """Names of the parameters that a caller can give."""
     found = inspect.signature(function).parameters.values()
     return [p.name for p in found if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
 
 
-def refusal(name: str, call: Callable[[], Any]) -> str | None:
-    """None where a call answers, or refuses with an error that names a parameter; else what it
-    raised.
+def refused_otherwise(
+    function: Callable[..., Any], given: dict[str, Any], name: str, value: Any
+) -> str | None:
+    """None where a call with `value` answers, or refuses it with an error that names the parameter
+    or the path; else what it raised.
     """
+    others = {k: v for k, v in given.items() if k in parameters(function)}
     try:
-        result = call()
+        result = function(**{**others, name: value})
         if isinstance(result, Iterator):
-            list(islice(result, 3))
+            list(islice(result, 1))
     except (IfrError, TypeError, ValueError) as error:
-        if name in str(error).replace("-", "_"):
+        words = {name, *_OTHER_NAMES.get(name, ())}
+        known = isinstance(error, IfrError) and str(error).startswith(f"{value}: ")
+        if known or any(word in str(error) for word in words):
             return None
         return f"{type(error).__name__}: {error}"
     except Exception as error:

@@ -7,6 +7,14 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ...arguments import (
+    check_choice,
+    check_count,
+    check_fraction,
+    check_number,
+    check_seed,
+    listed,
+)
 from .. import cost as costs
 from ..agreement import Agreement
 from ..contrast import Components
@@ -48,15 +56,20 @@ class Settings:
 
     def check(self) -> None:
         """Raises ValueError for settings that cannot be measured."""
-        if self.task not in TASKS:
-            raise ValueError(f"--task: expected one of {', '.join(TASKS)}, got {self.task!r}")
+        check_choice("task", self.task, TASKS)
+        check_seed("seed", self.seed)
         counts = ("n_prompts", "draws", "cost_prompts", "input_prompts", "patch_prompts",
                  "keep_prompts")  # fmt: skip
         for name in counts:
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if not 0 < self.least < 1:
-            raise ValueError(f"least: expected a number between 0 and 1, got {self.least}")
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
+        check_fraction("threshold", self.threshold)
+        for name in ("thresholds", "remove_thresholds"):
+            if not [check_fraction(name, x) for x in listed(name, getattr(self, name))]:
+                raise ValueError(f"{name}: is empty; expected at least one")
+        between = check_number("least", self.least, "a number between 0 and 1", above=0, high=1)
+        if between == 1:
+            raise ValueError("least: expected a number between 0 and 1, got 1")
 
 
 class Results(NamedTuple):

@@ -8,13 +8,12 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...arguments import as_index
+from ...arguments import check_count, check_flag, check_instance, check_number, check_path, shown
 from ...errors import FormatError, needing
 from ...model.decoder import Decoder
 from ...storage.files import write_text
@@ -67,6 +66,7 @@ class Graph:
         if isinstance(model, dict):
             cfg = _check_config(model)
         else:
+            check_instance("model", model, Tracer, Decoder)
             decoder = model.decoder if isinstance(model, Tracer) else model
             parallel = {block.parallel for block in decoder.blocks}
             if len(parallel) > 1:
@@ -156,6 +156,8 @@ class Graph:
         leave the nodes as they are. level: "edge". prune: keep only nodes and edges on a path.
         """
         _check_level(level)
+        _check_flags(absolute=absolute, reset=reset, prune=prune)
+        threshold = check_number("threshold", threshold, "a number")
         self._choose((self._ranked(absolute) >= threshold) & self.real_edge_mask, reset, prune)
 
     def apply_topn(
@@ -171,9 +173,9 @@ class Graph:
         Other arguments as in `apply_threshold`.
         """
         _check_level(level)
+        _check_flags(absolute=absolute, reset=reset, prune=prune)
         n_edges = int(self.real_edge_mask.sum())
-        if not 0 <= as_index("n", n) <= n_edges:
-            raise ValueError(f"n: expected 0 to {n_edges} edges, got {n}")
+        n = check_count("n", n, least=0, most=n_edges)
         ranked = self._ranked(absolute).masked_fill(~self.real_edge_mask, -torch.inf).flatten()
         best = ranked.argsort(descending=True, stable=True)[:n]
         chosen = torch.zeros(self.scores.numel(), dtype=torch.bool)
@@ -190,8 +192,8 @@ class Graph:
         count among the n only if they are chosen again. Other arguments as in `apply_threshold`.
         """
         total = int(self.real_edge_mask.sum())
-        if not 0 <= as_index("n_edges", n_edges) <= total:
-            raise ValueError(f"n_edges: expected 0 to {total} edges, got {n_edges}")
+        n_edges = check_count("n_edges", n_edges, least=0, most=total)
+        _check_flags(absolute=absolute, reset=reset, prune=prune)
         ranked, real, children = self._ranked(absolute), self.real_edge_mask, self._children
         chosen, nodes = self.in_graph.clone(), self.nodes_in_graph.clone()
         if reset:
@@ -254,7 +256,7 @@ class Graph:
             if not math.isfinite(entry.get("score", 0)):
                 raise ValueError(f"scores: expected finite numbers, got {entry['score']} of {name}")
         document = {"cfg": self.cfg, "nodes": nodes, "edges": edges}
-        write_text(filename, json.dumps(document, allow_nan=False))
+        write_text(check_path("filename", filename), json.dumps(document, allow_nan=False))
 
     @classmethod
     def from_json(cls, json_path: str | os.PathLike[str]) -> Graph:
@@ -262,8 +264,9 @@ class Graph:
 
         Raises FormatError for any other file, and for a circuit of single neurons.
         """
+        json_path = check_path("json_path", json_path)
         try:
-            document = json.loads(Path(json_path).read_bytes())
+            document = json.loads(json_path.read_bytes())
             graph = cls.from_model(document["cfg"])
             graph._fill(document["nodes"], document["edges"])
         except FileNotFoundError as error:
@@ -368,8 +371,13 @@ def _check_config(cfg: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_level(level: str) -> None:
-    if level != "edge":
-        raise ValueError(f"level: expected 'edge', got {level!r}; nodes have no scores here")
+    if not isinstance(level, str) or level != "edge":
+        raise ValueError(f"level: expected 'edge', got {shown(level)}; nodes have no scores here")
+
+
+def _check_flags(**flags: bool) -> None:
+    for name, flag in flags.items():
+        check_flag(name, flag)
 
 
 def _flag(name: str, value: Any) -> bool:

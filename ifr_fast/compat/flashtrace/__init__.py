@@ -21,6 +21,18 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from ...arguments import (
+    MOST,
+    as_index,
+    check_choice,
+    check_count,
+    check_flag,
+    check_instance,
+    check_number,
+    check_unicode,
+    listed,
+    shown,
+)
 from ...tracer import Tracer
 from .result import TokenScore, TraceResult
 from .scores import IFRAggregate, IFRLayerResult, Options, aggregate, token_matrix
@@ -81,12 +93,16 @@ class FlashTrace:
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self.chunk_tokens = int(chunk_tokens)
-        self.sink_chunk_tokens = int(sink_chunk_tokens)
-        self.recompute_attention = bool(recompute_attention)
+        self.chunk_tokens = check_count("chunk_tokens", chunk_tokens)
+        self.sink_chunk_tokens = check_count("sink_chunk_tokens", sink_chunk_tokens)
+        self.recompute_attention = check_flag("recompute_attention", recompute_attention)
+        if generate_kwargs is not None:
+            check_instance("generate_kwargs", generate_kwargs, dict)
         self.generate_kwargs = generate_kwargs
-        self.use_chat_template = bool(use_chat_template)
-        self.parity = bool(parity)
+        self.use_chat_template = check_flag("use_chat_template", use_chat_template)
+        self.parity = check_flag("parity", parity)
+        if tokenizer is None:
+            raise ValueError("tokenizer: expected a transformers tokenizer, got None")
         self.tracer = Tracer(model, tokenizer, impl=impl, max_memory=max_memory)
 
     def trace(
@@ -110,9 +126,15 @@ class FlashTrace:
         Raises ValueError for an unknown method, for a span outside of the generated tokens, and if
         the prompt is not found in the output of the chat template.
         """
-        if method not in get_args(TraceMethod):
-            expected = ", ".join(get_args(TraceMethod))
-            raise ValueError(f"method: expected one of {expected}, got {method!r}")
+        check_choice("method", method, get_args(TraceMethod))
+        check_unicode("prompt", prompt)
+        if target is not None:
+            check_unicode("target", target)
+        output_span = _as_span("output_span", output_span)
+        reasoning_span = _as_span("reasoning_span", reasoning_span)
+        hops = check_count("hops", hops, least=-MOST)  # below 0, as the package: none
+        if renorm_threshold is not None:
+            renorm_threshold = check_number("renorm_threshold", renorm_threshold, "a number")
         text = read(
             self.model,
             self.tokenizer,
@@ -128,7 +150,7 @@ class FlashTrace:
             case "ifr-span":
                 matrix, about = self._span(text, output_span, options)
             case "flashtrace":
-                matrix, about = self._hops(text, output_span, reasoning_span, int(hops), options)
+                matrix, about = self._hops(text, output_span, reasoning_span, hops, options)
         n_prompt = len(text.user_prompt_tokens)
         if "observation_projected" in about:
             scores = about["observation_projected"]["sum"][:n_prompt]
@@ -289,9 +311,19 @@ def _unscored(text: Text) -> Tensor:
     return torch.full((len(text.generation_ids), len(text.token_ids)), torch.nan)
 
 
+def _as_span(name: str, span: Span | None) -> Span | None:
+    """The span as two ints."""
+    if span is None:
+        return None
+    bounds = listed(name, span)
+    if len(bounds) != 2:
+        raise ValueError(f"{name}: expected (first, last), got {shown(span)}")
+    return as_index(name, bounds[0]), as_index(name, bounds[1])
+
+
 def _checked(name: str, span: Span | None, last: int) -> Span:
     """The span, or all generated tokens if it is None; `last` is the last valid index."""
-    begin, end = (0, last) if span is None else (int(span[0]), int(span[1]))
+    begin, end = (0, last) if span is None else span
     if not 0 <= begin <= end <= last:
         raise ValueError(f"{name}: expected first and last from 0 to {last}, got {(begin, end)}")
     return begin, end

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...arguments import shown
 from ...errors import needing
 from ...scoring.closure import cat_on
 from . import contributions
@@ -61,6 +62,8 @@ def build_full_graph(
     Raises IfrError if networkx is not installed.
     """
     networkx = _networkx()
+    if not callable(getattr(model, "model_info", None)):
+        raise ValueError(f"model: expected a TransparentLlm, got {shown(model)}")
     n_layers, n_tokens = model.model_info().n_layers, int(model.tokens().shape[1])
     own = getattr(model, "edge_weights", None)
     weights = (

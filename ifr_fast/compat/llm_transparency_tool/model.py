@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, Self
@@ -18,7 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...arguments import as_index
+from ...arguments import (
+    as_index,
+    check_flag,
+    check_instance,
+    check_number,
+    holds_integers,
+    listed,
+    shown,
+)
 from ...characters import text_tokens
 from ...kernels.contract import LayerInputs
 from ...model.block import Block
@@ -98,6 +105,7 @@ class TransparentLlm:
     @classmethod
     def of(cls, tracer: Tracer, *, parity: bool | None = None) -> Self:
         """A TransparentLlm of a model that a `Tracer` has opened."""
+        check_instance("tracer", tracer, Tracer)
         made = cls.__new__(cls)
         made._open(tracer, None, parity)
         return made
@@ -107,7 +115,7 @@ class TransparentLlm:
     ) -> None:
         self.tracer = tracer
         if parity is not None:
-            self.parity = parity
+            self.parity = check_flag("parity", parity)
         self._name = str(name or getattr(tracer.model.config, "_name_or_path", "") or "")
         self._recordings: list[Recording] | None = None
         self._value_bias: list[Tensor] | None = None
@@ -142,7 +150,7 @@ class TransparentLlm:
         In parity a string begins with one beginning-of-sequence token; otherwise it begins with the
         tokens that the tokenizer adds.
         """
-        given = [sentences] if isinstance(sentences, str) else list(sentences)
+        given = [sentences] if isinstance(sentences, str) else _sentences(sentences)
         if not given:
             raise ValueError("sentences: is empty; expected at least one")
         texts = [self._with_start(x) if self.parity and isinstance(x, str) else x for x in given]
@@ -176,6 +184,8 @@ class TransparentLlm:
         """The text of each token [pos] by itself. In a sentence of the last `run`, pieces of a
         character are labelled with it.
         """
+        if not isinstance(tokens, Tensor) or tokens.ndim != 1 or not holds_integers(tokens):
+            raise ValueError(f"tokens: expected token ids [pos], got {shown(tokens)}")
         ran = any(torch.equal(tokens.cpu(), x.token_ids) for x in self._recordings or ())
         return (text_tokens if ran else token_strings)(tokens, self.tracer.tokenizer)
 
@@ -191,7 +201,8 @@ class TransparentLlm:
         normalize: apply the final norm first, as the model does to its last layer's output.
         """
         decoder = self.tracer.decoder
-        if t.shape != (decoder.d_model,):
+        check_flag("normalize", normalize)
+        if check_instance("t", t, Tensor).shape != (decoder.d_model,):
             raise ValueError(f"t: expected shape [{decoder.d_model}], got {list(t.shape)}")
         t = t.to(decoder.device, decoder.dtype)
         if not normalize:
@@ -328,8 +339,9 @@ class TransparentLlm:
 
         Raises IfrError if the parts do not add up to the model's own activations.
         """
-        if threshold is not None and math.isnan(threshold):
-            raise ValueError("renormalizing_threshold: expected a number or None, got nan")
+        if threshold is not None:
+            name = "renormalizing_threshold"
+            threshold = check_number(name, threshold, "a number or None")
         recording, blocks = self._sentence(batch_i), self.tracer.decoder.blocks
         keep = 0.0 if threshold is None else max(0.0, threshold)
         scored, mids, posts, closures = [], {}, {}, {}
@@ -443,3 +455,12 @@ class TransparentLlm:
         pos = self._index("pos", pos, len(recording))
         ffn = ffn_output(*self._node(recording, layer))[pos]
         return find_neurons(recording, layer, pos, self.tracer.neuron_bases, ffn)
+
+
+def _sentences(given: Sequence[Any]) -> list[Any]:
+    """Sentences or token ids, several."""
+    found = list(given) if isinstance(given, Tensor) and given.ndim == 2 else None
+    found = listed("sentences", given) if found is None else found
+    if any(isinstance(x, int | float | None) for x in found):
+        raise ValueError(f"sentences: expected strings or token ids of each, got {shown(given)}")
+    return found

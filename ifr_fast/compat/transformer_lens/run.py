@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from ...arguments import Position, check_options, indices, spanned
+from ...arguments import Position, check_fraction, check_options, indices, spanned
 from ...characters import text_tokens
 from ...graph.tables import Granularity, GraphHeader
 from ...recording.predictions import KnownPredictions, Predictor
@@ -111,8 +111,7 @@ class CachedRun:
         keep: float = 0.01,
     ) -> Iterator[LayerScores]:
         """As `Tracer.contributions`: importances at `rows` in each of `layers`, top layer first."""
-        if not 0 <= keep <= 1:
-            raise ValueError(f"keep: expected a number from 0 to 1, got {keep}")
+        keep = check_fraction("keep", keep)
         at = torch.tensor(indices("rows", rows, len(self)))
         return self._contributions(at, indices("layers", layers, self.n_layers), keep)
 
