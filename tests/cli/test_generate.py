@@ -46,7 +46,7 @@ def test_generate_draws_by_seed(ifr: Any, tiny_dir: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "word"),
     [
-        (("-n", 0), "max_new_tokens"),
+        (("-n", 0), "--max-new-tokens"),
         (("--temperature", -1), "--temperature"),
         (("-k", 0), "--sources"),
         (("-t", 2), "threshold"),
