@@ -23,7 +23,6 @@ from ...arguments import (
     check_instance,
     check_number,
     holds_integers,
-    listed,
     shown,
 )
 from ...characters import text_tokens
@@ -48,6 +47,7 @@ from .reading import (
     ffn_output,
     formed_parts,
     head_outputs,
+    listed_sentences,
 )
 from .scores import ScoredLayer, in_parity, score_attention
 
@@ -150,7 +150,7 @@ class TransparentLlm:
         In parity a string begins with one beginning-of-sequence token; otherwise it begins with the
         tokens that the tokenizer adds.
         """
-        given = [sentences] if isinstance(sentences, str) else _sentences(sentences)
+        given = [sentences] if isinstance(sentences, str) else listed_sentences(sentences)
         if not given:
             raise ValueError("sentences: is empty; expected at least one")
         texts = [self._with_start(x) if self.parity and isinstance(x, str) else x for x in given]
@@ -455,12 +455,3 @@ class TransparentLlm:
         pos = self._index("pos", pos, len(recording))
         ffn = ffn_output(*self._node(recording, layer))[pos]
         return find_neurons(recording, layer, pos, self.tracer.neuron_bases, ffn)
-
-
-def _sentences(given: Sequence[Any]) -> list[Any]:
-    """Sentences or token ids, several."""
-    found = list(given) if isinstance(given, Tensor) and given.ndim == 2 else None
-    found = listed("sentences", given) if found is None else found
-    if any(isinstance(x, int | float | None) for x in found):
-        raise ValueError(f"sentences: expected strings or token ids of each, got {shown(given)}")
-    return found

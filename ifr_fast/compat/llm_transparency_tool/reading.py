@@ -1,12 +1,17 @@
-"""Attention weights, head outputs and FFN outputs, read from a layer's inputs."""
+"""Attention weights, head outputs and FFN outputs, read from a layer's inputs; sentences, read
+from an argument.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...arguments import listed, shown
 from ...errors import IfrError
 from ...kernels.contract import LayerInputs, visible
 
@@ -73,3 +78,12 @@ def formed_parts(inputs: LayerInputs) -> Tensor:
             v = x.value_gate[:, h, None] * v  # [R, S, V]
         torch.mul(pattern[h, :, :, None], v @ x.W_O[h], out=out[:, :, h])
     return out
+
+
+def listed_sentences(given: Sequence[Any]) -> list[Any]:
+    """Sentences or token ids, several."""
+    found = list(given) if isinstance(given, Tensor) and given.ndim == 2 else None
+    found = listed("sentences", given) if found is None else found
+    if any(isinstance(x, int | float | None) for x in found):
+        raise ValueError(f"sentences: expected strings or token ids of each, got {shown(given)}")
+    return found
