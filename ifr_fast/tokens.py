@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias
 
 import numpy as np
@@ -68,9 +69,12 @@ def as_texts(batch: Batch) -> list[Any]:
         mask = batch.get("attention_mask")
         masks = [torch.ones_like(x) if mask is None else mask[i] for i, x in enumerate(ids)]
         masks = [torch.as_tensor(x) for x in masks]
+        if any(x.ndim != 1 or not holds_integers(x) for x in ids):
+            raise ValueError
     except (LookupError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
-            "text: expected several texts' input_ids and attention_mask, as a tokenizer gives them"
+            "text: expected input_ids and attention_mask as a tokenizer gives them, integers for "
+            "one text or several"
         ) from error
     return [_unpadded(x, m) for x, m in zip(ids, masks, strict=True)]
 
@@ -150,7 +154,7 @@ def _ids(
         if "messages" in text:
             return _conversation(text, _need(tokenizer))
         return _from_tokenizer(text)
-    if isinstance(text, bytes | Set) or not isinstance(text, Iterable):
+    if isinstance(text, bytes | bytearray | memoryview | Set) or not isinstance(text, Iterable):
         raise ValueError(f"text: expected a string, token ids or messages, got {shown(text)}")
     items: list[Any] = list(text)
     if items and all(isinstance(item, Mapping) for item in items):
@@ -232,10 +236,10 @@ def _chat(
     if resume and not contents[-1]:
         raise ValueError("text: continue_final_message: the last message has no text to continue")
 
-    def rendered(messages: list[dict[str, Any]], tokenize: bool) -> Any:
+    def rendered(messages: list[dict[str, Any]], tokenize: bool, with_tools: bool = True) -> Any:
         return tokenizer.apply_chat_template(
             messages,
-            tools=None if tools is None else list(tools),
+            tools=list(tools) if with_tools and tools is not None else None,
             add_generation_prompt=not resume,
             continue_final_message=resume,
             tokenize=tokenize,
@@ -245,7 +249,13 @@ def _chat(
     given = [dict(message) for message in messages]
     plain = [m | {"content": content} for m, content in zip(given, contents, strict=True)]
     in_parts = [c.strip() for m, c in zip(given, contents, strict=True) if m.get("content") != c]
+    called = any(message.get("tool_calls") for message in given)
     try:
+        if tools:
+            _warn_if_same("the tools", lambda read: rendered(plain, False, with_tools=read))
+        if called:
+            bare = [m | {"tool_calls": None} for m in plain]
+            _warn_if_same("tool_calls", lambda read: rendered(plain if read else bare, False))
         # Templates of text models know strings alone; some of others know lists of parts alone.
         for form in (plain, given) if in_parts else (plain,):
             shown = rendered(form, False) if in_parts else ""
@@ -256,6 +266,17 @@ def _chat(
             f"text: the chat template cannot render these messages ({error})"
         ) from error
     raise ValueError("text: the chat template leaves out content that is given in parts")
+
+
+def _warn_if_same(what: str, rendered: Callable[[bool], Any]) -> None:
+    """Warns where a template renders the same with (True) and without (False) `what`."""
+    whole, without = rendered(True), None
+    with suppress(Exception):  # the template cannot do without
+        without = rendered(False)
+    if without == whole:
+        warnings.warn(
+            f"text: the chat template leaves out {what}, so the text lacks them", stacklevel=2
+        )
 
 
 def _content(i: int, message: Mapping[str, Any]) -> str:

@@ -72,6 +72,8 @@ def test_token_ids_of_other_libraries(ids: Any) -> None:
         np.array(3),
         np.array(["a", "b"]),
         [1 << 70],
+        bytearray(b"ab"),
+        memoryview(b"ab"),
     ],
     ids=repr,
 )
@@ -105,6 +107,8 @@ def test_empty_text_is_refused(text: Any) -> None:
         ({"input_ids": [3, 5], "attention_mask": [0, 0]}, "attention_mask .* keeps a token"),
         ({"input_ids": [3, 5], "attention_mask": [1]}, "attention_mask of shape"),
         ({"inputs": [3]}, "with input_ids, .* got one with inputs"),
+        ({"input_ids": [1.5]}, "input_ids .* integers"),
+        ({"input_ids": [True, False]}, "input_ids .* integers"),
     ],
 )
 def test_tokenizers_results_are_refused_by_their_reason(text: Any, words: str) -> None:
@@ -179,6 +183,30 @@ def test_templates_of_parts_get_parts() -> None:
     assert shown([{"role": "user", "content": parts}], PARTS) == "user: ab|"
     with pytest.raises(ValueError, match="text: the chat template leaves out content"):
         shown([{"role": "user", "content": parts}], "{{ messages[0].role }}")
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [({"messages": [USER], "tools": [TOOL]}, "the tools"), ([USER, CALL], "tool_calls")],
+)
+def test_what_a_template_leaves_out_is_warned_of(
+    text: Any, what: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    shown(text)
+    assert not recwarn.list
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}|{% endfor %}"
+    with pytest.warns(UserWarning, match=f"text: the chat template leaves out {what}"):
+        shown(text, template)
+
+
+def test_a_template_that_cannot_do_without_calls_reads_them(
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    template = (
+        "{% for m in messages %}{{ m.content or m.tool_calls[0].function.name }}|{% endfor %}"
+    )
+    assert shown([USER, CALL], template) == "a b|look|"
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize(
