@@ -18,7 +18,7 @@ from paths import ROOT
 import ifr_fast
 
 # Kernels that are no implementation.
-LIGHT = {"breakpoints", "contract", "neurons", "rows"}
+LIGHT = {"breakpoints", "contract", "neurons", "precision", "rows"}
 PACKAGE, KERNELS = ROOT / "ifr_fast", ROOT / "kernels"
 
 
