@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from ..arguments import check_count
-from ..errors import MemoryBudgetError
+from ..errors import IfrError, MemoryBudgetError
 from . import prefill
 from .memory import available_memory, describe_bytes
 from .recording import RecordingMode
@@ -169,14 +169,15 @@ def room_now(
     device: torch.device, model_bytes: int, max_memory: int | None, folder: str | None = None
 ) -> Room:
     """The room available now. max_memory: limit in bytes on the device, of which the model takes
-    `model_bytes`; folder: the folder for a recording's file.
+    `model_bytes`; folder: the folder for a recording's file. Raises IfrError if there is none.
     """
     there = available_memory(device)
     if max_memory is not None:
         granted = max(0, max_memory - model_bytes)
         there = granted if there is None else min(there, granted)
-    return Room(
-        there,
-        available_memory(torch.device("cpu")),
-        shutil.disk_usage(folder or tempfile.gettempdir()).free,
-    )
+    folder = folder or tempfile.gettempdir()
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise IfrError(f"{folder}: cannot be written ({error.strerror})") from error
+    return Room(there, available_memory(torch.device("cpu")), free)

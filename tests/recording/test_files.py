@@ -129,6 +129,14 @@ def test_a_full_disk_is_one_clear_error(
         assert list(tmp_path.iterdir()) == []
 
 
+def test_a_missing_folder_is_one_clear_error(llama: Tracer, tmp_path: Path) -> None:
+    recording, path = llama.record(tiny_text(9)), tmp_path / "none" / "recording"
+    for act in (lambda: llama.record(tiny_text(9), path=path), lambda: recording.save(path)):
+        with pytest.raises(IfrError, match=r"none.*: cannot be written \(No such file"):
+            act()
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("mode", "change", "words"),
     [
