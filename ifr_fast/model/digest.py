@@ -176,6 +176,10 @@ class Digest:
             self.add(getattr(x, "__dict__", None))  # scales of quantized weights
         if x.is_meta:
             return
+        if x.layout != torch.strided:
+            sparse = x.detach().to_sparse().coalesce()
+            self.add(str(x.layout), sparse.indices(), sparse.values())
+            return
         known = self._tensors.get(id(x))
         if known is None:
             known = _digest(x)
@@ -187,7 +191,7 @@ class Digest:
 
 def _digest(x: Tensor) -> bytes:
     found = xxhash.xxh3_128()
-    for part in x.detach().contiguous().flatten().split(_CHUNK):
+    for part in x.detach().resolve_conj().resolve_neg().contiguous().flatten().split(_CHUNK):
         found.update(bytes_of(part.cpu()))
     return found.digest()
 

@@ -184,6 +184,31 @@ def test_settings_are_told_apart(kind: str) -> None:
     assert len(set(found)) == 2
 
 
+NOT_A_NUMBER = torch.tensor([0x7FC00000, 0x7FC00001], dtype=torch.int32).view(torch.float32)
+# Pairs of buffers that differ.
+BUFFERS: dict[str, tuple[Tensor, Tensor]] = {
+    "of no dimension": (torch.tensor(1.0), torch.tensor(2.0)),
+    "empty": (torch.empty(0, 3), torch.empty(0, 4)),
+    "not a number": (NOT_A_NUMBER[:1], NOT_A_NUMBER[1:]),
+    "the sign of zero": (torch.zeros(1), -torch.zeros(1)),
+    "float8": (torch.ones(1).to(torch.float8_e4m3fn), torch.zeros(1).to(torch.float8_e4m3fn)),
+    "sparse": (torch.eye(3).to_sparse(), 2 * torch.eye(3).to_sparse()),
+    "sparse rows": (torch.eye(3).to_sparse_csr(), torch.eye(3).flip(0).to_sparse_csr()),
+    "conjugate": (torch.tensor([1j]), torch.tensor([1j]).conj()),
+}
+
+
+@pytest.mark.parametrize("pair", BUFFERS.values(), ids=BUFFERS.keys())
+def test_buffers_of_every_kind_count(pair: tuple[Tensor, Tensor]) -> None:
+    found = []
+    for x in (*pair, *pair):
+        model = tiny_model("llama")
+        model.model.register_buffer("extra", x)
+        found.append(fingerprint(model))
+    assert found[:2] == found[2:]
+    assert len(set(found)) == 2
+
+
 def test_what_stands_in_place_of_a_library_s_code_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
     own = modeling_llama.LlamaMLP.forward, modeling_llama.apply_rotary_pos_emb
