@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
+from argparse import Namespace
 from collections.abc import Callable
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from ..storage.tensors import bytes_of
 
 _CHUNK = 1 << 24  # numbers that are copied to the host at once
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, np.generic)
-_CALLED = (BuiltinFunctionType, FunctionType, MethodType, functools.partial, type)
+_NAMED = (BuiltinFunctionType, FunctionType, type)  # those whose name tells what they do
 _LIBRARIES = {"accelerate", "ifr_fast", "peft", "torch", "transformers", *sys.stdlib_module_names}
 
 
@@ -41,12 +42,13 @@ def is_plain(x: Any) -> bool:
 
 def is_value(x: Any) -> bool:
     """True for what a forward pass computes with: plain values, arrays, whatever can be called,
-    data classes, and containers of these. Other objects could be of any size and hold addresses.
+    data classes, namespaces, and containers of these. Other objects could be of any size and hold
+    addresses.
     """
     return _holds(
         x,
         lambda item: (
-            isinstance(item, (*_PLAIN, Tensor, np.ndarray))
+            isinstance(item, (*_PLAIN, Tensor, np.ndarray, SimpleNamespace, Namespace))
             or callable(item)
             or dataclasses.is_dataclass(item)
         ),
@@ -129,7 +131,7 @@ class Digest:
             self.add("method", x.__func__, x.__self__)
         elif isinstance(x, FunctionType):
             self._add_function(x)
-        elif isinstance(x, _CALLED):
+        elif isinstance(x, _NAMED):
             self._text("built-in", name_of(x))
         else:
             self._text("object", name_of(type(x)))
@@ -159,10 +161,9 @@ class Digest:
                 self.add(cell.cell_contents)
             except ValueError:  # it is not set yet
                 self._text("empty")
-        for name in x.__code__.co_names:
-            read = x.__globals__.get(name)
-            of_same_file = isinstance(read, FunctionType) and read.__globals__ is x.__globals__
-            if of_same_file or isinstance(read, Tensor) or (read is not None and is_plain(read)):
+        for name in sorted(_names(x.__code__) & x.__globals__.keys()):
+            read = x.__globals__[name]
+            if is_foreign(read) or (is_value(read) and not isinstance(read, _NAMED)):
                 self.add(name, read)
 
     def _add_tensor(self, x: Tensor, held: bool) -> None:
@@ -194,6 +195,12 @@ def _digest(x: Tensor) -> bytes:
     for part in x.detach().resolve_conj().resolve_neg().contiguous().flatten().split(_CHUNK):
         found.update(bytes_of(part.cpu()))
     return found.digest()
+
+
+def _names(code: CodeType) -> set[str]:
+    """The names that code reads, and the functions and comprehensions in it."""
+    inner = [_names(x) for x in code.co_consts if isinstance(x, CodeType)]
+    return set(code.co_names).union(*inner)
 
 
 def _attributes(x: Any) -> dict[str, Any]:

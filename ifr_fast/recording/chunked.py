@@ -66,7 +66,7 @@ def record_in_chunks(
         elif os.path.lexists(path):
             file = _to_go_on_with(path, token_ids, fields)
             if file.done == file.total:
-                return load(path, decoder)
+                return load(path, decoder, fields["model"])
         else:
             file = mapped_file.create(path, specs, fields, total)
         tensors, fields = file.tensors, file.fields
@@ -113,7 +113,7 @@ def record_in_chunks(
         if file is not None and done % n_chunks:
             commit(file, done)
     if first_step and path is not None:
-        return load(path, decoder)  # what another process has written is checked
+        return load(path, decoder, fields["model"])  # what another process has written is checked
     return recording_of(decoder, tensors, fields, around)
 
 

@@ -66,13 +66,16 @@ def check_fingerprint(file: MappedFile, model: str) -> None:
         )
 
 
-def load(path: str | os.PathLike[str], decoder: Decoder) -> Recording:
-    """The recording in a file, mapped into memory.
+def load(
+    path: str | os.PathLike[str], decoder: Decoder, fingerprint: str | None = None
+) -> Recording:
+    """The recording in a file, mapped into memory. fingerprint: the model's, where it was made
+    before the text was run: hooks that keep what they see change it.
 
     Raises FormatError for a file that is truncated, foreign, unfinished, or of another model.
     """
     file = mapped_file.open_file(check_path("path", path))
-    check_fingerprint(file, decoder.fingerprint())
+    check_fingerprint(file, decoder.fingerprint() if fingerprint is None else fingerprint)
     if file.done < file.total:
         raise FormatError(
             f"{path}: is unfinished, {file.done} of {file.total} steps are recorded; record the "

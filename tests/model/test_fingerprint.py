@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,10 @@ from ifr_fast.model.fingerprint import fingerprint
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "PYTHONHASHSEED"}
 STRENGTH = 1.0
 DIRECTION = torch.ones(36)
+DIRECTIONS = {0: torch.ones(36)}
+OPTIONS = SimpleNamespace(factor=1.0)
+HALVE = functools.partial(torch.mul, torch.ones(1), 0.5)
+CODER = nn.Linear(1, 1)
 
 
 def add_one(x: Tensor) -> Tensor:
@@ -262,7 +267,8 @@ def steer(strength: float, direction: Tensor) -> Callable[..., Any]:
 
 
 def reads_globals(*_: Any) -> Any:
-    return STRENGTH * add_one(DIRECTION)
+    inner = [x * STRENGTH for x in (1, 2)]
+    return (inner, add_one(DIRECTION), DIRECTIONS[0], OPTIONS.factor, HALVE(), CODER(DIRECTION))
 
 
 HOOKS: dict[str, list[Callable[[], Callable[..., Any]]]] = {
@@ -300,7 +306,15 @@ def test_globals_that_a_hook_reads_are_seen(monkeypatch: pytest.MonkeyPatch) -> 
     model.model.layers[0].register_forward_hook(reads_globals)
     before = fingerprint(model)
     assert fingerprint(model) == before
-    for name, value in (("STRENGTH", 2.0), ("DIRECTION", torch.zeros(36)), ("add_one", steer)):
+    for name, value in (
+        ("STRENGTH", 2.0),
+        ("DIRECTION", torch.zeros(36)),
+        ("DIRECTIONS", {0: torch.zeros(36)}),
+        ("OPTIONS", SimpleNamespace(factor=2.0)),
+        ("HALVE", functools.partial(torch.mul, torch.ones(1), 0.25)),
+        ("CODER", nn.Linear(1, 1)),
+        ("add_one", steer),
+    ):
         with monkeypatch.context() as patched:
             patched.setitem(globals(), name, value)
             assert fingerprint(model) != before, name

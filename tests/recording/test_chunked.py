@@ -167,6 +167,25 @@ def test_a_recording_resumes_after_any_interruption(
 
 
 @pytest.mark.usefixtures("chunks")
+def test_a_hook_that_keeps_what_it_sees_stops_no_resumption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[torch.Tensor] = []
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.register_forward_hook(lambda *args: kept.append(args[2]))
+    tracer, path = Tracer(model), tmp_path / "recording"
+    kept.clear()
+    with monkeypatch.context() as patched:
+        interrupt_after(patched, 5)
+        with pytest.raises(KeyboardInterrupt):
+            tracer.record(tiny_text(11), path=path)
+    kept.clear()  # as in another process
+    resumed = tracer.record(tiny_text(11), path=path)
+    assert kept
+    assert_same_bits(resumed, tracer.record(tiny_text(11), path=tmp_path / "whole"))
+
+
+@pytest.mark.usefixtures("chunks")
 def test_complete_files_are_read_and_not_made_again(
     llama: Tracer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
