@@ -11,7 +11,7 @@ from tiny import WINDOW, tiny_model, tiny_text
 from torch import nn
 from transformers import PreTrainedModel
 
-from ifr_fast import RouteGraph, Tracer
+from ifr_fast import RouteGraph, Tracer, UnsupportedArchitectureError
 from ifr_fast.kernels.precision import exact_products
 
 
@@ -88,8 +88,10 @@ def test_a_model_is_left_as_it_was_when_something_breaks() -> None:
         raise BreakError
 
     layer.self_attn.forward = broken
+    with pytest.raises(UnsupportedArchitectureError, match="BreakError"):
+        Tracer(model)
+    assert state(model) == before
     for act in (
-        lambda: Tracer(model),
         lambda: tracer.record(tiny_text(9)),
         lambda: tracer.trace(tiny_text(9)),
         lambda: tracer.trace(lean, threshold=0.0),

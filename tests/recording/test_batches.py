@@ -243,7 +243,7 @@ def test_positions_and_options_reach_every_text() -> None:
         ([[1, 2]], {"position": 2}, "position: expected -2 to 1"),
         ([[1, 2]], {"batch_size": 0}, "batch_size"),
         ({"ids": [[1]]}, {}, "input_ids"),
-        ({"input_ids": [[1, 2], ["a"]]}, {}, "text: expected several texts"),
+        ({"input_ids": [[1, 2], ["a"]]}, {}, "text: .*integers for one text or several"),
         ({"input_ids": [[1, 2]], "attention_mask": [[0, 0]]}, {}, "attention_mask"),
         ({"input_ids": [[1, 2, 3]], "attention_mask": [[1, 0, 1]]}, {}, "between others"),
         ({"input_ids": [[1, 2]], "attention_mask": [[1]]}, {}, "attention_mask"),
