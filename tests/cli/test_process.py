@@ -126,6 +126,7 @@ def test_an_interrupted_import(module: str, becomes: str) -> None:
     """Ctrl-C within an import ends the command quietly, whatever the import makes of it."""
     code = f"""
 import builtins, os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 imported = builtins.__import__
 def interrupt(name, *args, **kwargs):
     if name == {module!r}:
