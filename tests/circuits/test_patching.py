@@ -117,7 +117,8 @@ def test_own_activations_change_no_logit_of_the_default_model(smol, make):
                 of = torch.zeros(n, dtype=torch.int64)
                 z = seen.z[layer][of, t : t + 1]
                 got = seen.restart(layer, of, t, t + 1, z=z)
-                assert (got - plain).abs().max() <= 1e-5
+                # Rounding, which differs from processor to processor.
+                assert (got - plain).abs().max() <= 3e-6 * plain.abs().max()
 
 
 def test_ablation_sweeps():
