@@ -5,11 +5,23 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo survey-demo test test-gpu lint format bench bench-gpu clean
+.PHONY: demo survey-demo web web-check test test-gpu lint format bench bench-gpu clean
 
 demo: $(STAMP)
 	@mkdir -p out
 	$(BIN)/ifr-fast trace --html out/mary.html --png out/mary.png --json out/mary.json
+
+# The page that draws graphs is TypeScript; node is needed to change it, and to check that the
+# committed script is what its sources give.
+WEB := ifr_fast/explorer/web
+$(WEB)/node_modules: $(WEB)/package.json $(WEB)/package-lock.json
+	cd $(WEB) && npm ci --no-audit --no-fund && touch node_modules
+
+web: $(WEB)/node_modules
+	cd $(WEB) && npm run --silent build
+
+web-check: $(WEB)/node_modules
+	cd $(WEB) && npm run --silent check
 
 test: $(STAMP)
 	$(BIN)/pytest $(PYTEST_ARGS)

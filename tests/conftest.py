@@ -4,6 +4,7 @@ import os
 import pydoc_data.topics
 from collections.abc import Iterator
 
+import page
 import pytest
 import torch
 
@@ -52,3 +53,10 @@ def poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[None]:
+    """A running browser for the pages of `page.Opened`, closed after the module."""
+    with page.running():
+        yield

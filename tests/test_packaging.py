@@ -173,14 +173,16 @@ def names_in(wheel: Path) -> set[str]:
 @pytest.mark.parametrize("which", ["wheel", "from_sdist"])
 def test_the_wheel_holds_the_package_and_nothing_else(built: Built, which: str) -> None:
     names = names_in(getattr(built, which))
-    for name in ("py.typed", "tracer.py", "export/graph.html", "export/graph.css",
-                 "export/graph.js", "kernels/eager.py", "kernels/contract.py",
-                 "kernels/reference.py", "kernels/breakpoints.py"):  # fmt: skip
+    for name in ("py.typed", "tracer.py", "export/graph.html",
+                 "export/explorer.js", "export/route_graph.schema.json",
+                 "kernels/eager.py", "kernels/contract.py", "kernels/reference.py",
+                 "kernels/breakpoints.py"):  # fmt: skip
         assert f"ifr_fast/{name}" in names
     tops = {name.partition("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"ifr_fast"}
     assert not any({"tests", "bench"} & set(name.split("/")) for name in names)
     assert not any("test" in name for name in names)
+    assert not any({"web", "node_modules"} & set(name.split("/")) for name in names)
     assert not any(name.endswith(".pyc") for name in names)
     (info,) = tops - {"ifr_fast"}
     assert f"{info}/licenses/LICENSE" in names

@@ -21,10 +21,15 @@ VERSION = 2  # version 1 has no spans
 
 def to_json(graph: GraphData) -> str:
     """The JSON document. Raises ValueError for a weight or probability that is not finite."""
+    return json.dumps(document(graph), allow_nan=False, separators=(",", ":"))
+
+
+def document(graph: GraphData) -> dict[str, Any]:
+    """The document as JSON values."""
     edges = {name: column.tolist() for name, column in graph.edges._asdict().items()}
     names = {int(kind): kind.name.lower() for kind in EdgeKind}
     edges["kind"] = [names[kind] for kind in edges["kind"]]
-    document = {
+    return {
         "format": FORMAT,
         "version": VERSION,
         **described(graph),
@@ -34,7 +39,6 @@ def to_json(graph: GraphData) -> str:
         "unattributed": [node._asdict() for node in graph.unattributed],
         "token_importance": graph.token_importance().tolist(),
     }
-    return json.dumps(document, allow_nan=False, separators=(",", ":"))
 
 
 def described(graph: GraphData) -> dict[str, Any]:
