@@ -78,7 +78,7 @@ def kernel_work(tracer: Tracer, token_ids: Tensor) -> KernelWork:
     of_half: list[kernel.Counters] = []
     for layer in range(L):
         for rows, counters in ((everything, all_rows), (second_half, of_half)):
-            inputs, _ = layer_inputs(recording, layer, rows)
+            inputs = layer_inputs(recording, layer, rows).inputs
             counters.append(kernel.score_attention_counted(inputs, THRESHOLD)[1])
     D = tracer.decoder.d_model
     return KernelWork(

@@ -68,7 +68,7 @@ def test_kernel(time, case, impl):
     if missing is not None:
         pytest.skip(missing)
     kernel, layer = load_kernel(impl), decoder.n_layers // 2
-    inputs, _ = layer_inputs(case.recording, layer, torch.arange(len(case.token_ids)))
+    inputs = layer_inputs(case.recording, layer, torch.arange(len(case.token_ids))).inputs
     with torch.inference_mode():
         time(lambda: kernel.score_attention(inputs, THRESHOLD))
 

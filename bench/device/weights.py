@@ -81,7 +81,7 @@ def run(check: Check) -> None:
     chosen = torch.tensor(sorted({0, 1, T // 3, T // 2, T - 2, T - 1}))
     for layer in range(len(recording.layers)):
         with torch.inference_mode(), recording.replaying():
-            inputs, _ = layer_inputs(recording, layer, torch.arange(T))
+            inputs = layer_inputs(recording, layer, torch.arange(T)).inputs
         scores = tracer.kernel.score_attention(inputs, 0.0)
         errors = worst(dense(scores, chosen, T), exact(some_rows(inputs, chosen)))
         right = all(error <= limit for error in errors.values())

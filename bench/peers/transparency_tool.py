@@ -55,15 +55,15 @@ def layers_of(recording: Recording) -> list[Layer]:
     """Layers as the tool's model holds them after a run (the default model has no bias to fold)."""
     T, layers = len(recording), []
     for i in range(recording.decoder.n_layers):
-        inputs, resid_post = layer_inputs(recording, i, torch.arange(T))
-        assert resid_post is not None
+        inputs, post, _ = layer_inputs(recording, i, torch.arange(T))
+        assert post is not None
         H, H_kv = inputs.q.shape[1], inputs.v.shape[1]
         layers.append(
             Layer(
                 inputs.resid_pre,
                 inputs.y,
-                resid_post,
-                resid_post - inputs.y,
+                post.y,
+                post.ffn,
                 attention_pattern(inputs, visible(inputs.rows, T, inputs.window)),
                 inputs.v.repeat_interleave(H // H_kv, 1),
                 inputs.W_O,

@@ -19,7 +19,7 @@ from ..recording.layer_inputs import layer_inputs
 from ..recording.recording import Recording
 from .neuron_basis import NeuronBases
 from .neurons import neuron_output
-from .parts import ffn_output, head_output
+from .parts import carried, ffn_output, head_output
 
 
 class TokenScore(NamedTuple):
@@ -153,10 +153,15 @@ def promoted_tokens(
     position: int,
     k: int,
     tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    by_head: bool,
 ) -> PromotedTokens:
-    """The logits that `part` [D], which a layer adds to the stream at a position, adds there."""
-    decoder, final = recording.decoder, recording.resid_final[position].to(part.device)
-    left = part * decoder.scale_from(layer)  # at the end of the stream
+    """The logits that `part` [D], which a layer adds to the stream at a position, adds there.
+    by_head: whether attention added it.
+    """
+    decoder = recording.decoder
+    left = carried(recording, part, layer, position, by_head=by_head)
+    final = recording.resid_final[position].to(left.device)
     logits = plain_tensor(direct_logits(decoder, left[None], final[None])[0].float().cpu())
 
     def scores(top: Any) -> list[TokenScore]:
@@ -186,8 +191,8 @@ def _state(recording: Recording, node: Node) -> Tensor:
             return ffn_output(recording, layer, position).to(recording.decoder.dtype)
         case NodeKind.MID:
             with recording.decoder.replaying():
-                inputs, resid_post = layer_inputs(recording, layer, torch.tensor([position]))
-            if resid_post is None:
+                inputs, post, _ = layer_inputs(recording, layer, torch.tensor([position]))
+            if post is None:
                 raise ValueError(
                     f"nodes: layer {layer} is a parallel block, which has no {kind.value}"
                 )

@@ -11,8 +11,10 @@ in its input, up to a number for each row (a norm after the FFN). A short probe 
    norm weight, multipliers and adapters.
 
 Where a layer multiplies its output by a constant, that constant is taken off first
-(`Block.unscaled`). A mixture of experts has several down projections, so no single submodule fits:
-it is refused. So is an FFN that is the sum of several submodules.
+(`Block.unscaled`). Where a norm of the whole stream ends the layer, the neurons of the sum that it
+reads are found, and the norm is held (model/held.py): W and the bias go through its map, and a
+number for each row multiplies both. A mixture of experts has several down projections, so no single
+submodule fits: it is refused. So is an FFN that is the sum of several submodules.
 """
 
 from __future__ import annotations
@@ -27,8 +29,9 @@ from torch.autograd import forward_ad
 
 from ..errors import IfrError, UnsupportedArchitectureError
 from ..model.attention import AttentionCall, attend_rows
-from ..model.block import HALF, TOLERANCE, Block, fit_rows, relative_error, rounding_tolerance
+from ..model.block import HALF, TOLERANCE, Block, relative_error, rounding_tolerance
 from ..model.decoder import Decoder
+from ..model.held import fit_rows
 from ..model.hooks import (
     LayerCall,
     change_input,
@@ -55,6 +58,7 @@ class NeuronBasis(NamedTuple):
     W: Tensor  # [F, D] output of an activation of 1; in a row-scaled block, before the scale
     bias: Tensor  # [D] output of the FFN at activations of 0; it belongs to no neuron
     row_scaled: bool  # a norm follows the FFN
+    bias_scaled: bool = False  # it scales the bias too
 
 
 class Activations(NamedTuple):
@@ -99,7 +103,11 @@ def activations(
         post = run(hooks)
         wide = torch.promote_types(post.dtype, torch.float32)
         moved = values[0].to(wide) @ basis.W.to(wide)
-        left = added.to(wide) - basis.bias.to(wide)
+        left, bias = added.to(wide), basis.bias.to(wide)
+        if basis.bias_scaled:
+            moved = moved + bias
+        else:
+            left = left - bias
         scale = fit_rows(moved, left) if basis.row_scaled else None
         parts = moved if scale is None else scale[:, None] * moved
     error = relative_error(parts, left, post)
@@ -158,14 +166,22 @@ class _Replay(NamedTuple):
         )
 
     def __call__(self, hooks: list[Any]) -> Tensor:
-        """The layer's output [R, D], unscaled."""
+        """The layer's output [R, D], unscaled and before a norm of it."""
 
         def answer(call: AttentionCall) -> Tensor:
             past = self.past._replace(q=call.q)
             return attend_rows(past, call.q, self.rows, self.window)
 
         with overriding(answer), hooked(*hooks):
-            return self.block.unscaled(self.call(self.block.module, self.hidden[None])[0])
+            return self.left(self.call, self.hidden)
+
+    def left(self, call: LayerCall, hidden: Tensor) -> Tensor:
+        """What a run of the layer on `hidden` [R, D] gives."""
+        norm = None if self.block.residual is None else self.block.residual.post_norm
+        read: list[Tensor] = []
+        with hooked(*([] if norm is None else [on_input(norm.site, read.append)])):
+            output = call(self.block.module, hidden[None])[0]
+        return read[-1].reshape(output.shape) if read else self.block.unscaled(output)
 
 
 class _Candidate(NamedTuple):
@@ -208,6 +224,15 @@ def _find(probe: Recording, layer: int) -> NeuronBasis:
         raise UnsupportedArchitectureError(
             f"model: the FFN of layer {block.name} has no basis of neurons: no one projection "
             "makes its output from activations (a mixture of experts has several)"
+        )
+    norm = None if block.residual is None else block.residual.post_norm
+    if norm is not None and not found.row_scaled:
+        W, bias = norm.linear(found.W), norm.linear(found.bias)
+        return NeuronBasis(found.site, W, bias, row_scaled=True, bias_scaled=True)
+    if norm is not None:
+        raise UnsupportedArchitectureError(
+            f"model: the FFN of layer {block.name} has a norm of its own before a norm of the "
+            "stream, so its neurons are not known"
         )
     return found._replace(W=_held(found, block.bias.dtype))
 
@@ -254,7 +279,9 @@ def _watch(run: _Replay) -> tuple[list[_Candidate], Tensor, Tensor]:
 
     def keep_mid(x: Tensor) -> None:
         x = x.reshape(R, D)
-        mid.append(run.hidden + x if block.parallel else x.clone())
+        weight = None if block.residual is None else block.residual.mid_weight
+        passed = x if weight is None else x * weight
+        mid.append(run.hidden + x if block.parallel else passed.clone())
 
     hooks.append(block.on_mid(keep_mid))
     post = run(hooks)
@@ -304,7 +331,6 @@ def _derivative(run: _Replay, candidate: _Candidate) -> Iterator[Tensor]:
                 overriding(lambda _, z=z: z),  # type: ignore[misc]
                 hooked(change_input(candidate.site, dual)),
             ):
-                made = run.call.at(rows)(run.block.module, run.hidden[rows][None])
+                made = run.left(run.call.at(rows), run.hidden[rows])
             found = forward_ad.unpack_dual(made).tangent
-        none = x.new_zeros(len(rows), run.hidden.shape[1])
-        yield none if found is None else run.block.unscaled(found[0])
+        yield x.new_zeros(len(rows), run.hidden.shape[1]) if found is None else found

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from ..graph.tables import plain_tensor
 from ..kernels.contract import LayerInputs, visible
+from ..model.held import wide
+from ..model.node_parts import passage_to_mid
 from ..recording.layer_inputs import layer_inputs
 from ..recording.recording import Recording
 from ..scoring.closure import check_closure
@@ -47,7 +49,7 @@ def head_output(
     from ..kernels.rows import attention_pattern
 
     with recording.decoder.replaying():
-        inputs, _ = layer_inputs(recording, layer, torch.tensor([position]))
+        inputs = layer_inputs(recording, layer, torch.tensor([position])).inputs
     one = _one_head(inputs, head, position + 1)
     mask = visible(one.rows, position + 1, one.window).to(one.v.device)
     alpha = attention_pattern(one, mask)[0, 0]  # [S]
@@ -80,6 +82,29 @@ def _one_head(inputs: LayerInputs, head: int, n_keys: int) -> LayerInputs:
 
 
 @torch.inference_mode()
+def carried(
+    recording: Recording, part: Tensor, layer: int, position: int, *, by_head: bool
+) -> Tensor:
+    """[D] what is left of a part of a layer's output at the end of the stream: the residual
+    connections above pass it on, with their norms held. by_head: whether it is a part of resid_mid.
+    """
+    decoder, row = recording.decoder, torch.tensor([position])
+    part = part[None]
+    for block in decoder.blocks[layer:]:
+        if block.residual is not None:
+            with decoder.replaying():
+                inputs, post, _ = layer_inputs(recording, block.layer, row)
+            if block.layer > layer:
+                recorded = recording.layers[block.layer].resid_pre[position][None]
+                to_mid = passage_to_mid(block, recorded.to(inputs.y.device), inputs.row_scale)
+                part = to_mid(part.to(inputs.y.device))
+            if post is not None and (by_head or block.layer > layer):
+                part = post.passage(part.to(inputs.y.device))
+        part = part * block.stream_scale
+    return part[0]
+
+
+@torch.inference_mode()
 def ffn_output(recording: Recording, layer: int, position: int) -> Tensor:
     """[D] the output of the FFN block at a position, in float32 or wider."""
     return ffn_rows(recording, layer, torch.tensor([position])).added[0]
@@ -88,7 +113,7 @@ def ffn_output(recording: Recording, layer: int, position: int) -> Tensor:
 class FFNRows(NamedTuple):
     """R rows of an FFN block, in float32 or wider."""
 
-    before: Tensor  # [R, D] `resid_mid`; in a parallel block `resid_pre`
+    before: Tensor  # [R, D] the part of `resid_mid`; in a parallel block that of `resid_pre`
     added: Tensor  # [R, D]
     post: Tensor  # [R, D] unscaled (`Block.unscaled`)
     inputs: LayerInputs
@@ -97,10 +122,8 @@ class FFNRows(NamedTuple):
 def ffn_rows(recording: Recording, layer: int, rows: Tensor) -> FFNRows:
     """An FFN block at `rows` [R], int64 on the CPU."""
     with torch.inference_mode(), recording.decoder.replaying():
-        inputs, resid_post = layer_inputs(recording, layer, rows)
-    wide = torch.promote_types(inputs.y.dtype, torch.float32)
-    if resid_post is None:
+        inputs, post, _ = layer_inputs(recording, layer, rows)
+    if post is None:
         assert inputs.ffn is not None
-        return FFNRows(inputs.resid_pre.to(wide), inputs.ffn.to(wide), inputs.y.to(wide), inputs)
-    mid, post = inputs.y.to(wide), resid_post.to(wide)
-    return FFNRows(mid, post - mid, post, inputs)
+        return FFNRows(wide(inputs.resid_pre), wide(inputs.ffn), wide(inputs.y), inputs)
+    return FFNRows(wide(post.residual), post.ffn, wide(post.y), inputs)

@@ -24,9 +24,11 @@ from ..kernels.precision import exact_products
 from ..model.attention import AttentionCall
 from ..model.block import Block
 from ..model.decoder import Decoder
-from ..model.hooks import LayerCall, on_layer_call, on_output
+from ..model.held import wide
+from ..model.hooks import LayerCall, on_input, on_layer_call, on_output
 from ..model.modes import all_evaluating
-from ..model.replay import gate_rows, row_scales
+from ..model.node_parts import MidParts, PostParts, mid_parts, post_parts
+from ..model.replay import gate_rows
 from ..model.stream import Chain, on_end
 from ..recording.recording import LayerRecording
 from ..scoring.closure import cat_on
@@ -38,10 +40,10 @@ class NewRows(NamedTuple):
     """A decode step's rows, one for each of N layers that are all sequential or all parallel."""
 
     layers: list[int]  # ascending
-    resid_pre: Tensor  # [N, D]
+    residual: Tensor  # [N, D] the part of resid_pre
     y: Tensor  # [N, D] resid_mid, or resid_post in parallel blocks
     ffn: Tensor | None  # [N, D], parallel blocks only
-    resid_post: Tensor | None  # [N, D] unscaled (`Block.unscaled`), sequential blocks only
+    post: PostParts | None  # N rows, sequential blocks only
     bias: Tensor  # [N, D]
     scores: AttentionScores
 
@@ -53,7 +55,9 @@ class _Layer:
     resid_pre: Tensor  # [1, D]
     z: Tensor  # [1, H, V]
     mid: Tensor  # [1, D]
-    resid_post: Tensor  # [1, D] unscaled
+    resid_post: Tensor  # [1, D]
+    normed: Tensor | None = None  # [1, D] what the norm of the layer's output reads, if any
+    of_mid: MidParts
     ffn: Tensor | None  # [1, D], parallel blocks only
 
     def __init__(self, block: Block, recorded: LayerRecording, room: int, open_: _Open) -> None:
@@ -93,14 +97,19 @@ class _Layer:
 
     def score(self, keep: float) -> None:
         """Scores the row that attended last."""
-        block, gate, scale = self.block, None, None
+        block, gate = self.block, None
         if block.gate_site is not None:
             gate = gate_rows(block, self.layer_call, self.resid_pre, torch.tensor([0]))
-        if block.row_scaled:
-            scale = row_scales(block, self.resid_pre, self.mid, self.z, gate)
+        of = self.of_mid = mid_parts(block, self.resid_pre, self.mid, self.z, gate)
         self.ffn = self.resid_post - self.mid if block.parallel else None
         y = self.resid_post if block.parallel else self.mid
-        self._step.score(self.resid_pre, y, keep, row_scale=scale, value_gate=gate, ffn=self.ffn)
+        self._step.score(
+            of.residual, y, keep, row_scale=of.row_scale, value_gate=gate, ffn=self.ffn
+        )
+
+    def post_parts(self) -> PostParts:
+        """The parts of the row that was left last, of a sequential block."""
+        return post_parts(self.block, self.mid, self.resid_post, self.normed)
 
     def watch(self, chain: Chain, keep: float) -> Iterator[RemovableHandle]:
         """Hooks that note a step's row, and score it unless the block has a gate."""
@@ -118,10 +127,15 @@ class _Layer:
 
         def leave(x: Tensor) -> None:
             chain.leave(x)
-            self.resid_post = block.unscaled(x[0])
+            self.resid_post = x[0]
             if block.parallel and block.gate_site is None:
                 self.score(keep)
 
+        def keep_normed(x: Tensor) -> None:
+            self.normed = x.reshape(1, -1)
+
+        if block.residual is not None and block.residual.post_norm is not None:
+            yield on_input(block.residual.post_norm.site, keep_normed)
         yield on_layer_call(block.module, enter)
         yield block.on_mid(keep_mid)
         yield on_output(block.module, leave)
@@ -162,7 +176,6 @@ class _Alike:
             _Layer(block, x, room, open_) for block, x in zip(blocks, recorded, strict=True)
         ]
         self.numbers = [block.layer for block in blocks]
-        self.bias = torch.stack([block.bias.to(device) for block in blocks])
         self._device = device
         self._on_one_device = all(x.W_O.device == device for x in self.layers)
 
@@ -170,14 +183,26 @@ class _Alike:
         """The rows of the last step."""
         layers = self.layers
         cat = torch.cat if self._on_one_device else functools.partial(cat_on, self._device)
-        resid_pre = cat([x.resid_pre for x in layers])
-        resid_post = cat([x.resid_post for x in layers])
+        residual = cat([x.of_mid.residual for x in layers])
+        bias = cat([x.of_mid.bias.expand(1, -1) for x in layers])
         scores = self.scores.take()
         if layers[0].block.parallel:
+            y = cat([x.resid_post for x in layers])
             ffn = cat([x.ffn for x in layers if x.ffn is not None])
-            return NewRows(self.numbers, resid_pre, resid_post, ffn, None, self.bias, scores)
+            return NewRows(self.numbers, residual, y, ffn, None, bias, scores)
         y = cat([x.mid for x in layers])
-        return NewRows(self.numbers, resid_pre, y, None, resid_post, self.bias, scores)
+        post = _joined([x.post_parts() for x in layers], cat)
+        return NewRows(self.numbers, residual, y, None, post, bias, scores)
+
+
+def _joined(rows: list[PostParts], cat: Callable[[list[Tensor]], Tensor]) -> PostParts:
+    """The parts of several layers' rows as one."""
+    given_ffn = error = None
+    if any(x.given_ffn is not None for x in rows):
+        given_ffn = cat([x.ffn for x in rows])
+        none = wide(rows[0].y).new_zeros(1)
+        error = cat([none.to(x.y.device) if x.error is None else x.error for x in rows])
+    return PostParts(cat([x.residual for x in rows]), cat([x.y for x in rows]), given_ffn, error)
 
 
 def _scored_by(

@@ -27,7 +27,7 @@ from ..recording.recording import Recording
 from ..routes.route_graph import RouteGraph, in_order
 from ..scoring.closure import check_closed, check_closure, closure_errors
 from ..scoring.implementations import Kernel
-from ..scoring.layer import score_layer
+from ..scoring.layer import score_layer, score_post
 from .decoding import Decoding, NewRows
 from .nodes import Nodes
 
@@ -93,11 +93,12 @@ class Generation:
         """Makes nodes of the rows that were scored last."""
         numbers, scores = rows.layers, rows.scores
         of_ffn, ffn_residual, ffn_unattributed = scores.ffn, None, None
-        if rows.resid_post is not None:
-            ffn_residual, of_ffn, ffn_unattributed = self._kernel.score_ffn(rows.y, rows.resid_post)
+        errors = closure_errors(rows.y, rows.residual, rows.ffn, rows.bias, scores.linear)
+        if rows.post is not None:
+            ffn_residual, of_ffn, ffn_unattributed = score_post(rows.post, self._kernel)
             ffn_residual = ffn_residual.float()
+            errors = errors if rows.post.error is None else errors.maximum(rows.post.error)
         assert of_ffn is not None
-        errors = closure_errors(rows.y, rows.resid_pre, rows.ffn, rows.bias, scores.linear)
         check_closed(errors, numbers)
         table = LayerTable(
             torch.arange(len(numbers), device=rows.y.device),

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .held import Residual
 from .hooks import on_input, on_output
 
 HALF = (torch.bfloat16, torch.float16)
@@ -28,24 +29,47 @@ class Block(NamedTuple):
     name: str
     module: nn.Module
     attention: nn.Module
-    mid_site: nn.Module | None  # the module whose input is resid_mid; None in a parallel block
+    mid_site: nn.Module | None  # reads stream plus attention; None in a parallel block
     W_O: Tensor  # [H, V, D] effective, in the model's dtype if that holds it; contiguous in V
-    bias: Tensor  # [D] the constant that attention adds; it belongs to no part
+    bias: Tensor  # [D] the constant that attention adds to the stream; it belongs to no part
     window: int | None  # keys visible to a row, itself included
     row_scaled: bool  # a norm after attention scales each row by a number
     gate_site: nn.Module | None  # the module whose input is the attention output times a gate
     kv_heads: int
     d_key: int
     width: int  # numbers per row in the widest tensor that its submodules return
-    n_outputs: int | None  # length of the tuple that it returns; None where it returns a tensor
+    n_outputs: int | None  # of the tuple or list that it returns; None where it returns a tensor
     branches: tuple[Branch, ...]  # the sum that the FFN adds, in the order of their calls
     stream_scale: float  # the constant that multiplies the stream when the layer is left
     value_layer: int | None = None  # whose keys and values attention reads; None: its own
+    residual: Residual | None = None  # how the stream is passed on; None: by plain additions
 
     @property
     def parallel(self) -> bool:
         """True if attention and FFN both read `resid_pre` and are added at once."""
         return self.mid_site is None
+
+    @property
+    def fits_rows(self) -> bool:
+        """True if a row's factors are found from its attention output z, which is kept for that."""
+        of = self.residual
+        held = of is not None and not (of.mid_norm is None and of.post_norm is None)
+        return self.row_scaled or held
+
+    @property
+    def runs_again(self) -> bool:
+        """True if scoring runs a layer again for what no recording holds: gates, and the sum that a
+        norm of the layer's output reads.
+        """
+        of = self.residual
+        return self.gate_site is not None or (
+            of is not None and not (of.pre_norm is None and of.post_norm is None)
+        )
+
+    def facts(self) -> list[object]:
+        """Everything that was found of the layer except W_O, to be compared."""
+        found = self._replace(W_O=None, bias=self.bias.tolist(), residual=None)  # type: ignore[arg-type]
+        return [*found, None if self.residual is None else self.residual.facts()]
 
     def crossed_window(self, n_tokens: int) -> int | None:
         """The window if a text of `n_tokens` is longer than it, else None."""
@@ -59,14 +83,11 @@ class Block(NamedTuple):
 
     def on_mid(self, keep: Callable[[Tensor], None]) -> torch.utils.hooks.RemovableHandle:
         """Passes `resid_mid` to `keep`; in a parallel block, what attention adds to `resid_pre`."""
+        if self.residual is not None and self.residual.mid_norm is not None:
+            return on_output(self.residual.mid_norm.site, keep)
         if self.mid_site is not None:
             return on_input(self.mid_site, keep)
         return on_output(self.attention, keep)
-
-
-def fit_rows(moved: Tensor, added: Tensor) -> Tensor:
-    """The factor [R] for each row that brings `moved` [R, D] nearest to `added` [R, D]."""
-    return (moved * added).sum(-1) / moved.square().sum(-1).clamp(min=torch.finfo(moved.dtype).tiny)
 
 
 def rounding_tolerance(dtype: torch.dtype) -> float:

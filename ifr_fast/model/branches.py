@@ -34,7 +34,11 @@ def sums(output: Tensor, before: Tensor, outputs: list[tuple[nn.Module, Tensor]]
 
     before: the stream [T, D] that is passed on; outputs: submodules and what they returned, [T, D].
     """
-    candidates = _distinct(outputs)
+    candidates = [
+        (module, x)
+        for module, x in distinct(outputs)
+        if not torch.equal(x, before)  # made by the norm behind which the stream is passed on
+    ]
     columns = torch.stack([before, *(x for _, x in candidates), output]).flatten(1)
     # Double precision is for the products: a small branch beside a large stream has small ones.
     columns = columns.cpu().double()
@@ -62,7 +66,7 @@ def sums(output: Tensor, before: Tensor, outputs: list[tuple[nn.Module, Tensor]]
     return []
 
 
-def _distinct(outputs: list[tuple[nn.Module, Tensor]]) -> list[tuple[nn.Module, Tensor]]:
+def distinct(outputs: list[tuple[nn.Module, Tensor]]) -> list[tuple[nn.Module, Tensor]]:
     """Submodules that are called once and return something. Of those that pass on a multiple of the
     same output the last is taken.
     """

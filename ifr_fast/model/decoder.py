@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -71,12 +70,6 @@ class Decoder:
     def d_heads(self) -> list[int]:
         """Dimensions of a head's values, layer by layer."""
         return [block.W_O.shape[1] for block in self.blocks]
-
-    def scale_from(self, layer: int) -> float:
-        """The constant by which what `layer` adds to the stream is multiplied on the way to the
-        last layer's output.
-        """
-        return math.prod(block.stream_scale for block in self.blocks[layer:])
 
     @property
     def d_model(self) -> int:

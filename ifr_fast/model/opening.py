@@ -102,8 +102,7 @@ def check_hooks(decoder: Decoder) -> None:
             with _probing(decoder.model):
                 _open(decoder)
             for old, new in zip(before, decoder.blocks, strict=True):
-                facts = [(*block[:5], block.bias.tolist(), *block[7:]) for block in (old, new)]
-                if facts[0] != facts[1] or not torch.equal(old.W_O, new.W_O):
+                if old.facts() != new.facts() or not torch.equal(old.W_O, new.W_O):
                     decoder.checked_hooks = []
                     raise UnsupportedArchitectureError(
                         f"model: hooks that were added after it was opened change layer {old.name};"
@@ -266,7 +265,7 @@ def _open_blocks(decoder: Decoder) -> tuple[AttentionThrough, list[Block]]:
                 seen[i]["call"],
                 pre[0],
                 seen[i]["post"],
-                len(seen[i]["raw"]) if isinstance(seen[i]["raw"], tuple) else None,
+                len(seen[i]["raw"]) if isinstance(seen[i]["raw"], tuple | list) else None,
             )
             if pre.dtype in HALF:
                 _check_attention(probe, streams[i][0], attended[i])
@@ -373,6 +372,7 @@ def _open_block(index: int, probe: Probe, n_far: int, read: int | None) -> Block
         parts.branches,
         parts.stream_scale,
         read,
+        parts.residual,
     )
     _check_rows(probe, block, parts.resid_mid)
     if read is None:

@@ -9,11 +9,13 @@ from typing import NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import UnsupportedArchitectureError
 from .attention import AttentionCall
-from .block import TOLERANCE, Branch, error_of_runs, fit_rows, relative_error, rounding_tolerance
+from .block import TOLERANCE, Branch, error_of_runs, relative_error, rounding_tolerance
 from .branches import BRANCHES, Sum, sums
+from .held import Residual, fit_rows
 from .hooks import (
     LayerCall,
     StopForward,
@@ -25,6 +27,7 @@ from .hooks import (
 )
 from .interface import overriding
 from .replay import gates_at
+from .residual import Meeting, Passing, meeting, passings, weighted
 
 _PROBE_ROWS = 512  # rows of the identity that pass through a layer at once
 
@@ -40,7 +43,7 @@ class Probe(NamedTuple):
     layer_call: LayerCall
     resid_pre: Tensor  # [T, D]
     resid_post: Tensor  # [T, D]
-    n_outputs: int | None  # length of the tuple that the layer returns, if it returns one
+    n_outputs: int | None  # of the tuple or list that the layer returns, if it does
     narrow_dtype: torch.dtype | None = None  # of modules that compute in no wider one
 
     @property
@@ -117,6 +120,7 @@ class _Parts(NamedTuple):
     """The parts by which a layer computes resid_mid from resid_pre and its attention output."""
 
     mid_site: nn.Module | None
+    summed: Tensor  # [T, D] on the probe: the sum that `mid_site` reads; resid_mid, if plain
     resid_mid: Tensor  # [T, D] on the probe
     bias: Tensor  # [D]
     W_O: Tensor  # [H, V, D]
@@ -125,6 +129,7 @@ class _Parts(NamedTuple):
     width: int = 0
     branches: tuple[Branch, ...] = ()
     stream_scale: float = 1.0
+    residual: Residual | None = None
 
 
 def decompose(index: int, probe: Probe) -> _Parts:
@@ -137,53 +142,102 @@ def decompose(index: int, probe: Probe) -> _Parts:
     moved = _run(probe, x + d, torch.zeros_like(z))
     whole = _run(probe, x, z)
 
-    mid_site, resid_mid = None, None
+    met: Meeting | None = None
+    mid_site: nn.Module | None = None
+    passed: Tensor | None = x
     for (module, at_zero), (_, at_moved), (_, at_whole) in zip(
         zero.inputs, moved.inputs, whole.inputs, strict=True
     ):
         follows = relative_error(at_moved - at_zero, (x + d) - x, x) < TOLERANCE
         if follows and not torch.equal(at_whole, at_zero):
-            mid_site, resid_mid = module, at_whole
+            mid_site, summed = module, at_whole
             bias = at_zero - x
             break
     else:
         half = _run(probe, x, z / 2)
         step = whole.output - zero.output
         additive = relative_error((half.output - zero.output) * 2, step, whole.output) < TOLERANCE
-        if torch.equal(whole.output, zero.output) or not additive:
-            refuse(probe, "no place was found where its residual stream and attention meet")
-        bias = zero.attention_output
-        if not torch.equal(bias, moved.attention_output):
-            refuse(probe, "its attention module adds more than its heads' outputs")
+        if not torch.equal(whole.output, zero.output) and additive:
+            bias = zero.attention_output
+            summed, passed = x + whole.attention_output, None
+            if not torch.equal(bias, moved.attention_output):
+                refuse(probe, "its attention module adds more than its heads' outputs")
+        else:
+            met = meeting(x, x + d, zero.inputs, moved.inputs, whole.inputs, zero.outputs)
+            if met is None:
+                refuse(probe, "no place was found where its residual stream and attention meet")
+            mid_site, summed, passed = met.site, met.whole, met.passed
+            bias = met.without - met.passed
     middle = bias.median(0).values
-    if relative_error(bias - middle, torch.zeros_like(bias), x) > 0:
+    if relative_error(bias - middle, torch.zeros_like(bias), x if met is None else met.without) > 0:
         refuse(probe, "what it adds besides its heads' outputs is not a constant bias")
 
-    if resid_mid is None:
+    if passed is None:
         attended, beside = whole.attention_output, whole.output
-        resid_mid = x + attended
     else:
-        attended, beside = resid_mid - x, resid_mid
-    parts = _close(probe, _Parts(mid_site, resid_mid, middle, z), attended, beside)
-    added = _branches(probe, whole, resid_mid, mid_site is None)
+        attended, beside = summed - passed, summed
+    parts = _close(probe, _Parts(mid_site, summed, summed, middle, z), attended, beside)
+    parts = _passed_on(probe, whole, parts, met)
 
     error = relative_error(whole.output, probe.resid_post)
     if error > probe.tolerance:
         refuse(probe, f"a replay does not give its output back (relative error {error:.1e})")
-    _check_sources(probe, parts, whole, len(added.branches))
-    return parts._replace(
-        width=whole.width, branches=added.branches, stream_scale=added.stream_scale
+    _check_sources(probe, parts, whole)
+    return parts._replace(width=whole.width)
+
+
+def _passed_on(probe: Probe, run: _Run, parts: _Parts, met: Meeting | None) -> _Parts:
+    """`parts` with what the layer adds to its stream, and how it passes the stream on."""
+    nearest = float("inf")
+    for passing in passings(parts.mid_site, parts.summed, run.inputs, run.outputs, run.output):
+        if passing.mid_norm is not None and parts.row_scaled:
+            continue
+        nearest, added = _branches(probe, run, passing, nearest, parts.mid_site is None)
+        weight = None
+        if added is None and parts.mid_site is not None:
+            found = weighted(passing.target, passing.resid_mid, run.outputs)
+            if found is not None and _is_all(probe, found.added, found.weight, passing):
+                weight, added = found
+        if added is None:
+            continue
+        if weight is None and passing.post_norm is not None and added.stream_scale != 1:
+            weight = torch.full_like(parts.bias, added.stream_scale)
+            added = Sum(added.branches, 1.0)
+        norm = passing.mid_norm
+        of = Residual(
+            None if met is None else met.norm,
+            None if met is None else met.weight,
+            norm,
+            weight,
+            passing.post_norm,
+        )
+        return parts._replace(
+            resid_mid=passing.resid_mid,
+            W_O=parts.W_O if norm is None else norm.linear(parts.W_O),
+            branches=added.branches,
+            stream_scale=added.stream_scale,
+            residual=None if all(x is None for x in of) else of,
+        )
+    if run.emits_output:
+        refuse(
+            probe,
+            "its output is made by a submodule that is no norm of resid_mid plus what its FFN adds",
+        )
+    return refuse(
+        probe,
+        "what its FFN adds is no submodule's output, nor a sum of at most "
+        f"{BRANCHES} (relative error {nearest:.1e})",
     )
 
 
-def _check_sources(probe: Probe, parts: _Parts, whole: _Run, n_branches: int) -> None:
+def _check_sources(probe: Probe, parts: _Parts, whole: _Run) -> None:
     """Refuses a layer whose output at a row depends on more than `resid_mid` of that row (in a
     parallel block: than the stream and the attention output of that row).
     """
     rows, x, z = probe_rows(len(probe.resid_pre)), probe.resid_pre, probe.z
 
-    def error_of(hidden: Tensor, z: Tensor) -> float:
-        with overriding(lambda _: z[rows][None]):
+    def error_of(hidden: Tensor, z: Tensor, *handles: RemovableHandle) -> float:
+        with overriding(lambda _: z[rows][None]), hooked(*handles):
             alone = probe.layer_call.at(rows)(probe.module, hidden[rows][None])[0]
         return relative_error(alone, whole.output[rows])
 
@@ -197,11 +251,20 @@ def _check_sources(probe: Probe, parts: _Parts, whole: _Run, n_branches: int) ->
             )
 
     # Where modules compute in half precision, another rounding may choose other experts.
-    if parts.mid_site is None or (probe.narrow_dtype is not None and n_branches == 1):
+    if parts.mid_site is None or (probe.narrow_dtype is not None and len(parts.branches) == 1):
         check_rows()
         return
     # Another stream, without attention, gives the same resid_mid: the output has to be the same.
-    error = error_of(parts.resid_mid - parts.bias, torch.zeros_like(z))
+    hidden, norm, handles = parts.summed - parts.bias, None, []
+    if parts.residual is not None and parts.residual.pre_weight is not None:
+        hidden, norm = hidden / parts.residual.pre_weight, parts.residual.pre_norm
+        if not bool(torch.isfinite(hidden).all()):
+            refuse(probe, "it passes on a part of its residual stream's coordinates")
+    if norm is not None:
+        normed = (hidden + norm.bias)[rows][None]
+        handles.append(change_output(norm.site, lambda _: normed))
+        hidden = x.flip(0)
+    error = error_of(hidden, torch.zeros_like(z), *handles)
     if error > probe.tolerance:
         check_rows()
         refuse(
@@ -327,42 +390,46 @@ def _gate_site(probe: Probe) -> nn.Module | None:
     return next((module for (module, x), (_, y) in pairs if not torch.equal(x, y)), None)
 
 
-def _branches(probe: Probe, run: _Run, before: Tensor, parallel: bool) -> Sum:
-    """What the layer adds to `before` [T, D]: one submodule's output times a constant (if several
-    pass it on, that of the last one that is called only once), or else a sum of a few beside a
-    multiple of the stream. No branches if all that pass it on are called several times.
+def _branches(
+    probe: Probe, run: _Run, passing: Passing, nearest: float, parallel: bool
+) -> tuple[float, Sum | None]:
+    """What the layer adds to `resid_mid`: one submodule's output times a constant (if several pass
+    it on, that of the last one that is called only once), or else a sum of a few beside a multiple
+    of the stream. No branches if all that pass it on are called several times; None if the target
+    is no such sum. With the smallest error of one submodule's output, or `nearest` if that is less.
     """
-    left = run.output - before
+    before, target = passing.resid_mid, passing.target
+    left = target - before
     calls = [module for module, _ in run.outputs]
     best = float("inf")
     found: Branch | None = None
     for module, x in run.outputs:
         scale = (left * x).sum() / x.square().sum().clamp(min=1e-30)
-        error = relative_error(scale * x, left, run.output)
+        error = relative_error(scale * x, left, target)
         best = min(best, error)
         adds = bool(scale) or not bool(x.any())  # zero is a multiple of any output
         if error <= TOLERANCE and adds and calls.count(module) == 1:
             found = Branch(module, float(scale))
+    nearest = min(best, nearest)
     if best <= TOLERANCE:
-        return Sum(() if found is None else (found,), 1.0)
-    for candidate in sums(run.output, before, run.outputs):
-        if not (parallel and candidate.stream_scale != 1) and _is_all(probe, candidate, before):
-            return candidate
-    if run.emits_output:
-        refuse(probe, "its output is the output of a submodule, not of a residual addition")
-    return refuse(
-        probe,
-        "what its FFN adds is no submodule's output, nor a sum of at most "
-        f"{BRANCHES} (relative error {best:.1e})",
-    )
+        return nearest, Sum(() if found is None else (found,), 1.0)
+    for candidate in sums(target, before, run.outputs):
+        whole = not (parallel and candidate.stream_scale != 1)
+        if whole and _is_all(probe, candidate, candidate.stream_scale, passing):
+            return nearest, candidate
+    return nearest, None
 
 
-def _is_all(probe: Probe, found: Sum, before: Tensor) -> bool:
-    """True if the layer gives a multiple of the stream alone where the branches give 0."""
+def _is_all(probe: Probe, found: Sum, scale: float | Tensor, passing: Passing) -> bool:
+    """True if the target is a multiple of the stream alone where the branches give 0."""
     handles = [change_output(branch.site, torch.zeros_like) for branch in found.branches]
+    normed: list[Tensor] = []
+    if passing.post_norm is not None:
+        handles.append(on_input(passing.post_norm.site, normed.append))
     with hooked(*handles):
         output = _run(probe, probe.resid_pre, probe.z).output
-    return relative_error(output, found.stream_scale * before) <= TOLERANCE
+    target = normed[-1].reshape(output.shape) if normed else output
+    return relative_error(target, scale * passing.resid_mid) <= TOLERANCE
 
 
 def probe_rows(n_tokens: int) -> Tensor:

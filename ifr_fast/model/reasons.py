@@ -21,8 +21,6 @@ from .hooks import LayerCall, hooked, in_this_thread, on_input, on_layer_call, o
 from .interface import overriding
 from .probing import Probe
 
-_SAME_NORM = 1e-2  # a norm's epsilon shows in what it makes of a small stream
-
 
 def named(name: str, module: nn.Module) -> str:
     """A module in a message."""
@@ -196,7 +194,6 @@ def why_no_parts(probe: Probe) -> str | None:
 
 def _why_no_parts(probe: Probe) -> str | None:
     x, z, layer = probe.resid_pre[None], probe.z[None], probe.module
-    names = {module: name for name, module in layer.named_modules()}
 
     def run(stream: Tensor, z: Tensor) -> Tensor:
         with overriding(lambda _: z):
@@ -205,70 +202,17 @@ def _why_no_parts(probe: Probe) -> str | None:
     mixer = mixer_of(layer, lambda stream: run(stream, z), x, {probe.attention})
     if mixer is not None:
         return f"besides attention, it mixes positions by {mixer}"
-    left: list[tuple[nn.Module, Tensor, Tensor]] = []
-    read: dict[nn.Module, Tensor] = {}
-    handles = []
-    for module in names:
-        if module is not layer:
-            handles.append(on_input(module, partial(read.__setitem__, module)))
-            keep = partial(_keep_passed, left, read, module)
-            handles.append(on_output(module, keep))
-    with hooked(*handles):
-        output = run(x, z)
-    for module, of, out in left:
-        if out.data_ptr() == output.data_ptr() and not any(module.children()):
-            doubled = module(2 * of)
-            if relative_error(doubled.flatten(0, -2), out.flatten(0, -2)) < _SAME_NORM:
-                return (
-                    f"its output is that of {named(names[module], module)}, a norm of the whole "
-                    "stream, and not of a residual addition"
-                )
-    return _why_not_identity(probe, run)
+    return _why_other_rows(probe, run)
 
 
-def _keep_passed(
-    left: list[tuple[nn.Module, Tensor, Tensor]],
-    read: dict[nn.Module, Tensor],
-    module: nn.Module,
-    out: Tensor,
-) -> None:
-    if module in read:
-        left.append((module, read[module], out))
-
-
-def _why_not_identity(probe: Probe, run: Callable[[Tensor, Tensor], Tensor]) -> str | None:
-    """Says so where the stream is scaled before attention's output is added to it, or where what
-    is made of attention's output differs between rows.
-    """
+def _why_other_rows(probe: Probe, run: Callable[[Tensor, Tensor], Tensor]) -> str | None:
+    """Says so where what is made of attention's output differs between rows."""
     x, z = probe.resid_pre[None], probe.z[None]
-    inside = set(probe.attention.modules())
-    after = [m for m in probe.module.modules() if m not in inside and m is not probe.module]
-
-    def seen(stream: Tensor, z: Tensor) -> tuple[list[Tensor], Tensor]:
-        found: list[Tensor] = []
-        attended: list[Tensor] = []
-
-        def keep(of: Tensor) -> None:
-            if attended and of.numel() == x.numel():
-                found.append(of.reshape(x.shape[1:]).clone())
-
-        first = on_output(probe.attention, lambda of: attended.append(of.clone()))
-        with hooked(first, *(on_input(m, keep) for m in after)):
-            run(stream, z)
-        return found, attended[0].reshape(x.shape[1:])
-
-    d = x * torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
-    plain, none = seen(x, torch.zeros_like(z))
-    moved, _ = seen(x + d, torch.zeros_like(z))
-    for at, at_moved in zip(plain, moved, strict=True):
-        change = at_moved - at
-        scale = (change * d[0]).sum(0) / d[0].square().sum(0)
-        if bool(scale.all()) and relative_error(scale * d[0], change, x[0]) < 10 * TOLERANCE:
-            if float((scale - 1).abs().max()) > 10 * TOLERANCE:
-                return "its residual connection is no identity: it scales the stream"
-            break
-    along = z[:, -1:].expand_as(z)  # the same output for every row
-    _, same = seen(x, along.contiguous())
+    attended: list[Tensor] = []
+    with hooked(on_output(probe.attention, lambda of: attended.append(of.clone()))):
+        run(x, torch.zeros_like(z))
+        run(x, z[:, -1:].expand_as(z).contiguous())  # the same output for every row
+    none, same = (of.reshape(x.shape[1:]) for of in attended)
     added = same - none
     factor = (added * added[-1]).sum(-1, keepdim=True) / added[-1].square().sum()
     if relative_error(factor * added[-1], added, x[0]) > 10 * TOLERANCE:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..kernels.rows import on_device
 from .attention import AttentionCall, AttentionHandler, attend_rows
-from .block import Block, fit_rows
+from .block import Block
 from .hooks import LayerCall, StopForward, hooked, on_input
 from .interface import overriding
 
@@ -50,20 +50,21 @@ def replay_rows(
     )
 
 
-def row_scales(
-    block: Block, resid_pre: Tensor, resid_mid: Tensor, z: Tensor, value_gate: Tensor | None
+def post_norm_inputs(
+    block: Block, layer_call: LayerCall, resid_pre: Tensor, z: Tensor, rows: Tensor
 ) -> Tensor:
-    """The factors [R] by which a row-scaled block multiplied each row's attention, in float32 or
-    wider.
-
-    resid_pre, resid_mid [R, D]; z [R, H, V]: the attention output; value_gate [R, H, V] or None.
+    """The rows [R, D] that the norm of a layer's output reads, where the layer is run on some rows
+    alone with the attention output z [R, H, V]. Other arguments, and the caller's duty, are those
+    of `replay_rows`.
     """
-    wide = torch.promote_types(block.W_O.dtype, torch.float32)
-    gated = z.to(wide) if value_gate is None else z.to(wide) * value_gate
-    moved = torch.zeros_like(resid_pre, dtype=wide)
-    for of_head, W_O in zip(gated.unbind(1), block.W_O, strict=True):
-        moved.addmm_(of_head, W_O.to(wide))
-    return fit_rows(moved, resid_mid.to(wide) - resid_pre.to(wide) - block.bias.to(wide))
+    assert block.residual is not None
+    assert block.residual.post_norm is not None
+    hidden = resid_pre[on_device(rows, resid_pre.device)].to(block.W_O.device)
+    found: list[Tensor] = []
+    norm = block.residual.post_norm.site
+    with overriding(lambda _: z[None]), hooked(on_input(norm, found.append)):
+        layer_call.at(rows)(block.module, hidden[None])
+    return found[-1].reshape(hidden.shape)
 
 
 def gate_rows(block: Block, layer_call: LayerCall, resid_pre: Tensor, rows: Tensor) -> Tensor:

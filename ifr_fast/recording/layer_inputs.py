@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -9,10 +11,19 @@ from ..kernels.contract import LayerInputs
 from ..kernels.rows import on_device
 from ..model.attention import AttentionCall
 from ..model.block import Block
-from ..model.replay import gate_rows, replay_rows, row_scales
+from ..model.node_parts import PostParts, mid_parts, post_parts
+from ..model.replay import gate_rows, post_norm_inputs, replay_rows
 from .recording import LayerRecording, Recording
 
 _BLOCK_ROWS = {"cpu": 512, "cuda": 8192}  # rows that are replayed and scored at once
+
+
+class LayerRows(NamedTuple):
+    """R rows of a layer, with everything that they are the sum of."""
+
+    inputs: LayerInputs
+    post: PostParts | None  # None in a parallel block
+    bias: Tensor  # [D] or [R, D] the constant in `inputs.y` that belongs to no part
 
 
 def past_of(block: Block, recorded: LayerRecording, k: Tensor, v: Tensor) -> AttentionCall:
@@ -31,13 +42,9 @@ def past_of(block: Block, recorded: LayerRecording, k: Tensor, v: Tensor) -> Att
 
 
 @torch.inference_mode()
-def layer_inputs(
-    recording: Recording, layer: int, rows: Tensor
-) -> tuple[LayerInputs, Tensor | None]:
-    """The kernels' inputs for `rows` [R] (int64, CPU, ascending) of a layer.
+def layer_inputs(recording: Recording, layer: int, rows: Tensor) -> LayerRows:
+    """The kernels' inputs for `rows` [R] (int64, CPU, ascending) of a layer, and what they lack.
 
-    If the block is sequential, `resid_post` [R, D] is returned too, so that its FFN can be scored:
-    before the layer multiplied it by a constant (`Block.unscaled`).
     If the recording `is_replayed`, call this within `Decoder.attention_through`.
     """
     block, recorded = recording.decoder.blocks[layer], recording.layers[layer]
@@ -73,20 +80,17 @@ def layer_inputs(
     resid_pre = take(recorded.resid_pre)
     following = recording.resid_post(layer)
     resid_post = take(following)
-    row_scale = None
-    if block.row_scaled:
-        assert z is not None
-        row_scale = row_scales(block, resid_pre, mid, z, value_gate)
+    of_mid = mid_parts(block, resid_pre, mid, z, value_gate)
     inputs = LayerInputs(
         rows=rows,
-        resid_pre=resid_pre,
+        resid_pre=of_mid.residual,
         y=resid_post if block.parallel else mid,
         q=q,
         k=k,
         v=v,
         W_O=block.W_O,
         scale=recorded.scale,
-        row_scale=row_scale,
+        row_scale=of_mid.row_scale,
         value_gate=value_gate,
         window=recorded.window,
         softcap=recorded.softcap,
@@ -95,7 +99,13 @@ def layer_inputs(
         log_sum_exp=log_sum_exp,
         ffn=resid_post - mid if block.parallel else None,
     )
-    return inputs, None if block.parallel else block.unscaled(resid_post)
+    if block.parallel:
+        return LayerRows(inputs, None, of_mid.bias)
+    normed = None
+    if block.residual is not None and block.residual.post_norm is not None:
+        assert z is not None
+        normed = post_norm_inputs(block, recorded.call, recorded.resid_pre, z, rows)
+    return LayerRows(inputs, post_parts(block, mid, resid_post, normed), of_mid.bias)
 
 
 def block_rows(device: torch.device) -> int:

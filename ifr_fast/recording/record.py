@@ -52,7 +52,7 @@ def record_together(
         if layer.block.value_layer is not None:
             made_by = layers[layer.block.value_layer].attention
             layer.attention = layer.attention._replace(k=made_by.k, v=made_by.v)
-        if not (full and layer.block.row_scaled):
+        if not (full and layer.block.fits_rows):
             del layer.z
 
     def left(layer: WatchedLayer) -> None:
@@ -101,7 +101,7 @@ def record_together(
                     call=layer.call_of(b),
                     q=heads(call.q) if full else None,
                     resid_mid=layer.resid_mid[b, :n] if full else None,
-                    z=layer.z[b, :n] if full and layer.block.row_scaled else None,
+                    z=layer.z[b, :n] if full and layer.block.fits_rows else None,
                     log_sum_exp=None if sums is None else sums[b, :n],
                     checked_mid=None if full else checked_mid[b],
                 )

@@ -29,7 +29,7 @@ class RecordingMode(StrEnum):
     """The tensors that a recording holds of each layer."""
 
     LEAN = "lean"  # resid_pre, k, v
-    FULL = "full"  # also q, resid_mid, log_sum_exp if there is one, z of row-scaled blocks
+    FULL = "full"  # also q, resid_mid, log_sum_exp if there is one, z where `Block.fits_rows`
 
 
 @dataclass(eq=False)
@@ -74,8 +74,8 @@ class Recording:
     @property
     def is_replayed(self) -> bool:
         """True if scoring it runs layers again, for tensors that it does not hold."""
-        gated = any(block.gate_site is not None for block in self.decoder.blocks)
-        return gated or self.mode is RecordingMode.LEAN
+        again = any(block.runs_again for block in self.decoder.blocks)
+        return again or self.mode is RecordingMode.LEAN
 
     @contextmanager
     def replaying(self) -> Iterator[None]:

@@ -23,7 +23,7 @@ class LayerSizes(NamedTuple):
     k: int  # 0 where it shares a lower layer's
     v: int
     q: int
-    z: int  # attention output; 0 unless the block is row-scaled
+    z: int  # attention output; 0 unless `Block.fits_rows`
     heads: int
     sums: int  # log-sum-exps, at most; in float32 or wider
 
@@ -47,7 +47,7 @@ class Sizes(NamedTuple):
         def of_block(block: Block) -> LayerSizes:
             H, V, _ = block.W_O.shape
             shares = block.value_layer is not None
-            z = H * V if block.row_scaled else 0
+            z = H * V if block.fits_rows else 0
             H_kv, K = block.kv_heads, block.d_key
             sums = H if may_sum(K, V) else 0
             k, v = (0, 0) if shares else (H_kv * K, H_kv * V)

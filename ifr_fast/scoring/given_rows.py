@@ -127,8 +127,8 @@ def summed_row(inputs: LayerInputs, weights: Tensor) -> LayerInputs:
 
 
 def rows_closure(inputs: LayerInputs, bias: Tensor) -> Tensor:
-    """[R] `closure_errors` of the rows of `inputs`, whose parts and `bias` [D] must add up to them.
-    The parts are added up here, not by a kernel. [H, R, S] is formed in row blocks.
+    """[R] `closure_errors` of the rows of `inputs`, whose parts and `bias` ([D] or [R, D]) must add
+    up to them. The parts are added up here, not by a kernel. [H, R, S] is formed in row blocks.
     """
     from ..kernels.breakpoints import signs
     from ..kernels.eager import BLOCK_ELEMENTS
@@ -150,5 +150,6 @@ def rows_closure(inputs: LayerInputs, bias: Tensor) -> Tensor:
         linear = (signs(block.y) * moved).sum(-1)
         if block.row_scale is not None:
             linear = linear * block.row_scale
-        errors.append(closure_of(block, linear, bias.to(block.y), eps))
+        constant = bias if bias.ndim == 1 else bias[start : start + step]
+        errors.append(closure_of(block, linear, constant.to(block.y), eps))
     return torch.cat(errors)

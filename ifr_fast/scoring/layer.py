@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..kernels.contract import LayerInputs
+from ..kernels.contract import FFNScores, LayerInputs
 from ..model.block import Block
-from ..recording.layer_inputs import block_rows, layer_inputs
+from ..model.node_parts import PostParts
+from ..recording.layer_inputs import LayerRows, block_rows, layer_inputs
 from ..recording.recording import Recording
 from .closure import check_closure, closure_of
 from .implementations import Kernel
@@ -26,8 +27,7 @@ def score_layer(
     block = recording.decoder.blocks[layer]
 
     def score(some: Tensor) -> LayerScores:
-        inputs, resid_post = layer_inputs(recording, layer, some)
-        return score_rows(block, inputs, resid_post, keep, kernel)
+        return score_rows(block, layer_inputs(recording, layer, some), keep, kernel)
 
     size = block_rows(recording.decoder.device)
     if not recording.is_replayed or len(rows) <= size:
@@ -46,23 +46,18 @@ def score_layers(
         yield scores
 
 
-def score_rows(
-    block: Block,
-    inputs: LayerInputs,
-    resid_post: Tensor | None,
-    keep: float,
-    kernel: Kernel,
-) -> LayerScores:
-    """Scores the rows of a block. resid_post: [R, D] unscaled (`Block.unscaled`), None in a
-    parallel block. Raises ValueError for a wrong shape in `inputs`.
-    """
+def score_rows(block: Block, rows: LayerRows, keep: float, kernel: Kernel) -> LayerScores:
+    """Scores the rows of a block. Raises ValueError for a wrong shape in `rows.inputs`."""
+    inputs, post, bias = rows
     _check_shapes(inputs)
     scores = kernel.score_attention(inputs, keep)
-    if resid_post is None:
+    closure = closure_of(inputs, scores.linear, bias)
+    if post is None:
         assert scores.ffn is not None
         ffn, ffn_residual, ffn_unattributed = scores.ffn, None, None
     else:
-        of_ffn = kernel.score_ffn(inputs.y, resid_post)
+        of_ffn = score_post(post, kernel)
+        closure = closure if post.error is None else closure.maximum(post.error)
         ffn, ffn_residual = of_ffn.ffn, of_ffn.residual.float()
         ffn_unattributed = of_ffn.unattributed
     return LayerScores(
@@ -76,9 +71,18 @@ def score_rows(
         scores.unattributed,
         ffn_unattributed,
         scores.edges,
-        closure_of(inputs, scores.linear, block.bias),
+        closure,
         block.value_layer,
     )
+
+
+def score_post(post: PostParts, kernel: Kernel) -> FFNScores:
+    """Importances of the parts of `resid_post`."""
+    if post.given_ffn is None:
+        return kernel.score_ffn(post.residual, post.y)
+    from ..kernels.given_ffn import score_given_ffn
+
+    return score_given_ffn(post.residual, post.given_ffn, post.y)
 
 
 def _check_shapes(inputs: LayerInputs) -> None:

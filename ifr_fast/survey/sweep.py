@@ -23,8 +23,10 @@ from ..model.block import Block
 from ..model.decoder import Decoder
 from ..model.hooks import LayerCall
 from ..model.modes import evaluating
-from ..model.replay import gate_rows, row_scales
+from ..model.node_parts import mid_parts, post_parts
+from ..model.replay import gate_rows, post_norm_inputs
 from ..recording.batches import can_batch
+from ..recording.layer_inputs import LayerRows
 from ..recording.layer_pass import WatchedLayer, WatchedPass, pad
 from ..scoring.closure import check_closure
 from ..scoring.implementations import Kernel
@@ -127,8 +129,7 @@ class _Layers:
         """All documents' rows of a layer."""
         scores = []
         for b, n in enumerate(self.lengths):
-            inputs, resid_post = _inputs(layer, b, n)
-            found = score_rows(layer.block, inputs, resid_post, self.keep, self.kernel)
+            found = score_rows(layer.block, _rows(layer, b, n), self.keep, self.kernel)
             self.closures[b][layer.block.layer] = found.closure
             scores.append(found)
         self._keep(scores)
@@ -168,8 +169,8 @@ class _Layers:
         self.edges.append(found)
 
 
-def _inputs(layer: WatchedLayer, b: int, n: int) -> tuple[LayerInputs, Tensor | None]:
-    """Inputs as `recording.layer_inputs` makes them, for all `n` rows of document `b`."""
+def _rows(layer: WatchedLayer, b: int, n: int) -> LayerRows:
+    """What `recording.layer_inputs` makes, for all `n` rows of document `b`."""
     block, call = layer.block, layer.attention
     device = block.W_O.device
     rows = torch.arange(n)
@@ -183,21 +184,20 @@ def _inputs(layer: WatchedLayer, b: int, n: int) -> tuple[LayerInputs, Tensor | 
     resid_pre, resid_mid, resid_post = map(
         take, (layer.resid_pre, layer.resid_mid, layer.resid_post)
     )
-    value_gate = row_scale = None
+    value_gate, z = None, take(layer.z)
     if block.gate_site is not None:
         value_gate = gate_rows(block, layer.call_of(b), layer.resid_pre[b], rows)
-    if block.row_scaled:
-        row_scale = row_scales(block, resid_pre, resid_mid, take(layer.z), value_gate)
+    of_mid = mid_parts(block, resid_pre, resid_mid, z, value_gate)
     inputs = LayerInputs(
         rows=rows,
-        resid_pre=resid_pre,
+        resid_pre=of_mid.residual,
         y=resid_post if block.parallel else resid_mid,
         q=heads(call.q),
         k=heads(call.k),
         v=heads(call.v),
         W_O=block.W_O,
         scale=call.scale,
-        row_scale=row_scale,
+        row_scale=of_mid.row_scale,
         value_gate=value_gate,
         window=layer.window_of(n),
         softcap=call.softcap,
@@ -206,7 +206,12 @@ def _inputs(layer: WatchedLayer, b: int, n: int) -> tuple[LayerInputs, Tensor | 
         log_sum_exp=None if layer.log_sum_exp is None else take(layer.log_sum_exp),
         ffn=resid_post - resid_mid if block.parallel else None,
     )
-    return inputs, None if block.parallel else block.unscaled(resid_post)
+    if block.parallel:
+        return LayerRows(inputs, None, of_mid.bias)
+    normed = None
+    if block.residual is not None and block.residual.post_norm is not None:
+        normed = post_norm_inputs(block, layer.call_of(b), layer.resid_pre[b], z, rows)
+    return LayerRows(inputs, post_parts(block, resid_mid, resid_post, normed), of_mid.bias)
 
 
 def _known(x: Tensor | None) -> Tensor:

@@ -29,6 +29,7 @@ from unchecked import skip_closure_check
 
 from ifr_fast import IfrError, Recording, Tracer, UnsupportedArchitectureError
 from ifr_fast.kernels import reference
+from ifr_fast.kernels.given_ffn import score_given_ffn
 from ifr_fast.recording.layer_inputs import layer_inputs
 
 T = 23  # three windows and a bit
@@ -38,8 +39,12 @@ FRONTIER = [0, 1, WINDOW - 1, WINDOW, 14, T - 1]
 THRESHOLDS = [0.0, 0.02, 0.08, 0.3, 0.6]
 # Families that differ from a plain Llama in how they are opened, recorded or scored.
 SPECIAL = [
+    "bart",
+    "beam",
+    "bert",
     "bloom",
     "deepseek_v3",
+    "doge",
     "falcon",
     "gemma2",
     "gemma3",
@@ -50,9 +55,12 @@ SPECIAL = [
     "gpt_oss",
     "gptj",
     "granite",
+    "minimax",
     "mpt",
     "olmo2",
+    "openai-gpt",
     "opt",
+    "opt-post_norm",
     "qwen3_next",
 ]
 HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -216,16 +224,17 @@ def test_half_precision(name: str, dtype: torch.dtype) -> None:
         recording = tracer.record(tiny_text(T), mode=mode)
         for scores in tracer.contributions(recording, keep=0.0):
             with recording.replaying():
-                inputs, resid_post = layer_inputs(recording, scores.layer, scores.rows)
+                inputs, post, _ = layer_inputs(recording, scores.layer, scores.rows)
             exact = reference.score_attention(inputs.to(torch.float64), 0.0)
             pairs = [
                 (scores.head_total, exact.head_total),
                 (scores.residual, exact.residual),
             ]
-            if resid_post is None:
+            if post is None:
                 pairs.append((scores.ffn, exact.ffn))
             else:
-                of_ffn = reference.score_ffn(inputs.y.double(), resid_post.double())
+                exact_parts = (x.double() for x in (post.residual, post.ffn, post.y))
+                of_ffn = score_given_ffn(*exact_parts)
                 pairs += [(scores.ffn, of_ffn.ffn), (scores.ffn_residual, of_ffn.residual)]
             for mine, theirs in pairs:
                 assert mine.dtype == torch.float32

@@ -104,11 +104,6 @@ def _as_it_is(layer: nn.Module, x: Tensor, kwargs: Any) -> Tensor:
     return mid + feed(layer, mid)
 
 
-def _scaled_first_residual(layer: nn.Module, x: Tensor, kwargs: Any) -> Tensor:
-    mid = 0.5 * x + attend(layer, x, kwargs)
-    return mid + feed(layer, mid)
-
-
 def _adapter_of_x(layer: nn.Module, x: Tensor, kwargs: Any) -> Tensor:
     mid = x + attend(layer, x, kwargs)
     return mid + feed(layer, mid) + layer.extra(x)
@@ -116,19 +111,6 @@ def _adapter_of_x(layer: nn.Module, x: Tensor, kwargs: Any) -> Tensor:
 
 def _adapter_before_mid(layer: nn.Module, x: Tensor, kwargs: Any) -> Tensor:
     mid = x + attend(layer, x, kwargs) + layer.extra(x)
-    return mid + feed(layer, mid)
-
-
-def _norm_at_the_end(layer: nn.Module, x: Tensor, kwargs: Any) -> Tensor:
-    return layer.norm(_as_it_is(layer, x, kwargs))
-
-
-def _norm_then_nothing(layer: nn.Module, x: Tensor, kwargs: Any) -> Tensor:
-    return layer.norm(_as_it_is(layer, x, kwargs)) * 1.0
-
-
-def _norm_in_the_middle(layer: nn.Module, x: Tensor, kwargs: Any) -> Tensor:
-    mid = layer.norm(x + attend(layer, x, kwargs))
     return mid + feed(layer, mid)
 
 
@@ -188,12 +170,8 @@ def test_a_layer_may_be_written_differently() -> None:
 @pytest.mark.parametrize(
     "parts",
     [
-        _scaled_first_residual,
         _adapter_of_x,
         _adapter_before_mid,
-        _norm_at_the_end,
-        _norm_then_nothing,
-        _norm_in_the_middle,
         _attention_into_the_end,
         _attention_times_gate,
         _squashed_attention,
@@ -215,7 +193,6 @@ def test_layers_with_other_parts_are_refused(parts: Parts) -> None:
         (_attention_by_an_adapter, "reads the stream before attention, or attention itself"),
         (_neighbours_adapter, "reads other positions"),
         (_four_branches, "nor a sum of at most 3"),
-        (_norm_at_the_end, "a norm of the whole stream"),
     ],
 )
 def test_a_refused_branch_is_told_why(parts: Parts, why: str) -> None:

@@ -25,7 +25,7 @@ from ifr_fast.recording.prefill import is_chunkable
 from ifr_fast.scoring.layer import score_layer
 
 T = 17  # four chunks, two windows and a bit
-CHOOSING = ("deepseek_v32", "glm_moe_dsa")  # they make masks of all rows
+CHOOSING = ("deepseek_v32", "doge", "glm_moe_dsa")  # they make masks of all rows
 INSIDE = sorted(
     name
     for name, of in FAMILIES.items()

@@ -95,7 +95,7 @@ def test_full_recordings_hold_the_log_sum_exp(tmp_path: Path) -> None:
     for i, layer in enumerate(full.layers):
         assert layer.log_sum_exp is not None
         assert torch.equal(layer.log_sum_exp, loaded.layers[i].log_sum_exp)
-        with_it, _ = layer_inputs(full, i, rows)
+        with_it = layer_inputs(full, i, rows).inputs
         assert torch.equal(with_it.log_sum_exp, layer.log_sum_exp[rows])
         expected = reference.attention_pattern(with_it._replace(log_sum_exp=None))
         k = with_it.k.repeat_interleave(3, 1)

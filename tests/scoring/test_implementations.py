@@ -51,7 +51,7 @@ def test_float64_models_are_scored_in_float64(mode: str) -> None:
     recording = tracer.record(text, mode=mode)
     for i, expected in enumerate(layers):
         with recording.replaying():
-            inputs, _ = layer_inputs(recording, i, torch.arange(len(text)))
+            inputs = layer_inputs(recording, i, torch.arange(len(text))).inputs
         got = tracer.kernel.score_attention(inputs, 0.0)
         assert got.residual.dtype == torch.float64
         heads = torch.zeros_like(expected.heads)

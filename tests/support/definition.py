@@ -3,6 +3,8 @@
 Nothing here goes through ifr_fast, and nothing is known of a family. A softmax attention is a
 product of a lower triangular matrix of weights and values; each part is a derivative of the layer's
 own code from that product to where it meets the residual stream, with the statistics of norms held.
+The residual connection is what leads through the layer without a product with a matrix. A part that
+it passes on is the derivative along that part, with such products left out.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 _PRODUCTS = {"matmul", "__matmul__", "bmm"}
+_WITH_WEIGHTS = _PRODUCTS | {"linear", "mm", "addmm", "baddbmm", "einsum", "conv1d"}
 # Statistics of norms come of these and are held: they have no derivative.
 _STATISTICS = {"rsqrt", "rsqrt_", "sqrt", "norm", "vector_norm", "var", "std"}
 
@@ -50,6 +53,7 @@ class _Watch(TorchFunctionMode):
         self.seen: list[_Attention] = []
         self.answer: Callable[[Tensor], Tensor] | None = None
         self.answered = False
+        self.only_residual = False  # whether products with weights have no derivative
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -59,6 +63,8 @@ class _Watch(TorchFunctionMode):
             return args[0].double()
         args = tuple(torch.float64 if x is torch.float32 else x for x in args)
         kwargs = {k: torch.float64 if x is torch.float32 else x for k, x in (kwargs or {}).items()}
+        if self.only_residual and name in _WITH_WEIGHTS:
+            args = tuple(_held(x) if isinstance(x, Tensor) else x for x in args)
         if name in _PRODUCTS and self._attends(*args[:2]):
             out = func(*args, **kwargs)
             if self.answer is not None:
@@ -209,33 +215,153 @@ def _importances(layer: _Layer, of: _Attention, watch: _Watch) -> LayerImportanc
     (H, T, _), V = of.pattern.shape, of.v.shape[-1]
     pre, post = layer.resid_pre[0], layer.resid_post[0]
     site = _mid_site(layer, watch)
+    way = None if site is None else _way(layer, watch, site)
     mid = post
     W = torch.empty(H, V, *pre.shape, dtype=torch.float64)  # what a head's output adds, by row
+    behind = torch.empty_like(W)  # the same in resid_mid
     for h in range(H):
         for i in range(V):
             unit = torch.zeros(H, T, V, dtype=torch.float64)
             unit[h, :, i] = 1
             states, W[h, i] = _moved(layer, site, watch, unit)
             mid = mid if site is None else states
+            if way is not None:
+                behind[h, i] = W[h, i] if way.norm is None else way.norm(W[h, i])
     attended = torch.einsum("htj,jhv,hvtd->td", of.pattern, of.v, W)
     ffn = _without(layer, of.module) - pre if site is None else post - mid
-    bias = mid - pre - attended - (ffn if site is None else 0)
+    passed_on = pre if way is None else way.into_sum
+    bias = mid - passed_on - attended - (ffn if site is None else 0)
     if float((bias - bias[0]).norm()) > 1e-7 * float(mid.norm()):
         raise NoAccountError("the parts do not add up")
-    parts = torch.einsum("htj,jhv,hvtd->htjd", of.pattern, of.v, W)
-    return shared(pre, None if site is None else mid, post, ffn, proximity(parts, mid[:, None]))
+    if way is None:
+        parts = torch.einsum("htj,jhv,hvtd->htjd", of.pattern, of.v, W)
+        return shared(pre, None, post, ffn, proximity(parts, mid[:, None]))
+    parts = torch.einsum("htj,jhv,hvtd->htjd", of.pattern, of.v, behind)
+    heads = proximity(parts, way.mid[:, None])
+    return shared(way.into_mid, way.mid, post, way.ffn, heads, way.passed)
+
+
+class _Way(NamedTuple):
+    """The residual connection of a sequential block, and what it passes on; [T, D] each."""
+
+    norm: Callable[[Tensor], Tensor] | None  # makes resid_mid of what `site` reads; held
+    into_sum: Tensor  # the part of resid_pre in what `site` reads
+    into_mid: Tensor  # the same in resid_mid
+    mid: Tensor
+    passed: Tensor  # the part of resid_mid in resid_post
+    ffn: Tensor
+
+
+def _way(layer: _Layer, watch: _Watch, site: nn.Module) -> _Way:
+    """The way of the residual connection. The stream is passed on behind `site` if nothing of it
+    arrives where what `site` returns has no derivative.
+    """
+    x, post = layer.resid_pre, layer.resid_post[0]
+    seen, _ = _along(layer, watch, x)
+    summed, into_sum = seen[site]
+    _, without = _along(layer, watch, x, {site: torch.zeros_like})
+    if bool(without.any()):
+        d = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype)
+        moved, out = _along(layer, watch, d)
+        into, factor = moved[site][1] / d[0], out / moved[site][1]
+        if _same_rows(factor):
+            passed = factor[0] * summed
+        elif _same_rows(into):
+            seen, passed = _along(layer, watch, (summed / into)[None])
+        else:
+            raise NoAccountError("the residual connection is no multiple of the stream")
+        ffn = _rest(seen, watch, passed, post)
+        return _Way(None, into_sum, into_sum, summed, passed, ffn)
+
+    def norm(part: Tensor) -> Tensor:
+        return _through(site, watch, summed, part)
+
+    mid = site(summed[None])[0]
+    seen, passed = _along(layer, watch, torch.zeros_like(x), {site: lambda out: out})
+    ffn = _rest(seen, watch, passed, post)
+    return _Way(norm, into_sum, norm(into_sum), mid, passed, ffn)
+
+
+def _same_rows(x: Tensor) -> bool:
+    return float((x - x[0]).abs().max()) <= 1e-7 * float(x.abs().max())
+
+
+def _rest(
+    seen: dict[nn.Module, tuple[Tensor, Tensor]], watch: _Watch, passed: Tensor, post: Tensor
+) -> Tensor:
+    """The FFN's part [T, D]: what is not `passed` on; without the bias of a norm that makes the
+    layer's output. seen: what modules read, with its derivative along the stream.
+    """
+    for module, (read, moved) in seen.items():
+        elementwise = all(x.ndim == 1 for x in module.parameters()) and not [*module.children()]
+        if elementwise and bool(moved.any()) and torch.allclose(module(read), post, 1e-12, 0):
+            return _through(module, watch, read, read) - passed
+    return post - passed
+
+
+def _through(module: nn.Module, watch: _Watch, x: Tensor, part: Tensor) -> Tensor:
+    """What a norm makes of a part [T, D] of its input x [T, D]."""
+    watch.answer = _same
+    try:
+        with forward_ad.dual_level(), watch:
+            made = module(forward_ad.make_dual(x[None], part[None]))
+            return forward_ad.unpack_dual(made).tangent[0]
+    finally:
+        watch.answer = None
+
+
+def _along(
+    layer: _Layer,
+    watch: _Watch,
+    tangent: Tensor,
+    given: dict[nn.Module, Callable[[Tensor], Tensor]] | None = None,
+) -> tuple[dict[nn.Module, tuple[Tensor, Tensor]], Tensor]:
+    """The derivative along a change of the stream [1, T, D] of what modules read behind attention,
+    with what they read, and of the layer's output; by the residual connection alone, [T, D] each.
+
+    given: the derivatives of what modules return, made of it.
+    """
+    found: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+    shape = layer.resid_pre.shape[1:]
+
+    def parted(x: Tensor) -> tuple[Tensor, Tensor]:
+        primal, moved = forward_ad.unpack_dual(x.reshape(shape))
+        return primal, torch.zeros_like(primal) if moved is None else moved.clone()
+
+    def keep(module: nn.Module, args: Any, kwargs: Any) -> None:
+        x = _stream(args, kwargs)
+        if watch.answered and isinstance(x, Tensor) and x.numel() == shape.numel():
+            found[module] = parted(x)
+
+    def change(module: nn.Module, _: Any, out: Tensor) -> Tensor:
+        primal = _held(out)
+        return forward_ad.make_dual(primal, (given or {})[module](primal))
+
+    inside = [m for m in layer.module.modules() if m is not layer.module]
+    handles = [m.register_forward_pre_hook(keep, with_kwargs=True) for m in inside]
+    handles += [m.register_forward_hook(change) for m in given or {}]
+    watch.only_residual = True
+    try:
+        with forward_ad.dual_level():
+            stream = forward_ad.make_dual(layer.resid_pre, tangent)
+            out = _answered(layer, watch, _held, stream)
+            return found, parted(out)[1]
+    finally:
+        watch.only_residual = False
+        for handle in handles:
+            handle.remove()
 
 
 def _mid_site(layer: _Layer, watch: _Watch) -> nn.Module | None:
-    """The first module that reads the residual stream and attention, added; None if none does."""
-    x = layer.resid_pre
-    d = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype)
-    none, moved, plain = (
-        _read(layer, watch, answer, stream)
-        for answer, stream in ((torch.zeros_like, x), (torch.zeros_like, x + d), (_same, x))
+    """The first module that reads what the residual connection passes on with attention's output
+    added; None if none does.
+    """
+    moved, _ = _along(layer, watch, layer.resid_pre)
+    none, plain = (
+        _read(layer, watch, answer, layer.resid_pre) for answer in (torch.zeros_like, _same)
     )
-    for (module, at_none), (_, at_moved), (_, at) in zip(none, moved, plain, strict=True):
-        if bool(((at_moved - at_none - d).abs() < 1e-9).all()) and not torch.equal(at, at_none):
+    for (module, at_none), (_, at) in zip(none, plain, strict=True):
+        if bool(moved[module][1].any()) and not torch.equal(at, at_none):
             return module
     return None
 

@@ -46,15 +46,22 @@ def importances(layer: LayerAccount) -> LayerImportance:
         if layer.after is not None:
             parts = parts * layer.after[t]
         heads[:, t, : t + 1] = proximity(parts, y[t])
-    states = (layer.resid_pre, layer.resid_mid, layer.unscaled, layer.ffn)
-    return shared(*states, heads)._replace(made_by=layer.made_by)
+    residual = layer.resid_pre if layer.to_mid is None else layer.to_mid
+    states = (residual, layer.resid_mid, layer.unscaled, layer.ffn)
+    return shared(*states, heads, layer.to_post)._replace(made_by=layer.made_by)
 
 
 def shared(
-    resid_pre: Tensor, resid_mid: Tensor | None, resid_post: Tensor, ffn: Tensor, heads: Tensor
+    resid_pre: Tensor,
+    resid_mid: Tensor | None,
+    resid_post: Tensor,
+    ffn: Tensor,
+    heads: Tensor,
+    passed: Tensor | None = None,
 ) -> LayerImportance:
     """Importances of a layer's parts: its states and its FFN's output, all [T, D], and the
-    proximities of its heads' parts [H, T, T]. resid_mid: None in a parallel block.
+    proximities of its heads' parts [H, T, T]. resid_mid: None in a parallel block. passed: the part
+    of resid_mid in resid_post, where it is another; likewise resid_pre is its part.
     """
     parallel = resid_mid is None
     y = resid_post if parallel else resid_mid
@@ -63,7 +70,8 @@ def shared(
     shares, heads = _shares([residual, of_ffn] if parallel else [residual], heads)
     if parallel:
         return LayerImportance(shares[0], shares[1], None, heads)
-    both, _ = _shares([proximity(resid_mid, resid_post), of_ffn], heads[:0])
+    passed = resid_mid if passed is None else passed
+    both, _ = _shares([proximity(passed, resid_post), of_ffn], heads[:0])
     return LayerImportance(shares[0], both[1], both[0], heads)
 
 

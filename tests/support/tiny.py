@@ -106,6 +106,15 @@ class Family(NamedTuple):
     values: str | None = None  # the projection to v, of attention outside the interface
     split: Callable[[Tensor], Tensor] | None = None  # its output [T, *] -> v [T, H, V]
     made_by: tuple[int, ...] | None = None  # of each layer's keys and values, where some are shared
+    after_mid: bool = False  # `mid` is a norm that makes resid_mid of what it reads
+    last: str | None = None  # a norm that makes the layer's output
+    # Of a layer and its stream: what is passed on of it to attention's output, and to the FFN's.
+    to_mid: Callable[[nn.Module, Tensor], Tensor] = lambda _, x: x
+    to_post: Callable[[nn.Module, Tensor], Tensor] | None = None
+
+
+def _beam_share(norm: str) -> Callable[[nn.Module, Tensor], Tensor]:
+    return lambda layer, x: x * ((getattr(layer, norm) - 1) / getattr(layer, norm)) ** 0.5
 
 
 FAMILIES = {
@@ -556,6 +565,104 @@ FAMILIES = {
     "seed_oss": Family(
         "Seed-OSS", "biases of q, k, v", _config("SeedOss", num_key_value_heads=2, head_dim=6)
     ),
+    "bert": Family(
+        "BERT",
+        "norms of the whole stream after attention and FFN",
+        _config("Bert", is_decoder=True),
+        layers="bert.encoder.layer",
+        attention="attention",
+        mid="output.LayerNorm",
+        out="output.dense",
+        after_mid=True,
+        last="output.LayerNorm",
+    ),
+    "bart": Family(
+        "BART",
+        "norms of the whole stream after attention and FFN",
+        _config(
+            "Bart",
+            {},
+            vocab_size=VOCAB,
+            d_model=36,
+            decoder_layers=3,
+            decoder_attention_heads=6,
+            decoder_ffn_dim=50,
+            max_position_embeddings=96,
+        ),
+        layers="model.decoder.layers",
+        mid="self_attn_layer_norm",
+        out="out_proj",
+        after_mid=True,
+        last="final_layer_norm",
+    ),
+    "openai-gpt": Family(
+        "GPT",
+        "outside the interface; norms of the whole stream after attention and FFN",
+        _config("OpenAIGPT", _GPT),
+        layers="transformer.h",
+        attention="attn",
+        mid="ln_1",
+        out="c_proj",
+        values="c_attn",
+        split=lambda x: x.chunk(3, dim=-1)[2].view(len(x), 6, -1),
+        after_mid=True,
+        last="ln_2",
+    ),
+    "opt-post_norm": Family(
+        "OPT-350m",
+        "rows merged with the batch; norms of the whole stream after attention and FFN",
+        _config(
+            "OPT",
+            {},
+            vocab_size=VOCAB,
+            hidden_size=36,
+            num_hidden_layers=3,
+            num_attention_heads=6,
+            ffn_dim=50,
+            max_position_embeddings=96,
+            word_embed_proj_dim=36,
+            do_layer_norm_before=False,
+        ),
+        layers="model.decoder.layers",
+        mid="self_attn_layer_norm",
+        out="out_proj",
+        after_mid=True,
+        last="final_layer_norm",
+    ),
+    "doge": Family(
+        "Doge, up to its keep_window_size tokens",
+        "weights on the residual stream",
+        _config("Doge", num_key_value_heads=2, keep_window_size=96),
+        to_mid=lambda layer, x: layer.input_residual * x,
+        to_post=lambda layer, x: layer.post_attention_residual * x,
+    ),
+    "beam": Family(
+        "Beam",
+        "a residual stream that is scaled by depth, norms after",
+        _config("Beam", num_key_value_heads=2, head_dim=6),
+        mid="pre_feedforward_layernorm",
+        to_mid=_beam_share("attn_residual_add_idx"),
+        to_post=_beam_share("mlp_residual_add_idx"),
+    ),
+    "minimax": Family(
+        "MiniMax, softmax layers",
+        "a norm of the stream in place of the stream, scaled; mixture of experts",
+        _config(
+            "MiniMax",
+            intermediate_size=52,
+            num_key_value_heads=2,
+            head_dim=6,
+            num_local_experts=4,
+            layer_types=["full_attention"] * 3,
+            full_attn_alpha_factor=1.3,
+            full_attn_beta_factor=0.8,
+            mlp_alpha_factor=0.7,
+            mlp_beta_factor=1.2,
+        ),
+        after_mid=True,
+        to_mid=lambda layer, x: 1.3 * held(layer.input_layernorm, x, x),
+        to_post=lambda _, x: 0.7 * x,
+    ),
 }
 # Families that are tested with every combination of options.
 CONFIGS = (
@@ -579,23 +686,6 @@ class Refusal(NamedTuple):
 
 
 REFUSALS = {
-    "opt-post_norm": Refusal(
-        "OPT-350m",
-        "norms after the residual addition",
-        _config(
-            "OPT",
-            {},
-            vocab_size=VOCAB,
-            hidden_size=36,
-            num_hidden_layers=2,
-            num_attention_heads=6,
-            ffn_dim=50,
-            max_position_embeddings=96,
-            word_embed_proj_dim=36,
-            do_layer_norm_before=False,
-        ),
-        r"layers\.0 .* final_layer_norm \(LayerNorm\), a norm of the whole stream, .*addition",
-    ),
     "falcon-alibi": Refusal(
         "Falcon with ALiBi",
         "its position bias is rounded to bfloat16, so not linear in the distance",
@@ -645,30 +735,11 @@ REFUSALS = {
         _config("Mamba", {}, vocab_size=VOCAB, hidden_size=36, num_hidden_layers=2),
         r"no softmax attention .*layer backbone\.layers\.0 mixes positions by mixer \(MambaMixer",
     ),
-    "minimax": Refusal(
-        "MiniMax",
-        "adds to a scaled normed stream: its residual connection is no identity",
-        _config(
-            "MiniMax",
-            intermediate_size=52,
-            num_key_value_heads=2,
-            head_dim=6,
-            num_local_experts=4,
-            layer_types=["full_attention"] * 3,
-        ),
-        r"layers\.0 .*no place was found where its residual stream and attention meet",
-    ),
     "deepseek_v32-sparse": Refusal(
         "DeepSeek-V3.2 and GLM-MoE-DSA, beyond their index_topk tokens",
         "each row reads keys of its own choice",
         _config("DeepseekV32", **{**_LATENT, "index_topk": 8}, **_DEEPSEEK_EXPERTS),
         r"Attention reads keys that it chooses from the text, by indexer \(DeepseekV32Indexer\)",
-    ),
-    "doge": Refusal(
-        "Doge",
-        "weights on the residual stream: its residual connection is no identity",
-        _config("Doge", num_key_value_heads=2),
-        r"layers\.0 .*its residual connection is no identity: it scales the stream",
     ),
     "gemma3n": Refusal(
         "Gemma 3n",
@@ -729,11 +800,21 @@ class LayerAccount(NamedTuple):
     after: Tensor | None  # [T, D] factor of the output projection's output, by a norm or a number
     scale: float = 1.0  # factor of the whole stream
     made_by: int | None = None  # the layer from whose resid_pre v was made; None: this one
+    to_mid: Tensor | None = None  # [T, D] the part of resid_pre in resid_mid; None: resid_pre
+    to_post: Tensor | None = None  # [T, D] that of resid_mid in resid_post; None: resid_mid
 
     @property
     def unscaled(self) -> Tensor:
         """[T, D]: resid_post before its factor."""
         return self.resid_post / self.scale
+
+
+def held(norm: nn.Module, x: Tensor, part: Tensor) -> Tensor:
+    """What a norm makes of a part [..., D] of its input x, with the statistics of x [..., D]."""
+    eps = next(getattr(norm, name) for name in ("eps", "variance_epsilon") if hasattr(norm, name))
+    if isinstance(norm, nn.LayerNorm):
+        part, x = part - part.mean(-1, keepdim=True), x - x.mean(-1, keepdim=True)
+    return part / (x.square().mean(-1, keepdim=True) + eps).sqrt() * norm.weight.detach()
 
 
 def account(model: PreTrainedModel, token_ids: Tensor) -> list[LayerAccount]:
@@ -750,7 +831,7 @@ def account(model: PreTrainedModel, token_ids: Tensor) -> list[LayerAccount]:
     handles = []
 
     def save(key: tuple[str, int], x: Any) -> None:
-        x = x[0] if isinstance(x, tuple) else x
+        x = x[0] if isinstance(x, tuple | list) else x
         seen[key] = x.double().reshape(len(token_ids), -1).clone()
 
     def before(key: str, i: int, module: nn.Module) -> None:
@@ -768,7 +849,11 @@ def account(model: PreTrainedModel, token_ids: Tensor) -> list[LayerAccount]:
         before("pre", i, layer)
         after("post", i, layer)
         if family.mid is not None:
-            before("mid", i, layer.get_submodule(family.mid))
+            of = attention if family.attention == "attention" and family.after_mid else layer
+            before("mid", i, of.get_submodule(family.mid))
+            after("normed", i, of.get_submodule(family.mid))
+        if family.last is not None:
+            before("last", i, layer.get_submodule(family.last))
         after("attention", i, attention)
         before("gated", i, attention.get_submodule(family.out))
         after("out", i, attention.get_submodule(family.out))
@@ -784,7 +869,8 @@ def account(model: PreTrainedModel, token_ids: Tensor) -> list[LayerAccount]:
     def seeing_values(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kw: Any):
         v_of_head = v[0].transpose(0, 1)
         repeated = v_of_head.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
-        save(("v", attentions.index(module)), repeated)
+        of = next(i for i, attention in enumerate(attentions) if module in attention.modules())
+        save(("v", of), repeated)
         return eager(module, q, k, v, *args, **kw)
 
     if eager is not None:
@@ -811,27 +897,60 @@ def account(model: PreTrainedModel, token_ids: Tensor) -> list[LayerAccount]:
         v = v.view(T, H, -1) if family.split is None else family.split(v)
         pre, post = seen["pre", i], seen["post", i]
         mid = seen.get(("mid", i))
-        attended = seen["attention", i] if mid is None else mid - pre
+        passed = family.to_mid(layers[i], pre).detach()
+        attended = seen["attention", i] if mid is None else mid - passed
         scale = float(getattr(layers[i], "layer_scalar", 1.0))
         z = torch.einsum("htj,jhv->thv", pattern, v)
-        accounts.append(
-            LayerAccount(
-                pre,
-                mid,
-                post,
-                post / scale - (pre + attended if mid is None else mid),
-                pattern,
-                v,
-                _out_map(attentions[i].get_submodule(family.out), H * v.shape[-1]).view(
-                    H, -1, pre.shape[-1]
-                ),
-                _quotient(seen["gated", i].view(z.shape), z),
-                _quotient(attended, seen["out", i]),
-                scale,
-                None if family.made_by is None else family.made_by[i],
-            )
+        of = LayerAccount(
+            pre,
+            mid,
+            post,
+            post / scale - (pre + attended if mid is None else mid),
+            pattern,
+            v,
+            _out_map(attentions[i].get_submodule(family.out), H * v.shape[-1]).view(
+                H, -1, pre.shape[-1]
+            ),
+            _quotient(seen["gated", i].view(z.shape), z),
+            _quotient(attended, seen["out", i]),
+            scale,
+            None if family.made_by is None else family.made_by[i],
         )
+        if passed is not pre:
+            of = of._replace(to_mid=passed)
+        if family.after_mid or family.to_post is not None:
+            of = _behind_norms(family, layers[i], attentions[i], of, seen, i)
+        accounts.append(of)
     return accounts
+
+
+@torch.no_grad()
+def _behind_norms(
+    family: Family,
+    layer: nn.Module,
+    attention: nn.Module,
+    of: LayerAccount,
+    seen: dict[tuple[str, int], Tensor],
+    i: int,
+) -> LayerAccount:
+    """The account of a layer with norms and weights on its residual connection."""
+    if family.after_mid:
+        inside = attention if family.attention == "attention" else layer
+        norm, summed = inside.get_submodule(family.mid), seen["mid", i]
+        W_O = of.W_O if of.after is None else of.W_O * of.after[0, 0]
+        factor = held(norm, summed, summed)[:, :1] / held(norm, summed[:1], summed)[:, :1]
+        of = of._replace(
+            resid_mid=seen["normed", i],
+            to_mid=held(norm, summed, of.resid_pre if of.to_mid is None else of.to_mid),
+            W_O=held(norm, summed[:1], W_O),
+            after=factor.expand_as(summed),
+        )
+    mid = of.resid_mid
+    passed = mid if family.to_post is None else family.to_post(layer, mid).detach()
+    if family.last is None:
+        return of._replace(to_post=passed, ffn=of.resid_post - passed)
+    norm, summed = layer.get_submodule(family.last), seen["last", i]
+    return of._replace(to_post=held(norm, summed, passed), ffn=held(norm, summed, summed - passed))
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...model.hooks import StopForward, hooked, in_this_thread
+from ...model.node_parts import Passage, passage_to_mid
 from ...recording.layer_inputs import layer_inputs
 from ...recording.recording import Recording
 from ...tokens import Text, encode
@@ -121,11 +122,13 @@ def _scores(graph: Graph, recording: Recording, positions: bool) -> Tensor:
                 node = _layer(recording, layer, rows)
                 shares = _shares(parts[:, :done], node.pre.to(device))
                 total[:done, column : column + 3 * H] += shares[:, None]
+                parts[:, :done] = node.to_mid(parts[:, :done])
                 parts[:, done : done + H] = node.heads
                 before = done if node.mid is None else done + H
                 if node.mid is not None:
                     shares = _shares(parts[:, :before], node.mid.to(device))
                 total[:before, column + 3 * H] += shares
+                parts[:, : done + H] = node.to_post(parts[:, : done + H])
                 parts[:, done + H] = node.ffn
                 done += H + 1
                 scale = decoder.blocks[layer].stream_scale
@@ -142,13 +145,19 @@ class _Layer(NamedTuple):
     heads: Tensor  # [R, H, D] output of each head
     mid: Tensor | None  # [R, D]; None in a parallel block
     ffn: Tensor  # [R, D] output of the FFN block
+    to_mid: Passage  # of resid_pre's parts
+    to_post: Passage  # of resid_mid's parts
 
 
 def _layer(recording: Recording, layer: int, rows: Tensor) -> _Layer:
     from ...kernels.contract import visible
     from ...kernels.rows import attention_pattern, block_of
 
-    inputs, resid_post = layer_inputs(recording, layer, rows)
+    block = recording.decoder.blocks[layer]
+    inputs, post, _ = layer_inputs(recording, layer, rows)
+    recorded = recording.layers[layer].resid_pre
+    pre = recorded[rows.to(recorded.device)].to(inputs.y.device)
+    to_mid = passage_to_mid(block, pre, inputs.row_scale)
     wide = torch.promote_types(inputs.y.dtype, torch.float32)
     inputs = block_of(inputs, slice(None)).to(wide)
     mask = visible(rows, len(inputs.k), inputs.window).to(inputs.v.device)
@@ -161,10 +170,10 @@ def _layer(recording: Recording, layer: int, rows: Tensor) -> _Layer:
     heads = torch.bmm(z, inputs.W_O).transpose(0, 1)
     if inputs.row_scale is not None:
         heads = heads * inputs.row_scale[:, None, None]
-    if resid_post is None:
+    if post is None:
         assert inputs.ffn is not None
-        return _Layer(inputs.resid_pre, heads, None, inputs.ffn)
-    return _Layer(inputs.resid_pre, heads, inputs.y, resid_post.to(wide) - inputs.y)
+        return _Layer(pre, heads, None, inputs.ffn, to_mid, Passage())
+    return _Layer(pre, heads, inputs.y, post.ffn, to_mid, post.passage)
 
 
 def _shares(parts: Tensor, y: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ...kernels.contract import LayerInputs
 from ...model.block import Block
+from ...model.node_parts import PostParts
 from ...recording.layer_inputs import layer_inputs
 from ...recording.recording import Recording
 from ...scoring.closure import check_closure
@@ -123,7 +124,7 @@ def aggregate(
 
 class _Layer(NamedTuple):
     inputs: LayerInputs
-    resid_post: Tensor | None  # [R, D]; None in a parallel block
+    post: PostParts | None  # None in a parallel block
 
 
 def _layers(tracer: Tracer, recording: Recording, rows: Tensor, parity: bool) -> Iterator[_Layer]:
@@ -134,12 +135,14 @@ def _layers(tracer: Tracer, recording: Recording, rows: Tensor, parity: bool) ->
     closures: dict[int, Tensor] = {}
     for block in tracer.decoder.blocks:
         with recording.replaying():
-            inputs, resid_post = layer_inputs(recording, block.layer, rows)
-        closures[block.layer] = rows_closure(inputs, block.bias)
+            inputs, post, bias = layer_inputs(recording, block.layer, rows)
+        closures[block.layer] = rows_closure(inputs, bias)
+        if post is not None and post.error is not None:
+            closures[block.layer] = closures[block.layer].maximum(post.error)
         if parity:
             resid_pre = recording.layers[block.layer].resid_pre.to(inputs.v.device)
             inputs = inputs._replace(v=_values(block, resid_pre, inputs.v))
-        yield _Layer(inputs, resid_post)
+        yield _Layer(inputs, post)
     check_closure(closures)
 
 
@@ -203,13 +206,15 @@ def _layer_result(
     tokens.index_put_((found.source.cpu(),), (found.weight / total).float().cpu(), accumulate=True)
     heads = (found.head_weight.sum(0) / total).float().cpu()
     of_residual = float(found.residual / total)
-    if layer.resid_post is None:
+    if layer.post is None:
         of_ffn = float((found.beside - found.residual) / total)
         return IFRLayerResult(tokens, of_residual, heads, of_ffn, of_residual)
     # FlashTrace weights a span's rows for attention only; the FFN takes their plain sum.
-    mid, post = (x.to(row.y).sum(0) for x in (layer.inputs.y, layer.resid_post))
-    ffn, passed = _proximity(post - mid, post), _proximity(mid, post)
-    ffn, passed = (x.where(x >= threshold, 0) for x in (ffn, passed))
+    mid, post = (x.to(row.y).sum(0) for x in (layer.post.residual, layer.post.y))
+    given = layer.post.given_ffn
+    rest = post - mid if given is None else given.to(row.y).sum(0)
+    shares = _proximity(rest, post), _proximity(mid, post)
+    ffn, passed = (x.where(x >= threshold, 0) for x in shares)
     both = ffn + passed + _EPS
     return IFRLayerResult(tokens, of_residual, heads, float(ffn / both), float(passed / both))
 

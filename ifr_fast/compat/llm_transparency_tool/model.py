@@ -44,6 +44,7 @@ from .reading import (
     ModelInfo,
     NotRunError,
     attention_pattern_of,
+    check_plain,
     ffn_output,
     formed_parts,
     head_outputs,
@@ -119,6 +120,7 @@ class TransparentLlm:
         self._name = str(name or getattr(tracer.model.config, "_name_or_path", "") or "")
         self._recordings: list[Recording] | None = None
         self._value_bias: list[Tensor] | None = None
+        check_plain(tracer.decoder)
         if self.parity:
             if any(block.parallel for block in tracer.decoder.blocks):
                 raise ValueError(
@@ -445,10 +447,10 @@ class TransparentLlm:
 
     def _inputs(self, recording: Recording, layer: int) -> tuple[LayerInputs, Tensor | None]:
         """A layer's nodes and their parts; in parity, values are without their bias."""
-        inputs, resid_post = layer_inputs(recording, layer, torch.arange(len(recording)))
+        inputs, post, _ = layer_inputs(recording, layer, torch.arange(len(recording)))
         if self._value_bias is not None and bool(self._value_bias[layer].any()):
             inputs = inputs._replace(v=inputs.v - self._value_bias[layer])
-        return inputs, resid_post
+        return inputs, None if post is None else post.y
 
     def _find_neurons(self, batch_i: int, layer: int, pos: int) -> Neurons:
         recording, layer = self._sentence(batch_i), self._layer(layer)

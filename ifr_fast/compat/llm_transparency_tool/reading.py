@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ...arguments import listed, shown
-from ...errors import IfrError
+from ...errors import IfrError, UnsupportedArchitectureError
 from ...kernels.contract import LayerInputs, visible
+from ...model.decoder import Decoder
 
 
 class NotRunError(IfrError, RuntimeError):
@@ -30,6 +31,16 @@ class ModelInfo:
     n_heads: int
     d_model: int
     d_vocab: int
+
+
+def check_plain(decoder: Decoder) -> None:
+    """Raises UnsupportedArchitectureError where a layer does not pass its stream on as it is."""
+    for block in decoder.blocks:
+        if block.residual is not None:
+            raise UnsupportedArchitectureError(
+                f"model: layer {block.name} has norms or weights on its residual connection, for "
+                "which the tool's interface has no place; ifr_fast.Tracer traces the model"
+            )
 
 
 def ffn_output(inputs: LayerInputs, resid_post: Tensor | None) -> Tensor:
