@@ -426,9 +426,7 @@ class Tracer:
         recording = self._recorder.record(text, add_special_tokens=add_special_tokens)
         at = index_within("position", position, len(recording))
         part = chosen.output(recording, at, self.neuron_bases)
-        return promoted_tokens(
-            recording, part, chosen.layer, at, k, self.tokenizer, by_head=chosen.head is not None
-        )
+        return promoted_tokens(recording, part, chosen, at, k, self.tokenizer)
 
     def neurons(
         self,

@@ -149,18 +149,15 @@ def lenses(
 def promoted_tokens(
     recording: Recording,
     part: Tensor,
-    layer: int,
+    chosen: PartChoice,
     position: int,
     k: int,
     tokenizer: PreTrainedTokenizerBase | None,
-    *,
-    by_head: bool,
 ) -> PromotedTokens:
-    """The logits that `part` [D], which a layer adds to the stream at a position, adds there.
-    by_head: whether attention added it.
-    """
+    """The logits that `part` [D], the output of the chosen one at a position, adds there."""
     decoder = recording.decoder
-    left = carried(recording, part, layer, position, by_head=by_head)
+    by_head = chosen.head is not None
+    left = carried(recording, part, chosen.layer, position, by_head=by_head)
     final = recording.resid_final[position].to(left.device)
     logits = plain_tensor(direct_logits(decoder, left[None], final[None])[0].float().cpu())
 

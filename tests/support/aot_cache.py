@@ -21,7 +21,11 @@ Found = list[dict[str, Any]]
 PROGRAM = ROOT / "tests" / "support" / "aot.py"
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 JOBS = [  # longest job first
-    *(f"{target}-{model}" for model in ("flags", "Llama-3-8B", "SmolLM2-135M") for target in TARGETS),
+    *(
+        f"{target}-{model}"
+        for model in ("flags", "Llama-3-8B", "SmolLM2-135M")
+        for target in TARGETS
+    ),
     *(f"sm_90-{model}" for model in ("Llama-3-70B", "Qwen3-32B")),
     "keys",
 ]
