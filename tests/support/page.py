@@ -67,7 +67,11 @@ class Opened:
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.url = url
+        self.before()
         self.page.goto(url)
+
+    def before(self) -> None:
+        """What a kind of page prepares before it is opened."""
 
     @classmethod
     def of(cls, text: str, folder: Path, **options: Any) -> Opened:

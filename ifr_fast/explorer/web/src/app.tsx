@@ -1,8 +1,9 @@
 /* The explorer: state, tools, and the views of one graph. */
 import { useEffect, useLayoutEffect, useMemo, useRef, useState } from "preact/hooks";
 import type { ComponentChildren } from "preact";
-import { Brief, Ends, edgeName } from "./describe";
-import { Details, Kind } from "./details";
+import { Brief, Ends } from "./describe";
+import { CompareView } from "./compare";
+import { Details, Kind, kindText } from "./details";
 import { download } from "./files";
 import { plainDocument } from "./document";
 import { Grid } from "./grid";
@@ -12,6 +13,7 @@ import { Graph, LOOKS, Looks, stepAt, thresholdAt } from "./graph";
 import type { LooksName } from "./graph";
 import type { Hit } from "./hit";
 import { endsOf, layOut } from "./layout";
+import { openCalls } from "./calls";
 import { useLive } from "./live";
 import type { LiveParts } from "./live";
 import type { Scene } from "./paint";
@@ -74,17 +76,22 @@ export function App(props: Props) {
       if (event.shiftKey) store.redo();
       else store.undo();
     };
-    root.addEventListener("keydown", onKey);
-    return () => root.removeEventListener("keydown", onKey);
+    // A page of its own hears the keys wherever the focus is; a notebook has keys of its own.
+    const heard: EventTarget = root.dataset.host === "widget" ? root : document;
+    heard.addEventListener("keydown", onKey as EventListener);
+    return () => heard.removeEventListener("keydown", onKey as EventListener);
   }, []);
 
   return (
     <div class={`app${live ? " live" : ""}`}>
       {live?.panel}
-      {graph
+      {graph && live?.comparison
+        ? <main class="explorer">{live.status}<CompareView comparison={live.comparison} theme={dark ? DARK : LIGHT} threshold={state.threshold} probe={probe}
+            onThreshold={(threshold) => store.set({ threshold }, "threshold")} onClose={live.closeComparison} /></main>
+        : graph
         ? <Explorer key="explorer" {...props} state={state} graph={graph} dark={dark} live={live} />
         : <main class="empty-main">{live?.status ?? <p>There is no graph to show.</p>}</main>}
-      <span class="unseen" ref={(element) => { if (element) probe.idle = () => !live?.busy; }} />
+      <span class="unseen" ref={(element) => { if (element) probe.idle = () => !live?.busy && openCalls() === 0; }} />
     </div>
   );
 }
@@ -194,12 +201,12 @@ function Explorer({ store, root, probe, state, graph, dark, live }: ExplorerProp
       {live?.status}
       <div class={`views ${state.mode}`}>
         {state.mode === "graph" && (
-          <Grid scene={scene} hidden={hidden} lit={lit} selected={selected} pins={state.pins} live={live !== null} handle={grid}
+          <Grid scene={scene} hidden={hidden} lit={lit} selected={selected} pins={state.pins} live={live !== null} roles={live?.roles?.length === graph.T ? live.roles : null} handle={grid}
             onHover={onHover} onPick={select} onExplain={(positions) => live?.explain(positions)}
             onUnfold={(first, last) => store.set({ unfolded: [...state.unfolded, ...Array.from({ length: last - first + 1 }, (_, i) => first + i)] })} />
         )}
         {state.mode === "text" && (
-          <TextView scene={scene} selected={selected?.node !== undefined ? selected.node % graph.T : null} lit={lit} live={live !== null}
+          <TextView scene={scene} selected={selected?.node !== undefined ? selected.node % graph.T : null} lit={lit} live={live !== null} roles={live?.roles?.length === graph.T ? live.roles : null}
             onPick={(t) => select(selected?.node === t ? null : { node: t })} onExplain={(positions) => live?.explain(positions)}
             onHover={(t, x, y) => onHover(t === null ? null : { node: t }, x, y)} />
         )}
@@ -208,7 +215,7 @@ function Explorer({ store, root, probe, state, graph, dark, live }: ExplorerProp
           onHover={(hit) => onHover(hit, -1, -1)} onPins={(pins) => store.set({ pins })}
           extra={selected && live ? live.details(scene, selected) : null} />
       </div>
-      {live?.below(scene)}
+      {live?.below()}
       {hover && hover.x >= 0 && <Tip x={hover.x} y={hover.y}><Brief scene={scene} hit={hover.hit} /></Tip>}
     </main>
   );
@@ -323,7 +330,7 @@ function Tables({ scene, hidden, onSelect, onHover }: { scene: Scene; hidden: Re
     <div class="tables">
       <Table label="Edges" rows={edges} sorted={{ column: 4, down: true }} page={100} onPick={(edge) => onSelect({ edge })}
         columns={[
-          { name: "kind", value: (e) => edgeName(graph, e), show: (e) => <Kind graph={graph} edge={e} /> },
+          { name: "kind", value: (e) => kindText(graph, e), show: (e) => <Kind graph={graph} edge={e} /> },
           { name: "layer", value: (e) => graph.layer[e]! },
           { name: "from → to", value: (e) => `${visible(graph.tokens[graph.source[e]!]!)} #${graph.source[e]} → ${visible(graph.tokens[graph.target[e]!]!)} #${graph.target[e]}`, show: (e) => <Ends graph={graph} edge={e} /> },
           { name: "weight", value: (e) => pruned.weight[e]!, show: (e) => digits(pruned.weight[e]!) },

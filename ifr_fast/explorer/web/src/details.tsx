@@ -1,7 +1,7 @@
 /* The panel on what was picked: an edge or a node, what leads there and on, and the pins. */
 import type { ComponentChildren } from "preact";
 import { useMemo } from "preact/hooks";
-import { EdgeFacts, NodeFacts, edgeName, nodeText } from "./describe";
+import { EdgeFacts, NodeFacts, nodeText } from "./describe";
 import { Looks } from "./graph";
 import type { Graph } from "./graph";
 import type { Hit } from "./hit";
@@ -57,7 +57,7 @@ export function Details(props: Props) {
   );
 }
 
-function EdgePart({ scene, edge, onSelect }: Props & { edge: number }) {
+function EdgePart({ scene, edge, extra, onSelect }: Props & { edge: number }) {
   const { graph, pruned } = scene;
   const heads = useMemo(
     () => graph.heads(edge, graph.byHead ? Math.fround(pruned.threshold) : -1), [graph, edge, pruned]);
@@ -69,7 +69,7 @@ function EdgePart({ scene, edge, onSelect }: Props & { edge: number }) {
         {" → "}
         <button type="button" class="link" onClick={() => onSelect({ node: graph.above[edge]! })}>reading node</button>
       </p>
-      {graph.looks[edge] === Looks.Attention && (
+      {graph.looks[edge] === Looks.Attention && !extra && (
         <Table label="Heads" rows={heads} sorted={{ column: 1, down: true }} columns={[
           { name: "head", value: (h) => h.head },
           { name: "weight", value: (h) => h.weight, show: (h) => digits(h.weight) },
@@ -90,17 +90,22 @@ function edgeColumns(scene: Scene, end: "source" | "target"): TableColumn<number
       name: end === "source" ? "from" : "to", value: (e) => visible(graph.tokens[graph[end][e]!]!),
       show: (e) => <><Token text={graph.tokens[graph[end][e]!]!} /><At position={graph[end][e]!} /></>,
     },
-    { name: "kind", value: (e) => edgeName(graph, e), show: (e) => <Kind graph={graph} edge={e} /> },
+    { name: "kind", value: (e) => kindText(graph, e), show: (e) => <Kind graph={graph} edge={e} /> },
     { name: "weight", value: (e) => pruned.weight[e]!, show: (e) => digits(pruned.weight[e]!) },
     { name: "flow", value: (e) => pruned.through[e]!, show: (e) => digits(pruned.through[e]!), title: "Weight times that of all paths from the prediction to the edge's target" },
   ];
 }
 
 const LABELS = ["residual", "attention", "ffn", "other"] as const;
-export function Kind({ graph, edge }: { graph: Graph; edge: number }) {
+/** An edge's kind and layer in short. */
+export function kindText(graph: Graph, edge: number): string {
   const looks = graph.looks[edge]!;
   const text = looks === Looks.Ffn ? "FFN" : looks === Looks.Other ? graph.kindOf(edge) : LABELS[looks];
-  return <span class={`of-${LABELS[looks]}`}>{text} {graph.layer[edge]}</span>;
+  return `${text} ${graph.layer[edge]}`;
+}
+
+export function Kind({ graph, edge }: { graph: Graph; edge: number }) {
+  return <span class={`of-${LABELS[graph.looks[edge]!]}`}>{kindText(graph, edge)}</span>;
 }
 
 function NodePart(props: Props & { node: number }) {

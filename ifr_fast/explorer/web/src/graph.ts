@@ -69,6 +69,7 @@ export class Graph {
   readonly headStart: Uint32Array; // heads of edge e: headStart[e] to headStart[e + 1]
   readonly head: Uint32Array;
   readonly headWeight: Float32Array;
+  signs: Uint8Array | null = null; // [E] of a difference (difference.ts)
   private readonly order: Uint32Array; // in which paths take the edges, from the top
   private links: { of: Pruned; up: Links; down: Links } | null = null;
 

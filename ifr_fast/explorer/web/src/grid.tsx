@@ -34,6 +34,7 @@ interface Props {
   selected: Hit | null;
   pins: Pin[];
   live: boolean;
+  roles: (string | null)[] | null; // of the tokens of a chat
   handle: { current: GridHandle | null };
   onHover: (hit: Hit | { column: number } | null, x: number, y: number) => void;
   onPick: (hit: Hit | null) => void;
@@ -258,7 +259,7 @@ export function Grid(props: Props) {
 
   const marks = current ? marksOf(props, current, cursor) : [];
   const every = current ? Math.max(1, Math.ceil(15 / current.sy)) : 1;
-  const strip = stripHeight(scene, current);
+  const strip = stripHeight(scene, current) + (props.roles ? 16 : 0);
   return (
     <div class="grid" style={{ gridTemplateRows: `auto minmax(0, 1fr) ${strip}px` }}>
       <div class="corner"><span>layer</span></div>
@@ -286,7 +287,7 @@ export function Grid(props: Props) {
       <div class="corner" />
       {current ? (
         <Strip scene={scene} view={current} box={box} height={strip} lit={lit} onHover={props.onHover}
-          live={props.live} onPick={props.onPick} onUnfold={props.onUnfold} onExplain={props.onExplain} show={show} />
+          live={props.live} roles={props.roles} onPick={props.onPick} onUnfold={props.onUnfold} onExplain={props.onExplain} show={show} />
       ) : <div />}
     </div>
   );

@@ -1,5 +1,5 @@
 /* Draws edges and nodes with a pen: a canvas's context, or the writer of an SVG. */
-import { Looks } from "./graph";
+import { LOOKS, Looks } from "./graph";
 import type { Graph, Pruned } from "./graph";
 import { clipped, curveOf, pointOn } from "./layout";
 import type { Ends, Layout } from "./layout";
@@ -54,7 +54,7 @@ function crossing(scene: Scene, edges: Uint32Array, sx: number, sy: number, regi
     if (ends.y1[e]! > bottom || ends.y0[e]! < top) continue;
     const a = ends.x0[e]!, b = ends.x1[e]!;
     if ((a < b ? b : a) < left || (a < b ? a : b) > right) continue;
-    const style = graph.looks[e]! * BINS + binOf(pruned.weight[e]!);
+    const style = ((graph.signs?.[e] ?? 0) * LOOKS.length + graph.looks[e]!) * BINS + binOf(pruned.weight[e]!);
     const found = styles.get(style);
     if (found) found.push(e);
     else styles.set(style, [e]);
@@ -69,9 +69,10 @@ export function* drawEdges(
   const { graph, pruned, ends, theme } = scene;
   const margin = 24;
   for (const [style, mine] of crossing(scene, edges, sx, sy, region)) {
-    const looks = Math.floor(style / BINS), weight = ((style % BINS) + 0.5) ** 2 / BINS ** 2;
+    const looks = Math.floor(style / BINS) % LOOKS.length, sign = Math.floor(style / BINS / LOOKS.length);
+    const weight = ((style % BINS) + 0.5) ** 2 / BINS ** 2;
     const prepare = (): void => {
-      pen.strokeStyle = pen.fillStyle = theme.edges[looks]!;
+      pen.strokeStyle = pen.fillStyle = sign ? theme.signs[sign - 1]! : theme.edges[looks]!;
       pen.lineWidth = thickness(looks, weight, sx, sy);
       pen.globalAlpha = opacity(looks, weight, sx);
       pen.setLineDash(looks === Looks.Other ? [5, 3] : []);

@@ -17,13 +17,14 @@ export class Probe {
   hidden: ReadonlySet<LooksName> = new Set();
   selected: Hit | null = null;
   idle: () => boolean = () => true;
+  comparison: [Scene, Scene] | null = null;
+  difference: Scene | null = null;
 
   constructor(private readonly store: Store) {}
 
   state(): State { return this.store.state; }
 
-  private row(e: number): EdgeRow {
-    const { graph, pruned } = this.scene!;
+  private row(e: number, { graph, pruned }: Scene = this.scene!): EdgeRow {
     return [graph.layer[e]!, graph.kindOf(e), graph.target[e]!, graph.source[e]!, pruned.weight[e]!, pruned.through[e]!];
   }
 
@@ -40,6 +41,17 @@ export class Probe {
       importance: Array.from(pruned.flow.subarray(0, graph.T)),
       unattributed: graph.unattributed.size,
       view: this.grid?.view() ?? null,
+    };
+  }
+
+  /** The edges of two compared graphs, and of their difference. */
+  compared(): { first: EdgeRow[]; second: EdgeRow[]; difference: EdgeRow[]; signs: number[] } | null {
+    if (!this.comparison) return null;
+    const [first, second] = this.comparison.map((s) => Array.from(s.pruned.kept, (e) => this.row(e, s)));
+    const kept = this.difference ? Array.from(this.difference.pruned.kept) : [];
+    return {
+      first: first!, second: second!, difference: kept.map((e) => this.row(e, this.difference!)),
+      signs: kept.map((e) => this.difference!.graph.signs![e]!),
     };
   }
 

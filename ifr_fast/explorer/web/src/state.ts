@@ -148,13 +148,19 @@ export class Store {
 
   constructor(public state: State) {}
 
-  /** Changes the state. Quick changes of the same thing, as by a slider, are undone together. */
-  set(change: Partial<State>, what = Object.keys(change).join()): void {
+  /** Changes the state. Quick changes of one named thing, as by a slider, are undone together. */
+  set(change: Partial<State>, what = ""): void {
     const now = performance.now();
-    if (what !== this.last.what || now - this.last.time > 700) this.past.push(this.state);
+    if (!what || what !== this.last.what || now - this.last.time > 700) this.past.push(this.state);
     if (this.past.length > 200) this.past.shift();
     this.last = { what, time: now };
     this.future = [];
+    this.state = { ...this.state, ...change };
+    this.tell();
+  }
+
+  /** Changes the state as if it had been so from the first. */
+  replace(change: Partial<State>): void {
     this.state = { ...this.state, ...change };
     this.tell();
   }

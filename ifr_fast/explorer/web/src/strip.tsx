@@ -29,6 +29,18 @@ export function stripHeight(scene: Scene, view: View | null): number {
   return most;
 }
 
+/** Neighbouring tokens of one role. */
+export function roleRuns(roles: (string | null)[]): { role: string; first: number; last: number }[] {
+  const out: { role: string; first: number; last: number }[] = [];
+  roles.forEach((role, t) => {
+    const last = out[out.length - 1];
+    if (role === null) return;
+    if (last && last.role === role && last.last === t - 1) last.last = t;
+    else out.push({ role, first: t, last: t });
+  });
+  return out;
+}
+
 interface Props {
   scene: Scene;
   view: View;
@@ -36,6 +48,7 @@ interface Props {
   height: number;
   lit: Paths | null;
   live: boolean;
+  roles: (string | null)[] | null;
   onHover: (hit: Hit | { column: number } | null, x: number, y: number) => void;
   onPick: (hit: Hit | null) => void;
   onUnfold: (first: number, last: number) => void;
@@ -127,7 +140,14 @@ export function Strip(props: Props) {
       })
     : [];
   return (
-    <div class="strip">
+    <div class={`strip${props.roles ? " with-roles" : ""}`}>
+      {props.roles && roleRuns(props.roles).map(({ role, first, last }) => {
+        const left = layout.columns[layout.columnOf[first]!]!, right = layout.columns[layout.columnOf[last]!]!;
+        const from = left.left * view.sx + view.tx, to = (right.left + right.width) * view.sx + view.tx;
+        return to < 0 || from > box.width ? null : (
+          <span key={first} class={`role of-role-${role}`} data-first={first} data-last={last} style={{ left: `${Math.max(0, from) + 1}px`, width: `${Math.min(box.width, to) - Math.max(0, from) - 2}px` }}>{role}</span>
+        );
+      })}
       <ul ref={list} class="tokens" aria-label="Tokens, in order; arrow keys move, Enter picks"
         onKeyDown={move} onPointerDown={down} onPointerMove={over} onPointerUp={() => { dragFrom.current = null; }}
         onPointerLeave={() => props.onHover(null, 0, 0)}>
@@ -151,7 +171,7 @@ export function Strip(props: Props) {
               aria-posinset={layout.columnOf[first]! + 1} aria-setsize={layout.columns.length}
               style={{
                 left: `${column.left * view.sx + view.tx + inset}px`, width: `${width - 2 * inset}px`,
-                height: `${height - 8}px`, "--share": gap ? "0" : shade(first).toFixed(3),
+                height: `${height - 8 - (props.roles ? 16 : 0)}px`, "--share": gap ? "0" : shade(first).toFixed(3),
               }}
               onPointerEnter={(event) => props.onHover({ column: layout.columnOf[first]! }, event.clientX, event.clientY - 60)}
               onFocus={(event) => {

@@ -9,12 +9,13 @@ interface Props {
   selected: number | null; // a position
   lit: Paths | null;
   live: boolean;
+  roles: (string | null)[] | null; // of the tokens of a chat
   onPick: (position: number) => void;
   onExplain: (positions: number[]) => void;
   onHover: (position: number | null, x: number, y: number) => void;
 }
 
-export function TextView({ scene, selected, lit, live, onPick, onExplain, onHover }: Props) {
+export function TextView({ scene, selected, lit, live, roles, onPick, onExplain, onHover }: Props) {
   const { graph, pruned } = scene;
   const explained = useMemo(() => new Set(graph.starts.map((s) => s.position)), [graph]);
   let most = 0;
@@ -36,6 +37,7 @@ export function TextView({ scene, selected, lit, live, onPick, onExplain, onHove
           ].filter(Boolean).join(" ");
           return (
             <>
+              {roles?.[t] && roles[t] !== roles[t - 1] && <>{t > 0 && <br />}<span class="role-start">{roles[t]}</span></>}
               <button type="button" key={t} class={names} data-position={t} style={{ "--share": share.toFixed(3) }}
                 aria-label={`${visible(token)}, position ${t}, importance ${digits(pruned.flow[t]!)}`}
                 aria-pressed={selected === t}

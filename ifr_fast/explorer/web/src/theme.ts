@@ -12,6 +12,7 @@ export interface Theme {
   accent: string;
   heat: [number, number, number]; // of importance, over the background
   edges: [string, string, string, string]; // by Looks
+  signs: [string, string]; // of a difference: heavier in the first, in the second
 }
 
 export const LIGHT: Theme = {
@@ -19,6 +20,7 @@ export const LIGHT: Theme = {
   background: "#ffffff", text: "#17202b", muted: "#5a6572", line: "#d9dfe6", band: "#f6f8fa",
   alert: "#b0186e", accent: "#1f5fd0", heat: [20, 150, 136],
   edges: ["#8d97a3", "#2b62d6", "#c8590b", "#6b4fb3"],
+  signs: ["#c8590b", "#2b62d6"],
 };
 
 export const DARK: Theme = {
@@ -26,4 +28,5 @@ export const DARK: Theme = {
   background: "#0f141a", text: "#e8edf3", muted: "#9aa7b5", line: "#2b3541", band: "#141b23",
   alert: "#ff7cc2", accent: "#7eabff", heat: [30, 178, 160],
   edges: ["#76828f", "#7ca5ff", "#ff9e4f", "#b79cff"],
+  signs: ["#ff9e4f", "#7ca5ff"],
 };
