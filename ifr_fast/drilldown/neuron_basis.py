@@ -199,6 +199,7 @@ def _find(probe: Recording, layer: int) -> NeuronBasis:
             f"{len(block.branches)} submodules, so it has no one basis of neurons"
         )
     found = None
+    n_rows = min(_PROBE_ROWS, probe.decoder.max_length or _PROBE_ROWS)
     # Forward-mode derivatives exist neither in inference mode nor for its tensors.
     with (
         torch.inference_mode(False),
@@ -211,7 +212,7 @@ def _find(probe: Recording, layer: int) -> NeuronBasis:
         packed = [x.site for x in candidates if is_packed(x.site)]
         for candidate in candidates:
             with suppress(NotImplementedError):  # a packed projection has no derivative
-                found = _try(run, candidate, mid, post)
+                found = _try(run, candidate, mid, post, n_rows)
             if found is not None:
                 break
     if found is None and packed:
@@ -288,8 +289,10 @@ def _watch(run: _Replay) -> tuple[list[_Candidate], Tensor, Tensor]:
     return candidates[::-1], mid[0], post
 
 
-def _try(run: _Replay, candidate: _Candidate, mid: Tensor, post: Tensor) -> NeuronBasis | None:
-    """The basis if the candidate is the down projection, else None."""
+def _try(
+    run: _Replay, candidate: _Candidate, mid: Tensor, post: Tensor, n_rows: int
+) -> NeuronBasis | None:
+    """The basis if the candidate is the down projection, else None. n_rows: rows of a run."""
 
     def with_input(x: Tensor) -> Tensor:
         return run([change_input(candidate.site, x)])
@@ -306,7 +309,7 @@ def _try(run: _Replay, candidate: _Candidate, mid: Tensor, post: Tensor) -> Neur
     if min(errors) > TOLERANCE:
         return None
     values = candidate.values.reshape(len(mid), -1)
-    W = torch.cat(list(_derivative(run, candidate)))
+    W = torch.cat(list(_derivative(run, candidate, n_rows)))
     moved = values @ W
     if relative_error(moved, added, post) <= TOLERANCE:
         return NeuronBasis(candidate.site, W, bias, row_scaled=False)
@@ -317,11 +320,11 @@ def _try(run: _Replay, candidate: _Candidate, mid: Tensor, post: Tensor) -> Neur
     return NeuronBasis(candidate.site, W * scale.median(), bias, row_scaled=True)
 
 
-def _derivative(run: _Replay, candidate: _Candidate) -> Iterator[Tensor]:
+def _derivative(run: _Replay, candidate: _Candidate, n_rows: int) -> Iterator[Tensor]:
     """The derivative [F, D] of the layer's output by the candidate's input at 0, in row blocks."""
     x = candidate.values
     T, F = run.hidden.shape[0], x.shape[-1]
-    for tangent in torch.eye(F, dtype=x.dtype, device=x.device).split(_PROBE_ROWS):
+    for tangent in torch.eye(F, dtype=x.dtype, device=x.device).split(n_rows):
         rows = torch.full((len(tangent),), T - 1, device=x.device)
         z = run.hidden.new_zeros(1, len(rows), *run.block.W_O.shape[:2])
         shape = (len(rows), F) if x.ndim == 2 else (1, len(rows), F)

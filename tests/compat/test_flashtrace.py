@@ -229,14 +229,30 @@ def span_scores(layers: list[LayerAccount], weights: Tensor) -> Tensor:
             parts = parts * layer.after[:, None, None]
         y = weights @ (layer.resid_post if layer.resid_mid is None else layer.resid_mid)
         pairs = proximity(torch.einsum("t,tshd->shd", weights, parts), y)
-        total = pairs.sum() + proximity(weights @ layer.resid_pre, y)
+        pre = layer.resid_pre if layer.to_mid is None else layer.to_mid(layer.resid_pre)
+        total = pairs.sum() + proximity(weights @ pre, y)
         if layer.resid_mid is None:
             total = total + proximity(weights @ layer.ffn, y)
         scores += pairs.sum(1) / total
     return scores
 
 
-FAMILIES = ["llama-bias", "gemma2", "gemma4", "gpt_neox", "mistral", "gpt_oss", "qwen3_next"]
+def assert_ffn_shares(found: IFRAggregate, layers: list[LayerAccount]) -> None:
+    """The FFN's share of the plain sum of the span's rows, and the stream's."""
+    for of, layer in zip(found.per_layer, layers, strict=True):
+        if layer.resid_mid is None:
+            continue
+        passed = layer.resid_mid if layer.to_post is None else layer.to_post(layer.resid_mid)
+        post, mid, ffn = (x[4:].sum(0) for x in (layer.unscaled, passed, layer.ffn))
+        shares = proximity(ffn, post), proximity(mid, post)
+        assert of.e_ffn == pytest.approx(float(shares[0] / sum(shares)), abs=1e-4)
+        assert of.e_resid_ffn == pytest.approx(float(shares[1] / sum(shares)), abs=1e-4)
+
+
+FAMILIES = [
+    "llama-bias", "gemma2", "gemma4", "gpt_neox", "mistral", "gpt_oss", "qwen3_next",
+    "bart", "bert", "doge", "minimax",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -261,6 +277,7 @@ def test_any_model_as_every_part_formed(family: str, impl: str) -> None:
         torch.testing.assert_close(
             found.token_importance_total.double(), span_scores(layers, of_all), rtol=0, atol=1e-4
         )
+        assert_ffn_shares(found, layers)
         plain = aggregate(ours.tracer, recording, 4, T, options)
         torch.testing.assert_close(
             plain.token_importance_total.double(),

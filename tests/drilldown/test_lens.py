@@ -80,7 +80,7 @@ def test_promoted_by_heads_and_blocks(any_case: Case) -> None:
                 recording, layer=LAYER, head=head, position=position, k=3
             )
             assert_close(whole.part, parts.sum(0))
-            expected = oracle.direct(parts.sum(0), position)
+            expected = oracle.direct(parts.sum(0), position, by_head=True)
             assert_close(whole.logits, expected)
             for named, largest in ((whole.promoted, True), (whole.suppressed, False)):
                 top = expected.topk(3, largest=largest)
@@ -89,7 +89,7 @@ def test_promoted_by_heads_and_blocks(any_case: Case) -> None:
             single = tracer.promoted_tokens(
                 recording, layer=LAYER, head=head, position=position, source=7
             )
-            assert_close(single.logits, oracle.direct(parts[7], position))
+            assert_close(single.logits, oracle.direct(parts[7], position, by_head=True))
         block = tracer.promoted_tokens(recording, layer=LAYER, position=position)
         assert_close(block.logits, oracle.direct(oracle.layers[LAYER].ffn[position], position))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ class Names(NamedTuple):
 
     layers: str
     down: str  # in a layer: the FFN's down projection
-    norm: str
+    norm: str | None  # before the head
     head: str
     after: str | None = None  # in a layer: a norm after the FFN
 
@@ -44,6 +45,14 @@ NAMES = {
     "granite": Names("model.layers", "mlp.down_proj", "model.norm", "lm_head"),
     "qwen3_next": Names("model.layers", "", "model.norm", "lm_head"),
     "bloom": Names("transformer.h", "mlp.dense_4h_to_h", "transformer.ln_f", "lm_head"),
+    "opt-post_norm": Names("model.decoder.layers", "fc2", None, "lm_head"),
+    "openai-gpt": Names("transformer.h", "mlp.c_proj", None, "lm_head"),
+    "bart": Names("model.decoder.layers", "fc2", None, "lm_head"),
+    "doge": Names("model.layers", "mlp.down_proj", "model.norm", "lm_head"),
+    "beam": Names(
+        "model.layers", "mlp.down_proj", "model.norm", "lm_head", "post_feedforward_layernorm"
+    ),
+    "minimax": Names("model.layers", "", "model.norm", "lm_head"),
 }
 WITH_NEURONS = [family for family in NAMES if NAMES[family].down]
 
@@ -56,9 +65,6 @@ class Oracle:
         # account() runs a float64 copy of the model, which has a copy of each hook.
         handles = [
             model.register_forward_hook(lambda of, _, out: seen.update(model=of, out=out)),
-            model.get_submodule(names.norm).register_forward_hook(
-                lambda _, args, __: seen.update(final=args[0])
-            ),
         ]
         for i, layer in enumerate(model.get_submodule(names.layers) if names.down else ()):
             down = layer.get_submodule(names.down)
@@ -75,10 +81,10 @@ class Oracle:
         self.model: PreTrainedModel = seen.pop("model")
         for module in self.model.modules():
             module._forward_hooks.clear()
-        self.norm: nn.Module = self.model.get_submodule(names.norm)
+        self.norm = nn.Identity() if names.norm is None else self.model.get_submodule(names.norm)
         self.unembedding: Tensor = self.model.get_submodule(names.head).weight.detach()
         self.logits: Tensor = seen.pop("out").logits[0]
-        self.final: Tensor = seen.pop("final")[0]
+        self.final = self.layers[-1].resid_post
         self.seen = {key: x.reshape(len(text), -1) for key, x in seen.items()}
         self.names = names
 
@@ -95,12 +101,28 @@ class Oracle:
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     @torch.no_grad()
-    def direct(self, part: Tensor, position: int, layer: int = LAYER) -> Tensor:
+    def direct(
+        self, part: Tensor, position: int, layer: int = LAYER, *, by_head: bool = False
+    ) -> Tensor:
         """The logits that `part`, which `layer` adds to the stream, adds at a position, with the
-        norm held, by the norms' formulas.
+        norm held, by the norms' formulas. by_head: whether attention adds it.
         """
-        for following in self.layers[layer:]:
+
+        def passed(part: Tensor, on: Callable[[Tensor], Tensor] | None) -> Tensor:
+            if on is None:
+                return part
+            rows = torch.zeros_like(self.final)
+            rows[position] = part
+            return on(rows)[position]
+
+        for i, following in enumerate(self.layers[layer:]):
+            if i > 0:
+                part = passed(part, following.to_mid)
+            if i > 0 or by_head:
+                part = passed(part, following.to_post)
             part = part * following.scale
+        if isinstance(self.norm, nn.Identity):
+            return part @ self.unembedding.T
         x, weight = self.final[position], self.norm.weight
         eps = next(
             getattr(self.norm, name)
@@ -129,12 +151,17 @@ class Oracle:
         W = down.weight.detach()
         W = W if type(down).__name__ == "Conv1D" else W.T
         parts = self.seen[layer, "a"][..., None] * W
+        to_out = self.layers[layer].to_out
+        if to_out is not None:
+            return to_out(parts.transpose(0, 1)).transpose(0, 1)
         if self.names.after is not None:  # the norm after, held
             return parts * (self.layers[layer].ffn / self.seen[layer, "out"])[:, None]
         return parts * getattr(self.model.config, "residual_multiplier", 1.0)
 
     def before_ffn(self, layer: int) -> Tensor:
         of = self.layers[layer]
+        if of.to_post is not None:
+            return of.to_post(of.resid_mid)
         return of.resid_pre if of.resid_mid is None else of.resid_mid
 
 

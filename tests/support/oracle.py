@@ -46,9 +46,10 @@ def importances(layer: LayerAccount) -> LayerImportance:
         if layer.after is not None:
             parts = parts * layer.after[t]
         heads[:, t, : t + 1] = proximity(parts, y[t])
-    residual = layer.resid_pre if layer.to_mid is None else layer.to_mid
+    residual = layer.resid_pre if layer.to_mid is None else layer.to_mid(layer.resid_pre)
+    passed = None if layer.to_post is None else layer.to_post(layer.resid_mid)
     states = (residual, layer.resid_mid, layer.unscaled, layer.ffn)
-    return shared(*states, heads, layer.to_post)._replace(made_by=layer.made_by)
+    return shared(*states, heads, passed)._replace(made_by=layer.made_by)
 
 
 def shared(

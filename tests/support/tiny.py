@@ -9,6 +9,7 @@ import copy
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -109,13 +110,17 @@ class Family(NamedTuple):
     made_by: tuple[int, ...] | None = None  # of each layer's keys and values, where some are shared
     after_mid: bool = False  # `mid` is a norm that makes resid_mid of what it reads
     last: str | None = None  # a norm that makes the layer's output
-    # Of a layer and its stream: what is passed on of it to attention's output, and to the FFN's.
-    to_mid: Callable[[nn.Module, Tensor], Tensor] = lambda _, x: x
-    to_post: Callable[[nn.Module, Tensor], Tensor] | None = None
+    # Of a layer, its stream and a part of that: what is passed on of the part to the output of
+    # attention, and to that of the FFN.
+    to_mid: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None
+    to_post: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None
+    # The factor of the stream when a layer is left.
+    scale: Callable[[nn.Module], float] = lambda layer: getattr(layer, "layer_scalar", 1.0)
 
 
-def _beam_share(norm: str) -> Callable[[nn.Module, Tensor], Tensor]:
-    return lambda layer, x: x * ((getattr(layer, norm) - 1) / getattr(layer, norm)) ** 0.5
+def _share(n: int) -> float:
+    """The factor of Beam's stream at its n-th addition."""
+    return ((n - 1) / n) ** 0.5
 
 
 FAMILIES = {
@@ -634,16 +639,16 @@ FAMILIES = {
         "Doge, up to its keep_window_size tokens",
         "weights on the residual stream",
         _config("Doge", num_key_value_heads=2, keep_window_size=96),
-        to_mid=lambda layer, x: layer.input_residual * x,
-        to_post=lambda layer, x: layer.post_attention_residual * x,
+        to_mid=lambda layer, _, part: layer.input_residual.detach() * part,
+        to_post=lambda layer, _, part: layer.post_attention_residual.detach() * part,
     ),
     "beam": Family(
         "Beam",
         "a residual stream that is scaled by depth, norms after",
         _config("Beam", num_key_value_heads=2, head_dim=6),
         mid="pre_feedforward_layernorm",
-        to_mid=_beam_share("attn_residual_add_idx"),
-        to_post=_beam_share("mlp_residual_add_idx"),
+        to_mid=lambda layer, _, part: _share(layer.attn_residual_add_idx) * part,
+        scale=lambda layer: _share(layer.mlp_residual_add_idx),
     ),
     "minimax": Family(
         "MiniMax, softmax layers",
@@ -661,8 +666,8 @@ FAMILIES = {
             mlp_beta_factor=1.2,
         ),
         after_mid=True,
-        to_mid=lambda layer, x: 1.3 * held(layer.input_layernorm, x, x),
-        to_post=lambda _, x: 0.7 * x,
+        to_mid=lambda layer, x, part: 1.3 * held(layer.input_layernorm, x, part),
+        scale=lambda _: 0.7,
     ),
 }
 # Families that are tested with every combination of options.
@@ -811,8 +816,11 @@ class LayerAccount(NamedTuple):
     after: Tensor | None  # [T, D] factor of the output projection's output, by a norm or a number
     scale: float = 1.0  # factor of the whole stream
     made_by: int | None = None  # the layer from whose resid_pre v was made; None: this one
-    to_mid: Tensor | None = None  # [T, D] the part of resid_pre in resid_mid; None: resid_pre
-    to_post: Tensor | None = None  # [T, D] that of resid_mid in resid_post; None: resid_mid
+    # How parts [..., T, D] of resid_pre are passed on to resid_mid, and of resid_mid to resid_post,
+    # where it is not as they are.
+    to_mid: Callable[[Tensor], Tensor] | None = None
+    to_post: Callable[[Tensor], Tensor] | None = None
+    to_out: Callable[[Tensor], Tensor] | None = None  # parts of the FFN's output likewise
 
     @property
     def unscaled(self) -> Tensor:
@@ -908,9 +916,12 @@ def account(model: PreTrainedModel, token_ids: Tensor) -> list[LayerAccount]:
         v = v.view(T, H, -1) if family.split is None else family.split(v)
         pre, post = seen["pre", i], seen["post", i]
         mid = seen.get(("mid", i))
-        passed = family.to_mid(layers[i], pre).detach()
+        to_mid = None
+        if family.to_mid is not None:
+            to_mid = partial(family.to_mid, layers[i], pre)
+        passed = pre if to_mid is None else to_mid(pre)
         attended = seen["attention", i] if mid is None else mid - passed
-        scale = float(getattr(layers[i], "layer_scalar", 1.0))
+        scale = float(family.scale(layers[i]))
         z = torch.einsum("htj,jhv->thv", pattern, v)
         of = LayerAccount(
             pre,
@@ -927,8 +938,7 @@ def account(model: PreTrainedModel, token_ids: Tensor) -> list[LayerAccount]:
             scale,
             None if family.made_by is None else family.made_by[i],
         )
-        if passed is not pre:
-            of = of._replace(to_mid=passed)
+        of = of._replace(to_mid=to_mid)
         if family.after_mid or family.to_post is not None:
             of = _behind_norms(family, layers[i], attentions[i], of, seen, i)
         accounts.append(of)
@@ -950,18 +960,22 @@ def _behind_norms(
         norm, summed = inside.get_submodule(family.mid), seen["mid", i]
         W_O = of.W_O if of.after is None else of.W_O * of.after[0, 0]
         factor = held(norm, summed, summed)[:, :1] / held(norm, summed[:1], summed)[:, :1]
+        before = (lambda part: part) if of.to_mid is None else of.to_mid
         of = of._replace(
             resid_mid=seen["normed", i],
-            to_mid=held(norm, summed, of.resid_pre if of.to_mid is None else of.to_mid),
+            to_mid=lambda part: held(norm, summed, before(part)),
             W_O=held(norm, summed[:1], W_O),
             after=factor.expand_as(summed),
         )
     mid = of.resid_mid
-    passed = mid if family.to_post is None else family.to_post(layer, mid).detach()
+    if family.to_post is not None:
+        to_post = partial(family.to_post, layer, mid)
+        return of._replace(to_post=to_post, ffn=of.resid_post - to_post(mid))
     if family.last is None:
-        return of._replace(to_post=passed, ffn=of.resid_post - passed)
-    norm, summed = layer.get_submodule(family.last), seen["last", i]
-    return of._replace(to_post=held(norm, summed, passed), ffn=held(norm, summed, summed - passed))
+        return of._replace(ffn=of.unscaled - mid)
+    last, whole = layer.get_submodule(family.last), seen["last", i]
+    to_out = partial(held, last, whole)
+    return of._replace(to_post=to_out, to_out=to_out, ffn=to_out(whole - mid))
 
 
 @torch.no_grad()

@@ -99,7 +99,10 @@ def test_scores_of_two_layers_by_hand() -> None:
 
 
 PARALLEL = {"phi", "gptj"}
-FAMILIES = ["llama", "gpt2", "gemma2", "gemma4", "phi", "bloom", "opt", "qwen3_next", "gptj"]
+FAMILIES = [
+    "llama", "gpt2", "gemma2", "gemma4", "phi", "bloom", "opt", "qwen3_next", "gptj",
+    "beam", "doge", "minimax", "openai-gpt", "opt-post_norm",
+]  # fmt: skip
 
 
 def tokens_part(model: Any, text: Tensor, resid_pre: Tensor) -> Tensor:
@@ -107,7 +110,7 @@ def tokens_part(model: Any, text: Tensor, resid_pre: Tensor) -> Tensor:
     model = copy.deepcopy(model).double()
     embedding = model.get_input_embeddings()
     match model.tiny_family:
-        case "gpt2" | "opt":
+        case "gpt2" | "opt" | "openai-gpt" | "opt-post_norm":
             return embedding(text)
         case "bloom":  # its norm after the embedding has a bias
             norm = model.transformer.word_embeddings_layernorm
@@ -137,9 +140,13 @@ def expected_scores(model: Any, text: Tensor, positions: bool = False) -> dict[s
         if layer.gate is not None:
             z = z * layer.gate.transpose(0, 1)
         heads = torch.einsum("htv,hvd->htd", z, layer.W_O)
+        if layer.to_mid is not None:
+            parts = [layer.to_mid(part) for part in parts]
         parts += list(heads if layer.after is None else heads * layer.after)
         if layer.resid_mid is not None:
             read(f"m{i}", layer.resid_mid)
+        if layer.to_post is not None:
+            parts = [layer.to_post(part) for part in parts]
         parts = [part * layer.scale for part in (*parts, layer.ffn)]
     read("logits", layers[-1].resid_post)
     return found

@@ -8,11 +8,12 @@ from typing import Any
 import networkx as nx
 import pytest
 import torch
+from opened import tiny_tracer
 from tiny import account, tiny_model, tiny_text
 from torch import Tensor
 from transparency_cases import TOLERANCE, attention_contributions, close, largest_gap, opened, ran
 
-from ifr_fast import IfrError, Tracer
+from ifr_fast import IfrError, Tracer, UnsupportedArchitectureError
 from ifr_fast.compat import llm_transparency_tool as tool
 from ifr_fast.compat.llm_transparency_tool import TransparentLlm, build_full_graph
 from ifr_fast.compat.llm_transparency_tool import build_paths_to_predictions as build_paths
@@ -90,6 +91,12 @@ def test_methods_agree_with_the_model(family: str, parity: bool) -> None:
     close(ours.unembed(ours.residual_out(2)[0, 7], normalize=True), logits[0, 7])
     close(ours.unembed(ours.tracer.record(token_ids).states[7], normalize=False), logits[0, 7])
     assert ours.tokens_to_strings(token_ids[:2]) == [f"<{i}>" for i in token_ids[:2].tolist()]
+
+
+def test_residual_connections_that_are_not_plain_are_refused() -> None:
+    for family in ("bert", "doge"):
+        with pytest.raises(UnsupportedArchitectureError, match="norms or weights on its residual"):
+            TransparentLlm.of(tiny_tracer(family))
 
 
 def test_a_batch_is_padded_on_the_right() -> None:
