@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from ..errors import UnsupportedArchitectureError
 from .attention import AttentionCall
@@ -32,6 +32,28 @@ def _embeddings(model: PreTrainedModel) -> Tensor:
     return table
 
 
+class _Past(DynamicCache):  # type: ignore[misc]
+    """A cache that says how many tokens came before, and holds none: models that take no positions,
+    or count them from another number than 0, ask it.
+    """
+
+    def __init__(self, n_tokens: int) -> None:
+        super().__init__()
+        self._n_tokens = n_tokens
+
+    def get_seq_length(self, *_: Any, **__: Any) -> int:
+        """The number of tokens before."""
+        return self._n_tokens
+
+    def get_mask_sizes(self, query: Any, *_: Any, **__: Any) -> tuple[int, int]:
+        """Masks are those of a token on its own."""
+        return (query if isinstance(query, int) else len(query)), 0
+
+    def update(self, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """The new keys and values, as they are."""
+        return k, v
+
+
 class Decoder:
     """A causal language model, opened for recording and replay by `opening.open_decoder`."""
 
@@ -49,6 +71,8 @@ class Decoder:
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         # XLNet states -1: it has no end.
         self.max_length = context if isinstance(context, int) and context > 0 else None
+        self.takes_past = "past_key_values" in takes
+        self.counts_past = False  # whether a step's position is given as the length of a cache
         self.steps_checked = False  # whether decode steps were found to equal a whole pass
         self.attention_through: AttentionThrough = attention_through
         self.makes_masks = False  # whether its attention gets masks that it made of the text
@@ -173,7 +197,11 @@ class Decoder:
         """
         states: list[Tensor] = []
         ids = torch.tensor([[token_id]], device=self.device)
-        placed = {"position_ids": torch.full_like(ids, position)} if self._takes_positions else {}
+        placed: dict[str, Any] = {}
+        if self.counts_past:
+            placed["past_key_values"] = _Past(position)
+        elif self._takes_positions:
+            placed["position_ids"] = torch.full_like(ids, position)
         with hooked(on_output(self._states, states.append)):
             output = self.model(
                 input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **placed

@@ -24,7 +24,7 @@ from ifr_fast.recording.layer_inputs import LayerRows
 from ifr_fast.scoring import layer as scoring_layer
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"bart"}))
+@pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_routes_match_the_models_own_run(family: str) -> None:
     tracer, prompt = tiny_tracer(family), tiny_text(PROMPT)
     model = tracer.model
@@ -50,10 +50,23 @@ def test_routes_match_the_models_own_run(family: str) -> None:
         assert_graph_agrees(steps[i].graph, layers)
 
 
-def test_positions_that_no_argument_gives_are_refused() -> None:
-    """BART counts its positions from the keys that its own cache holds."""
+def test_positions_that_are_counted_by_a_cache() -> None:
+    """BART's positions begin where its cache ends. The steps' cache says so and holds nothing."""
+    tracer = Tracer(tiny_model("bart"))
+    assert not tracer.decoder.counts_past
+    list(tracer.generate(tiny_text(PROMPT), **OPTIONS))
+    assert tracer.decoder.counts_past
+    plain = tiny_tracer("llama")
+    list(plain.generate(tiny_text(PROMPT), **OPTIONS))
+    assert not plain.decoder.counts_past
+
+
+def test_positions_that_a_step_cannot_be_given_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    tracer = Tracer(tiny_model("bart"))
+    monkeypatch.setattr("ifr_fast.model.decoder._Past.get_seq_length", lambda _: 0)
     with pytest.raises(UnsupportedArchitectureError, match="BartForCausalLM cannot generate here"):
-        next(tiny_tracer("bart").generate(tiny_text(PROMPT), **OPTIONS))
+        next(tracer.generate(tiny_text(PROMPT), **OPTIONS))
+    assert not tracer.decoder.counts_past
 
 
 @pytest.mark.parametrize(

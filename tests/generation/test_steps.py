@@ -38,6 +38,7 @@ def test_models_that_cannot_take_one_token_are_refused(
 ) -> None:
     tracer = Tracer(tiny_model(name, dtype=dtype))  # a Tracer checks this once
     monkeypatch.setattr(tracer.decoder, "_takes_positions", False)
+    monkeypatch.setattr(tracer.decoder, "takes_past", False)
     with pytest.raises(UnsupportedArchitectureError, match="cannot generate"):
         next(tracer.generate(tiny_text(PROMPT)))
 

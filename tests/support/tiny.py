@@ -594,6 +594,7 @@ FAMILIES = {
             decoder_attention_heads=6,
             decoder_ffn_dim=50,
             max_position_embeddings=96,
+            forced_eos_token_id=None,
         ),
         layers="model.decoder.layers",
         mid="self_attn_layer_norm",
