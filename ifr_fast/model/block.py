@@ -59,12 +59,18 @@ class Block(NamedTuple):
     @property
     def runs_again(self) -> bool:
         """True if scoring runs a layer again for what no recording holds: gates, and the sum that a
-        norm of the layer's output reads.
+        norm of the layer's output reads; or to see that it passes its stream on as before.
         """
         of = self.residual
-        return self.gate_site is not None or (
-            of is not None and not (of.pre_norm is None and of.post_norm is None)
-        )
+        held = of is not None and not (of.pre_norm is None and of.post_norm is None)
+        return self.gate_site is not None or held or self.weighs_stream
+
+    @property
+    def weighs_stream(self) -> bool:
+        """True if numbers that may change after opening multiply resid_mid in resid_post."""
+        own = [*self.module.parameters(recurse=False), *self.module.buffers(recurse=False)]
+        weighted = self.residual is not None and self.residual.mid_weight is not None
+        return bool(self.branches) and bool(own or weighted or self.stream_scale != 1)
 
     def facts(self) -> list[object]:
         """Everything that was found of the layer except W_O, to be compared."""

@@ -46,7 +46,7 @@ class PostParts(NamedTuple):
     residual: Tensor  # [R, D] the part of resid_mid
     y: Tensor  # [R, D] resid_post, before the layer multiplied it by a constant (`Block.unscaled`)
     given_ffn: Tensor | None = None  # [R, D] the FFN's part; None: y - residual
-    error: Tensor | None = None  # [R] error of the held norm in units of what rounding explains
+    error: Tensor | None = None  # [R] of what is passed on, in units of what rounding explains
     passage: Passage = Passage()  # makes `residual` of resid_mid
 
     @property
@@ -94,12 +94,27 @@ def _moved(block: Block, z: Tensor | None, value_gate: Tensor | None, like: Tens
 
 
 def post_parts(
-    block: Block, resid_mid: Tensor, resid_post: Tensor, normed: Tensor | None
+    block: Block,
+    resid_mid: Tensor,
+    resid_post: Tensor,
+    normed: Tensor | None,
+    error: Tensor | None = None,
 ) -> PostParts:
     """The parts of some rows [R, D] of a sequential block.
 
-    normed: [R, D] what the norm of the layer's output read there, if there is one.
+    normed: [R, D] what the norm of the layer's output read there, if there is one. error: 0-d, of
+    what the layer passes on (replay.py, `passing_error`).
     """
+    found = _post_parts(block, resid_mid, resid_post, normed)
+    if error is None:
+        return found
+    errors = error.expand(len(resid_mid))
+    return found._replace(error=errors if found.error is None else found.error.maximum(errors))
+
+
+def _post_parts(
+    block: Block, resid_mid: Tensor, resid_post: Tensor, normed: Tensor | None
+) -> PostParts:
     of = block.residual
     if of is None or (of.mid_weight is None and of.post_norm is None):
         return PostParts(resid_mid, block.unscaled(resid_post))

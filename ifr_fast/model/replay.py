@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from ..kernels.rows import on_device
 from .attention import AttentionCall, AttentionHandler, attend_rows
-from .block import Block
-from .hooks import LayerCall, StopForward, hooked, on_input
+from .block import Block, rounding_tolerance
+from .held import wide
+from .hooks import LayerCall, StopForward, change_output, hooked, on_input
 from .interface import overriding
 
 
@@ -65,6 +66,37 @@ def post_norm_inputs(
     with overriding(lambda _: z[None]), hooked(on_input(norm, found.append)):
         layer_call.at(rows)(block.module, hidden[None])
     return found[-1].reshape(hidden.shape)
+
+
+def passing_error(
+    block: Block, layer_call: LayerCall, resid_pre: Tensor, rows: Tensor
+) -> Tensor | None:
+    """The relative error of what a layer passes on of `resid_mid` where its FFN gives 0, against
+    what was found when it was opened; in units of what rounding explains, 0-d. The layer is run on
+    the last of `rows` alone, without attention. None where no number could change it.
+
+    Other arguments, and the caller's duty, are those of `replay_rows`.
+    """
+    if not block.weighs_stream:
+        return None
+    last, of = rows[-1:], block.residual
+    hidden = resid_pre[on_device(last, resid_pre.device)].to(block.W_O.device)
+    z = hidden.new_zeros(1, 1, *block.W_O.shape[:2])
+    mids: list[Tensor] = []
+    normed: list[Tensor] = []
+    handles = [change_output(branch.site, torch.zeros_like) for branch in block.branches]
+    handles.append(block.on_mid(mids.append))
+    if of is not None and of.post_norm is not None:
+        handles.append(on_input(of.post_norm.site, normed.append))
+    with overriding(lambda _: z), hooked(*handles):
+        output = layer_call.at(last)(block.module, hidden[None])
+    passed = wide(mids[0].reshape(hidden.shape)) * block.stream_scale
+    if of is not None and of.mid_weight is not None:
+        passed = passed * of.mid_weight
+    got = wide((normed[-1] if normed else output).reshape(hidden.shape))
+    norm = torch.linalg.vector_norm
+    granted = rounding_tolerance(resid_pre.dtype) * norm(passed).clamp(min=1e-30)
+    return norm(got - passed) / granted
 
 
 def gate_rows(block: Block, layer_call: LayerCall, resid_pre: Tensor, rows: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from ..kernels.rows import on_device
 from ..model.attention import AttentionCall
 from ..model.block import Block
 from ..model.node_parts import PostParts, mid_parts, post_parts
-from ..model.replay import gate_rows, post_norm_inputs, replay_rows
+from ..model.replay import gate_rows, passing_error, post_norm_inputs, replay_rows
 from .recording import LayerRecording, Recording
 
 _BLOCK_ROWS = {"cpu": 512, "cuda": 8192}  # rows that are replayed and scored at once
@@ -105,7 +105,8 @@ def layer_inputs(recording: Recording, layer: int, rows: Tensor) -> LayerRows:
     if block.residual is not None and block.residual.post_norm is not None:
         assert z is not None
         normed = post_norm_inputs(block, recorded.call, recorded.resid_pre, z, rows)
-    return LayerRows(inputs, post_parts(block, mid, resid_post, normed), of_mid.bias)
+    error = passing_error(block, recorded.call, recorded.resid_pre, rows)
+    return LayerRows(inputs, post_parts(block, mid, resid_post, normed, error), of_mid.bias)
 
 
 def block_rows(device: torch.device) -> int:

@@ -24,7 +24,7 @@ from ..model.decoder import Decoder
 from ..model.hooks import LayerCall
 from ..model.modes import evaluating
 from ..model.node_parts import mid_parts, post_parts
-from ..model.replay import gate_rows, post_norm_inputs
+from ..model.replay import gate_rows, passing_error, post_norm_inputs
 from ..recording.batches import can_batch
 from ..recording.layer_inputs import LayerRows
 from ..recording.layer_pass import WatchedLayer, WatchedPass, pad
@@ -211,7 +211,8 @@ def _rows(layer: WatchedLayer, b: int, n: int) -> LayerRows:
     normed = None
     if block.residual is not None and block.residual.post_norm is not None:
         normed = post_norm_inputs(block, layer.call_of(b), layer.resid_pre[b], z, rows)
-    return LayerRows(inputs, post_parts(block, resid_mid, resid_post, normed), of_mid.bias)
+    error = passing_error(block, layer.call_of(b), layer.resid_pre[b], rows)
+    return LayerRows(inputs, post_parts(block, resid_mid, resid_post, normed, error), of_mid.bias)
 
 
 def _known(x: Tensor | None) -> Tensor:

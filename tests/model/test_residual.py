@@ -23,6 +23,7 @@ from ifr_fast.model.node_parts import passage_to_mid
 from ifr_fast.model.residual import held_norm
 from ifr_fast.recording.layer_inputs import LayerRows, layer_inputs
 from ifr_fast.recording.recording import Recording
+from ifr_fast.survey.sweep import sweep
 
 T = 23
 HELD = ["bart", "beam", "bert", "doge", "minimax", "openai-gpt", "opt-post_norm"]
@@ -286,6 +287,32 @@ def test_norms_changed_after_opening_are_noticed(family: str) -> None:
         with torch.no_grad():
             norm.site.weight.copy_(own)
     tracer.trace(tiny_text(T))
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [("doge", "post_attention_residual"), ("gemma4", "layer_scalar"), ("doge", "input_residual")],
+)
+@pytest.mark.parametrize("unit", [False, True])
+def test_weights_of_the_stream_changed_after_opening_are_noticed(
+    family: str, name: str, unit: bool
+) -> None:
+    """Also where they were 1 when the model was opened, so that nothing showed of them."""
+    model = tiny_model(family)
+    weight = getattr(model.model.layers[1], name)
+    with torch.no_grad():
+        if unit:
+            weight.fill_(1)
+        tracer = Tracer(model)
+        tracer.trace(tiny_text(T))
+        weight.mul_(1.3)
+    for mode in ("full", "lean"):
+        with pytest.raises(IfrError, match="at layer 1 the parts"):
+            tracer.trace_all(tracer.record(tiny_text(T), mode=mode))
+    with pytest.raises(IfrError, match="at layer 1 the parts"):
+        tracer.trace(tiny_text(T))
+    with pytest.raises(IfrError, match="at layer 1 the parts"):
+        sweep(tracer.decoder, [tiny_text(T)], 0.02, tracer.kernel)
 
 
 def test_plain_layers_have_no_residual() -> None:
