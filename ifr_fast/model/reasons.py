@@ -108,6 +108,12 @@ def why_unseen(decoder: Decoder, token_ids: Tensor, name: str, layer: nn.Module)
     if not calls:
         return None
     stream, call = calls[0]
+    n_rows = stream.shape[1:-1].numel()
+    if stream.shape[0] == 1 and n_rows != len(token_ids):
+        return (
+            f"layer {name} is run on {n_rows} rows at {len(token_ids)} tokens, and every row has "
+            "to be a token's"
+        )
     mixer = mixer_of(layer, lambda x: call(layer, x), stream, ())
     if mixer is None:
         return None

@@ -21,7 +21,7 @@ from ifr_fast import FormatError, Tracer
 
 T = 12
 TEXT = tiny_text(T)
-FAMILIES = ["llama", "gpt_neox", "gemma2", "gpt_oss", "bloom", "qwen3_next"]
+FAMILIES = ["llama", "gpt_neox", "gemma2", "gpt_oss", "bloom", "qwen3_next", "bert", "minimax"]
 
 
 def put(x: torch.Tensor, at: Any, value: float) -> None:
