@@ -44,12 +44,17 @@ def _scaled_stream(scale: float) -> Callable[[nn.Module], Callable[..., Tensor]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_scaled_stream_is_refused_in_any_dtype(dtype: torch.dtype) -> None:
+def test_a_scaled_stream_is_noticed_in_any_dtype(dtype: torch.dtype) -> None:
     for scale in (0.97, 0.8):
-        model = _with_forward(tiny_model("llama", dtype=dtype), _scaled_stream(scale))
-        with pytest.raises(UnsupportedArchitectureError, match=r"model\.layers\.0"):
-            Tracer(model)
-    Tracer(_with_forward(tiny_model("llama", dtype=dtype), _scaled_stream(1)))
+        tracer = Tracer(_with_forward(tiny_model("llama", dtype=dtype), _scaled_stream(scale)))
+        for block in tracer.decoder.blocks:
+            assert block.residual is not None
+            assert block.residual.pre_weight is not None
+            expected = torch.full((36,), scale)
+            torch.testing.assert_close(block.residual.pre_weight, expected, rtol=0, atol=1e-5)
+        tracer.trace_all(tiny_text(12))
+    plain = Tracer(_with_forward(tiny_model("llama", dtype=dtype), _scaled_stream(1)))
+    assert all(block.residual is None for block in plain.decoder.blocks)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -13,7 +13,7 @@ from oracle import assert_graph_agrees, importances
 from same_graph import assert_same_bits
 from tiny import FAMILIES, VOCAB, account, tiny_model, tiny_text
 from torch import nn
-from transformers import AutoModelForCausalLM, MvpConfig, PreTrainedModel, XLNetConfig
+from transformers import AutoModelForCausalLM, XLNetConfig
 
 from ifr_fast import IfrError, Tracer, UnsupportedArchitectureError
 
@@ -135,31 +135,8 @@ def test_a_head_in_float32_on_a_body_in_bfloat16(family: str, cast_before: bool)
     assert len(list(tracer.generate(text, max_new_tokens=2, eos_token_id=[]))) == 2
 
 
-def mvp() -> PreTrainedModel:
-    config = MvpConfig(
-        vocab_size=VOCAB,
-        d_model=36,
-        decoder_layers=2,
-        decoder_attention_heads=6,
-        decoder_ffn_dim=50,
-        max_position_embeddings=96,
-    )
-    return AutoModelForCausalLM.from_config(config)
-
-
-def xlnet() -> PreTrainedModel:
+def test_attention_that_is_no_softmax_of_one_product_is_refused() -> None:
     config = XLNetConfig(vocab_size=VOCAB, d_model=36, n_layer=2, n_head=6, d_inner=50)
-    return AutoModelForCausalLM.from_config(config)
-
-
-@pytest.mark.parametrize(
-    ("make", "why"),
-    [
-        (mvp, "not of a residual addition"),
-        (xlnet, "computes no softmax attention that could be seen"),
-    ],
-)
-def test_families_that_are_refused_by_what_is_so(make: Any, why: str) -> None:
-    torch.manual_seed(0)
-    with pytest.raises(UnsupportedArchitectureError, match=why):
-        Tracer(make())
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(UnsupportedArchitectureError, match="no softmax attention that could be"):
+        Tracer(model)
