@@ -130,8 +130,8 @@ function Explorer({ store, root, probe, state, graph, dark, live }: ExplorerProp
     return graph.paths(pruned, followed);
   }, [graph, pruned, followedKey]);
   const grid = useRef<GridHandle | null>(null);
-  Object.assign(probe, { scene, lit, grid: grid.current ?? probe.grid, hidden, selected });
-  useEffect(() => { probe.grid = grid.current; });
+  Object.assign(probe, { scene, lit, hidden, selected });
+  useLayoutEffect(() => { probe.grid = grid.current; });
 
   const onHover = (hit: Hit | { column: number } | null, x: number, y: number): void => setHover((old) => {
     if (!hit) return null;

@@ -145,8 +145,6 @@ function NodePart(props: Props & { node: number }) {
   const { kind, layer, position } = scene.graph.place(node);
   const at = { layer: Math.max(0, layer), kind, position };
   const lens = useCall<{ tokens: LensToken[] }>(backend, "lens", { input: about.input, ...at, k: K, normalize: about.normalize });
-  const part = kind === "mid" ? "attention" : "ffn";
-  const parallel = kind === "post" && scene.graph.parallel[layer];
   return (
     <>
       <Waiting answer={lens} what="Logit lens" />
@@ -161,10 +159,8 @@ function NodePart(props: Props & { node: number }) {
           },
         ]} />
       )}
-      {kind !== "embed" && (
-        <PromotedBy backend={backend} about={about} what={part === "ffn" ? "the FFN" : "the attention"} part={{ layer, part, position }} />
-      )}
-      {parallel && <PromotedBy backend={backend} about={about} what="the attention" part={{ layer, part: "attention", position }} />}
+      {kind === "post" && <PromotedBy backend={backend} about={about} what="the FFN" part={{ layer, part: "ffn", position }} />}
+      {kind !== "embed" && <PromotedBy backend={backend} about={about} what="the attention" part={{ layer, part: "attention", position }} />}
     </>
   );
 }

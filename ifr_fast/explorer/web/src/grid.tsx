@@ -70,6 +70,7 @@ export function Grid(props: Props) {
     return () => {
       observer.disconnect();
       cancelAnimationFrame(live.current.frame);
+      props.handle.current = null;
     };
   }, []);
 

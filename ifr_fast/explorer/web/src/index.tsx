@@ -48,7 +48,9 @@ export function mount(element: HTMLElement, options: Options): Handle {
   const read = (): void => {
     if (location.hash === written) return;
     written = location.hash;
-    store.set(fromHash(location.hash), "address");
+    // An address that names no text is about the present one.
+    const { text, messages, model, floor } = store.state, found = fromHash(location.hash);
+    store.set(found.text === null && !found.messages ? { ...found, text, messages, model, floor } : found);
   };
   const stop = ownsPage ? store.listen(write) : () => undefined;
   if (ownsPage) addEventListener("hashchange", read);

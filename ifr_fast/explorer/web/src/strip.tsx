@@ -11,10 +11,16 @@ const READABLE = 12; // pixels of a column from which on its token is written
 const UPRIGHT = { below: 56, least: 40, most: 112 };
 
 let measure: CanvasRenderingContext2D | null = null;
+const widths = new Map<string, number>();
 function widthOf(text: string): number {
+  const known = widths.get(text);
+  if (known !== undefined) return known;
   measure ??= document.createElement("canvas").getContext("2d")!;
   measure.font = "12.5px system-ui, sans-serif";
-  return measure.measureText(text).width;
+  const { width } = measure.measureText(text);
+  if (widths.size > 20_000) widths.clear();
+  widths.set(text, width);
+  return width;
 }
 
 /** The height that the labels of a view need. */
