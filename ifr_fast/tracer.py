@@ -54,7 +54,7 @@ from .recording.recording import Recording, RecordingMode
 from .routes.all_positions import Routes
 from .routes.route_graph import RouteGraph
 from .routes.tracing import trace_all_positions, trace_recording
-from .scoring.implementations import choose_impl, load_kernel
+from .scoring.implementations import check_recurrences, choose_impl, load_kernel
 from .scoring.layer import score_layers
 from .scoring.scores import LayerScores
 from .tokens import Batch, Text
@@ -87,6 +87,7 @@ class Tracer:
         self.max_memory = None if max_memory is None else parse_bytes(max_memory)
         self.decoder = open_decoder(model)
         self.impl = choose_impl(impl, self.decoder.device, self.decoder.dtype)
+        check_recurrences(self.impl, impl, self.decoder.has_recurrences)
         self.model = model
         self.tokenizer = tokenizer
         self.kernel = load_kernel(self.impl, bounded=self.max_memory is not None)

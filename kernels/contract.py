@@ -10,6 +10,9 @@ and returns the importance of each (paper section 2.2):
     proximity(p, y)  = max(|y|_1 - |y - p|_1, 0)
     importance(p, y) = proximity(p, y) / sum over parts k of proximity(p_k, y)
 
+Where `pattern` is given, its weights take the place of alpha. They may be negative, and their sum
+over keys need not be 1: linear attention and state spaces have such weights (recurrences/).
+
 No importance, and no sum of a node's importances, is above 1: what rounding adds is cut off.
 `linear` and `total` are left as they are summed.
 
@@ -19,10 +22,26 @@ max(|y|_1 - |y - p|_1 + offset, floor). Even then, keys that a row does not see 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+
+class Pattern(Protocol):
+    """Attention weights that are no softmax, made for a block of rows at a time."""
+
+    def weights(self, rows: Tensor, n_keys: int) -> Tensor:
+        """[H, R, n_keys] of `rows` [R] (int64, CPU, ascending), 0 where a key is later."""
+        ...
+
+    def to(self, dtype: torch.dtype, /) -> Pattern:
+        """The same in another dtype."""
+        ...
+
+    def head(self, head: int) -> Pattern:
+        """Those of one head alone."""
+        ...
 
 
 class LayerInputs(NamedTuple):
@@ -49,6 +68,7 @@ class LayerInputs(NamedTuple):
     ffn: Tensor | None = None  # [R, D] the FFN's output, a part of y in parallel blocks
     offset: Tensor | None = None  # [R] added to each part's |y|_1 - |y - p|_1
     floor: float = 0.0  # proximities are clipped from below here, at least 0
+    pattern: Pattern | None = None  # weights; K is 0 then, and scores' parameters have no effect
 
     def to(self, dtype: torch.dtype) -> LayerInputs:
         """The same inputs with all floating tensors in `dtype`."""
@@ -57,6 +77,8 @@ class LayerInputs(NamedTuple):
             for name, x in self._asdict().items()
             if isinstance(x, Tensor) and x.is_floating_point()
         }
+        if self.pattern is not None:
+            cast["pattern"] = self.pattern.to(torch.promote_types(dtype, torch.float32))
         return self._replace(**cast)
 
 
@@ -89,6 +111,12 @@ class FFNScores(NamedTuple):
     residual: Tensor  # [R]
     ffn: Tensor  # [R]
     unattributed: Tensor  # [R] bool
+
+
+def check_softmax(inputs: LayerInputs) -> None:
+    """Raises ValueError where weights are given, which a kernel does not take."""
+    if inputs.pattern is not None:
+        raise ValueError("pattern: expected None; this kernel computes softmax weights alone")
 
 
 def visible(rows: Tensor, n_keys: int, window: int | None) -> Tensor:

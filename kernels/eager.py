@@ -26,6 +26,7 @@ from .contract import AttentionScores, EdgeList, FFNScores, LayerInputs, visible
 from .precision import exact_products
 from .rows import attention_pattern, block_of, by_kv_head
 
+TAKES_PATTERNS = True  # LayerInputs.pattern
 BLOCK_ROWS = 128  # in a row block, at most
 BLOCK_ELEMENTS = 1 << 21  # of [H, R, S] and of [H, R, D] in a row block
 VISIT_ELEMENTS = 1 << 20  # coordinates visited at once

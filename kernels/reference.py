@@ -13,6 +13,8 @@ from torch import Tensor
 
 from .contract import AttentionScores, EdgeList, FFNScores, LayerInputs, visible
 
+TAKES_PATTERNS = True  # LayerInputs.pattern
+
 
 def proximity(part: Tensor, y: Tensor, offset: Tensor | float = 0, floor: float = 0) -> Tensor:
     """max(|y|_1 - |y - part|_1 + offset, floor) over the last dimension (paper section 2.2).
@@ -25,6 +27,9 @@ def proximity(part: Tensor, y: Tensor, offset: Tensor | float = 0, floor: float 
 
 def attention_pattern(inputs: LayerInputs) -> Tensor:
     """Attention weights alpha [R, H, S] of the rows, zero where a key is not visible."""
+    if inputs.pattern is not None:
+        weights = inputs.pattern.weights(inputs.rows, len(inputs.v)).transpose(0, 1)
+        return weights.to(inputs.v.dtype)
     group = inputs.q.shape[1] // inputs.k.shape[1]
     k = inputs.k.repeat_interleave(group, dim=1)  # [S, H, K]
     scores = torch.einsum("rhk,shk->rhs", inputs.q, k) * inputs.scale

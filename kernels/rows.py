@@ -52,6 +52,8 @@ def by_kv_head(x: Tensor, n_kv_heads: int) -> Tensor:
 
 def attention_pattern(inputs: LayerInputs, mask: Tensor) -> Tensor:
     """Attention weights alpha [H, R, S]; mask: bool [R, S], the keys that each row may read."""
+    if inputs.pattern is not None:
+        return inputs.pattern.weights(inputs.rows, mask.shape[1]).to(inputs.v.dtype)
     H_kv = inputs.k.shape[1]
     R, H, _ = inputs.q.shape
     q = by_kv_head(inputs.q.transpose(0, 1) * inputs.scale, H_kv)

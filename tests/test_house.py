@@ -31,7 +31,7 @@ RANK = {name: rank for rank, row in enumerate(ROWS) for name in row}
 LONGEST_FILE = 460  # lines
 MOST_ON_THE_FIRST_FLOOR = 10  # modules beside the packages
 # Kernels that are no implementation: importing them compiles and probes nothing.
-LIGHT_KERNELS = {"breakpoints", "contract", "neurons", "precision", "rows"}
+LIGHT_KERNELS = {"breakpoints", "contract", "neurons", "precision", "recurrences", "rows"}
 
 
 class Import(NamedTuple):

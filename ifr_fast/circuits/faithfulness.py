@@ -118,6 +118,7 @@ def attention_weights(decoder: Decoder, token_ids: Sequence[int] | Tensor) -> Te
 
     If each position's value is its own unit vector, the attention output is the weights.
     """
+    decoder.refuse_recurrences("that has no attention weights of this kind")
     ids = torch.as_tensor(token_ids, dtype=torch.int64)
     of_module = {block.attention: block.layer for block in decoder.blocks}
     found: dict[int, Tensor] = {}

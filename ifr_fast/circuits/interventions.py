@@ -344,6 +344,7 @@ def observe(decoder: Decoder, texts: Sequence[Sequence[int] | Tensor]) -> Observ
             f"model: {type(decoder.model).__name__} shares keys and values between layers, and "
             "its runs cannot be restarted at a layer, as patching does"
         )
+    decoder.refuse_recurrences("its runs cannot be restarted at a layer, as patching does")
     token_ids, lengths = padded(check_texts(decoder, texts))
     _check_batch(decoder, len(token_ids))
     layers: list[WatchedLayer] = []

@@ -12,7 +12,7 @@ from ..arguments import check_choice, check_count
 from ..graph.tables import NodeKind, plain_tensor
 from ..kernels.contract import LayerInputs, visible
 from ..recording.recording import Recording
-from ..scoring.implementations import Kernel
+from ..scoring.implementations import Kernel, kernel_of
 from .neuron_basis import NeuronBases, activations
 from .parts import ffn_rows
 
@@ -136,7 +136,7 @@ def _of_attention(inputs: LayerInputs, y: Tensor, kernel: Kernel) -> tuple[Tenso
     """The summed proximity of all (head, key) pairs of a parallel block's rows, and their number,
     both [R].
     """
-    scores = kernel.score_attention(inputs, 1.0)
+    scores = kernel_of(kernel, inputs).score_attention(inputs, 1.0)
     total = scores.total.masked_fill(scores.unattributed, 0).to(y.dtype)
     n_keys = visible(inputs.rows, len(inputs.k), inputs.window).sum(-1).to(y)
     return scores.head_total.to(y.dtype).sum(-1) * total, inputs.q.shape[1] * n_keys

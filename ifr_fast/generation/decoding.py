@@ -99,7 +99,7 @@ class _Layer:
         """Scores the row that attended last."""
         block, gate = self.block, None
         if block.gate_site is not None:
-            gate = gate_rows(block, self.layer_call, self.resid_pre, torch.tensor([0]))
+            gate = gate_rows(block, self.layer_call, self.resid_pre, torch.tensor([0]), self.z)
         of = self.of_mid = mid_parts(block, self.resid_pre, self.mid, self.z, gate)
         self.ffn = self.resid_post - self.mid if block.parallel else None
         y = self.resid_post if block.parallel else self.mid

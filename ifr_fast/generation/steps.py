@@ -49,6 +49,7 @@ def steps(
     text: token ids [T], or their recording.
     """
     decoder, tokenizer = recorder.decoder, recorder.tokenizer
+    decoder.refuse_recurrences("its states are not carried from token to token here")
     _check_steps(recorder, kernel)
     recording = _record_ahead(recorder, text, max_new_tokens)
     generation = Generation(recorder, kernel, recording, threshold, granularity, max_new_tokens)

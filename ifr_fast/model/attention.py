@@ -1,4 +1,4 @@
-"""Softmax attention as a model asks for it: one call, all rows or some of them."""
+"""Attention as a model asks for it: one call, all rows or some of them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,31 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 
 from ..errors import UnsupportedArchitectureError
+from ..kernels.contract import Pattern
 from .masks import LazyMask
 
 _BLOCK_ELEMENTS = 1 << 21  # limit on [H, R, S] when attention is computed in row blocks
+
+
+class Recurrence(NamedTuple):
+    """Linear attention, for B texts: what its weights are made of, and the model's own output."""
+
+    parts: tuple[Tensor, ...]  # [B, T, ...], the fields of a kernel's recurrence
+    kind: Callable[..., Pattern]  # makes the weights of the parts of one text
+    z: Tensor  # [B, T, H, V]
+
+    def of_text(self, b: int, n: int) -> Recurrence:
+        """That of the first `n` positions of text `b` alone."""
+        parts = tuple(x[b : b + 1, :n] for x in self.parts)
+        return self._replace(parts=parts, z=self.z[b : b + 1, :n])
+
+    def on(self, device: torch.device) -> Recurrence:
+        """The same on a device."""
+        return self._replace(parts=tuple(x.to(device) for x in self.parts), z=self.z.to(device))
+
+    def pattern(self) -> Pattern:
+        """The weights of the one text."""
+        return self.kind(*(x[0] for x in self.parts))
 
 
 class AttentionCall(NamedTuple):
@@ -28,6 +50,7 @@ class AttentionCall(NamedTuple):
     softcap: float | None
     sinks: Tensor | None  # [H]
     alibi_slopes: Tensor | None = None  # [H]; slope * (j - t) is added to scores
+    recurrence: Recurrence | None = None  # linear attention: K is 0, there is no softmax
 
 
 AttentionHandler = Callable[[AttentionCall], Tensor]  # -> [B, T, H, V]
@@ -38,6 +61,8 @@ def attend(call: AttentionCall, window: int | None) -> Tensor:
 
     Raises UnsupportedArchitectureError where the mask is a tensor that is not causal or sliding.
     """
+    if call.recurrence is not None:
+        return call.recurrence.z
     if call.mask.given and not bool(call.mask.is_causal(call.q.shape[2], window)):
         raise UnsupportedArchitectureError(
             f"model: {type(call.module).__name__} chooses the keys that a row reads: at "
@@ -89,6 +114,8 @@ def attend_and_sum(call: AttentionCall, window: int | None) -> tuple[Tensor, Ten
     gradient.
     """
     q, k, v = call.q, call.k, call.v
+    if call.recurrence is not None:
+        return call.recurrence.z, None
     plain = call.softcap is None and call.sinks is None and call.alibi_slopes is None
     if window is None and plain and may_sum(q.shape[-1], v.shape[-1]) and _sums_well(q):
         choice = torch._fused_sdp_choice(
@@ -115,6 +142,8 @@ def attend_rows(call: AttentionCall, q: Tensor, rows: Tensor, window: int | None
 
     window: the number of keys visible to a row, itself included; no others are read.
     """
+    if call.recurrence is not None:
+        return call.recurrence.z[:, rows.to(q.device)]
     heads, kv_heads = q.shape[1], call.k.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
     step = max(1, _BLOCK_ELEMENTS // (heads * call.k.shape[2]))

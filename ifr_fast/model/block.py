@@ -43,6 +43,10 @@ class Block(NamedTuple):
     stream_scale: float  # the constant that multiplies the stream when the layer is left
     value_layer: int | None = None  # whose keys and values attention reads; None: its own
     residual: Residual | None = None  # how the stream is passed on; None: by plain additions
+    head_scaled: bool = False  # a norm before the gate site scales each head's output by a number
+    recurrence_size: int = 0  # numbers per row that its weights are made of; 0: softmax
+    value_span: int = 1  # positions that a value is made of, its own and those just before
+    model_heads: int = 0  # of the layer that has most; set when all layers are known
 
     @property
     def parallel(self) -> bool:
@@ -54,7 +58,7 @@ class Block(NamedTuple):
         """True if a row's factors are found from its attention output z, which is kept for that."""
         of = self.residual
         held = of is not None and not (of.mid_norm is None and of.post_norm is None)
-        return self.row_scaled or held
+        return self.row_scaled or self.head_scaled or held
 
     @property
     def runs_again(self) -> bool:

@@ -87,8 +87,19 @@ class Decoder:
 
     @property
     def n_heads(self) -> int:
-        """Attention heads a layer."""
-        return self.blocks[0].W_O.shape[0]
+        """Attention heads of the layer that has most."""
+        return max(block.W_O.shape[0] for block in self.blocks)
+
+    @property
+    def has_recurrences(self) -> bool:
+        """True if a layer computes linear attention, whose weights are no softmax."""
+        return any(block.recurrence_size for block in self.blocks)
+
+    def refuse_recurrences(self, why: str) -> None:
+        """Raises UnsupportedArchitectureError if the model has linear attention."""
+        if self.has_recurrences:
+            name = type(self.model).__name__
+            raise UnsupportedArchitectureError(f"model: {name} has linear attention, and {why}")
 
     @property
     def d_heads(self) -> list[int]:

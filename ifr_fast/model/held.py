@@ -30,6 +30,11 @@ def fit_rows(moved: Tensor, added: Tensor) -> Tensor:
     return (moved * added).sum(-1) / moved.square().sum(-1).clamp(min=torch.finfo(moved.dtype).tiny)
 
 
+def fit_heads(moved: Tensor, added: Tensor) -> Tensor:
+    """The factor [R, H] for each row and head that brings `moved` [R, H, V] nearest to `added`."""
+    return fit_rows(moved, added)
+
+
 def wide(x: Tensor) -> Tensor:
     """x in float32 or wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

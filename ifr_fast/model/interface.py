@@ -26,6 +26,7 @@ from .attention import AttentionCall, AttentionHandler
 from .given_masks import chosen, reads_tensor, with_own_mask
 from .hooks import marked
 from .masks import LazyMask
+from .recurrences import recurrences_through
 
 _NAME = "ifr_fast"
 # Arguments of an attention function that do not change its output in eval mode.
@@ -51,6 +52,11 @@ def overridden_attention(call: AttentionCall) -> Tensor:
     handler = _handler.get()
     assert handler is not None
     return handler(call)
+
+
+def is_watched() -> bool:
+    """True in a thread, and a context, that has a handler."""
+    return _handler.get() is not None
 
 
 def _attention(
@@ -144,7 +150,8 @@ def uses_interface(model: PreTrainedModel) -> bool:
 @contextmanager
 def attention_through(model: PreTrainedModel, handler: AttentionHandler) -> Iterator[None]:
     """Inside the context, `handler` computes the output of every attention module of `model`."""
-    with exclusively(model), overriding(handler):
+    watched = recurrences_through(model, overridden_attention, is_watched)
+    with exclusively(model), overriding(handler), watched:
         own = _own_attention(model)
         try:
             _set_attention(model, _NAME)

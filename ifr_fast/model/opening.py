@@ -59,7 +59,7 @@ from .reasons import (
 )
 from .replay import replay_rows, stopped_at
 from .stream import StreamOutside, check_embeddings, check_n_keys
-from .values import check_values, value_layer
+from .values import check_values, value_layer, value_span
 
 _PROBE_LENGTH = 11  # a prime, so that it collides with no other dimension
 _FAR = 1 << 17  # context assumed where a model states none; a wider window counts as none
@@ -271,11 +271,8 @@ def _open_blocks(decoder: Decoder) -> tuple[AttentionThrough, list[Block]]:
                 _check_attention(probe, streams[i][0], attended[i])
             read = value_layer(i, [call for call, _ in calls], probe)
             blocks.append(_open_block(i, probe, decoder.max_length or _FAR, read))
-    heads = [block.W_O.shape[0] for block in blocks]
-    if len(set(heads)) > 1:
-        raise UnsupportedArchitectureError(
-            f"model: its layers have different numbers of heads: {', '.join(map(str, heads))}"
-        )
+    most = max(block.W_O.shape[0] for block in blocks)
+    blocks = [block._replace(model_heads=most) for block in blocks]
     decoder.final_site = outside.reader(plain)
     return through, blocks
 
@@ -373,8 +370,13 @@ def _open_block(index: int, probe: Probe, n_far: int, read: int | None) -> Block
         parts.stream_scale,
         read,
         parts.residual,
+        parts.head_scaled,
     )
     _check_rows(probe, block, parts.resid_mid)
+    made_of = probe.call.recurrence
+    if made_of is not None:
+        size = sum(x[0, 0].numel() for x in made_of.parts)
+        return block._replace(recurrence_size=size, value_span=value_span(probe))
     if read is None:
         check_values(probe)
     return block

@@ -15,7 +15,7 @@ from ..errors import UnsupportedArchitectureError
 from .attention import AttentionCall
 from .block import TOLERANCE, Branch, error_of_runs, relative_error, rounding_tolerance
 from .branches import BRANCHES, Sum, sums
-from .held import Residual, fit_rows
+from .held import Residual, fit_heads, fit_rows
 from .hooks import (
     LayerCall,
     StopForward,
@@ -26,7 +26,7 @@ from .hooks import (
     on_output,
 )
 from .interface import overriding
-from .replay import gates_at
+from .replay import gates_at, read_at
 from .residual import Meeting, Passing, meeting, passings, weighted
 
 _PROBE_ROWS = 512  # rows of the identity that pass through a layer at once
@@ -130,6 +130,7 @@ class _Parts(NamedTuple):
     branches: tuple[Branch, ...] = ()
     stream_scale: float = 1.0
     residual: Residual | None = None
+    head_scaled: bool = False
 
 
 def decompose(index: int, probe: Probe) -> _Parts:
@@ -278,7 +279,7 @@ def _close(probe: Probe, parts: _Parts, attended: Tensor, beside: Tensor) -> _Pa
     """`parts` with a map W_O by which they add up to what attention added, `attended` [T, D].
 
     The map is one for all rows, one scaled by a number for each row, or one behind a gate in value
-    space.
+    space, which a norm may scale by a number for each row and head.
     """
 
     def gate_sites() -> Iterator[nn.Module | None]:
@@ -290,13 +291,19 @@ def _close(probe: Probe, parts: _Parts, attended: Tensor, beside: Tensor) -> _Pa
     errors = []
     for gate_site in gate_sites():
         W_O = _probe_output_map(probe, parts.mid_site, gate_site)
-        z = probe.z
+        z, head_scaled = probe.z, False
         if gate_site is not None:
-            z = z * gates_at(probe.module, gate_site, probe.layer_call, probe.resid_pre, z.shape)
+            shape = (probe.module, gate_site, probe.layer_call, probe.resid_pre)
+            z = z * gates_at(*shape, z.shape)
+            read = read_at(*shape, probe.z)
+            if relative_error(z, read) > TOLERANCE:
+                scaled = fit_heads(z, read)[..., None] * z
+                head_scaled = relative_error(scaled, read) <= TOLERANCE
+                z = scaled if head_scaled else z
         moved = torch.einsum("thv,hvd->td", z, W_O)
         errors.append(relative_error(moved + parts.bias, attended, beside))
         if errors[-1] <= TOLERANCE:
-            return parts._replace(W_O=W_O, gate_site=gate_site)
+            return parts._replace(W_O=W_O, gate_site=gate_site, head_scaled=head_scaled)
         scale = fit_rows(moved, attended - parts.bias)
         errors.append(relative_error(scale[:, None] * moved + parts.bias, attended, beside))
         # A scale that is the same for all rows shows a wrong W_O, not a norm.
@@ -304,7 +311,9 @@ def _close(probe: Probe, parts: _Parts, attended: Tensor, beside: Tensor) -> _Pa
         if errors[-1] <= TOLERANCE and varies:
             # At 0 a norm multiplies by 1 / sqrt(eps), so W_O is scaled to the actual rows.
             W_O = W_O * scale.median()
-            return parts._replace(W_O=W_O, row_scaled=True, gate_site=gate_site)
+            return parts._replace(
+                W_O=W_O, row_scaled=True, gate_site=gate_site, head_scaled=head_scaled
+            )
     total = "attention output" if parts.mid_site is None else "resid_mid"
     return refuse(probe, f"its parts do not add up to {total} (relative error {min(errors):.1e})")
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..kernels.rows import on_device
 from .attention import AttentionCall, AttentionHandler, attend_rows
 from .block import Block, rounding_tolerance
-from .held import wide
+from .held import fit_heads, wide
 from .hooks import LayerCall, StopForward, change_output, hooked, on_input
 from .interface import overriding
 
@@ -99,23 +99,40 @@ def passing_error(
     return norm(got - passed) / granted
 
 
-def gate_rows(block: Block, layer_call: LayerCall, resid_pre: Tensor, rows: Tensor) -> Tensor:
+def gate_rows(
+    block: Block, layer_call: LayerCall, resid_pre: Tensor, rows: Tensor, z: Tensor | None
+) -> Tensor:
     """The gates [R, H, V] of some rows of a gated block: the input of its gate site when attention
-    gives 1. Arguments, and the caller's duty, are those of `replay_rows`.
+    gives 1. Where a norm before it scales each head, they are scaled to what the site reads when
+    attention gives z [R, H, V]. Other arguments, and the caller's duty, are those of `replay_rows`.
     """
     assert block.gate_site is not None
     H, V, _ = block.W_O.shape
     hidden = resid_pre[on_device(rows, resid_pre.device)].to(block.W_O.device)
-    shape = torch.Size((len(rows), H, V))
-    return gates_at(block.module, block.gate_site, layer_call.at(rows), hidden, shape)
+    at = (block.module, block.gate_site, layer_call.at(rows), hidden)
+    gates = gates_at(*at, torch.Size((len(rows), H, V)))
+    if not block.head_scaled:
+        return gates
+    assert z is not None
+    return wide(gates) * fit_heads(wide(gates) * wide(z), wide(read_at(*at, z)))[..., None]
 
 
 def gates_at(
     layer: nn.Module, site: nn.Module, layer_call: LayerCall, hidden: Tensor, shape: torch.Size
 ) -> Tensor:
-    ones = hidden.new_ones(1, *shape)
-    found = stopped_at(layer, layer_call, hidden, lambda _: ones, lambda stop: on_input(site, stop))
-    return found.reshape(shape)
+    """What `site` reads [R, H, V] where attention gives 1."""
+    return read_at(layer, site, layer_call, hidden, hidden.new_ones(shape))
+
+
+def read_at(
+    layer: nn.Module, site: nn.Module, layer_call: LayerCall, hidden: Tensor, z: Tensor
+) -> Tensor:
+    """What `site` reads [R, H, V] where attention gives z [R, H, V]."""
+    given = z[None]
+    found = stopped_at(
+        layer, layer_call, hidden, lambda _: given, lambda stop: on_input(site, stop)
+    )
+    return found.reshape(z.shape)
 
 
 def stopped_at(

@@ -16,12 +16,16 @@ from .interface import overriding
 from .probing import Probe, refuse
 from .stream import same_bits
 
+VALUE_SPAN = 8  # positions that a value may be made of
+
 
 def value_layer(index: int, calls: list[AttentionCall], probe: Probe) -> int | None:
     """The layer whose keys and values a layer reads in place of its own: those of both are the same
     numbers, and do not depend on the stream that this layer reads. None where it has its own.
     """
     own = calls[index]
+    if own.recurrence is not None:
+        return None
     for i, call in enumerate(calls[:index]):
         if bool(same_bits(call.k, own.k) & same_bits(call.v, own.v)):
             other = _values(probe, probe.resid_pre.flip(0) + 1)
@@ -58,6 +62,28 @@ def check_values(probe: Probe) -> None:
     error = relative_error(expected, recorded)
     if error > rounding_tolerance(stream.dtype):
         refuse(probe, f"a replay gives other values (relative error {error:.1e})")
+
+
+def value_span(probe: Probe) -> int:
+    """How many positions a value is made of, its own and those just before it, where a short
+    convolution makes the values of linear attention. Refuses a layer whose values hold others.
+    """
+    stream, T = probe.resid_pre, len(probe.resid_pre)
+    expected = _values(probe, stream).flatten(1)
+    span = 1
+    for i in range(T):
+        other = stream.clone()
+        other[i] = other[i].flip(0) + 1
+        moved = (_values(probe, other).flatten(1) != expected).any(-1).nonzero()
+        reached = [j - i for j in moved.flatten().tolist()]
+        if any(j < 0 or j >= VALUE_SPAN for j in reached):
+            refuse(
+                probe,
+                "its values hold what later positions, or others far before them, hold, so the "
+                "source of what it reads is not known",
+            )
+        span = max(span, *(j + 1 for j in reached), 1)
+    return span
 
 
 def _values(probe: Probe, stream: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ def past_of(block: Block, recorded: LayerRecording, k: Tensor, v: Tensor) -> Att
         recorded.softcap,
         recorded.sinks,
         recorded.alibi_slopes,
+        None if recorded.recurrence is None else recorded.recurrence.on(k.device),
     )
 
 
@@ -76,7 +77,7 @@ def layer_inputs(recording: Recording, layer: int, rows: Tensor) -> LayerRows:
             )
     value_gate = None
     if block.gate_site is not None:
-        value_gate = gate_rows(block, recorded.call, recorded.resid_pre, rows)
+        value_gate = gate_rows(block, recorded.call, recorded.resid_pre, rows, z)
     resid_pre = take(recorded.resid_pre)
     following = recording.resid_post(layer)
     resid_post = take(following)
@@ -98,6 +99,7 @@ def layer_inputs(recording: Recording, layer: int, rows: Tensor) -> LayerRows:
         alibi_slopes=recorded.alibi_slopes,
         log_sum_exp=log_sum_exp,
         ffn=resid_post - mid if block.parallel else None,
+        pattern=None if recorded.recurrence is None else recorded.recurrence.on(device).pattern(),
     )
     if block.parallel:
         return LayerRows(inputs, None, of_mid.bias)

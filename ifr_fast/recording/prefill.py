@@ -45,9 +45,9 @@ def chunk_rows(device: torch.device) -> int:
 def is_chunkable(decoder: Decoder) -> bool:
     """True if a text can be recorded in chunks. Attention outside of transformers' interface builds
     masks of its own from all rows, and so may one within it; a layer that shares keys and values
-    gets them of all rows.
+    gets them of all rows; the state of linear attention would have to be carried on.
     """
-    shared = decoder.value_layers is not None
+    shared = decoder.value_layers is not None or decoder.has_recurrences
     return decoder.attention_through is attention_through and not shared and not decoder.makes_masks
 
 

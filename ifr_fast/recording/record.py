@@ -52,6 +52,10 @@ def record_together(
         if layer.block.value_layer is not None:
             made_by = layers[layer.block.value_layer].attention
             layer.attention = layer.attention._replace(k=made_by.k, v=made_by.v)
+        made_of = layer.attention.recurrence
+        if made_of is not None:
+            layer.z = _own(made_of.z)
+            layer.attention = layer.attention._replace(recurrence=made_of._replace(z=layer.z))
         if not (full and layer.block.fits_rows):
             del layer.z
 
@@ -104,6 +108,7 @@ def record_together(
                     z=layer.z[b, :n] if full and layer.block.fits_rows else None,
                     log_sum_exp=None if sums is None else sums[b, :n],
                     checked_mid=None if full else checked_mid[b],
+                    recurrence=None if call.recurrence is None else call.recurrence.of_text(b, n),
                 )
             )
         return Recording(

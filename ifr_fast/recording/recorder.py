@@ -128,6 +128,8 @@ class Recorder:
             raise ValueError("path: only lean recordings are made in a file; save a full one")
         strings = text_tokens(token_ids, self.tokenizer)
         decoder = self.decoder
+        if path is not None:
+            decoder.refuse_recurrences("its recordings are kept in memory alone")
         if path is not None and not is_chunkable(decoder):
             return record_to_file(decoder, token_ids, strings, path, position)
         plan = self._plan(len(token_ids), mode=mode, path=path)

@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from ..arguments import check_path
+from ..model.attention import Recurrence
 from ..model.decoder import Decoder
 from ..model.hooks import LayerCall
 from ..model.interface import check_autocast
@@ -51,6 +52,7 @@ class LayerRecording:
     z: Tensor | None = None  # [T, H, V] attention output
     log_sum_exp: Tensor | None = None  # [T, H] of the scores, where the forward pass gave it
     checked_mid: Tensor | None = None  # [C, D] lean: resid_mid at Recording.checked_rows
+    recurrence: Recurrence | None = None  # linear attention: of this text
 
 
 @dataclass(eq=False)
@@ -93,7 +95,11 @@ class Recording:
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Saves it as safetensors, for `Tracer.load_recording` with the same model."""
+        """Saves it as safetensors, for `Tracer.load_recording` with the same model.
+
+        Raises UnsupportedArchitectureError where the model has linear attention.
+        """
+        self.decoder.refuse_recurrences("its recordings are kept in memory alone")
         mapped_file.write(check_path("path", path), _tensors(self), _fields(self))
 
     @property
@@ -106,7 +112,9 @@ class Recording:
         storages = {}
         for layer in self.layers:
             of_layer = (layer.resid_pre, layer.k, layer.v, layer.q, layer.resid_mid, layer.z)
-            for x in (*of_layer, layer.log_sum_exp):
+            made_of = layer.recurrence
+            of_recurrence = () if made_of is None else (*made_of.parts, made_of.z)
+            for x in (*of_layer, layer.log_sum_exp, *of_recurrence):
                 if x is not None:
                     storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         for x in (self.resid_final, self.states):

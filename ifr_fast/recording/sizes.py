@@ -26,6 +26,8 @@ class LayerSizes(NamedTuple):
     z: int  # attention output; 0 unless `Block.fits_rows`
     heads: int
     sums: int  # log-sum-exps, at most; in float32 or wider
+    recurrence: int = 0  # what linear attention's weights are made of; in float32 or wider
+    output: int = 0  # its output
 
 
 class Sizes(NamedTuple):
@@ -47,6 +49,8 @@ class Sizes(NamedTuple):
         def of_block(block: Block) -> LayerSizes:
             H, V, _ = block.W_O.shape
             shares = block.value_layer is not None
+            if block.recurrence_size:
+                return LayerSizes(0, H * V, 0, 0, H, 0, block.recurrence_size, H * V)
             z = H * V if block.fits_rows else 0
             H_kv, K = block.kv_heads, block.d_key
             sums = H if may_sum(K, V) else 0
@@ -65,9 +69,13 @@ class Sizes(NamedTuple):
         )
 
     def lean_bytes(self, n_tokens: int) -> int:
-        """Bytes of the stream at each layer and after the last, head input, keys and values."""
-        streams = (len(self.layers) + 2) * self.d_model
-        return n_tokens * self.itemsize * (streams + sum(x.k + x.v for x in self.layers))
+        """Bytes of the stream at each layer and after the last, head input, keys and values, and
+        what linear attention has in their place.
+        """
+        numbers = (len(self.layers) + 2) * self.d_model
+        numbers += sum(x.k + x.v + x.output for x in self.layers)
+        made_of = sum(x.recurrence for x in self.layers)
+        return n_tokens * (self.itemsize * numbers + max(4, self.itemsize) * made_of)
 
     def full_bytes(self, n_tokens: int) -> int:
         """Bytes of `lean_bytes`, q, resid_mid, log-sum-exps, and z in row-scaled blocks."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..kernels.contract import AttentionScores, EdgeList, LayerInputs, visible
 from .closure import closure_of
-from .implementations import Kernel
+from .implementations import Kernel, kernel_of
 
 
 def given_rows(
@@ -55,7 +55,7 @@ def score_given(
     """
     R, H = len(positions), inputs.v.shape[1]
     S = len(inputs.v) // R
-    scores = kernel.score_attention(inputs, keep)
+    scores = kernel_of(kernel, inputs).score_attention(inputs, keep)
     flat = scores.unattributed
     positions = positions.to(flat.device)
     row, source, weight, head_weight = scores.edges

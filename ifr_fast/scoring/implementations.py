@@ -97,6 +97,27 @@ def explain_impl(impl: str, device: torch.device) -> str:
     return f"{chosen}, {why}" + (f" ({'; '.join(others)})" if others else "")
 
 
+def kernel_of(kernel: Kernel, inputs: LayerInputs) -> Kernel:
+    """The kernel itself, or eager where it computes no weights but those of softmax attention."""
+    if inputs.pattern is None or getattr(kernel, "TAKES_PATTERNS", False):
+        return kernel
+    from ..kernels import eager
+
+    return eager
+
+
+def check_recurrences(impl: str, asked: str, has_recurrences: bool) -> None:
+    """Raises ValueError where linear attention is to be scored by an implementation that was asked
+    for and has no kernel for it. Chosen by "auto", it scores the other layers.
+    """
+    explicit = asked != "auto" or (os.environ.get("IFR_FAST_IMPL") or "auto") != "auto"
+    if has_recurrences and explicit and impl not in ("eager", "reference"):
+        raise ValueError(
+            f"impl: {impl!r} has no kernel for this model's linear attention; expected auto, eager "
+            "or reference"
+        )
+
+
 def load_kernel(impl: str, *, bounded: bool = False) -> Kernel:
     """The kernel module of an implementation, imported on demand. bounded: the one whose work takes
     no more memory where more is free, as `Tracer.plan` counts it.

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..kernels.contract import FFNScores, LayerInputs
+from ..kernels.contract import AttentionScores, FFNScores, LayerInputs
 from ..model.block import Block
 from ..model.node_parts import PostParts
 from ..recording.layer_inputs import LayerRows, block_rows, layer_inputs
 from ..recording.recording import Recording
 from .closure import check_closure, closure_of
-from .implementations import Kernel
+from .implementations import Kernel, kernel_of
 from .scores import LayerScores, joined
 
 
@@ -50,7 +50,7 @@ def score_rows(block: Block, rows: LayerRows, keep: float, kernel: Kernel) -> La
     """Scores the rows of a block. Raises ValueError for a wrong shape in `rows.inputs`."""
     inputs, post, bias = rows
     _check_shapes(inputs)
-    scores = kernel.score_attention(inputs, keep)
+    scores = with_heads(kernel_of(kernel, inputs).score_attention(inputs, keep), block.model_heads)
     closure = closure_of(inputs, scores.linear, bias)
     if post is None:
         assert scores.ffn is not None
@@ -73,6 +73,18 @@ def score_rows(block: Block, rows: LayerRows, keep: float, kernel: Kernel) -> La
         scores.edges,
         closure,
         block.value_layer,
+    )
+
+
+def with_heads(scores: AttentionScores, n_heads: int) -> AttentionScores:
+    """The scores with columns of 0 for heads that other layers have beyond this one's."""
+    missing = n_heads - scores.head_total.shape[1]
+    if missing <= 0:
+        return scores
+    edges = scores.edges
+    return scores._replace(
+        head_total=torch.nn.functional.pad(scores.head_total, (0, missing)),
+        edges=edges._replace(head_weight=torch.nn.functional.pad(edges.head_weight, (0, missing))),
     )
 
 

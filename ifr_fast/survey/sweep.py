@@ -185,8 +185,9 @@ def _rows(layer: WatchedLayer, b: int, n: int) -> LayerRows:
         take, (layer.resid_pre, layer.resid_mid, layer.resid_post)
     )
     value_gate, z = None, take(layer.z)
+    made_of = None if call.recurrence is None else call.recurrence.of_text(b, n)
     if block.gate_site is not None:
-        value_gate = gate_rows(block, layer.call_of(b), layer.resid_pre[b], rows)
+        value_gate = gate_rows(block, layer.call_of(b), layer.resid_pre[b], rows, z)
     of_mid = mid_parts(block, resid_pre, resid_mid, z, value_gate)
     inputs = LayerInputs(
         rows=rows,
@@ -205,6 +206,7 @@ def _rows(layer: WatchedLayer, b: int, n: int) -> LayerRows:
         alibi_slopes=call.alibi_slopes,
         log_sum_exp=None if layer.log_sum_exp is None else take(layer.log_sum_exp),
         ffn=resid_post - resid_mid if block.parallel else None,
+        pattern=None if made_of is None else made_of.on(device).pattern(),
     )
     if block.parallel:
         return LayerRows(inputs, None, of_mid.bias)

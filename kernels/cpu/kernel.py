@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]
 
-from ..contract import AttentionScores, EdgeList, FFNScores, LayerInputs
+from ..contract import AttentionScores, EdgeList, FFNScores, LayerInputs, check_softmax
 
 _native: ModuleType | None = None
 _import_error: ImportError | None = None
@@ -76,13 +76,14 @@ def score_attention(inputs: LayerInputs, keep: float) -> AttentionScores:
 
 def score_attention_counted(inputs: LayerInputs, keep: float) -> tuple[AttentionScores, Counters]:
     """The scores of `score_attention`, and counts of its work."""
+    check_softmax(inputs)
     native = _load()
     R, H, _ = inputs.q.shape
     residual, linear, total, head_total = _empty(R), _empty(R), _empty(R), _empty(R, H)
     ffn = None if inputs.ffn is None else _empty(R)
     unattributed = _empty(R, dtype=torch.bool)
     *edges, (pairs, listed, visited, seconds) = native.score_attention(
-        **{name: _prepared(name, x) for name, x in zip(inputs._fields, inputs, strict=True)},
+        **{name: _prepared(name, x) for name, x in inputs._asdict().items() if name != "pattern"},
         keep=_keep(keep),
         residual=to_dlpack(residual),
         ffn_out=None if ffn is None else to_dlpack(ffn),

@@ -34,7 +34,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..contract import AttentionScores, EdgeList, FFNScores, LayerInputs
+from ..contract import AttentionScores, EdgeList, FFNScores, LayerInputs, check_softmax
 from . import compact, correct, linear, lists, prepare, proximity, reach, room
 from .records import Block, FFNRows, Rows, block, dense, prepared, readable
 
@@ -46,6 +46,7 @@ def score_attention(inputs: LayerInputs, keep: float, *, bounded: bool = False) 
     is free. Raises ValueError where the kernels cannot read a
     tensor: for its dtype, or for its device.
     """
+    check_softmax(inputs)
     with torch.cuda.device_of(inputs.q):  # Triton launches on the current device
         layer, rows = prepared(inputs, keep)
         prepare.weights(layer)

@@ -10,8 +10,7 @@ and nothing else stands in for the GPU's.
 A job is TARGET-MODEL (each kernel as compiled for the target), TARGET-flags (likewise with all
 options and dtypes), or `keys` (specialization keys of launches at several lengths). Its file is a
 list of JSON objects and appears only when it is complete. NVIDIA's code is disassembled, which
-takes as long as it takes to compile, only for kernels that have products, where their instructions
-count.
+takes as long as to compile it, only for kernels that have products, whose instructions are counted.
 """
 
 from __future__ import annotations

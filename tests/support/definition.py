@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from oracle import LayerImportance, proximity, shared
+from recurrences import by_weights
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
@@ -66,15 +67,7 @@ class _Watch(TorchFunctionMode):
         if self.only_residual and name in _WITH_WEIGHTS:
             args = tuple(_held(x) if isinstance(x, Tensor) else x for x in args)
         if name in _PRODUCTS and self._attends(*args[:2]):
-            out = func(*args, **kwargs)
-            if self.answer is not None:
-                self.answered = True
-                return self.answer(out)
-            T, (pattern, v) = self._n_tokens, args
-            v = v.expand(*pattern.shape[:-2], *v.shape[-2:]).reshape(-1, T, v.shape[-1])
-            of = _Attention(self._running[-1], pattern.reshape(-1, T, T), v.transpose(0, 1))
-            self.seen.append(of)
-            return out
+            return self._attended(*args[:2], func(*args, **kwargs))
         if self.answer is not None:
             if name == "layer_norm":
                 return self._layer_norm(*args, **kwargs)
@@ -83,6 +76,22 @@ class _Watch(TorchFunctionMode):
             if name in _STATISTICS or (name in ("pow", "__pow__") and _below_one(args[1])):
                 return _held(func(*args, **kwargs))
         return func(*args, **kwargs)
+
+    def attend(self, pattern: Tensor, v: Tensor) -> Tensor:
+        """A product of weights [..., T, T], which may be negative, and values [..., T, V]."""
+        with torch._C.DisableTorchFunction():
+            out = pattern @ v
+        return self._attended(pattern, v, out)
+
+    def _attended(self, pattern: Tensor, v: Tensor, out: Tensor) -> Tensor:
+        if self.answer is not None:
+            self.answered = True
+            return self.answer(out)
+        T = self._n_tokens
+        v = v.expand(*pattern.shape[:-2], *v.shape[-2:]).reshape(-1, T, v.shape[-1])
+        of = _Attention(self._running[-1], pattern.reshape(-1, T, T), v.transpose(0, 1))
+        self.seen.append(of)
+        return out
 
     def _attends(self, pattern: Tensor, v: Tensor) -> bool:
         T = self._n_tokens
@@ -161,7 +170,7 @@ def importances_by_definition(model: PreTrainedModel, token_ids: Tensor) -> list
     watch = _Watch(len(token_ids), running)
     torch.set_default_dtype(torch.float64)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), by_weights(model, watch.attend):
             layers = _run(model, token_ids, watch)
             if len(watch.seen) != len(layers):
                 raise NoAccountError(f"{len(watch.seen)} attentions in {len(layers)} layers")

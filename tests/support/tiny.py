@@ -713,23 +713,6 @@ REFUSALS = {
         ),
         "Llama4TextAttention reads keys other than all past ones",
     ),
-    "qwen3_next-hybrid": Refusal(
-        "Qwen3-Next, and other mixtures with linear attention",
-        "a linear-attention layer has no weights by which its sources could be told apart",
-        _config(
-            "Qwen3Next",
-            num_key_value_heads=2,
-            head_dim=8,
-            layer_types=["linear_attention", "linear_attention", "full_attention"],
-            linear_num_key_heads=2,
-            linear_num_value_heads=2,
-            linear_key_head_dim=8,
-            linear_value_head_dim=8,
-            shared_expert_intermediate_size=24,
-            **_EXPERTS,
-        ),
-        r"layer model\.layers\.0 mixes positions by linear_attn \(Qwen3NextGatedDeltaNet\)",
-    ),
     "lfm2": Refusal(
         "LFM2, and other mixtures with convolutions",
         "a convolution reads other positions without weights",

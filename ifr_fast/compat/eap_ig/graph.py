@@ -68,6 +68,7 @@ class Graph:
         else:
             check_instance("model", model, Tracer, Decoder)
             decoder = model.decoder if isinstance(model, Tracer) else model
+            decoder.refuse_recurrences("EAP-IG's graph has no nodes for it")
             parallel = {block.parallel for block in decoder.blocks}
             if len(parallel) > 1:
                 raise ValueError("model: has parallel and sequential blocks; expected one kind")

@@ -24,7 +24,7 @@ from ...recording.layer_inputs import layer_inputs
 from ...recording.recording import Recording
 from ...scoring.closure import check_closure
 from ...scoring.given_rows import rows_closure, summed_row
-from ...scoring.implementations import Kernel
+from ...scoring.implementations import Kernel, kernel_of
 from ...tracer import Tracer
 
 _EPS = 1e-12  # added to every denominator
@@ -181,7 +181,7 @@ class _Proximities(NamedTuple):
 
 def _proximities(kernel: Kernel, inputs: LayerInputs, threshold: float) -> _Proximities:
     """The kernel's shares times their total; 0 in rows without proximities."""
-    scores = kernel.score_attention(inputs, 0.0)
+    scores = kernel_of(kernel, inputs).score_attention(inputs, 0.0)
     scale = scores.total.masked_fill(scores.unattributed, 0)
     row, source, weight, head_weight = scores.edges
     head_weight = head_weight * scale[row, None]

@@ -20,7 +20,7 @@ from torch import Tensor
 from ...kernels.contract import AttentionScores, LayerInputs
 from ...scoring.closure import cat_on
 from ...scoring.given_rows import given_rows
-from ...scoring.implementations import Kernel
+from ...scoring.implementations import Kernel, kernel_of
 from .contributions import EPSILON, FLOOR, offset
 
 _FFN_ROWS = 512  # rows scored at once
@@ -107,7 +107,7 @@ def score_attention(inputs: LayerInputs, keep: float, kernel: Kernel) -> ScoredL
 
     Pairs are kept if their sum over heads is above `keep`.
     """
-    scores = kernel.score_attention(inputs, keep)
+    scores = kernel_of(kernel, inputs).score_attention(inputs, keep)
     return ScoredLayer(scores, inputs.offset, inputs.window)
 
 

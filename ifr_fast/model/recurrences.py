@@ -1,0 +1,176 @@
+"""Linear attention and state spaces: the recurrences that some modules compute in place of softmax
+attention, seen through the functions by which they compute them.
+
+A recurrence of transformers is a function of a modeling file. While a model is watched, a function
+of ours stands in its place there. It runs the model's own, and hands the attention handler a call
+without queries and keys. The call's `recurrence` holds what the weights are made of, and the output
+that the model's own function gave. In threads that watch no model, only the model's own runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from threading import Lock
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UnsupportedArchitectureError
+from ..kernels.recurrences.gated_delta import GatedDelta
+from .attention import AttentionCall, Recurrence
+from .hooks import in_this_thread, marked
+from .masks import causal_mask
+
+
+class _Seen(NamedTuple):
+    """What a recurrence function was called with."""
+
+    v: Tensor  # [B, T, H, V]
+    parts: tuple[Tensor, ...]  # [B, T, ...], the fields of `kind`
+    kind: Callable[..., GatedDelta]
+
+
+def _gated_delta(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    chunk_size: int = 64,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    **_: Any,
+) -> _Seen:
+    """The arguments of `torch_chunk_gated_delta_rule`, as its recurrence uses them."""
+    if initial_state is not None:
+        raise UnsupportedArchitectureError("model: a recurrence begins with a state of its own")
+    wide = torch.promote_types(query.dtype, torch.float32)
+    q, k = (x.to(wide) for x in (query, key))
+    if use_qk_l2norm_in_kernel:
+        q, k = (x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for x in (q, k))
+    group = value.shape[2] // key.shape[2]
+    q, k = (x.repeat_interleave(group, dim=2) if group > 1 else x for x in (q, k))
+    return _Seen(value, (q * q.shape[-1] ** -0.5, k, g.to(wide), beta.to(wide)), GatedDelta)
+
+
+# By the names of transformers' functions.
+_RECURRENCES: dict[str, Callable[..., _Seen]] = {"torch_chunk_gated_delta_rule": _gated_delta}
+
+
+def mixers(model: nn.Module) -> list[nn.Module]:
+    """The modules of a model that compute a recurrence."""
+    found = _mixers.get(model)
+    if found is None:
+        found = _mixers[model] = [x for x in model.modules() if _functions_of(x.__class__.forward)]
+    return found
+
+
+_mixers: WeakKeyDictionary[nn.Module, list[nn.Module]] = WeakKeyDictionary()
+
+
+@functools.cache
+def _functions_of(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """The names of recurrence functions that a forward function of a class calls."""
+    code = getattr(inspect.unwrap(forward), "__code__", None)
+    names = () if code is None else code.co_names
+    return tuple(name for name in _RECURRENCES if name in names)
+
+
+@contextmanager
+def recurrences_through(
+    model: nn.Module, answer: Callable[[AttentionCall], Tensor], watched: Callable[[], bool]
+) -> Iterator[None]:
+    """Within, `answer` gives the output of each recurrence of `model`, in contexts where `watched`
+    is true.
+    """
+    found = mixers(model)
+    if not found:
+        yield
+        return
+    with ExitStack() as stack:
+        for mixer in found:
+            stack.callback(mixer.register_forward_pre_hook(in_this_thread(_enter)).remove)
+        places = {
+            (type(x).__module__, name) for x in found for name in _functions_of(type(x).forward)
+        }
+        for place in sorted(places):
+            stack.enter_context(_replaced(*place, answer, watched))
+        yield
+
+
+def _enter(mixer: nn.Module, *_: Any) -> None:
+    _mixer.set(mixer)
+
+
+_mixer: ContextVar[nn.Module | None] = ContextVar("ifr_fast_mixer", default=None)
+_lock = Lock()
+_own: dict[tuple[str, str], Callable[..., Any]] = {}
+_users: Counter[tuple[str, str]] = Counter()
+
+
+@contextmanager
+def _replaced(
+    module: str, name: str, answer: Callable[[AttentionCall], Tensor], watched: Callable[[], bool]
+) -> Iterator[None]:
+    """Within, the function `name` of a modeling file is ours; threads may be within together."""
+    place, namespace = (module, name), vars(sys.modules[module])
+    with _lock:
+        if not _users[place]:
+            _own[place] = namespace[name]
+            namespace[name] = _instead(_own[place], _RECURRENCES[name], answer, watched)
+        _users[place] += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _users[place] -= 1
+            if not _users[place]:
+                namespace[name] = _own.pop(place)
+
+
+def _instead(
+    own: Callable[..., Any],
+    read: Callable[..., _Seen],
+    answer: Callable[[AttentionCall], Tensor],
+    watched: Callable[[], bool],
+) -> Callable[..., Any]:
+    @functools.wraps(own)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        mixer = _mixer.get()
+        if mixer is None or not watched():
+            return own(*args, **kwargs)
+        seen = read(*args, **kwargs)
+        output, *rest = own(*args, **kwargs)
+        v = seen.v
+        B, T, H, _ = v.shape
+        none = v.new_empty(B, H, T, 0)
+        z = answer(
+            AttentionCall(
+                mixer,
+                none,
+                none,
+                v.transpose(1, 2),
+                _mask(v.device),
+                1.0,
+                None,
+                None,
+                recurrence=Recurrence(seen.parts, seen.kind, output.view(v.shape)),
+            )
+        )
+        return (z.reshape(output.shape).to(output.dtype), *rest)
+
+    return marked(called)
+
+
+@functools.cache
+def _mask(device: torch.device) -> Any:
+    return causal_mask(None, device)
