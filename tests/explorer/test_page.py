@@ -299,6 +299,8 @@ def test_the_graph_is_reached_by_keyboard(opened: Opened, graph: RouteGraph) -> 
     top = node_of(graph, graph.n_layers - 1, "post", graph.position)
     T = len(graph.tokens)
     assert opened.explorer("e.state().selected") == {"node": top - T - 1}
+    said = page.locator(".plot [role=status]").text_content()
+    assert said == f"{graph.tokens[-2]} #{T - 2}, after the attention of layer 3: not reached"
     page.keyboard.press("Escape")
     page.focus(f".tokens li[data-first='{graph.position}']")
     page.keyboard.press("ArrowLeft")

@@ -167,9 +167,22 @@ class Backend:
         (found,) = self.tracer.neurons(self.text(input), layer=layer, position=position).top(k)
         return {"neurons": [neuron._asdict() for neuron in found]}
 
-    def compare(self, a: dict[str, Any], b: dict[str, Any], threshold: float) -> dict[str, Any]:
+    def compare(
+        self,
+        a: dict[str, Any],
+        b: dict[str, Any],
+        threshold: float,
+        granularity: Any,
+        renormalize: bool,
+    ) -> dict[str, Any]:
         first, second = (
-            self.tracer.trace(self.text(x["input"]), threshold=threshold) for x in (a, b)
+            self.tracer.trace(
+                self.text(x["input"]),
+                position=x.get("positions") or x.get("position", -1),
+                threshold=threshold,
+                granularity=granularity,
+            )
+            for x in (a, b)
         )
         difference = first.compare(second)
         edges = {name: column.tolist() for name, column in difference.edges._asdict().items()}
@@ -181,9 +194,21 @@ class Backend:
         }
 
     def export(
-        self, input: dict[str, Any], threshold: float, format: str, position: int = -1
+        self,
+        input: dict[str, Any],
+        threshold: float,
+        format: str,
+        granularity: Any,
+        renormalize: bool,
+        position: int = -1,
+        positions: list[int] | None = None,
     ) -> dict[str, Any]:
-        graph = self.tracer.trace(self.text(input), threshold=threshold, position=position)
+        graph = self.tracer.trace(
+            self.text(input),
+            threshold=threshold,
+            position=positions or position,
+            granularity=granularity,
+        )
         data = graph.to_graphml().encode()
         return {
             "name": f"routes.{format}",

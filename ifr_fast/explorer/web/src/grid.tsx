@@ -2,6 +2,7 @@
 import { useEffect, useLayoutEffect, useMemo, useRef, useState } from "preact/hooks";
 import { LOOKS } from "./graph";
 import type { LooksName, Paths } from "./graph";
+import { nodeText } from "./describe";
 import { find } from "./hit";
 import type { Hit } from "./hit";
 import { Icon } from "./icons";
@@ -13,6 +14,7 @@ import { Predictions } from "./predictions";
 import type { Pin } from "./state";
 import { Strip, stripHeight } from "./strip";
 import { Tiles } from "./tiles";
+import { digits } from "./tokens";
 
 export const AXIS = 40; // width of the layers' numbers
 
@@ -278,6 +280,9 @@ export function Grid(props: Props) {
         onPointerCancel={onPointerUp} onPointerLeave={() => props.onHover(null, 0, 0)}
         onKeyDown={onKeyDown} onBlur={() => { setCursor(null); props.onHover(null, 0, 0); }}>
         {marks}
+        <span class="unseen" role="status">
+          {cursor !== null && `${nodeText(graph, cursor)}: ${pruned.reached[cursor] ? `importance ${digits(pruned.flow[cursor]!)}` : "not reached"}`}
+        </span>
         {current && <Minimap scene={scene} view={current} box={box} onMove={setView} />}
         <div class="zoom" onPointerDown={(event) => event.stopPropagation()} onKeyDown={(event) => event.stopPropagation()}>
           <button type="button" aria-label="Zoom in" title="Zoom in (+)" onClick={() => props.handle.current!.zoom(1.4)}><Icon name="plus" /></button>

@@ -75,6 +75,14 @@ function inputOf(state: State): object | null {
   return state.text ? { text: state.text } : null;
 }
 
+/** What is explained, and how edges are chosen. */
+function howOf(state: State): object {
+  return {
+    ...(state.positions.length > 1 ? { positions: state.positions } : state.positions.length ? { position: state.positions[0] } : {}),
+    granularity: state.byHead ? "head" : "token", renormalize: state.renormalize,
+  };
+}
+
 function useBackend(
   backend: Backend, store: Store, state: State, shown: Graph | null, show: (graph: Graph) => void,
 ): LiveParts {
@@ -154,9 +162,7 @@ function useBackend(
   const input = inputOf(state);
   const full = input && model ? { ...input, model: model.name } : null;
   const wanted = full && JSON.stringify({
-    input: full,
-    ...(state.positions.length > 1 ? { positions: state.positions } : state.positions.length ? { position: state.positions[0] } : {}),
-    threshold: state.floor, granularity: state.byHead ? "head" : "token", renormalize: state.renormalize,
+    input: full, threshold: state.floor, ...howOf(state),
   });
   const answered = useRef<string | null>(null);
   useEffect(() => {
@@ -210,11 +216,12 @@ function useBackend(
   };
   const compare = async (other: { text: string; model: string | null }): Promise<void> => {
     if (!full || !shown) return;
-    const [position] = state.positions;
+    const { positions, position, ...how } = howOf(state) as { positions?: number[]; position?: number };
+    const starts = positions ? { positions } : position === undefined ? {} : { position };
     const found = await run("Comparing", (options) => backend.call<{ a: GraphDocument; b: GraphDocument; difference?: DifferenceDocument | null; reason?: string }>("compare", {
-      a: { input: full, ...(position === undefined ? {} : { position }) },
-      b: { input: { text: other.text, model: other.model ?? model!.name }, ...(position === undefined || other.text !== state.text ? {} : { position }) },
-      threshold: state.floor,
+      a: { input: full, ...starts },
+      b: { input: { text: other.text, model: other.model ?? model!.name }, ...(other.text === state.text ? starts : {}) },
+      threshold: state.floor, ...how,
     }, options));
     if (!found) return;
     const first = new Graph(found.a), second = new Graph(found.b);
@@ -226,19 +233,19 @@ function useBackend(
       names: [state.text ?? "chat", other.model && other.model !== model!.name ? `${other.text} (${other.model})` : other.text],
     });
   };
-  const save = async (format: string): Promise<void> => {
-    const [position] = state.positions;
-    const found = await run(`Writing ${format}`, (options) => backend.call<{ name: string; media_type: string; base64: string }>("export", {
-      input: full, ...(position === undefined ? {} : { position }), threshold: store.state.threshold ?? state.floor, format,
-    }, options));
-    if (found) download(found.name, new Blob([fromBase64(found.base64)], { type: found.media_type }));
-  };
-
   const step = generation?.steps[generation.at] ?? null;
   const about = {
     input: step ? { token_ids: Array.from(step.graph.ids), model: model?.name } : full ?? {},
     normalize: state.normalize,
   };
+  const save = async (format: string): Promise<void> => {
+    const found = await run(`Writing ${format}`, (options) => backend.call<{ name: string; media_type: string; base64: string }>("export", {
+      input: about.input, threshold: Math.max(state.floor, store.state.threshold ?? 0), format, ...howOf(state),
+      ...(step ? { position: step.graph.position, positions: undefined } : {}),
+    }, options));
+    if (found) download(found.name, new Blob([fromBase64(found.base64)], { type: found.media_type }));
+  };
+
   const moveTo = (at: number): void => {
     if (generation) setGeneration({ ...generation, at: Math.max(0, Math.min(generation.steps.length - 1, at)) });
   };
@@ -290,6 +297,7 @@ function useBackend(
     ),
     explain: (positions) => {
       setGeneration(null);
+      setAttempt((n) => n + 1);
       store.set({ positions, unfolded: [] });
     },
     closeComparison: () => setComparison(null),
