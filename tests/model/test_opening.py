@@ -14,11 +14,9 @@ from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
-    AutoModelForCausalLM,
     BertConfig,
     BertLMHeadModel,
     BertModel,
-    OPTConfig,
     RoFormerConfig,
     RoFormerForCausalLM,
     T5Config,
@@ -105,12 +103,6 @@ def test_layers_run_twice_and_layers_that_attend_twice_are_refused() -> None:
 def test_encoder_decoders_are_refused() -> None:
     config = T5Config(vocab_size=VOCAB, d_model=24, d_kv=6, d_ff=40, num_layers=2, num_heads=4)
     assert_refused(T5ForConditionalGeneration(config), "T5ForConditionalGeneration", "decoder")
-
-
-def test_norms_after_the_residual_sum_are_refused() -> None:
-    torch.manual_seed(0)
-    config = OPTConfig(**SHAPE, ffn_dim=40, word_embed_proj_dim=24, do_layer_norm_before=False)
-    assert_refused(AutoModelForCausalLM.from_config(config), "layers.0", "residual addition")
 
 
 def test_attention_that_is_called_twice_is_refused() -> None:
