@@ -62,6 +62,7 @@ def to_notebook_html(graph: GraphData) -> str:
     height = min(860, max(480, 300 + 20 * graph.n_layers))  # CSS pixels; the page scrolls beyond
     return (
         f'<iframe srcdoc="{escape(to_html(graph))}" sandbox="allow-scripts allow-downloads" '
+        'allow="fullscreen; clipboard-write" '
         f'title="Information flow routes" width="100%" height="{height}" '
         'style="border: 0"></iframe>'
     )

@@ -456,6 +456,23 @@ PAN = """async (steps) => {
 }"""
 
 
+def test_what_is_picked_in_a_table_comes_into_sight(long_page: tuple[Path, Any]) -> None:
+    opened = Opened(long_page[0].as_uri())
+    opened.settle()
+    x, _ = opened.where({"node": 100})
+    assert x < 0
+    opened.page.goto(f"{long_page[0].as_uri()}#node=100&pins=[[1500,%22far%22,%22%22]]")
+    opened.page.wait_for_timeout(50)
+    opened.settle()
+    opened.press(".pins li button.link")
+    opened.page.wait_for_timeout(60)
+    box = opened.page.locator(".plot").bounding_box()
+    x, y = opened.where({"node": 1500})
+    assert box["x"] < x < box["x"] + box["width"]
+    assert box["y"] < y < box["y"] + box["height"]
+    opened.page.close()
+
+
 def test_a_long_text_is_drawn_and_panned_in_time(long_page: tuple[Path, Any]) -> None:
     """Bounds are those of the issue, with room for a busy machine."""
     path, (size, n_edges) = long_page

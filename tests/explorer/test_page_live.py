@@ -102,6 +102,23 @@ def test_dragging_over_tokens_explains_a_span(served: Served, backend: Backend) 
     served.check()
 
 
+def test_a_span_is_marked_by_keyboard(served: Served, backend: Backend) -> None:
+    served.page.focus(".tokens li[data-first='10']")
+    for pressed in ("ArrowLeft", "Shift+ArrowLeft", "Shift+ArrowLeft"):
+        served.page.keyboard.press(pressed)
+        served.page.wait_for_timeout(40)
+    served.press(".span-bar button.primary")
+    assert backend.of("trace")[-1]["positions"] == [7, 8, 9]
+    assert served.edges() == edges_of(traced(backend, position=[7, 8, 9]))
+    served.press(".modes >> text=Text")
+    assert served.page.locator(".word.explained").count() == 3
+    served.page.locator(".word").nth(4).dblclick()
+    served.page.wait_for_timeout(60)
+    served.settle()
+    assert backend.of("trace")[-1]["position"] == 4
+    served.check()
+
+
 def test_an_edge_s_heads_maps_and_tokens(served: Served, backend: Backend) -> None:
     edge = heaviest(traced(backend), "attention")
     layer, _, target, source = edge
@@ -416,6 +433,34 @@ def test_what_a_backend_says_is_text(served: Served, backend: Backend) -> None:
     found = served.page.evaluate(f"{shadow}.querySelectorAll('img, b, script, iframe').length")
     assert found == 0
     assert served.page.evaluate("typeof window.__pwned") == "undefined"
+    served.check()
+
+
+def test_hostile_names_are_text(backend: Backend) -> None:
+    nasty = HOSTILE[3]
+    sizes = [[nasty, nasty]]
+    backend.first |= {"known": HOSTILE[:5], "devices": [nasty], "formats": [nasty]}
+    backend.instead["open_model"] = lambda params: [
+        {"result": {"name": nasty, "sizes": sizes, "n_layers": 4, "n_heads": 4}}
+    ]
+    backend.instead["tokenize"] = lambda params: [{"result": {"roles": [nasty] * 4}}]
+    served = Served(backend)
+    page = served.page
+    page.fill("input[aria-label^='Model']", nasty)
+    served.press(".panel button:text-is('Open')")
+    assert page.locator(".model-name").text_content() == nasty
+    page.click(".sizes summary")
+    assert served.table("Sizes") == [[nasty, nasty]]
+    page.click(".chat > summary")
+    page.fill("textarea[aria-label='Message 1']", "abc")
+    served.press("text=Explain chat")
+    page.wait_for_timeout(60)
+    assert page.locator(".role").all_text_contents() == [nasty]
+    page.click(".menu summary")
+    assert page.locator(".menu button").all_text_contents()[-1] == nasty
+    shadow = "document.getElementById('explorer').shadowRoot"
+    assert page.evaluate(f"{shadow}.querySelectorAll('img, b, script, iframe').length") == 0
+    assert page.evaluate("typeof window.__pwned") == "undefined"
     served.check()
 
 

@@ -138,6 +138,11 @@ function Explorer({ store, root, probe, state, graph, dark, live }: ExplorerProp
     if (old && JSON.stringify(old.hit) === JSON.stringify(hit)) return { hit: old.hit, x, y };
     return { hit, x, y };
   });
+  const choose = (hit: Hit | null): void => {
+    select(hit);
+    // What is picked in a table may be out of sight.
+    if (hit) requestAnimationFrame(() => grid.current?.reveal(hit));
+  };
   const select = (hit: Hit | null): void => {
     setHover(null);
     store.set({
@@ -211,7 +216,7 @@ function Explorer({ store, root, probe, state, graph, dark, live }: ExplorerProp
             onHover={(t, x, y) => onHover(t === null ? null : { node: t }, x, y)} />
         )}
         {state.mode === "table" && <Tables scene={scene} hidden={hidden} onSelect={select} onHover={(hit) => onHover(hit, -1, -1)} />}
-        <Details scene={scene} selected={selected} pins={state.pins} onSelect={select}
+        <Details scene={scene} selected={selected} pins={state.pins} onSelect={choose}
           onHover={(hit) => onHover(hit, -1, -1)} onPins={(pins) => store.set({ pins })}
           extra={selected && live ? live.details(scene, selected) : null} />
       </div>

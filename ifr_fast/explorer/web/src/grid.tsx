@@ -25,6 +25,8 @@ export interface GridHandle {
   zoom(by: number): void;
   fit(): void;
   complete(): boolean;
+  /** Brings a node, or the node that an edge leads into, into sight. */
+  reveal(hit: Hit): void;
   /** Client coordinates of a point of the grid. */
   client(x: number, y: number): [number, number];
 }
@@ -155,6 +157,7 @@ export function Grid(props: Props) {
       setView(wholeView(live.current.scene.layout, live.current.box));
       live.current.auto = "whole";
     },
+    reveal: (hit) => show(hit.node ?? graph.above[hit.edge]!),
     complete: () => live.current.complete && !live.current.frame && !moving.current.frame,
     client: (x, y) => {
       const at = area.current!.getBoundingClientRect();
