@@ -31,7 +31,7 @@ export class Difference {
     });
     const made: GraphDocument = {
       ...first.document, threshold: 0, granularity: "token",
-      tokens, token_ids: tokens.map(() => 0), position: place(first.position), span: null,
+      tokens, token_ids: tokens.map(() => 0), position: place(first.position), span: null, predictions: [],
       unattributed: [], token_importance: [],
       edges: {
         layer: edges.layer, kind: Array.from(named.codes, (code) => named.names[code]!),
