@@ -32,6 +32,7 @@ const { outputFiles } = await esbuild.build({
 const banner = "/* Built from ifr_fast/explorer/web by `make web`; holds Preact (MIT licence). */\n";
 const built = banner + outputFiles[0].text;
 if (/<\/script|<!--/i.test(built)) throw new Error("the script could end the element that holds it");
+if (/[^\x00-\x7f]/.test(built)) throw new Error("a regular expression holds other characters than ASCII");
 if (process.argv.includes("--check")) {
   if ((await readFile(target, "utf8").catch(() => "")) !== built) {
     console.error("ifr_fast/export/explorer.js is not what its sources give; run `make web`");

@@ -130,7 +130,7 @@ function Plain({ token, last }: { token: string; last: boolean }) {
         i > 0 && <span class="mark">↵</span>,
         i > 0 && !(last && i === lines.length - 1 && !line) && "\n",
         ...(line || lines.length === 1 ? runs(line) : []).map((run) =>
-          !run.mark ? run.text : /^·+$/.test(run.text) ? " ".repeat(run.text.length) : <span class="mark">{run.text}</span>),
+          !run.mark ? run.text : /^\u00b7+$/.test(run.text) ? " ".repeat(run.text.length) : <span class="mark">{run.text}</span>),
       ])}
     </bdi>
   );
