@@ -731,6 +731,28 @@ REFUSALS = {
         _config("DeepseekV32", **{**_LATENT, "index_topk": 8}, **_DEEPSEEK_EXPERTS),
         r"Attention reads keys that it chooses from the text, by indexer \(DeepseekV32Indexer\)",
     ),
+    "xmod": Refusal(
+        "X-MOD",
+        "an adapter between two norms of the whole stream",
+        _config("Xmod", is_decoder=True, default_language="en_XX", pad_token_id=0),
+        r"layers?\.0 .*its output is made by a submodule that is no norm of resid_mid plus",
+    ),
+    "cpmant": Refusal(
+        "CPM-Ant, ProphetNet",
+        "their layers run on rows that are no token's",
+        _config(
+            "CpmAnt",
+            {},
+            vocab_size=VOCAB,
+            hidden_size=36,
+            num_attention_heads=6,
+            dim_head=6,
+            dim_ff=50,
+            num_hidden_layers=2,
+            prompt_length=4,
+        ),
+        r"layer cpmant\.encoder\.layers\.0 is run on 15 rows at 11 tokens",
+    ),
     "gemma3n": Refusal(
         "Gemma 3n",
         "four residual streams at once",
@@ -758,6 +780,16 @@ def config_of(family: str) -> PreTrainedConfig:
         if "module transformers has no attribute" not in str(error):
             raise
         pytest.skip(f"transformers {transformers.__version__}: {error}")
+
+
+# Refused too, and tested where quantized weights are.
+QUANTIZED = [
+    (
+        "quantized activations (bitsandbytes' int8, torchao's dynamic ones)",
+        "they are rounded before the output projection; open `model.dequantize()`",
+    ),
+    ("quanto's int4", "its weights cannot be used in torch.inference_mode"),
+]
 
 
 def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -982,7 +1014,7 @@ def model_tables() -> list[str]:
 
     head = ("---", "---")
     supported = [(family.title, family.shows) for family in FAMILIES.values()]
-    refused = [(refusal.title, refusal.reason) for refusal in REFUSALS.values()]
+    refused = [(refusal.title, refusal.reason) for refusal in REFUSALS.values()] + QUANTIZED
     return [
         table(("family", "tested with"), head, *supported),
         table(("refused", "because"), head, *refused),
