@@ -404,6 +404,15 @@ def test_shared_values_lead_to_the_lower_layer(tmp_path: Path, graph: RouteGraph
     opened.check()
 
 
+def test_a_document_of_another_kind_is_refused_in_words(tmp_path: Path, graph: RouteGraph) -> None:
+    page = graph.to_html()
+    data = page.partition('id="data">')[2].partition("</script>")[0]
+    opened = Opened.of(page.replace(data, '{"format": "other"}'), tmp_path, settle=False)
+    said = opened.page.locator("[role=alert]").inner_text()
+    assert said.startswith("The graph cannot be drawn: this is no route graph")
+    opened.check()
+
+
 @pytest.fixture(scope="module")
 def long_page(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     """2,000 tokens and 130,000 edges: a graph of this size is made up, its weights at random."""

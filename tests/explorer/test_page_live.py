@@ -488,9 +488,13 @@ def test_a_page_s_address_brings_back_the_work(backend: Backend) -> None:
 WIDGET = """async (graph) => {
     const sent = [], listeners = new Set();
     const model = {
-        get: (name) => ({ graph, height: 500 })[name],
+        graph,
+        get: (name) => ({ graph: model.graph, height: 500 })[name],
         send: (content) => { sent.push(content); },
-        on: (event, listener) => { if (event === "msg:custom") listeners.add(listener); },
+        on: (event, listener) => {
+            if (event === "msg:custom") listeners.add(listener);
+            else if (event === "change:graph") model.change = listener;
+        },
         off: (event, listener) => listeners.delete(listener),
     };
     const el = document.createElement("div");
@@ -506,7 +510,7 @@ WIDGET = """async (graph) => {
 def test_a_widget_speaks_by_messages(served: Served, backend: Backend) -> None:
     page = served.page
     page.wait_for_timeout(200)
-    address = page.url
+    address, short = page.url, traced(backend, "short")
     sent = page.evaluate(WIDGET, traced(backend).to_json())
     assert [message["method"] for message in sent] == ["models"]
     handle = "document.getElementById('widget').explorer"
@@ -529,7 +533,9 @@ def test_a_widget_speaks_by_messages(served: Served, backend: Backend) -> None:
     page.evaluate(say, {"id": trace["id"], "result": result})
     rows = page.evaluate(f"{handle}.shown().edges")
     assert sorted(tuple(row[:4]) for row in rows) == edges_of(traced(backend, position=5))
+    page.evaluate("x => { widget.model.graph = x; widget.model.change(); }", short.to_json())
     page.wait_for_timeout(200)
+    assert page.evaluate(f"{handle}.shown().importance.length") == len("short")
     assert page.url == address  # a notebook's address is its own
     page.evaluate("window.widget.end()")
     assert page.evaluate("document.getElementById('widget').explorer === undefined")

@@ -77,8 +77,9 @@ class Opened:
     def of(cls, text: str, folder: Path, **options: Any) -> Opened:
         path = folder / "page.html"
         write_text(path, text)
+        settle = options.pop("settle", True)
         opened = cls(path.as_uri() + options.pop("hash", ""), **options)
-        if options.pop("settle", True) and "data-ifr-host" in text.partition("srcdoc")[0]:
+        if settle and "data-ifr-host" in text.partition("srcdoc")[0]:
             opened.settle()
         return opened
 

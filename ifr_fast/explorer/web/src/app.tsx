@@ -61,6 +61,9 @@ export function App(props: Props) {
   const { store, root, probe } = props;
   const state = useStore(store);
   const [loaded, setLoaded] = useState<Graph | null>(() => (props.document ? new Graph(props.document) : null));
+  useEffect(() => {
+    if (props.document && loaded?.document !== props.document) setLoaded(new Graph(props.document));
+  }, [props.document]);
   const live = useLive(props.backend, store, state, loaded, setLoaded);
   const graph = live?.graph ?? loaded;
   const dark = useDark(state.theme);

@@ -3,6 +3,7 @@
 import { render as renderInto } from "preact";
 import { App } from "./app";
 import type { Host } from "./app";
+import { words } from "./calls";
 import { httpBackend, widgetBackend } from "./backend";
 import type { Backend, WidgetModel } from "./backend";
 import type { GraphDocument } from "./document";
@@ -12,7 +13,11 @@ import styles from "./styles.css";
 
 export interface Options { graph?: GraphDocument; backend?: Backend; host?: Host }
 
-export interface Handle extends Probe { destroy(): void }
+export interface Handle extends Probe {
+  /** Draws another graph in place of the present one. */
+  show(graph: GraphDocument): void;
+  destroy(): void;
+}
 
 declare global {
   interface HTMLElement { explorer?: Handle }
@@ -54,9 +59,16 @@ export function mount(element: HTMLElement, options: Options): Handle {
   };
   const stop = ownsPage ? store.listen(write) : () => undefined;
   if (ownsPage) addEventListener("hashchange", read);
-  renderInto(
-    <App document={options.graph ?? null} backend={options.backend ?? null} store={store} root={root} probe={probe} />, root);
+  const draw = (graph: GraphDocument | null): void => {
+    try {
+      renderInto(<App document={graph} backend={options.backend ?? null} store={store} root={root} probe={probe} />, root);
+    } catch (error) {
+      renderInto(<p role="alert" class="broken">The graph cannot be drawn: {words(error)}</p>, root);
+    }
+  };
+  draw(options.graph ?? null);
   const handle = Object.assign(probe, {
+    show: draw,
     destroy: () => {
       stop();
       clearTimeout(timer);
@@ -79,7 +91,13 @@ export function render({ model, el }: { model: WidgetModel; el: HTMLElement }): 
     backend, host: "widget",
     ...(typeof graph === "string" && graph ? { graph: JSON.parse(graph) as GraphDocument } : {}),
   });
+  const changed = (): void => {
+    const now = model.get("graph");
+    if (typeof now === "string" && now) handle.show(JSON.parse(now) as GraphDocument);
+  };
+  model.on("change:graph", changed);
   return () => {
+    model.off("change:graph", changed);
     handle.destroy();
     backend.close();
   };
