@@ -228,6 +228,94 @@ def test_outputs_that_are_changed_after_opening(place: str, change: Change, fami
     assert_every_use_is_refused(tracer, "model: ")
 
 
+LONG = 15  # a length of no probe
+
+
+def at_long_texts(change: Change) -> Change:
+    return lambda x: change(x) if LONG <= x.shape[1] <= LONG + 2 else x
+
+
+def with_large_rows_mixed(x: Tensor) -> Tensor:
+    """The row with the largest first coordinate gets half of the row before it."""
+    x, t = x.clone(), int(x[0, :, 0].argmax())
+    x[:, t] += 0.5 * x[:, t - 1]
+    return x
+
+
+def assert_long_texts_are_refused(model: PreTrainedModel, match: str) -> None:
+    text, tracer = tiny_text(LONG), Tracer(model)
+    tracer.trace(tiny_text(LONG - 1))
+    assert_refused(lambda: tracer.trace(text), match)
+    assert_refused(lambda: tracer.trace_all(text), match)
+    assert_refused(lambda: tracer.record(text, mode="lean"), match)
+    assert_refused(lambda: tracer.trace([text, text[:-3]]), match)
+    assert_refused(lambda: next(tracer.generate(text, max_new_tokens=2)), match)
+    assert_refused(lambda: sweep(tracer.decoder, [tiny_text(LONG + 1)], 0.02, tracer.kernel), match)
+    tracer.trace(tiny_text(LONG - 1))
+
+
+def place_of(model: PreTrainedModel, place: str) -> nn.Module:
+    layer = layers_of(model)[1]
+    return layer if place == "layer" else layer.get_submodule(place)
+
+
+IN_A_LAYER = ["layer", "mlp", "self_attn.v_proj", "self_attn.q_proj", "self_attn", "mlp.act_fn"]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "olmo2"])
+@pytest.mark.parametrize("change", [averaged, with_large_rows_mixed])
+@pytest.mark.parametrize("place", IN_A_LAYER)
+def test_a_hook_in_a_layer_that_mixes_rows_at_one_length(
+    place: str, change: Change, family: str
+) -> None:
+    model = copy.deepcopy(tiny_model(family))
+    after(place_of(model, place), at_long_texts(change))
+    assert_long_texts_are_refused(model, "at this text")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma2"])
+def test_a_hook_that_changes_large_outputs_of_a_layer(family: str) -> None:
+    """It acts on some values alone, and each row as if it were alone."""
+    model = copy.deepcopy(tiny_model(family))
+    module = layers_of(model)[1]
+    limit = float("inf")
+    after(module, lambda x: torch.where(x[..., :1] > limit, 1.5 * x, x))
+    tracer = Tracer(model)
+    tracer.trace(tiny_text(LONG))
+    limit = float(tracer.record(tiny_text(LONG), mode="full").resid_post(1)[:, 0].median())
+    for use in (tracer.trace, tracer.trace_all):
+        assert_refused(lambda use=use: use(tiny_text(LONG)), "not resid_mid plus what its FFN")  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma2"])
+def test_a_hook_on_a_layer_that_acts_in_decode_steps_alone(family: str) -> None:
+    model = copy.deepcopy(tiny_model(family))
+    after(layers_of(model)[1], lambda x: x / 2 if x.shape[1] == 1 else x)
+    steps = Tracer(model).generate(tiny_text(T), max_new_tokens=3, eos_token_id=[])
+    assert_refused(lambda: list(steps), "not resid_mid plus what its FFN")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("change", [averaged, with_the_one_before, with_large_rows_mixed])
+def test_embeddings_that_are_mixed_at_one_length(change: Change, family: str) -> None:
+    model = copy.deepcopy(tiny_model(family))
+    after(model.get_input_embeddings(), at_long_texts(change))
+    assert_long_texts_are_refused(model, "at this text .* mixes the embeddings")
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt_neox"])
+def test_a_hook_that_steers_the_last_token_is_no_mixture(family: str) -> None:
+    model = copy.deepcopy(tiny_model(family))
+
+    def steered(x: Tensor) -> Tensor:
+        return torch.cat([x[:, :-1], x[:, -1:] + 0.1], 1)
+
+    name = next(name for name in ("mlp", "block_sparse_moe") if hasattr(layers_of(model)[1], name))
+    after(getattr(layers_of(model)[1], name), steered)
+    for n in (1, 2, 3, LONG):
+        Tracer(model).trace(tiny_text(n))
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_the_first_layer_entered_with_other_rows(family: str) -> None:
     model = copy.deepcopy(tiny_model(family))

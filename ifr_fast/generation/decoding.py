@@ -30,6 +30,7 @@ from ..model.modes import all_evaluating
 from ..model.node_parts import MidParts, PostParts, mid_parts, post_parts
 from ..model.replay import gate_rows
 from ..model.stream import Chain, on_end
+from ..recording.hook_checks import Additions, hooked_layers
 from ..recording.recording import LayerRecording
 from ..scoring.closure import cat_on
 from ..scoring.implementations import Kernel
@@ -111,9 +112,11 @@ class _Layer:
         """The parts of the row that was left last, of a sequential block."""
         return post_parts(self.block, self.mid, self.resid_post, self.normed)
 
-    def watch(self, chain: Chain, keep: float) -> Iterator[RemovableHandle]:
-        """Hooks that note a step's row, and score it unless the block has a gate."""
-        block = self.block
+    def watch(self, chain: Chain, keep: float, hooked: bool) -> Iterator[RemovableHandle]:
+        """Hooks that note a step's row, and score it unless the block has a gate. hooked: whether
+        the layer holds hooks of users, so that its output has to be checked.
+        """
+        block, added = self.block, Additions(self.block)
 
         def enter(hidden: Tensor, call: LayerCall) -> None:
             chain.enter(f"layer {block.name}", hidden)
@@ -128,6 +131,8 @@ class _Layer:
         def leave(x: Tensor) -> None:
             chain.leave(x)
             self.resid_post = x[0]
+            if hooked:
+                added.check(self.mid, self.resid_post)
             if block.parallel and block.gate_site is None:
                 self.score(keep)
 
@@ -136,6 +141,8 @@ class _Layer:
 
         if block.residual is not None and block.residual.post_norm is not None:
             yield on_input(block.residual.post_norm.site, keep_normed)
+        if hooked:
+            yield from added.watch()
         yield on_layer_call(block.module, enter)
         yield block.on_mid(keep_mid)
         yield on_output(block.module, leave)
@@ -265,10 +272,11 @@ class Decoding:
             all_evaluating(self._modules),
             exact_products(),
         ):
-            chain = Chain(len(self._layers))
+            chain, checked = Chain(len(self._layers)), hooked_layers(self._decoder)
             with ExitStack() as hooks:  # all are removed after an interrupt too
                 for layer in self._layers:
-                    for handle in layer.watch(chain, self._keep):
+                    of_user = layer.block.layer in checked
+                    for handle in layer.watch(chain, self._keep, of_user):
                         hooks.callback(handle.remove)
                 hooks.callback(on_end(self._decoder, chain).remove)
                 _, logits = self._decoder.step(token_id, position)

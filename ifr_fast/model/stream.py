@@ -231,6 +231,11 @@ def _entered(decoder: Decoder, token_ids: Tensor) -> tuple[Tensor, list[Tensor]]
     return found[0], list(given.values())
 
 
+def entered_rows(decoder: Decoder, token_ids: Tensor) -> Tensor:
+    """The rows [T, D] that the first layer is entered with at `token_ids` [T]; no layer runs."""
+    return _entered(decoder, token_ids)[0]
+
+
 def _rows_of(given: list[Tensor], n_rows: int, rows: Tensor) -> list[Tensor]:
     """The arguments of layers at some of `n_rows` rows."""
     at: list[Tensor] = list(LayerCall(n_rows, tuple(given), {}).at(rows).args)

@@ -26,11 +26,12 @@ from ..kernels.rows import on_device
 from ..model.attention import AttentionCall, attend, attend_and_sum
 from ..model.block import Block
 from ..model.decoder import Decoder
-from ..model.hooks import LayerCall, map_tensors, on_layer_call, on_output
+from ..model.hooks import LayerCall, map_tensors, on_input, on_layer_call, on_output
 from ..model.masks import LazyMask
 from ..model.modes import evaluating
 from ..model.opening import check_hooks
 from ..model.stream import Chain, SharedValues, check_n_keys, on_end
+from .hook_checks import LayerRun, check_entered, hooked_layers, hooked_outside
 
 
 def pad(texts: Sequence[Tensor]) -> Tensor:
@@ -139,6 +140,9 @@ class WatchedPass:
         self._now: WatchedLayer | None = None
         self._shared = SharedValues(decoder.value_layers)
         self._final: Tensor | None = None
+        self._hooked: dict[int, LayerRun] = {}  # layers with hooks of users, which are run again
+        self._token_ids: Tensor | None = None  # [B, T], where hooks sit outside of layers
+        self._entered: Tensor | None = None  # [B, T, D] the input of the first layer, likewise
         self._paused = False
 
     @property
@@ -152,6 +156,8 @@ class WatchedPass:
         """Within, a run of the model on all texts is watched. No hook is left afterwards."""
         decoder = self._decoder
         check_hooks(decoder)
+        layers = hooked_layers(decoder)
+        self._hooked = {x.layer: LayerRun(x) for x in decoder.blocks if x.layer in layers}
         with ExitStack() as stack:
             stack.enter_context(evaluating(decoder.model))
             stack.enter_context(decoder.attention_through(decoder.model, self._answer))
@@ -159,7 +165,11 @@ class WatchedPass:
                 for handle in self._watch(block):
                     stack.callback(handle.remove)
             stack.callback(on_end(decoder, self._chain).remove)
+            if hooked_outside(decoder):
+                embeddings = decoder.model.get_input_embeddings()
+                stack.callback(on_input(embeddings, self._note_tokens).remove)
             yield
+            self._check_entered()
 
     def finite(self) -> list[bool]:
         """Flags of the texts with finite states: states carry every NaN and infinity to the end.
@@ -184,6 +194,8 @@ class WatchedPass:
             if not self._paused:
                 self._chain.enter(f"layer {block.name}", hidden)
                 self._now = WatchedLayer(block, hidden, call)
+                if self._token_ids is not None and self._entered is None:
+                    self._entered = hidden.clone()
 
         def middle(x: Tensor) -> None:
             if not self._paused:
@@ -194,13 +206,34 @@ class WatchedPass:
                 layer, self._now = self._layer, None
                 self._final = layer.resid_post = x.reshape(layer.resid_pre.shape)
                 self._chain.leave(layer.resid_post)
+                if block.layer in self._hooked:
+                    self._call(self._run_again, layer)
                 self._call(self._left, layer)
 
+        run = self._hooked.get(block.layer)
         return [
             on_layer_call(block.module, enter),
             block.on_mid(middle),
+            *(() if run is None else run.added.watch()),
             on_output(block.module, leave),
         ]
+
+    def _run_again(self, layer: WatchedLayer) -> None:
+        """Checks a layer with hooks of users at this text."""
+        run = self._hooked.pop(layer.block.layer)
+        run.check(layer.resid_pre, layer.resid_post, self._lengths, layer.call_of)
+
+    def _note_tokens(self, token_ids: Tensor) -> None:
+        if self._token_ids is None:
+            self._token_ids = token_ids.reshape(len(self._lengths), -1)
+
+    def _check_entered(self) -> None:
+        """Checks the embeddings at these texts, where hooks sit outside of layers."""
+        if self._token_ids is None or self._entered is None:
+            return
+        self._paused = True
+        for ids, entered, n in zip(self._token_ids, self._entered, self._lengths, strict=True):
+            check_entered(self._decoder, ids[:n], entered[:n])
 
     @property
     def _layer(self) -> WatchedLayer:
@@ -223,6 +256,10 @@ class WatchedPass:
 
         found = noted(x.reshape(layer.resid_pre.shape))
         layer.resid_mid = noted(layer.resid_pre) + found if layer.block.parallel else found
+        if layer.block.layer in self._hooked:
+            whole = x.reshape(layer.resid_pre.shape)
+            run = self._hooked[layer.block.layer]
+            run.resid_mid = (layer.resid_pre + whole if layer.block.parallel else whole).clone()
 
     def _answer(self, call: AttentionCall) -> Tensor:
         layer = self._layer
@@ -235,6 +272,9 @@ class WatchedPass:
         else:
             z = attend(call, window)
         layer.attention, layer.window, layer.z = call, window, z
+        if layer.block.layer in self._hooked:
+            run = self._hooked[layer.block.layer]
+            run.attention, run.z = call, z
         if self._attended is not None:
             self._call(self._attended, layer)
         return z
