@@ -242,7 +242,7 @@ def test_pins_are_grouped(opened: Opened, graph: RouteGraph) -> None:
         page.keyboard.press("Tab")
         page.wait_for_timeout(60)
     flow = sum(float(opened.explorer("e.scene.pruned.flow[x]", node)) for node in nodes)
-    said = page.locator("[role=group][aria-label='Group names'] h4").text_content()
+    said = page.locator("[role=group][aria-label='Group names'] h3").text_content()
     assert float(said.rpartition(" ")[2]) == pytest.approx(flow, abs=6e-4)
     assert page.locator(".pin").count() == 2
     opened.check()

@@ -133,10 +133,10 @@ function Pins({ scene, pins, onPins, onSelect, onHover }: Props) {
   const groups = [...new Set(pins.map((pin) => pin.group))].sort();
   return (
     <section class="pins" aria-label="Pins">
-      <h3>Pins</h3>
+      <h2>Pins</h2>
       {groups.map((group) => (
         <div role="group" aria-label={group ? `Group ${group}` : "No group"}>
-          {group && <h4>{group}<span class="at"> · importance {digits(sum(scene, pins, group))}</span></h4>}
+          {group && <h3>{group}<span class="at"> · importance {digits(sum(scene, pins, group))}</span></h3>}
           <ul>
             {pins.filter((pin) => pin.group === group && pin.node < graph.nodes).map((pin) => (
               <li key={pin.node} onMouseEnter={() => onHover({ node: pin.node })} onMouseLeave={() => onHover(null)}>

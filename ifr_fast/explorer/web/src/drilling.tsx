@@ -101,7 +101,7 @@ function Head(props: Props & { layer: number; head: number; target: number; sour
   return (
     <section class="sub" aria-label={`Head ${head}`}>
       <div class="table-bar">
-        <h3>Head {head} of layer {layer}</h3>
+        <h2>Head {head} of layer {layer}</h2>
         <div class="modes" role="group" aria-label="Map">
           {(["attention_map", "contribution_map"] as const).map((name) => (
             <button type="button" aria-pressed={which === name} onClick={() => setWhich(name)}>{names[name].split(" ")[0]}</button>

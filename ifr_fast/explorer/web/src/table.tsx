@@ -68,7 +68,7 @@ export function Table<Row>(props: Props<Row>) {
   return (
     <section class="table" aria-label={label}>
       <div class="table-bar">
-        <h3>{label}</h3>
+        <h2>{label}</h2>
         <span class="quiet" role="status">{said}</span>
         {rows.length > 5 && (
           <input type="search" placeholder="Search" aria-label={`Search ${label.toLowerCase()}`} value={query}
