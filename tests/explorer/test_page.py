@@ -311,6 +311,19 @@ def test_the_graph_is_reached_by_keyboard(opened: Opened, graph: RouteGraph) -> 
     opened.check()
 
 
+def test_fullscreen_or_the_whole_page(opened: Opened) -> None:
+    fills = """(root) => document.fullscreenElement !== null || root.hasAttribute("data-wide")"""
+    root = opened.page.locator(".root").element_handle()
+    assert not opened.page.evaluate(fills, root)
+    opened.press("button[aria-label=Fullscreen]")
+    opened.page.wait_for_timeout(100)
+    assert opened.page.evaluate(fills, root)
+    opened.press("button[aria-label=Fullscreen]")
+    opened.page.wait_for_timeout(100)
+    assert not opened.page.evaluate(fills, root)
+    opened.check()
+
+
 def test_every_control_has_a_name(opened: Opened, graph: RouteGraph) -> None:
     opened.click({"node": reached(graph)[0]})
     nameless = opened.page.locator("button, input, select, textarea, summary").evaluate_all(
