@@ -26,6 +26,7 @@ from .hooks import (
     on_output,
 )
 from .interface import overriding
+from .output_weights import output_map
 from .replay import gates_at, read_at
 from .residual import Meeting, Passing, meeting, passings, weighted
 
@@ -327,10 +328,18 @@ def _probe_output_map(
     Forward mode is used because in half precision the difference of two runs would be lost in the
     rounding of the residual stream.
     """
-    T, H, V = probe.z.shape
-    eye = torch.eye(H * V, dtype=probe.z.dtype, device=probe.z.device).view(H * V, H, V)
+    return output_map(
+        probe.attention, probe.z, lambda x: _derivatives(probe, mid_site, gate_site, x)
+    )
+
+
+def _derivatives(
+    probe: Probe, mid_site: nn.Module | None, gate_site: nn.Module | None, tangents: Tensor
+) -> Tensor:
+    """The derivatives [N, D] at 0 of `_probe_output_map` in the directions `tangents` [N, H, V]."""
+    T = len(probe.z)
     rows_of: list[Tensor] = []
-    for tangent in eye.split(_PROBE_ROWS):
+    for tangent in tangents.split(_PROBE_ROWS):
         rows = torch.full((len(tangent),), T - 1, device=probe.z.device)
         layer_call = probe.layer_call.at(rows)
         hidden = probe.resid_pre[rows][None]
@@ -363,7 +372,7 @@ def _probe_output_map(
         if derivative is None:
             refuse(probe, "its output does not depend on its attention")
         rows_of.append(derivative.reshape(len(tangent), -1))
-    return torch.cat(rows_of).view(H, V, -1).contiguous()
+    return torch.cat(rows_of)
 
 
 def _gate_site(probe: Probe) -> nn.Module | None:
