@@ -71,6 +71,8 @@ class Decoder:
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         # XLNet states -1: it has no end.
         self.max_length = context if isinstance(context, int) and context > 0 else None
+        # The padding token, where it moves the positions of tokens behind it; None: it does not.
+        self.counted_padding: int | None = None
         self.takes_past = "past_key_values" in takes
         self.counts_past = False  # whether a step's position is given as the length of a cache
         self.steps_checked = False  # whether decode steps were found to equal a whole pass
@@ -160,12 +162,29 @@ class Decoder:
         with exclusively(self.model):
             return fingerprint(self.model)
 
+    def without_padding(self, token_ids: Tensor) -> Tensor:
+        """Token ids with another in place of `counted_padding`."""
+        if self.counted_padding is None:
+            return token_ids
+        other = (self.counted_padding + 1) % self.vocab_size
+        return token_ids.where(token_ids != self.counted_padding, other)
+
+    def _check_padding(self, token_ids: Tensor) -> None:
+        """Raises ValueError for a text in which padding would move other tokens' positions."""
+        pad = self.counted_padding
+        if pad is not None and bool((token_ids == pad).any()):
+            raise ValueError(
+                f"text: holds token {pad}, the padding of {type(self.model).__name__}, which does "
+                "not count it among positions; expected a text without padding"
+            )
+
     def forward(self, token_ids: Tensor, position: int = -1) -> tuple[Tensor, Tensor]:
         """Runs the model on `token_ids` [T].
 
         Returns the states that its head reads, [T, D], and the logits [vocab] at `position`.
         """
         states: list[Tensor] = []
+        self._check_padding(token_ids)
         ids = token_ids.to(self.device)[None]
         position %= len(token_ids)
         kept = torch.tensor([position], device=ids.device)
@@ -188,6 +207,7 @@ class Decoder:
         No row is masked: padding belongs behind the texts.
         """
         states: list[Tensor] = []
+        self._check_padding(token_ids)
         ids = token_ids.to(self.device)
         # A number would let some models leave rows out of their last layers.
         last = torch.tensor([ids.shape[1] - 1], device=ids.device)
@@ -207,6 +227,7 @@ class Decoder:
         Returns as `forward` does: states [1, D] and logits [vocab].
         """
         states: list[Tensor] = []
+        self._check_padding(torch.tensor(token_id))
         ids = torch.tensor([[token_id]], device=self.device)
         placed: dict[str, Any] = {}
         if self.counts_past:

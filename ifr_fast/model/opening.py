@@ -122,6 +122,7 @@ def _probing(model: PreTrainedModel) -> Iterator[None]:
 
 def _open(decoder: Decoder) -> None:
     hooks = hook_keys(decoder.model)
+    decoder.counted_padding = None
     decoder.attention_through, decoder.blocks = _open_blocks(decoder)
     check_embeddings(decoder)
     check_packed(decoder.model, lambda: decoder.forward(probe_tokens(decoder)))
@@ -169,7 +170,8 @@ def probe_tokens(decoder: Decoder) -> Tensor:
     """A short text of random tokens [T]."""
     n_tokens = min(_PROBE_LENGTH, decoder.max_length or _PROBE_LENGTH)
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(decoder.vocab_size, (n_tokens,), generator=generator)
+    token_ids = torch.randint(decoder.vocab_size, (n_tokens,), generator=generator)
+    return decoder.without_padding(token_ids)
 
 
 def _open_blocks(decoder: Decoder) -> tuple[AttentionThrough, list[Block]]:

@@ -16,6 +16,7 @@ from .decoder import Decoder
 from .hooks import (
     LayerCall,
     StopForward,
+    hooked,
     map_tensors,
     on_input,
     on_layer_call,
@@ -189,12 +190,20 @@ def on_end(decoder: Decoder, chain: Chain) -> torch.utils.hooks.RemovableHandle:
 def check_embeddings(decoder: Decoder) -> None:
     """Raises UnsupportedArchitectureError if the first layer is entered with rows that depend on
     other tokens than their own, or if a layer is called with other arguments that do.
+
+    Finds too whether padding in a text moves the positions of the tokens behind it, and how many
+    tokens the table of positions suffices for (RoBERTa's first is number 2).
     """
+    pad = getattr(decoder.model.config.get_text_config(), "pad_token_id", None)
+    decoder.counted_padding = (
+        pad if isinstance(pad, int) and 0 <= pad < decoder.vocab_size else None
+    )
     T = min(_PROBE_LENGTH, decoder.max_length or _PROBE_LENGTH)
-    token_ids = torch.arange(T) % decoder.vocab_size
-    stream, given = _entered(decoder, token_ids)
+    token_ids = decoder.without_padding(torch.arange(T) % decoder.vocab_size)
+    with hooked(*_on_positions(decoder, T)):
+        stream, given = _entered(decoder, token_ids)
     for kept in torch.arange(T).split(max(1, T // 3)):
-        others = (token_ids + 1) % decoder.vocab_size
+        others = decoder.without_padding((token_ids + 1) % decoder.vocab_size)
         others[kept] = token_ids[kept]
         other_stream, other_given = _entered(decoder, others)
         if not bool(same_bits(other_stream[kept], stream[kept])):
@@ -208,6 +217,35 @@ def check_embeddings(decoder: Decoder) -> None:
                 f"model: {type(decoder.model).__name__} calls a layer with an argument that mixes "
                 "several tokens; at a position it has to be made of that position's token alone"
             )
+
+    if decoder.counted_padding is not None:
+        padded, pad = token_ids.clone(), decoder.counted_padding
+        padded[0], decoder.counted_padding = pad, None
+        if T > 1 and not bool(same_bits(_entered(decoder, padded)[0][1:], stream[1:])):
+            decoder.counted_padding = pad
+
+
+def _on_positions(decoder: Decoder, n_tokens: int) -> list[torch.utils.hooks.RemovableHandle]:
+    """Hooks that take from the context what lies before the first number that is looked up in a
+    table of all positions.
+    """
+    context = decoder.max_length
+
+    def look(ids: Tensor) -> None:
+        first = ids.flatten()[:1]
+        if ids.numel() == n_tokens and torch.equal(
+            ids.flatten(), first + torch.arange(n_tokens, device=ids.device)
+        ):
+            assert context is not None
+            decoder.max_length = context - int(first)
+
+    tables = [
+        module
+        for module in decoder.model.modules()
+        if isinstance(module, nn.Embedding) and module.num_embeddings == context
+    ]
+    words = decoder.model.get_input_embeddings()
+    return [on_input(module, look) for module in tables if module is not words]
 
 
 def _entered(decoder: Decoder, token_ids: Tensor) -> tuple[Tensor, list[Tensor]]:

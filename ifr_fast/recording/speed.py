@@ -47,7 +47,7 @@ def measure_speed(decoder: Decoder) -> Speed:
     """Times the middle layer on a few hundred rows: all but attention, then attention alone."""
     n_rows = min(256, decoder.max_length or 256)
     n_keys = 2048
-    ids = torch.arange(n_rows) % decoder.vocab_size
+    ids = decoder.without_padding(torch.arange(n_rows) % decoder.vocab_size)
     around = prefill.frame(decoder, ids)
     middle = decoder.n_layers // 2
     block, call = decoder.blocks[middle], around.calls[middle]

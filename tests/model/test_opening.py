@@ -9,14 +9,16 @@ import pytest
 import torch
 from opened import tiny_tracer
 from refusals import assert_refused, attend, feed, llama_with
-from tiny import VOCAB, tiny_model
+from tiny import VOCAB, tiny_model, tiny_text
 from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
+    AutoModelForCausalLM,
     BertConfig,
     BertLMHeadModel,
     BertModel,
+    RobertaConfig,
     RoFormerConfig,
     RoFormerForCausalLM,
     T5Config,
@@ -26,6 +28,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from ifr_fast import Tracer, UnsupportedArchitectureError
+from ifr_fast.survey.sweep import sweep
 
 SHAPE = {
     "vocab_size": VOCAB,
@@ -176,3 +179,35 @@ def test_attention_that_is_not_what_its_mask_says_is_refused(
     model.set_attn_implementation("windowed_for_a_test")
     with pytest.raises(UnsupportedArchitectureError, match="when its attention is"):
         Tracer(model)
+
+
+@pytest.mark.parametrize("pad", [0, 1, 5])
+def test_positions_that_padding_does_not_count_in(pad: int) -> None:
+    """RoBERTa's positions begin behind its padding token's number, and padding has none."""
+    torch.manual_seed(0)
+    config = RobertaConfig(**SHAPE, intermediate_size=40, is_decoder=True, pad_token_id=pad)
+    tracer = Tracer(AutoModelForCausalLM.from_config(config))
+    context = config.max_position_embeddings - pad - 1
+    assert tracer.decoder.max_length == context
+    text = tiny_text(context)
+    text[text == pad] = pad + 1
+    tracer.trace(text)
+    assert len(list(tracer.generate(text[:-2], max_new_tokens=9, eos_token_id=[]))) == 3
+    with pytest.raises(ValueError, match=f"the model's context holds {context}"):
+        tracer.trace(torch.cat([text, text[:1]]))
+    text[3] = pad
+    for use in (
+        lambda: tracer.trace(text),
+        lambda: tracer.trace([text, text[:5]]),
+        lambda: sweep(tracer.decoder, [text], 0.02, tracer.kernel),
+        lambda: next(tracer.generate(text[:9], max_new_tokens=2)),
+    ):
+        with pytest.raises(ValueError, match=f"holds token {pad}, the padding of Roberta"):
+            use()
+
+
+def test_padding_that_is_a_token_like_others() -> None:
+    for family in ("llama", "gpt2", "bart", "opt"):
+        tracer = tiny_tracer(family)
+        assert tracer.decoder.counted_padding is None
+        assert tracer.decoder.max_length == 96
