@@ -324,7 +324,7 @@ class Tracer:
         check_count("max_new_tokens", max_new_tokens)
         choose = chooser(do_sample, temperature, top_k, top_p, logits_processor, generator)
         text = self._recorder.encoded(prompt, add_special_tokens)
-        stop = stop_tokens(self.model, eos_token_id)
+        stop = stop_tokens(self.model, eos_token_id, self.decoder.vocab_size)
         options = (choose, stop, max_new_tokens, threshold, granularity)
         return steps(self._recorder, self.kernel, text, *options)
 

@@ -183,6 +183,8 @@ IDS = torch.tensor([1, 2, 3])
         (lambda t: t.generate(IDS, do_sample="x"), r"do_sample: expected True or False, got 'x'"),
         (lambda t: t.generate(IDS, do_sample=True, top_k=True), r"top_k: expected an int"),
         (lambda t: t.generate(IDS, eos_token_id=["x"]), r"eos_token_id: expected an int, got 'x'"),
+        (lambda t: t.generate(IDS, eos_token_id=10**6), "eos_token_id: expected at most "),
+        (lambda t: t.generate(IDS, eos_token_id=[0, -1]), "eos_token_id: expected at least 0"),
         (lambda t: t.generate(IDS, generator=3), r"generator: expected a torch.Generator"),
         (lambda t: t.trace(IDS).top_paths(10**21), r"k: expected at most 2147483647"),
         (lambda t: t.trace(IDS, position=10**5000), r"position: expected -3 to 2, got a int"),

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
@@ -32,11 +35,26 @@ for command in (trace, generate, bench, plan, survey, report, circuits, doctor):
     app.command()(command)
 
 
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Within, a warning is one line that names no source file."""
+
+    def line(message: Warning | str, *_: object, **__: object) -> str:
+        return f"warning: {printable(' '.join(str(message).split()))}\n"
+
+    before = warnings.formatwarning
+    warnings.formatwarning = line
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
+
+
 def run() -> None:
     """Runs the command. A wrong argument, or something that this machine lacks, is printed as one
-    line, and the exit code is 2.
+    line, and the exit code is 2. Warnings are one line each.
     """
-    with checked_streams():
+    with checked_streams(), _plain_warnings():
         try:
             try:
                 app()

@@ -63,14 +63,17 @@ def chooser(
     return choose
 
 
-def stop_tokens(model: Any, given: int | Iterable[int] | None) -> set[int]:
+def stop_tokens(model: Any, given: int | Iterable[int] | None, vocab_size: int) -> set[int]:
     """The ids that end a generation: those given, or the model's own. Raises ValueError for ids
-    that are no ints.
+    that are no ints, and for given ones that are outside of the model's vocabulary.
     """
-    if given is None:
+    own = given is None
+    if own:
         config = getattr(model, "generation_config", None)
         given = getattr(config, "eos_token_id", None)
     if given is None:
         return set()
     several = listed("eos_token_id", given) if isinstance(given, Iterable) else [given]
-    return {as_index("eos_token_id", i) for i in several}
+    if own:
+        return {as_index("eos_token_id", i) for i in several}
+    return {check_count("eos_token_id", i, 0, vocab_size - 1) for i in several}

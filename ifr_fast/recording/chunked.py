@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -37,6 +38,18 @@ def record_in_chunks(
     Raises IfrError where the model's states are not finite or the file cannot be written, and
     FormatError where the file holds something else.
     """
+    with nullcontext() if path is None else mapped_file.alone(path):
+        return _record_in_chunks(decoder, token_ids, tokens, position, place, path)
+
+
+def _record_in_chunks(
+    decoder: Decoder,
+    token_ids: Tensor,
+    tokens: list[str],
+    position: int,
+    place: torch.device | None,
+    path: str | os.PathLike[str] | None,
+) -> Recording:
     T, n_rows = len(token_ids), prefill.chunk_rows(decoder.device)
     position %= T
     checked_rows = kept_rows(T, position)

@@ -16,16 +16,18 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import xxhash
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import FormatError
+from ..errors import FormatError, IfrError
 from ..storage.checksums import checksum_of_json, damaged
 from ..storage.files import whole_file
 from ..storage.tensors import Format, checksum, version_of
@@ -146,6 +148,29 @@ def _last(commits: Tensor) -> int | None:
     records = [(record, digest) for *record, digest in commits.tolist()]
     whole = [i for i, (record, digest) in enumerate(records) if _digest(record) == digest]
     return max(whole, key=lambda i: records[i][0][0], default=None)
+
+
+@contextmanager
+def alone(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Within, no other run records into `path`: a lock lies beside the file. Raises IfrError if
+    another run does.
+    """
+    place = f"{os.path.realpath(path)}.lock"
+    lock = FileLock(place, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise IfrError(
+            f"{path}: another run is recording into it; wait for its end, or expected a new path"
+        ) from error
+    except OSError:  # a folder that only can be read may hold a complete file
+        yield
+        return
+    try:
+        yield
+    finally:
+        Path(place).unlink(missing_ok=True)
+        lock.release()
 
 
 def create(

@@ -142,3 +142,17 @@ main()
 """
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
     assert (ran.returncode, ran.stdout, ran.stderr) == (130, b"", b"")
+
+
+def test_warnings_are_one_plain_line() -> None:
+    """They name no source file. Python itself prints them, so the command runs on its own."""
+    code = (
+        "import sys, warnings; from ifr_fast.cli import root; "
+        "root.app = lambda: warnings.warn('one [thing]\\nand \x1b[31m another', stacklevel=1); "
+        "root.run()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    (found,) = [line for line in done.stderr.splitlines() if "thing" in line]
+    assert found.startswith("warning: one [thing] and ")
+    assert "\x1b" not in found
+    assert ".py" not in found

@@ -18,7 +18,8 @@ def test_it_ends_with_eos_and_with_the_context(monkeypatch: pytest.MonkeyPatch) 
     prompt = tiny_text(PROMPT)
     ids = [step.token_id for step in tracer.generate(prompt, **OPTIONS)]
     end = next(t for t in ids[2:] if t not in ids[:2])
-    for eos in (end, [end, VOCAB + 1]):
+    unused = next(t for t in range(VOCAB) if t not in ids)
+    for eos in (end, [end, unused]):
         got = [s.token_id for s in tracer.generate(prompt, **OPTIONS | {"eos_token_id": eos})]
         assert got == ids[: ids.index(end) + 1]
     monkeypatch.setattr(tracer.model.generation_config, "eos_token_id", end)

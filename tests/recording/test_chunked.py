@@ -19,7 +19,7 @@ import ifr_fast.recording.plan
 import ifr_fast.recording.recorder
 from ifr_fast import FormatError, IfrError, Tracer
 from ifr_fast.kernels import eager
-from ifr_fast.recording.mapped_file import open_file
+from ifr_fast.recording.mapped_file import alone, open_file
 from ifr_fast.recording.plan import Place
 from ifr_fast.recording.prefill import is_chunkable
 from ifr_fast.scoring.layer import score_layer
@@ -218,6 +218,18 @@ def test_states_that_are_not_finite_are_refused(tmp_path: Path) -> None:
         model.model.layers[1].mlp.down_proj.weight.fill_(3e38)
     with pytest.raises(IfrError, match="not finite after layer 1 in"):
         tracer.record(tiny_text(T), path=tmp_path / "recording")
+
+
+@pytest.mark.usefixtures("chunks")
+def test_two_runs_into_one_file_do_not_meet(tmp_path: Path) -> None:
+    """The second is refused while the first is under way, and reads its file afterwards."""
+    tracer, path = tiny_tracer("llama"), tmp_path / "text.rec"
+    with alone(path), pytest.raises(IfrError, match="another run is recording into it"):
+        tracer.record(tiny_text(T), path=path)
+    assert not list(tmp_path.iterdir())
+    first = tracer.record(tiny_text(T), path=path)
+    assert_same_bits(first, tracer.record(tiny_text(T), path=path))
+    assert [x.name for x in tmp_path.iterdir()] == [path.name]
 
 
 @pytest.mark.usefixtures("chunks")
