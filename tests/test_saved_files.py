@@ -83,3 +83,9 @@ def tensors_of(path: Path) -> dict[str, tuple[str, list[int], bytes]]:
 def fields_of(path: Path) -> dict[str, object]:
     with safe_open(str(path), "pt") as file:
         return json.loads(file.metadata()["fields"])
+
+
+def test_a_directory_is_no_file(tmp_path: Path) -> None:
+    for load in (RouteGraph.load, Routes.load, Tracer(tiny_model("llama")).load_recording):
+        with pytest.raises(FormatError, match="is a directory; expected a file"):
+            load(tmp_path)

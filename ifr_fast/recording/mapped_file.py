@@ -30,7 +30,7 @@ from torch import Tensor
 from ..errors import FormatError, IfrError
 from ..storage.checksums import checksum_of_json, damaged
 from ..storage.files import whole_file
-from ..storage.tensors import Format, checksum, version_of
+from ..storage.tensors import Format, check_is_file, checksum, version_of
 
 FORMAT = Format("ifr_fast.recording", version=2, oldest=1, checked_from=2)
 _COMMITS = "commits"
@@ -212,6 +212,7 @@ def open_file(path: str | os.PathLike[str], *, writable: bool = False) -> Mapped
 
     Raises FormatError for a truncated or foreign file, and for one whose header is damaged.
     """
+    check_is_file(path)
     try:
         return _mapped(Path(os.path.realpath(path)), writable)
     except FileNotFoundError as error:

@@ -77,6 +77,7 @@ def load_tensors(
 
     Raises FormatError for a truncated, foreign or damaged file.
     """
+    check_is_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -90,6 +91,12 @@ def load_tensors(
         raise FormatError(f"{path}: no such file") from error
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise FormatError(f"{path}: not a whole {kind.name} file ({error})") from error
+
+
+def check_is_file(path: str | os.PathLike[str]) -> None:
+    """Raises FormatError for a directory."""
+    if os.path.isdir(path):
+        raise FormatError(f"{path}: is a directory; expected a file")
 
 
 def version_of(path: str | os.PathLike[str], metadata: Mapping[str, str], kind: Format) -> int:
