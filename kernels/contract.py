@@ -32,7 +32,9 @@ class Pattern(Protocol):
     """Attention weights that are no softmax, made for a block of rows at a time."""
 
     def weights(self, rows: Tensor, n_keys: int) -> Tensor:
-        """[H, R, n_keys] of `rows` [R] (int64, CPU, ascending), 0 where a key is later."""
+        """[H, R, n_keys], contiguous, of `rows` [R] (int64, CPU, ascending); 0 where a key is later
+        than its row.
+        """
         ...
 
     def to(self, dtype: torch.dtype, /) -> Pattern:

@@ -159,7 +159,9 @@ def decompose(index: int, probe: Probe) -> _Parts:
         half = _run(probe, x, z / 2)
         step = whole.output - zero.output
         additive = relative_error((half.output - zero.output) * 2, step, whole.output) < TOLERANCE
-        if not torch.equal(whole.output, zero.output) and additive:
+        # A layer without an FFN; a norm of its heads may be in the way of halves.
+        alone = relative_error(x + whole.attention_output, whole.output) < TOLERANCE
+        if not torch.equal(whole.output, zero.output) and (additive or alone):
             bias = zero.attention_output
             summed, passed = x + whole.attention_output, None
             if not torch.equal(bias, moved.attention_output):
@@ -285,9 +287,7 @@ def _close(probe: Probe, parts: _Parts, attended: Tensor, beside: Tensor) -> _Pa
 
     def gate_sites() -> Iterator[nn.Module | None]:
         yield None
-        site = _gate_site(probe)
-        if site is not None:
-            yield site
+        yield from _gate_sites(probe)
 
     errors = []
     for gate_site in gate_sites():
@@ -375,8 +375,9 @@ def _derivatives(
     return torch.cat(rows_of)
 
 
-def _gate_site(probe: Probe) -> nn.Module | None:
-    """The first submodule of the attention module that reads its output for all heads at once.
+def _gate_sites(probe: Probe) -> list[nn.Module]:
+    """The submodules of the attention module that read its output for all heads at once, in the
+    order of their calls.
 
     A submodule that makes a gate may be called after attention too. It reads the same numbers
     whatever attention gives.
@@ -405,7 +406,7 @@ def _gate_site(probe: Probe) -> nn.Module | None:
         return found
 
     pairs = zip(inputs(probe.z), inputs(torch.zeros_like(probe.z)), strict=True)
-    return next((module for (module, x), (_, y) in pairs if not torch.equal(x, y)), None)
+    return list(dict.fromkeys(module for (module, x), (_, y) in pairs if not torch.equal(x, y)))
 
 
 def _branches(

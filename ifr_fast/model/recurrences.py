@@ -24,7 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedArchitectureError
+from ..kernels.contract import Pattern
 from ..kernels.recurrences.gated_delta import GatedDelta
+from ..kernels.recurrences.state_space import StateSpace
 from .attention import AttentionCall, Recurrence
 from .hooks import in_this_thread, marked
 from .masks import causal_mask
@@ -35,7 +37,7 @@ class _Seen(NamedTuple):
 
     v: Tensor  # [B, T, H, V]
     parts: tuple[Tensor, ...]  # [B, T, ...], the fields of `kind`
-    kind: Callable[..., GatedDelta]
+    kind: Callable[..., Pattern]
 
 
 def _gated_delta(
@@ -59,11 +61,44 @@ def _gated_delta(
         q, k = (x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for x in (q, k))
     group = value.shape[2] // key.shape[2]
     q, k = (x.repeat_interleave(group, dim=2) if group > 1 else x for x in (q, k))
+    g = g if g.ndim == 4 else g[..., None]  # one for each channel in Kimi delta attention
     return _Seen(value, (q * q.shape[-1] ** -0.5, k, g.to(wide), beta.to(wide)), GatedDelta)
 
 
+def _state_space(
+    hidden_states: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int = 0,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    **_: Any,
+) -> _Seen:
+    """The arguments of `mamba2_chunk_scan`, as its recurrence uses them."""
+    if initial_states is not None:
+        raise UnsupportedArchitectureError("model: a recurrence begins with a state of its own")
+    wide = torch.promote_types(hidden_states.dtype, torch.float32)
+    if dt_bias is not None:
+        dt = dt + dt_bias.to(dt.dtype)
+    if dt_softplus:
+        dt = nn.functional.softplus(dt)
+    dt = dt.clamp(*dt_limit).to(wide)
+    skipped = torch.zeros_like(dt) if D is None else D.to(wide).expand(dt.shape).contiguous()
+    parts = (C.to(wide), B.to(wide), A.to(wide) * dt, dt, skipped)
+    return _Seen(hidden_states, parts, StateSpace)
+
+
 # By the names of transformers' functions.
-_RECURRENCES: dict[str, Callable[..., _Seen]] = {"torch_chunk_gated_delta_rule": _gated_delta}
+_RECURRENCES: dict[str, Callable[..., _Seen]] = {
+    "torch_chunk_gated_delta_rule": _gated_delta,
+    "chunk_kimi_delta_attention": _gated_delta,
+    "mamba2_chunk_scan": _state_space,
+}
 
 
 def mixers(model: nn.Module) -> list[nn.Module]:
@@ -149,7 +184,8 @@ def _instead(
         if mixer is None or not watched():
             return own(*args, **kwargs)
         seen = read(*args, **kwargs)
-        output, *rest = own(*args, **kwargs)
+        returned = own(*args, **kwargs)
+        output = returned if isinstance(returned, Tensor) else returned[0]
         v = seen.v
         B, T, H, _ = v.shape
         none = v.new_empty(B, H, T, 0)
@@ -166,7 +202,8 @@ def _instead(
                 recurrence=Recurrence(seen.parts, seen.kind, output.view(v.shape)),
             )
         )
-        return (z.reshape(output.shape).to(output.dtype), *rest)
+        z = z.reshape(output.shape).to(output.dtype)
+        return z if returned is output else (z, *returned[1:])
 
     return marked(called)
 

@@ -50,7 +50,7 @@ def test_some_weights_are_negative(traced: tuple[Tracer, list[LayerImportance]])
     layers = tracer.record(hybrid_text()).layers
     signed = [x.recurrence.pattern().weights(torch.arange(N_TOKENS), N_TOKENS) for x in layers
               if x.recurrence is not None]  # fmt: skip
-    assert len(signed) == 2
+    assert len(signed) == sum(block.recurrence_size > 0 for block in tracer.decoder.blocks) > 1
     assert min(float(x.min()) for x in signed) < -1e-3
 
 

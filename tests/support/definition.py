@@ -54,6 +54,7 @@ class _Watch(TorchFunctionMode):
         self.seen: list[_Attention] = []
         self.answer: Callable[[Tensor], Tensor] | None = None
         self.answered = False
+        self.is_run = True  # the whole model's run, and not one layer's
         self.only_residual = False  # whether products with weights have no derivative
 
     def __torch_function__(
@@ -77,11 +78,19 @@ class _Watch(TorchFunctionMode):
                 return _held(func(*args, **kwargs))
         return func(*args, **kwargs)
 
-    def attend(self, pattern: Tensor, v: Tensor) -> Tensor:
-        """A product of weights [..., T, T], which may be negative, and values [..., T, V]."""
-        with torch._C.DisableTorchFunction():
-            out = pattern @ v
-        return self._attended(pattern, v, out)
+    def attend(self, weights: Callable[[], Tensor], v: Tensor, out: Tensor) -> Tensor:
+        """A recurrence of the values [..., T, V] with the output `out`, and with these weights
+        [..., T, T], which may be negative.
+        """
+        if self.is_run:
+            pattern = weights()
+            with torch._C.DisableTorchFunction():
+                assert torch.allclose(out, pattern @ v, rtol=0, atol=1e-6 * float(out.abs().max()))
+            return self._attended(pattern, v, out)
+        if self.answer is None:
+            return out
+        self.answered = True
+        return self.answer(out)
 
     def _attended(self, pattern: Tensor, v: Tensor, out: Tensor) -> Tensor:
         if self.answer is not None:
@@ -172,6 +181,7 @@ def importances_by_definition(model: PreTrainedModel, token_ids: Tensor) -> list
     try:
         with torch.no_grad(), by_weights(model, watch.attend):
             layers = _run(model, token_ids, watch)
+            watch.is_run = False
             if len(watch.seen) != len(layers):
                 raise NoAccountError(f"{len(watch.seen)} attentions in {len(layers)} layers")
             return [

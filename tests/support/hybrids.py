@@ -38,12 +38,47 @@ _EXPERTS = {
     "moe_intermediate_size": 20,
     "shared_expert_intermediate_size": 24,
 }
+_KIMI = {
+    "head_dim": None,
+    "num_key_value_heads": 6,
+    "q_lora_rank": None,
+    "kv_lora_rank": 8,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+    "linear_num_heads": 4,
+    "linear_head_dim": 6,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "mlp_layer_types": ["dense", "sparse", "dense"],
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 20,
+}
+_STATES = {
+    "mamba_n_heads": 6,
+    "mamba_d_head": 12,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 2,
+    "mamba_expand": 2,
+    "mamba_chunk_size": 16,
+}
+_GRANITE = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "shared_intermediate_size": 24,
+}
+_MAMBA = {"num_heads": 6, "head_dim": 12, "state_size": 8, "n_groups": 2, "chunk_size": 16}
 # The configuration's class, and its arguments.
 HYBRIDS: dict[str, tuple[str, dict[str, object]]] = {
     "qwen3_next": ("Qwen3NextConfig", _DELTA | _EXPERTS),
     "qwen3_5": ("Qwen3_5TextConfig", _DELTA),
     "qwen3_5_moe": ("Qwen3_5MoeTextConfig", _DELTA | _EXPERTS),
     "olmo_hybrid": ("OlmoHybridConfig", _DELTA),
+    "kimi_linear": ("KimiLinearConfig", _KIMI),
+    "bamba": ("BambaConfig", _STATES | {"attn_layer_indices": [1]}),
+    "granite_hybrid": ("GraniteMoeHybridConfig", _STATES | _GRANITE),
+    "mamba2": ("Mamba2Config", _MAMBA),
 }
 N_TOKENS = 70  # more than a chunk of the recurrence
 

@@ -16,20 +16,54 @@ import torch
 from torch import Tensor, nn
 
 # The function that a forward pass calls, and the one that computes it step by step.
-STEP_BY_STEP = {"torch_chunk_gated_delta_rule": "torch_recurrent_gated_delta_rule"}
-Attend = Callable[[Tensor, Tensor], Tensor]  # of M [1, H, T, T] and v [1, H, T, V]
+STEP_BY_STEP = {
+    "torch_chunk_gated_delta_rule": "torch_recurrent_gated_delta_rule",
+    "chunk_kimi_delta_attention": "recurrent_kimi_delta_attention",
+    "mamba2_chunk_scan": "mamba2_selective_state_update",
+}
+# Of M [1, H, T, T], which it may not ask for, v [1, H, T, V] and the model's own output.
+Attend = Callable[[Callable[[], Tensor], Tensor, Tensor], Tensor]
 
 
-def _gated_delta(own: Callable[..., Any], given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def _gated_delta(own: Callable[..., Any], given: dict[str, Any]) -> Tensor:
     v = given["value"]
     (_, T, H, _), options = v.shape, given | {"output_final_state": False}
     options.pop("chunk_size", None)
+    options = {"initial_state": None} | options
     eye = torch.eye(T, dtype=v.dtype)[None, :, None].expand(1, T, H, T)
     weights, _ = own(**{**options, "value": eye})
-    return weights.permute(0, 2, 1, 3), v.transpose(1, 2)
+    return weights.permute(0, 2, 1, 3)
 
 
-_WEIGHTS = {"torch_chunk_gated_delta_rule": _gated_delta}
+def _state_space(own: Callable[..., Any], given: dict[str, Any]) -> Tensor:
+    v, A, B = given["hidden_states"], given["A"], given["B"]
+    (_, T, H, _), N, eye = v.shape, B.shape[-1], torch.eye(v.shape[1], dtype=v.dtype)
+    low, high = given["dt_limit"]
+    assert (low, high) == (0.0, float("inf"))
+    state = torch.zeros(1, H, T, N, dtype=v.dtype)
+    rows = []
+    for t in range(T):
+        out = own(
+            state,
+            eye[t].expand(1, H, T),
+            given["dt"][:, t, :, None].expand(1, H, T),
+            A[:, None, None].expand(H, T, N),
+            B[:, t],
+            given["C"][:, t],
+            given["D"][:, None].expand(H, T),
+            dt_bias=given["dt_bias"][:, None].expand(H, T),
+            dt_softplus=given["dt_softplus"],
+        )
+        rows.append(out)
+    return torch.stack(rows, 2)
+
+
+# What computes the weights, and the argument that holds the values.
+_WEIGHTS = {
+    "torch_chunk_gated_delta_rule": (_gated_delta, "value"),
+    "chunk_kimi_delta_attention": (_gated_delta, "value"),
+    "mamba2_chunk_scan": (_state_space, "hidden_states"),
+}
 
 
 @contextmanager
@@ -49,9 +83,16 @@ def by_weights(model: nn.Module, attend: Attend) -> Iterator[None]:
 
 
 def _weighted(own: Callable[..., Any], name: str, steps: Any, attend: Attend) -> Callable[..., Any]:
-    def called(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    def called(*args: Any, **kwargs: Any) -> Any:
         bound = inspect.signature(own).bind(*args, **kwargs).arguments
         given = {**bound, **bound.pop("kwargs", {})}
-        return attend(*_WEIGHTS[name](steps, given)).transpose(1, 2), None
+        returned = own(*args, **kwargs)
+        output = returned if isinstance(returned, Tensor) else returned[0]
+        weights, v = _WEIGHTS[name]
+        out = attend(
+            lambda: weights(steps, given), given[v].transpose(1, 2), output.transpose(1, 2)
+        )
+        out = out.transpose(1, 2)
+        return out if isinstance(returned, Tensor) else (out, None)
 
     return called

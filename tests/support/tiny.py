@@ -720,8 +720,9 @@ REFUSALS = {
         r"layer model\.layers\.0 mixes positions by conv \(Lfm2ShortConv\)",
     ),
     "mamba": Refusal(
-        "Mamba, and other state-space models",
-        "a state has no weights by which its sources could be told apart",
+        "Mamba, Jamba, FalconMamba, RecurrentGemma, RWKV",
+        "its states decay by other numbers in each channel, so that no weight of a head says how "
+        "much of its output came from which position",
         _config("Mamba", {}, vocab_size=VOCAB, hidden_size=36, num_hidden_layers=2),
         r"no softmax attention .*layer backbone\.layers\.0 mixes positions by mixer \(MambaMixer",
     ),
