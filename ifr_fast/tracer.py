@@ -360,7 +360,7 @@ class Tracer:
         """
         layer = index_within("layer", layer, self.decoder.n_layers)
         if head is not None:
-            head = index_within("head", head, self.decoder.n_heads)
+            head = index_within("head", head, self.decoder.heads_at(layer))
         recording = self._recorder.record(text, add_special_tokens=add_special_tokens)
         return contribution_map(recording, layer, head, self.kernel)
 

@@ -85,7 +85,7 @@ class PartChoice(NamedTuple):
             raise ValueError("source: goes with head")
         layer = index_within("layer", layer, decoder.n_layers)
         if head is not None:
-            head = index_within("head", head, decoder.n_heads)
+            head = index_within("head", head, decoder.heads_at(layer))
         return PartChoice(layer, head, source, neuron)
 
     def output(self, recording: Recording, position: int, bases: NeuronBases) -> Tensor:

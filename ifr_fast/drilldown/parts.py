@@ -77,6 +77,7 @@ def _one_head(inputs: LayerInputs, head: int, n_keys: int) -> LayerInputs:
         sinks=cut(inputs.sinks, 0),
         alibi_slopes=cut(inputs.alibi_slopes, 0),
         log_sum_exp=cut(inputs.log_sum_exp, 1),
+        pattern=None if inputs.pattern is None else inputs.pattern.head(head),
     )
     return one.to(torch.promote_types(inputs.y.dtype, torch.float32))
 

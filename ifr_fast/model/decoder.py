@@ -92,6 +92,10 @@ class Decoder:
         """Attention heads of the layer that has most."""
         return max(block.W_O.shape[0] for block in self.blocks)
 
+    def heads_at(self, layer: int) -> int:
+        """Attention heads of one layer."""
+        return self.blocks[layer].W_O.shape[0]
+
     @property
     def has_recurrences(self) -> bool:
         """True if a layer computes linear attention, whose weights are no softmax."""

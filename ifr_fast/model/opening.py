@@ -273,7 +273,12 @@ def _open_blocks(decoder: Decoder) -> tuple[AttentionThrough, list[Block]]:
                 _check_attention(probe, streams[i][0], attended[i])
             read = value_layer(i, [call for call, _ in calls], probe)
             blocks.append(_open_block(i, probe, decoder.max_length or _FAR, read))
-    most = max(block.W_O.shape[0] for block in blocks)
+    heads = [block.W_O.shape[0] for block in blocks]
+    if len(set(heads)) > 1 and not any(block.recurrence_size for block in blocks):
+        raise UnsupportedArchitectureError(
+            f"model: its layers have different numbers of heads: {', '.join(map(str, heads))}"
+        )
+    most = max(heads)
     blocks = [block._replace(model_heads=most) for block in blocks]
     decoder.final_site = outside.reader(plain)
     return through, blocks

@@ -16,6 +16,7 @@ from sweeping import _difference
 from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next
 
 from ifr_fast import IfrError, Tracer, UnsupportedArchitectureError, circuits
+from ifr_fast.drilldown.parts import head_output
 from ifr_fast.model import recurrences
 from ifr_fast.scoring.scores import LayerScores
 
@@ -126,11 +127,19 @@ def test_batches_and_memory(tracer: Tracer) -> None:
 
 
 def test_drilling_down(tracer: Tracer) -> None:
-    recording = tracer.record(hybrid_text())
+    recording = tracer.record(hybrid_text(), mode="full")
     of_heads = [tracer.contribution_map(recording, layer=0, head=h) for h in range(4)]
     whole = tracer.contribution_map(recording, layer=0)
     torch.testing.assert_close(torch.stack(of_heads).sum(0), whole, atol=1e-5, rtol=0)
-    assert not tracer.contribution_map(recording, layer=0, head=5).any()
+    with pytest.raises(ValueError, match="head: expected -4 to 3, got 5"):
+        tracer.contribution_map(recording, layer=0, head=5)
+    of_sources = [head_output(recording, 0, 2, 65, source) for source in range(66)]
+    torch.testing.assert_close(
+        torch.stack(of_sources).sum(0), head_output(recording, 0, 2, 65), atol=1e-4, rtol=1e-4
+    )
+    moved = recording.layers[0].resid_mid[65] - recording.layers[0].resid_pre[65]
+    heads = torch.stack([head_output(recording, 0, h, 65) for h in range(4)]).sum(0)
+    torch.testing.assert_close(heads, moved, atol=1e-3, rtol=1e-3)
 
 
 def test_an_own_forward_pass_is_not_disturbed(tracer: Tracer) -> None:

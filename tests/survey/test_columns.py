@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from definition import importances_by_definition
+from hybrids import hybrid, hybrid_text
 from oracle import LayerImportance, importances
 from tiny import FAMILIES, VOCAB, account, tiny_model, tiny_text
 from torch import Tensor
@@ -187,6 +189,29 @@ def test_all_columns_are_those_of_the_oracle(family: str, poisoned: None) -> Non
             atol=1e-4,
         )
     assert n_checked >= 2, "too many texts have ties"
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "bamba"])
+def test_columns_of_hybrids(name: str, poisoned: None) -> None:
+    """Layers with fewer heads than others have columns of 0 for those that they lack."""
+    model = hybrid(name)
+    texts = [hybrid_text(n, seed=n) for n in (21, 9)]
+    documents = [document(ids, seed=i) for i, ids in enumerate(texts)]
+    found = score(Tracer(model), documents, THRESHOLDS, 64)
+    n_checked = 0
+    for ids, tokens, columns in zip(texts, documents, found, strict=True):
+        layers = importances_by_definition(model, ids[:-1])
+        H = max(len(layer.heads) for layer in layers)
+        layers = [
+            layer._replace(
+                heads=torch.nn.functional.pad(layer.heads, (0, 0, 0, 0, 0, H - len(layer.heads)))
+            )
+            for layer in layers
+        ]
+        if not ties(layers):
+            check(columns, layers, tokens)
+            n_checked += 1
+    assert n_checked > 0, "too many texts have ties"
 
 
 def test_predictions_are_those_of_single_traces() -> None:

@@ -34,7 +34,10 @@ class ModelInfo:
 
 
 def check_plain(decoder: Decoder) -> None:
-    """Raises UnsupportedArchitectureError where a layer does not pass its stream on as it is."""
+    """Raises UnsupportedArchitectureError where a layer does not pass its stream on as it is, or
+    has linear attention.
+    """
+    decoder.refuse_recurrences("the tool's interface has no place for its weights")
     for block in decoder.blocks:
         if block.residual is not None:
             raise UnsupportedArchitectureError(
