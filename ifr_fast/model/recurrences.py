@@ -5,6 +5,10 @@ A recurrence of transformers is a function of a modeling file. While a model is 
 of ours stands in its place there. It runs the model's own, and hands the attention handler a call
 without queries and keys. The call's `recurrence` holds what the weights are made of, and the output
 that the model's own function gave. In threads that watch no model, only the model's own runs.
+
+Lightning attention (arXiv 2401.04658) is written out in its module's forward pass. It is seen
+through the modules before and behind it: the projection that makes q, k and v, and the norm of its
+output.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import UnsupportedArchitectureError
 from ..kernels.contract import Pattern
@@ -105,7 +110,9 @@ def mixers(model: nn.Module) -> list[nn.Module]:
     """The modules of a model that compute a recurrence."""
     found = _mixers.get(model)
     if found is None:
-        found = _mixers[model] = [x for x in model.modules() if _functions_of(x.__class__.forward)]
+        found = _mixers[model] = [
+            x for x in model.modules() if _functions_of(type(x).forward) or _is_lightning(x)
+        ]
     return found
 
 
@@ -133,6 +140,10 @@ def recurrences_through(
         return
     with ExitStack() as stack:
         for mixer in found:
+            if _is_lightning(mixer):
+                for handle in _lightning(mixer, answer):
+                    stack.callback(handle.remove)
+                continue
             stack.callback(mixer.register_forward_pre_hook(in_this_thread(_enter)).remove)
         places = {
             (type(x).__module__, name) for x in found for name in _functions_of(type(x).forward)
@@ -140,6 +151,38 @@ def recurrences_through(
         for place in sorted(places):
             stack.enter_context(_replaced(*place, answer, watched))
         yield
+
+
+def _is_lightning(module: nn.Module) -> bool:
+    """True of MiniMax's lightning attention."""
+    parts = ("slope_rate", "diagonal_decay", "act_fn", "qkv_proj", "norm", "out_proj", "head_dim")
+    return all(hasattr(module, name) for name in parts)
+
+
+def _lightning(mixer: Any, answer: Callable[[AttentionCall], Tensor]) -> Iterator[RemovableHandle]:
+    """Hooks by which `answer` gives the output of a lightning attention,
+
+    o_t = sum over j <= t of exp(-slope (t - j)) (q_t . k_j) v_j.
+    """
+    projected: list[Tensor] = []
+
+    def keep(_: nn.Module, __: Any, qkv: Tensor) -> None:
+        projected[:] = [qkv]
+
+    def change(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        (qkv,), (output, *rest) = projected, args
+        d = mixer.head_dim
+        qkv = mixer.act_fn(qkv).unflatten(-1, (-1, 3 * d))
+        q, k, v = qkv.split(d, dim=3)  # [B, T, H, d]
+        wide = torch.promote_types(v.dtype, torch.float32)
+        ones = torch.ones(v.shape[:3], dtype=wide, device=v.device)
+        a = -mixer.slope_rate.view(-1).to(wide) * ones
+        seen = _Seen(v, (q.to(wide), k.to(wide), a, ones, torch.zeros_like(ones)), StateSpace)
+        z = answer(_call(mixer, seen, output))
+        return z.reshape(output.shape).to(output.dtype), *rest
+
+    yield mixer.qkv_proj.register_forward_hook(in_this_thread(keep))
+    yield mixer.norm.register_forward_pre_hook(in_this_thread(change))
 
 
 def _enter(mixer: nn.Module, *_: Any) -> None:
@@ -186,26 +229,19 @@ def _instead(
         seen = read(*args, **kwargs)
         returned = own(*args, **kwargs)
         output = returned if isinstance(returned, Tensor) else returned[0]
-        v = seen.v
-        B, T, H, _ = v.shape
-        none = v.new_empty(B, H, T, 0)
-        z = answer(
-            AttentionCall(
-                mixer,
-                none,
-                none,
-                v.transpose(1, 2),
-                _mask(v.device),
-                1.0,
-                None,
-                None,
-                recurrence=Recurrence(seen.parts, seen.kind, output.view(v.shape)),
-            )
-        )
-        z = z.reshape(output.shape).to(output.dtype)
+        z = answer(_call(mixer, seen, output)).reshape(output.shape).to(output.dtype)
         return z if returned is output else (z, *returned[1:])
 
     return marked(called)
+
+
+def _call(mixer: nn.Module, seen: _Seen, output: Tensor) -> AttentionCall:
+    v = seen.v
+    B, T, H, _ = v.shape
+    none, z = v.new_empty(B, H, T, 0), output.reshape(v.shape)
+    made_of = Recurrence(seen.parts, seen.kind, z)
+    v = v.transpose(1, 2)
+    return AttentionCall(mixer, none, none, v, _mask(v.device), 1.0, None, None, recurrence=made_of)
 
 
 @functools.cache

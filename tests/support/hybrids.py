@@ -69,6 +69,12 @@ _GRANITE = {
     "shared_intermediate_size": 24,
 }
 _MAMBA = {"num_heads": 6, "head_dim": 12, "state_size": 8, "n_groups": 2, "chunk_size": 16}
+_LIGHTNING = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "block_size": 16,
+}
 # The configuration's class, and its arguments.
 HYBRIDS: dict[str, tuple[str, dict[str, object]]] = {
     "qwen3_next": ("Qwen3NextConfig", _DELTA | _EXPERTS),
@@ -79,6 +85,7 @@ HYBRIDS: dict[str, tuple[str, dict[str, object]]] = {
     "bamba": ("BambaConfig", _STATES | {"attn_layer_indices": [1]}),
     "granite_hybrid": ("GraniteMoeHybridConfig", _STATES | _GRANITE),
     "mamba2": ("Mamba2Config", _MAMBA),
+    "minimax": ("MiniMaxConfig", _LIGHTNING),
 }
 N_TOKENS = 70  # more than a chunk of the recurrence
 

@@ -70,6 +70,12 @@ _WEIGHTS = {
 def by_weights(model: nn.Module, attend: Attend) -> Iterator[None]:
     """Within, every recurrence of the model is computed by `attend` from its weights."""
     changed = []
+    handles = [
+        handle
+        for module in model.modules()
+        if hasattr(module, "slope_rate")
+        for handle in _lightning(module, attend)
+    ]
     for file in {type(module).__module__ for module in model.modules()}:
         names = vars(sys.modules[file])
         for name in STEP_BY_STEP.keys() & names.keys():
@@ -78,8 +84,31 @@ def by_weights(model: nn.Module, attend: Attend) -> Iterator[None]:
     try:
         yield
     finally:
+        for handle in handles:
+            handle.remove()
         for names, name, own in changed:
             names[name] = own
+
+
+def _lightning(module: Any, attend: Attend) -> Iterator[Any]:
+    """MiniMax's, which has no function of its own: the norm behind it reads its output."""
+    made: list[Tensor] = []
+
+    def change(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        (x,) = args
+        heads = module.act_fn(made.pop()).unflatten(-1, (-1, 3, module.head_dim))[0]
+        q, k, v = heads.permute(2, 1, 0, 3)[:, None]  # [1, H, T, d]
+        t = torch.arange(x.shape[1])
+
+        def weights() -> Tensor:
+            decay = torch.exp(-module.slope_rate * (t[:, None] - t)).tril()
+            return (q @ k.transpose(-1, -2)) * decay
+
+        out = x.unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
+        return (attend(weights, v, out).transpose(1, 2).reshape(x.shape),)
+
+    yield module.qkv_proj.register_forward_hook(lambda _, __, out: made.append(out))
+    yield module.norm.register_forward_pre_hook(change)
 
 
 def _weighted(own: Callable[..., Any], name: str, steps: Any, attend: Attend) -> Callable[..., Any]:
