@@ -54,6 +54,11 @@ class Block(NamedTuple):
         return self.mid_site is None
 
     @property
+    def unmixed(self) -> bool:
+        """True if the layer mixes no positions (unmixed.py)."""
+        return self.attention is self.module
+
+    @property
     def fits_rows(self) -> bool:
         """True if a row's factors are found from its attention output z, which is kept for that."""
         of = self.residual

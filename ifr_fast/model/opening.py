@@ -52,6 +52,7 @@ from .probing import Probe, decompose, probe_rows, refuse
 from .quantized import check_packed, packed_as_plain
 from .reasons import (
     forward_errors_named,
+    mixes_nothing,
     why_no_attention,
     why_no_parts,
     why_not_one_each,
@@ -59,6 +60,7 @@ from .reasons import (
 )
 from .replay import replay_rows, stopped_at
 from .stream import StreamOutside, check_embeddings, check_n_keys
+from .unmixed import open_unmixed
 from .values import check_values, value_layer, value_span
 
 _PROBE_LENGTH = 11  # a prime, so that it collides with no other dimension
@@ -211,17 +213,17 @@ def _open_blocks(decoder: Decoder) -> tuple[AttentionThrough, list[Block]]:
             f"model: {type(model).__name__} computes no softmax attention that could be seen: "
             + (why or "neither through transformers' attention interface nor as softmax(q k^T) v")
         )
-    attentions = [call.module for call, _ in calls]
-    layers = _layers(decoder, token_ids, attentions)
+    layers, attentions = _layers(decoder, token_ids, [call.module for call, _ in calls])
 
     streams: dict[int, Tensor] = {}
     attended: dict[int, Tensor] = {}
     handles = []
     for i, ((_, layer), attention) in enumerate(zip(layers, attentions, strict=True)):
         handles.append(on_layer_call(layer, lambda x, _, i=i: streams.update({i: x})))  # type: ignore[misc]
-        handles.append(
-            on_output(attention, lambda x, i=i: attended.update({i: x.clone()}))  # type: ignore[misc]
-        )
+        if attention is not None:
+            handles.append(
+                on_output(attention, lambda x, i=i: attended.update({i: x.clone()}))  # type: ignore[misc]
+            )
     outside = StreamOutside(model, layers)
     with hooked(*handles, *outside.handles):
         plain, logits = decoder.forward(token_ids)
@@ -251,27 +253,27 @@ def _open_blocks(decoder: Decoder) -> tuple[AttentionThrough, list[Block]]:
         )
     blocks = []
     with through(model, watch):
-        for i, ((name, layer), (call, z)) in enumerate(zip(layers, calls, strict=True)):
+        made = iter(calls)
+        for i, ((name, layer), attention) in enumerate(zip(layers, attentions, strict=True)):
             pre = seen[i]["pre"]
             if pre.shape[:-1] != (1, n_tokens):
                 raise UnsupportedArchitectureError(
                     f"model: layer {name} is not supported: it is called with states of shape "
                     f"{tuple(pre.shape)}, which is not one residual stream of {n_tokens} tokens"
                 )
-            probe = Probe(
-                name,
-                layer,
-                call.module,
-                call,
-                z[0],
-                seen[i]["call"],
-                pre[0],
-                seen[i]["post"],
-                len(seen[i]["raw"]) if isinstance(seen[i]["raw"], tuple | list) else None,
-            )
+            raw, layer_call = seen[i]["raw"], seen[i]["call"]
+            n_outputs = len(raw) if isinstance(raw, tuple | list) else None
+            if attention is None:
+                blocks.append(open_unmixed(i, name, layer, layer_call, pre[0], n_outputs))
+                continue
+            call, z = next(made)
+            post = seen[i]["post"]
+            probe = Probe(name, layer, attention, call, z[0], layer_call, pre[0], post, n_outputs)
             if pre.dtype in HALF:
                 _check_attention(probe, streams[i][0], attended[i])
-            read = value_layer(i, [call for call, _ in calls], probe)
+            read = None
+            if all(of is not None for of in attentions):
+                read = value_layer(i, [call for call, _ in calls], probe)
             blocks.append(_open_block(i, probe, decoder.max_length or _FAR, read))
     heads = [block.W_O.shape[0] for block in blocks]
     if len(set(heads)) > 1 and not any(block.recurrence_size for block in blocks):
@@ -319,8 +321,10 @@ def _check_finite(model: PreTrainedModel, seen: list[Tensor]) -> None:
 
 def _layers(
     decoder: Decoder, token_ids: Tensor, attentions: list[nn.Module]
-) -> list[tuple[str, nn.Module]]:
-    """The decoder layer of each attention module: its ancestor in the ModuleList of layers."""
+) -> tuple[list[tuple[str, nn.Module]], list[nn.Module | None]]:
+    """The decoder layers, each with the attention module that it is the ancestor of; None where a
+    layer mixes no positions.
+    """
     model = decoder.model
     names = {module: name for name, module in model.named_modules()}
     layers = []
@@ -336,11 +340,13 @@ def _layers(
                 f"model: {names[attention]} is in no list of layers, so its block is not known"
             )
     stack = list(model.get_submodule(layers[0][0].rpartition(".")[0]).children())
-    if [layer for _, layer in layers] != stack:
+    of_layer = {layer: of for (_, layer), of in zip(layers, attentions, strict=True)}
+    unmixed = [x for x in stack if x not in of_layer and mixes_nothing(decoder, token_ids, x)]
+    if [layer for _, layer in layers] != [layer for layer in stack if layer not in unmixed]:
         raise UnsupportedArchitectureError(
             f"model: {why_not_one_each(decoder, token_ids, attentions, layers, stack)}"
         )
-    return layers
+    return [(names[layer], layer) for layer in stack], [of_layer.get(layer) for layer in stack]
 
 
 def _open_block(index: int, probe: Probe, n_far: int, read: int | None) -> Block:

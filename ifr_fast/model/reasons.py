@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import IfrError, UnsupportedArchitectureError
 from .attention import AttentionCall, attend_rows
-from .block import TOLERANCE, relative_error
+from .block import TOLERANCE, relative_error, rounding_tolerance
 from .decoder import Decoder
 from .hooks import LayerCall, hooked, in_this_thread, on_input, on_layer_call, on_output
 from .interface import overriding
@@ -98,6 +98,19 @@ def _last_rows(
     with hooked(*(on(module, partial(keep, name)) for name, module in modules.items())):
         run(stream)
     return found
+
+
+def mixes_nothing(decoder: Decoder, token_ids: Tensor, layer: nn.Module) -> bool:
+    """True if a layer is run once on a text, and its last row depends on that row alone."""
+    calls: list[tuple[Tensor, LayerCall]] = []
+    with hooked(on_layer_call(layer, lambda x, call: calls.append((x.clone(), call)))):
+        decoder.forward(token_ids)
+    if len(calls) != 1 or calls[0][0].shape[:-1] != (1, len(token_ids)):
+        return False
+    stream, call = calls[0]
+    last = torch.tensor([len(token_ids) - 1])
+    whole, alone = call(layer, stream)[0, -1:], call.at(last)(layer, stream[:, -1:])[0]
+    return relative_error(alone, whole) <= rounding_tolerance(stream.dtype)
 
 
 def why_unseen(decoder: Decoder, token_ids: Tensor, name: str, layer: nn.Module) -> str | None:

@@ -236,12 +236,15 @@ def _instead(
 
 
 def _call(mixer: nn.Module, seen: _Seen, output: Tensor) -> AttentionCall:
-    v = seen.v
+    made_of = Recurrence(seen.parts, seen.kind, output.reshape(seen.v.shape))
+    return call_of(mixer, seen.v, made_of)
+
+
+def call_of(mixer: nn.Module, v: Tensor, made_of: Recurrence) -> AttentionCall:
+    """The call of attention of a recurrence with values v [B, T, H, V]."""
     B, T, H, _ = v.shape
-    none, z = v.new_empty(B, H, T, 0), output.reshape(v.shape)
-    made_of = Recurrence(seen.parts, seen.kind, z)
-    v = v.transpose(1, 2)
-    return AttentionCall(mixer, none, none, v, _mask(v.device), 1.0, None, None, recurrence=made_of)
+    none, v = v.new_empty(B, H, T, 0), v.transpose(1, 2)
+    return AttentionCall(mixer, none, none, v, _mask(v.device), 1.0, None, None, None, made_of)
 
 
 @functools.cache

@@ -32,6 +32,9 @@ def replay_rows(
     [R, H, V]. The caller must have overridden the model's attention, by
     `Decoder.attention_through`.
     """
+    if block.unmixed:
+        hidden = resid_pre[on_device(rows, resid_pre.device)].to(block.W_O.device)
+        return hidden.new_empty(len(rows), 1, 0), hidden, hidden.new_zeros(len(rows), 1, 1)
     queries: list[Tensor] = []
     attended: list[Tensor] = []
 

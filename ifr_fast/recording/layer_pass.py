@@ -31,6 +31,7 @@ from ..model.masks import LazyMask
 from ..model.modes import evaluating
 from ..model.opening import check_hooks
 from ..model.stream import Chain, SharedValues, check_n_keys, on_end
+from ..model.unmixed import no_attention
 from .hook_checks import LayerRun, check_entered, hooked_layers, hooked_outside
 
 
@@ -194,6 +195,8 @@ class WatchedPass:
             if not self._paused:
                 self._chain.enter(f"layer {block.name}", hidden)
                 self._now = WatchedLayer(block, hidden, call)
+                if block.unmixed:
+                    self._answer(no_attention(block.module, hidden))
                 if self._token_ids is not None and self._entered is None:
                     self._entered = hidden.clone()
 

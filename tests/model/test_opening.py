@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from definition import importances_by_definition
 from opened import tiny_tracer
 from refusals import assert_refused, attend, feed, llama_with
 from tiny import VOCAB, tiny_model, tiny_text
@@ -125,11 +126,29 @@ def test_layers_of_different_head_counts_are_refused() -> None:
     assert_refused(model, "different numbers of heads: 6, 4, 6")
 
 
-def test_a_layer_without_attention_is_refused() -> None:
+def test_a_layer_without_attention_reads_no_other_position() -> None:
     def none(layer: nn.Module, x: Tensor, kwargs: Any) -> Tensor:
         return x + feed(layer, x)
 
-    assert_refused(llama_with(none), "3 layers", "2 calls")
+    model, text = llama_with(none), tiny_text(17)
+    tracer = Tracer(model)
+    (unmixed,) = [block.layer for block in tracer.decoder.blocks if block.unmixed]
+    expected = importances_by_definition(model, text)
+    for mode in ("full", "lean"):
+        for scores in tracer.contributions(tracer.record(text, mode=mode), keep=0.0):
+            of = expected[scores.layer]
+            torch.testing.assert_close(scores.residual.double(), of.residual, rtol=0, atol=1e-5)
+            torch.testing.assert_close(scores.ffn.double(), of.ffn, rtol=0, atol=1e-5)
+            if scores.layer == unmixed:
+                assert bool((scores.residual == 1).all())
+                assert not scores.head_total.any()
+
+
+def test_a_layer_that_mixes_without_attention_is_refused() -> None:
+    def shifted(layer: nn.Module, x: Tensor, kwargs: Any) -> Tensor:
+        return x + feed(layer, x.roll(1, 1))
+
+    assert_refused(llama_with(shifted), "3 layers", "2 calls")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -182,11 +182,14 @@ def importances_by_definition(model: PreTrainedModel, token_ids: Tensor) -> list
         with torch.no_grad(), by_weights(model, watch.attend):
             layers = _run(model, token_ids, watch)
             watch.is_run = False
-            if len(watch.seen) != len(layers):
-                raise NoAccountError(f"{len(watch.seen)} attentions in {len(layers)} layers")
-            return [
-                _importances(layer, of, watch) for layer, of in zip(layers, watch.seen, strict=True)
-            ]
+            found = []
+            for layer in layers:
+                inside = set(layer.module.modules())
+                own = [of for of in watch.seen if of.module in inside]
+                if len(own) > 1:
+                    raise NoAccountError(f"{len(own)} attentions in a layer")
+                found.append(_importances(layer, own[0], watch) if own else _unmixed(layer, watch))
+            return found
     finally:
         torch.set_default_dtype(torch.float32)
         for handle in handles:
@@ -258,6 +261,19 @@ def _importances(layer: _Layer, of: _Attention, watch: _Watch) -> LayerImportanc
     parts = torch.einsum("htj,jhv,hvtd->htjd", of.pattern, of.v, behind)
     heads = proximity(parts, way.mid[:, None])
     return shared(way.into_mid, way.mid, post, way.ffn, heads, way.passed)
+
+
+def _unmixed(layer: _Layer, watch: _Watch) -> LayerImportance:
+    """Of a layer without attention: an FFN beside the stream, row by row."""
+    pre, post = layer.resid_pre[0], layer.resid_post[0]
+    half = len(pre) // 2
+    layer.kwargs = {**layer.kwargs, "position_embeddings": None, "attention_mask": None}
+    with watch:
+        alone = layer.run(layer.resid_pre[:, half:])[0]
+    if not torch.allclose(alone, post[half:], 1e-9, 1e-9):
+        raise NoAccountError("a layer without attention mixes positions")
+    nothing = torch.zeros(1, len(pre), len(pre), dtype=pre.dtype)
+    return shared(pre, pre, post, post - pre, nothing)
 
 
 class _Way(NamedTuple):

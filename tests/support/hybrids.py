@@ -75,6 +75,18 @@ _LIGHTNING = {
     "num_experts_per_tok": 2,
     "block_size": 16,
 }
+_NEMOTRON = {
+    "num_hidden_layers": 4,
+    "layers_block_type": ["linear_attention", "mlp", "full_attention", "moe"],
+    "mamba_num_heads": 6,
+    "mamba_head_dim": 12,
+    "ssm_state_size": 8,
+    "n_groups": 2,
+    "chunk_size": 16,
+    "n_routed_experts": 4,
+    "moe_intermediate_size": 20,
+    "moe_shared_expert_intermediate_size": 24,
+}
 # The configuration's class, and its arguments.
 HYBRIDS: dict[str, tuple[str, dict[str, object]]] = {
     "qwen3_next": ("Qwen3NextConfig", _DELTA | _EXPERTS),
@@ -86,6 +98,7 @@ HYBRIDS: dict[str, tuple[str, dict[str, object]]] = {
     "granite_hybrid": ("GraniteMoeHybridConfig", _STATES | _GRANITE),
     "mamba2": ("Mamba2Config", _MAMBA),
     "minimax": ("MiniMaxConfig", _LIGHTNING),
+    "nemotron_h": ("NemotronHConfig", _NEMOTRON),
 }
 N_TOKENS = 70  # more than a chunk of the recurrence
 

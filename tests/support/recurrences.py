@@ -38,21 +38,20 @@ def _gated_delta(own: Callable[..., Any], given: dict[str, Any]) -> Tensor:
 def _state_space(own: Callable[..., Any], given: dict[str, Any]) -> Tensor:
     v, A, B = given["hidden_states"], given["A"], given["B"]
     (_, T, H, _), N, eye = v.shape, B.shape[-1], torch.eye(v.shape[1], dtype=v.dtype)
-    low, high = given["dt_limit"]
-    assert (low, high) == (0.0, float("inf"))
+    dt = given["dt"] + given["dt_bias"]
+    dt = torch.nn.functional.softplus(dt) if given["dt_softplus"] else dt
+    dt = dt.clamp(*given["dt_limit"])
     state = torch.zeros(1, H, T, N, dtype=v.dtype)
     rows = []
     for t in range(T):
         out = own(
             state,
             eye[t].expand(1, H, T),
-            given["dt"][:, t, :, None].expand(1, H, T),
+            dt[:, t, :, None].expand(1, H, T),
             A[:, None, None].expand(H, T, N),
             B[:, t],
             given["C"][:, t],
             given["D"][:, None].expand(H, T),
-            dt_bias=given["dt_bias"][:, None].expand(H, T),
-            dt_softplus=given["dt_softplus"],
         )
         rows.append(out)
     return torch.stack(rows, 2)
