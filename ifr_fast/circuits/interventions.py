@@ -354,6 +354,8 @@ def observe(decoder: Decoder, texts: Sequence[Sequence[int] | Tensor]) -> Observ
         layer.attention = layer.attention._replace(q=layer.attention.q[:, :, :0])
 
     def keep_ffn(x: Tensor) -> Tensor:
+        if x.shape[:-1].numel() != token_ids.numel():
+            return x  # a layer that holds hooks of users is run again on some rows
         ffn.append(x.reshape(*token_ids.shape, -1).clone())  # some blocks add to it in place
         return x
 

@@ -139,7 +139,9 @@ def user_hooks(model: nn.Module) -> Iterator[tuple[str, int, Callable[..., Any]]
         places.append((f"{name}: hook", module._forward_hooks))
     for place, hooks in places:
         for key, hook in hooks.items():
-            if not hasattr(hook, "of_ifr_fast"):
+            # Those that transformers leaves where hidden states were once asked for only look.
+            looks = getattr(hook, "__module__", None) == "transformers.utils.output_capturing"
+            if not looks and not hasattr(hook, "of_ifr_fast"):
                 yield place, key, hook
 
 

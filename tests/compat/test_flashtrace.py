@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from hybrids import hybrid
 from oracle import importances, proximity
 from tiny import LayerAccount, account, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -176,6 +177,28 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", eos_token="</s>")
+
+
+@pytest.mark.parametrize("method", ["ifr-span", "ifr-matrix", "flashtrace"])
+@pytest.mark.parametrize("name", ["qwen3_5", "bamba"])
+def test_linear_attention(package: ModuleType, name: str, method: str) -> None:
+    """The package opens no model with other layers; ours sums what a token's parts are."""
+    ours = FlashTrace(hybrid(name), word_tokenizer())
+    call = {"prompt": PROMPT, "target": TARGET, "method": method}
+    with pytest.raises(AttributeError):
+        traced_by(package, ours, **call)
+    got = ours.trace(**call)
+    assert len(got.scores) == len(got.prompt_tokens)
+    assert all(0 <= score <= 2 * ours.tracer.decoder.n_layers for score in got.scores)
+    if method != "ifr-span":
+        return
+    recording, tracer = ours.tracer.record(torch.arange(20)), ours.tracer
+    expected = torch.zeros(20)
+    for scores in tracer.contributions(recording, rows=[19], keep=0.0):
+        edges = scores.token_edges
+        expected.index_add_(0, edges.source.long(), edges.weight.float())
+    whole = aggregate(tracer, recording, 19, 20, Options(parity=False))
+    torch.testing.assert_close(whole.token_importance_total, expected, rtol=0, atol=1e-5)
 
 
 PROMPT, TARGET = "w5 w17 , w9 w33 w60 w2 . w17 w41", " w8 w17 , w72 w9 w30 . w11 "

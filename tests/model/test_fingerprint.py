@@ -27,6 +27,7 @@ from transformers.models.llama import modeling_llama
 
 from ifr_fast import Tracer
 from ifr_fast.model.fingerprint import fingerprint
+from ifr_fast.model.hooks import user_hooks
 
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "PYTHONHASHSEED"}
 STRENGTH = 1.0
@@ -407,3 +408,16 @@ def test_offloaded_weights_count() -> None:
     other = tiny_model("llama")
     put(other.model.layers[2].mlp.up_proj.weight, (5, 7), 0.123)
     assert fingerprint(cpu_offload(other)) != found
+
+
+def test_hooks_of_transformers_own_are_no_hooks_of_users() -> None:
+    """It leaves hooks on modules where hidden states were once asked for."""
+    model, ids = tiny_model("llama").eval(), tiny_text(9)
+    tracer = Tracer(model)
+    before, recording = tracer.decoder.fingerprint(), tracer.record(ids, mode="full")
+    model(input_ids=ids[None], output_hidden_states=True, output_attentions=True)
+    assert any(module._forward_hooks for module in model.modules())
+    assert list(user_hooks(model)) == []
+    assert tracer.decoder.fingerprint() == before
+    again = tracer.record(ids, mode="full")
+    assert torch.equal(again.layers[1].resid_mid, recording.layers[1].resid_mid)

@@ -108,9 +108,9 @@ def aggregate(
     of_rows = torch.ones(len(rows))
     if weights is not None:
         of_rows = weights.float() / (weights.float().sum() + _EPS)
-    n_tokens = len(recording)
+    n_tokens, n_heads = len(recording), tracer.decoder.n_heads
     found = [
-        _layer_result(kernel, layer, of_rows, n_tokens, options.threshold)
+        _layer_result(kernel, layer, of_rows, n_tokens, n_heads, options.threshold)
         for layer in _layers(tracer, recording, rows, options.parity)
     ]
     return IFRAggregate(
@@ -197,14 +197,16 @@ def _proximities(kernel: Kernel, inputs: LayerInputs, threshold: float) -> _Prox
 
 
 def _layer_result(
-    kernel: Kernel, layer: _Layer, weights: Tensor, n_tokens: int, threshold: float
+    kernel: Kernel, layer: _Layer, weights: Tensor, n_tokens: int, n_heads: int, threshold: float
 ) -> IFRLayerResult:
+    """n_heads: of the layer that has most; the heads that this one lacks have importance 0."""
     row = summed_row(layer.inputs, weights)
     found = _proximities(kernel, row, threshold)
     total = found.beside.sum() + found.weight.sum() + _EPS
     tokens = torch.zeros(n_tokens)
     tokens.index_put_((found.source.cpu(),), (found.weight / total).float().cpu(), accumulate=True)
     heads = (found.head_weight.sum(0) / total).float().cpu()
+    heads = torch.nn.functional.pad(heads, (0, n_heads - len(heads)))
     of_residual = float(found.residual / total)
     if layer.post is None:
         of_ffn = float((found.beside - found.residual) / total)
