@@ -268,7 +268,9 @@ def _open_blocks(decoder: Decoder) -> tuple[AttentionThrough, list[Block]]:
                 continue
             call, z = next(made)
             post = seen[i]["post"]
-            probe = Probe(name, layer, attention, call, z[0], layer_call, pre[0], post, n_outputs)
+            # The first pass may have put another module in the place of the one that it called.
+            of = call.module
+            probe = Probe(name, layer, of, call, z[0], layer_call, pre[0], post, n_outputs)
             if pre.dtype in HALF:
                 _check_attention(probe, streams[i][0], attended[i])
             read = None
